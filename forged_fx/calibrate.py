@@ -1,0 +1,116 @@
+"""Scan data once, without gradients, and record how large every site's inputs get."""
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from forged_fx import histogram
+from forged_fx.modes import eval_mode
+from forged_fx.observe import Observer, Sighting
+from forged_fx.progress import track
+from forged_fx.stats import SiteStats, Stats, merge_shapes, parameter_shapes
+
+
+def calibrate(model: torch.nn.Module, batches: Iterable[Any], *, max_batches: int | None = None) -> Stats:
+    """Record, for every linear, convolution and matrix-product call, how large its inputs get.
+
+    The scan runs the model as it is, on its device and under the caller's autocast, in eval mode and without
+    gradients, and leaves it as it found it: mode, hooks, parameters and buffers.
+
+    Args:
+        model: any `nn.Module`.
+        batches: an iterable of tensors, of tuples or lists whose first item is the input, or of dicts of keyword
+            arguments; a `DataLoader` is one. Tensors are moved to the model's device.
+        max_batches: stop after this many.
+
+    Returns:
+        Stats: per site `c_max = max |x|` over all elements of all inputs (section 3 of arXiv 2406.19622), the number of
+        elements, and a histogram of |x|.
+
+    Raises:
+        ValueError: no batch, a batch of another form, or an input of a site that holds NaN or infinity (it names the
+            site and the batch).
+    """
+    model = getattr(model, "_orig_mod", model)  # a compiled model hides its calls; the model inside it does not
+    scan = _Scan(model)
+    example, n = None, 0
+    given: set[str] = set()
+    with eval_mode(model), torch.no_grad():
+        for n, batch in enumerate(track(batches, "calibrating", max_batches), start=1):
+            args, kwargs = model_inputs(batch, model)
+            example = example or (args, kwargs)
+            given |= inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments.keys()
+            scan.batch(n - 1, args, kwargs)
+    if n == 0:
+        raise ValueError("calibrate got no batch: an iterator that was already used up gives none a second time")
+    return Stats(scan.sites, scan.modules, n, scan.observer.switches, given, example)
+
+
+class _Scan:
+    """The running statistics. Numbers stay on the device until the batch is through: one wait a batch, not a site."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.observer = Observer(model, self._see)
+        self.sites: dict[str, SiteStats] = {}
+        self.modules: dict[str, dict[str, tuple[int, ...]]] = {}
+        self._pending: list[tuple[str, Tensor, Tensor, Tensor]] = []
+
+    def batch(self, index: int, args: tuple, kwargs: dict) -> None:
+        self._calls_of_module: dict[str, int] = {}
+        self._pending.clear()
+        self.observer.run(*args, **kwargs)
+        for name, largest, zeros, bins in self._pending:
+            site, peak = self.sites[name], float(largest)
+            if not np.isfinite(peak):
+                raise ValueError(
+                    f"the input of site {name!r} ({site.kind}) holds {peak} in batch {index} (counted from 0): "
+                    "calibrate on data and weights that give finite activations, or under another autocast dtype"
+                )
+            site.c_max = max(site.c_max, peak)
+            site.zeros += int(zeros)
+            site.histogram += bins.cpu().numpy()
+
+    def _see(self, seen: Sighting) -> None:
+        x, weight = seen.operand.value, seen.operand.weight
+        site = self.sites.get(seen.name)
+        if site is None:
+            weight_shape = tuple(weight.shape) if isinstance(weight, Tensor) else ()
+            site = SiteStats(seen.kind, tuple(x.shape), weight_shape, True, seen.operand.left_out)
+            self.sites[seen.name] = site
+            self.modules[seen.module] = parameter_shapes(self.observer.model.get_submodule(seen.module))
+        site.shape = merge_shapes(site.shape, tuple(x.shape))
+        site.layer &= seen.reads_module_input
+        site.left_out = site.left_out or seen.operand.left_out
+        site.calls += 1
+        site.elements += x.numel()
+        if x.numel() == 0:
+            return
+        low, high = torch.aminmax(x.detach())
+        values = histogram.sample(x.detach())
+        site.sampled += values.numel()
+        # NaN spreads through aminmax and maximum, so the largest value alone tells whether all were finite.
+        self._pending.append((seen.name, torch.maximum(-low, high), *histogram.count(values)))
+
+
+def model_inputs(batch: Any, model: torch.nn.Module) -> tuple[tuple, dict]:
+    """A batch as the model's (args, kwargs), with tensors on its device."""
+    if isinstance(batch, Tensor):
+        args, kwargs = (batch,), {}
+    elif isinstance(batch, tuple | list) and batch and isinstance(batch[0], Tensor):
+        args, kwargs = (batch[0],), {}
+    elif hasattr(batch, "keys"):
+        args, kwargs = (), {key: batch[key] for key in batch.keys()}
+    else:
+        raise ValueError(
+            f"a batch must be a tensor, a tuple or list whose first item is the input tensor, or a dict of keyword "
+            f"arguments; got {type(batch).__name__}"
+        )
+    tensor = next((t for t in [*model.parameters(), *model.buffers()]), None)
+    if tensor is None:
+        return args, kwargs
+    return tree_map(lambda v: v.to(tensor.device) if isinstance(v, Tensor) else v, (args, kwargs))

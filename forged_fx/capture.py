@@ -1,0 +1,87 @@
+"""Turn a module into a graph, or say why a graph would not be the same module.
+
+A graph is what one run of the Python code recorded: whatever the code decides from its input, its mode or its
+surroundings is frozen in it. So only the modules that must be looked into are opened (those with a site inside), all
+others stay whole as `call_module`, and what a graph cannot carry is refused rather than dropped.
+"""
+
+import copy
+import inspect
+from collections.abc import Iterable
+
+import torch
+import torch.fx as fx
+
+from forged_fx.sites import module_of
+
+
+class Untraceable(Exception):
+    """A module that cannot become a graph without changing what it does; the message says why."""
+
+
+class _SiteTracer(fx.Tracer):
+    def __init__(self, opened: set[str]) -> None:
+        super().__init__()
+        self.opened = opened
+
+    def is_leaf_module(self, module: torch.nn.Module, name: str) -> bool:
+        return name not in self.opened
+
+
+def opened_modules(sites: Iterable[str], layers: set[str]) -> set[str]:
+    """The modules to look into: those that run a site in their own code, and all that contain one.
+
+    A layer (it makes one call, on its own first argument) stays whole: its threshold goes ahead of it.
+    """
+    opened = {""}
+    for site in sites:
+        parts = module_of(site).split(".")
+        if site in layers:
+            parts.pop()
+        opened |= {".".join(parts[:i]) for i in range(1, len(parts) + 1)}
+    return opened
+
+
+def capture(model: torch.nn.Module, opened: set[str], given: set[str], switches: set[str]) -> fx.Graph:
+    """The graph of `model`'s forward pass, with every module outside `opened` as one call.
+
+    given: the names of the forward parameters that calls pass; the others keep their defaults.
+    Raises Untraceable, with the reason, where the graph would lose something that the model does.
+    """
+    for name in sorted(opened & switches):
+        raise Untraceable(f"{name or 'the model'!r} changes autocast or the grad mode within its forward")
+    for name in sorted(opened):
+        if _has_hooks(model.get_submodule(name)):
+            raise Untraceable(f"{name or 'the model'!r} has hooks, which a graph does not run")
+    graphs = [_trace(model, opened, given, training) for training in (False, True)]
+    if _text(graphs[0]) != _text(graphs[1]):
+        raise Untraceable("its forward does one thing in train mode and another in eval mode")
+    return graphs[0]
+
+
+def _trace(model: torch.nn.Module, opened: set[str], given: set[str], training: bool) -> fx.Graph:
+    # A copy: code that keeps something it computed (a cache of tensors) must not keep a proxy in the user's model.
+    model = copy.deepcopy(model).train(training)
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(model.forward).parameters.items()
+        if parameter.default is not parameter.empty and name not in given
+    }
+    try:
+        graph = _SiteTracer(opened).trace(model, concrete_args=defaults or None)
+    except Exception as error:  # tracing runs the user's code on proxies: anything can be raised from it
+        first_line = next(iter(str(error).strip().splitlines()), "")
+        raise Untraceable(f"{type(error).__name__}: {first_line}") from error
+    for node in graph.find_nodes(op="placeholder"):
+        if (name := node.target.removesuffix("_1")) in defaults:
+            node.target = name  # the tracer renames a parameter that it fixes; callers use its own name
+    return graph
+
+
+def _has_hooks(module: torch.nn.Module) -> bool:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind, None) for kind in kinds)
+
+
+def _text(graph: fx.Graph) -> list[tuple]:
+    return [(n.op, str(n.target), str(n.args), str(n.kwargs)) for n in graph.nodes]

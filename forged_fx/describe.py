@@ -1,0 +1,63 @@
+"""What was done to a model, site by site, and what was left out, and why."""
+
+from dataclasses import dataclass
+
+import torch
+
+from forged_fx.transform import forgings
+
+
+@dataclass(frozen=True)
+class Row:
+    """One site. threshold and share_zeroed are None where it was left out; share_zeroed is in [0, 1]."""
+
+    site: str
+    kind: str
+    shape: tuple[int, ...] | None
+    c_max: float
+    threshold: float | None
+    share_zeroed: float | None
+    left_out: str | None
+
+
+class Description(list[Row]):
+    """The rows; printed, a table."""
+
+    def __str__(self) -> str:
+        table = [("site", "kind", "input seen", "c_max", "threshold", "zeroed")]
+        table += [_cells(row) for row in self]
+        widths = [max(len(line[i]) for line in table) for i in range(5)]
+        lines = ["  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[5]]) for line in table]
+        lines.insert(1, "-" * max(map(len, lines)))
+        forged = sum(row.left_out is None for row in self)
+        lines.append(f"{forged} of {len(self)} sites forged")
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def describe(model: torch.nn.Module) -> Description:
+    """Every site of a forged model, in the order in which they run.
+
+    A row holds the site's name, its kind, the shape of its input as seen in calibration (-1, printed `*`: it varied),
+    c_max, the threshold in force now, the share of its inputs that this threshold would have zeroed in calibration,
+    or why it was left out. Raises ValueError for a model that is not forged.
+    """
+    found = list(forgings(model))
+    if not found:
+        raise ValueError(f"this {type(model).__name__} is not forged: describe what forged_fx.transform returned")
+    rows = Description()
+    for owner, forging in found:
+        for name, site in forging.stats.sites.items():
+            buffer = forging.buffers.get(name)
+            threshold = None if buffer is None else float(owner.get_buffer(buffer))
+            share = None if threshold is None else site.share_zeroed(threshold)
+            reason = None if buffer else forging.left_out[name]
+            rows.append(Row(name, site.kind, site.shape, site.c_max, threshold, share, reason))
+    return rows
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    shape = "varies" if row.shape is None else "x".join("*" if size < 0 else str(size) for size in row.shape)
+    start = (row.site, row.kind, shape, f"{row.c_max:.4g}")
+    if row.threshold is None:
+        return (*start, "-", f"left out: {row.left_out}")
+    return (*start, f"{row.threshold:.4g}", f"{row.share_zeroed:6.1%}")

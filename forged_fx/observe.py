@@ -1,0 +1,178 @@
+"""Watch a model run, and see every site's input on its way in.
+
+Calibration watches the run, not the graph: a function mode sees each call of `sites.CALLS`, whoever makes it
+(`nn.Linear`, `F.conv2d` on weights made on the fly, attention's packed projection), and module hooks say which module
+makes it. So any Python model can be observed, control flow included, and nothing in the model is touched.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.modules.module as hooks
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from forged_fx.modes import fast_path_off
+from forged_fx.sites import (
+    CALLS,
+    OPENED,
+    Call,
+    Numbering,
+    Operand,
+    Origin,
+    data_operands,
+    names_of,
+    operand_name,
+    replace,
+)
+
+# Factories that take their values from Python: what they hold may well come from the input (numpy in the middle).
+_FROM_PYTHON = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy}
+
+
+@dataclass(frozen=True, eq=False)
+class Sighting:
+    """One operand of one call, as it runs."""
+
+    name: str  # the site's name
+    module: str  # the module that runs the call
+    kind: str
+    operand: Operand
+    reads_module_input: bool  # the operand is that module's own first argument, untouched
+
+
+@dataclass
+class _Frame:
+    """A module call in progress."""
+
+    name: str
+    first_input: Any
+    modes: tuple  # autocast and grad mode on entry
+
+
+class _Origins:
+    """What each tensor of the run was made from. Unknown tensors came from outside torch: they count as data."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._known = WeakTensorKeyDictionary()
+        for module in model.modules():
+            for value in [*module._buffers.values(), *vars(module).values()]:
+                if isinstance(value, Tensor):
+                    self._known[value] = Origin.PARAMETER if value.requires_grad else Origin.CONSTANT
+
+    def of(self, value: Any) -> Origin:
+        if not isinstance(value, Tensor):
+            return Origin.CONSTANT
+        if isinstance(value, torch.nn.Parameter):
+            return Origin.PARAMETER
+        return self._known.get(value, Origin.DATA)
+
+    def mark(self, value: Any, origin: Origin) -> None:
+        for leaf in tree_leaves(value):
+            if isinstance(leaf, Tensor) and not isinstance(leaf, torch.nn.Parameter):
+                self._known[leaf] = origin
+
+    def follow(self, function: Callable, args: tuple, kwargs: dict, result: Any) -> None:
+        """Give a call's results the largest origin among its inputs."""
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if function in _FROM_PYTHON and not tensors:
+            return
+        made_from = max((self.of(tensor) for tensor in tensors), default=Origin.CONSTANT)
+        if isinstance(result, Tensor | tuple | list | dict):
+            self.mark(result, made_from)
+        name = getattr(function, "__name__", "")
+        writes = name.endswith("_") and (not name.endswith("__") or name == "__setitem__" or name.startswith("__i"))
+        if writes and args and isinstance(args[0], Tensor) and made_from > self.of(args[0]):
+            self.mark([t for t in (args[0], args[0]._base) if t is not None], made_from)
+
+
+class _SeeCalls(TorchFunctionMode):
+    def __init__(self, observer: "Observer") -> None:
+        super().__init__()
+        self.observer = observer
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if function in OPENED:
+            with self:  # an opened composition reports its inner calls, and needs no report of its own
+                return OPENED[function](*args, **kwargs)
+        call = CALLS.get(function)
+        if call is not None:
+            args, kwargs = self.observer.saw(call, args, kwargs)
+        result = function(*args, **kwargs)
+        self.observer.origins.follow(function, args, kwargs, result)
+        return result
+
+
+class Observer:
+    """Runs a model and reports every operand that data could enter a call of `CALLS` through, in execution order.
+
+    on_call: called with each `Sighting` before the call runs; whatever tensor it returns takes the operand's place
+    (None leaves it as it is).
+    """
+
+    def __init__(self, model: torch.nn.Module, on_call: Callable[[Sighting], Tensor | None]) -> None:
+        self.model = model
+        self.on_call = on_call
+        self.names = names_of(model)
+        self.switches: set[str] = set()  # modules whose own code changes autocast or the grad mode
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """One forward pass. The fast path of attention is off within: it would hide the products inside it."""
+        self.origins = _Origins(self.model)
+        self.origins.mark((args, kwargs), Origin.DATA)
+        self.numbering = Numbering()
+        self.frames: list[_Frame] = []
+        with self._follow_modules(), fast_path_off(), _SeeCalls(self):
+            return self.model(*args, **kwargs)
+
+    def saw(self, call: Call, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        frame = self.frames[-1]
+        self._note_switch(frame)
+        name = self.numbering.call(frame.name)
+        for i, operand in enumerate(data_operands(call, args, kwargs, self.origins.of)):
+            reads_input = operand.value is frame.first_input
+            new = self.on_call(Sighting(operand_name(name, i), frame.name, call.kind, operand, reads_input))
+            if new is not None:
+                args, kwargs = replace(args, kwargs, operand.key, new)
+        return args, kwargs
+
+    def _note_switch(self, frame: _Frame) -> None:
+        if _modes() != frame.modes:
+            self.switches.add(frame.name)
+
+    @contextlib.contextmanager
+    def _follow_modules(self) -> Iterator[None]:
+        """Keep the stack of module calls with hooks that are global, so that the user's modules stay untouched."""
+
+        def enter(module: torch.nn.Module, args: tuple) -> None:
+            caller = self.frames[-1] if self.frames else None
+            if caller is not None:
+                self._note_switch(caller)
+            if id(module) in self.names:
+                frame = _Frame(self.names[id(module)], args[0] if args else None, _modes())
+            else:  # not registered (kept in a plain list or a closure): its calls count as its caller's own
+                frame = _Frame(caller.name if caller else "", None, _modes())
+            self.frames.append(frame)
+
+        def leave(module: torch.nn.Module, args: tuple, result: Any) -> None:
+            self.frames.pop()
+
+        handles = [
+            hooks.register_module_forward_pre_hook(enter),
+            hooks.register_module_forward_hook(leave, always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _modes() -> tuple:
+    return (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))

@@ -1,0 +1,217 @@
+"""What a site is, and which calls can be one.
+
+A *site* is a call of a linear, convolution or matrix-product function in which data meets weights: exactly one side is
+data (it depends on the model's input), the other is made from parameters alone. The threshold goes on the data.
+
+A site is named after the innermost module that runs the call, as `named_modules()` spells it. The k-th call in that
+module within one forward pass carries `#k`, counted from 0; the first of a named module goes without. So
+`layer1.0.conv1` is that layer's only call, `head.fc#1` the second use of a shared layer, `attn#2` the third product in
+an attention module's own code, `#0` the first call in the root module's own code. Every call of the table counts,
+site or not, so that a name does not depend on how its operands were classified.
+
+To add a kind of layer, add a row to `CALLS`.
+"""
+
+import operator
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Key = tuple[int | str, ...]  # where an operand sits in a call: (3,), ("weight",), or (1, 0) inside a list argument
+
+
+class Origin(IntEnum):
+    """What a value was made from. A result takes the largest origin among its inputs."""
+
+    CONSTANT = 0  # buffers, literals, factory functions
+    PARAMETER = 1  # at least one parameter, no data
+    DATA = 2  # depends on the model's input
+
+
+@dataclass(frozen=True)
+class Call:
+    """How to read one function's call: its kind, and where its operands are.
+
+    roles: a letter per operand; "x" is always data, "w" always the weight, "?" is a product's operand, either one.
+    """
+
+    kind: str
+    roles: str
+    keys: tuple[tuple[int, str], ...]  # per operand: its position, its keyword
+    opens: bool = True  # False: a fused kernel whose inside cannot be reached
+
+    def operands(self, args: tuple, kwargs: dict) -> list[tuple[str, Key, Any]]:
+        found = []
+        for role, (position, keyword) in zip(self.roles, self.keys, strict=True):
+            if keyword in kwargs:
+                found.append((role, (keyword,), kwargs[keyword]))
+            elif position < len(args):
+                found.append((role, (position,), args[position]))
+        return found
+
+
+class Einsum(Call):
+    """`einsum(equation, *operands)`, or with the operands in one list."""
+
+    def operands(self, args: tuple, kwargs: dict) -> list[tuple[str, Key, Any]]:
+        found: list[tuple[str, Key, Any]] = []
+        for i, value in enumerate(args[1:], start=1):
+            nested = isinstance(value, list | tuple)
+            found += [("?", (i, j), v) for j, v in enumerate(value)] if nested else [("?", (i,), value)]
+        return found
+
+
+def _layer(kind: str) -> Call:
+    return Call(kind, "xw", ((0, "input"), (1, "weight")))
+
+
+def _product(kind: str, first: int, a: str, b: str) -> Call:
+    return Call(kind, "??", ((first, a), (first + 1, b)))
+
+
+_RECURRENT = Call("recurrent", "x", ((0, "input"),), opens=False)
+
+# One row per function. A method is listed as the function that `torch.Tensor` holds.
+CALLS: dict[Callable, Call] = {
+    F.linear: _layer("linear"),
+    F.conv1d: _layer("conv1d"),
+    F.conv2d: _layer("conv2d"),
+    F.conv3d: _layer("conv3d"),
+    F.conv_transpose1d: _layer("conv_transpose1d"),
+    F.conv_transpose2d: _layer("conv_transpose2d"),
+    F.conv_transpose3d: _layer("conv_transpose3d"),
+    F.bilinear: Call("bilinear", "xxw", ((0, "input1"), (1, "input2"), (2, "weight"))),
+    torch.bilinear: Call("bilinear", "xxw", ((0, "input1"), (1, "input2"), (2, "weight"))),
+    torch.matmul: _product("matmul", 0, "input", "other"),
+    Tensor.matmul: _product("matmul", 0, "self", "other"),
+    Tensor.__matmul__: _product("matmul", 0, "self", "other"),
+    Tensor.__rmatmul__: _product("matmul", 0, "self", "other"),
+    operator.matmul: _product("matmul", 0, "a", "b"),
+    torch.mm: _product("mm", 0, "input", "mat2"),
+    Tensor.mm: _product("mm", 0, "self", "mat2"),
+    torch.mv: _product("mv", 0, "input", "vec"),
+    Tensor.mv: _product("mv", 0, "self", "vec"),
+    torch.bmm: _product("bmm", 0, "input", "mat2"),
+    Tensor.bmm: _product("bmm", 0, "self", "mat2"),
+    torch.addmm: _product("addmm", 1, "mat1", "mat2"),
+    Tensor.addmm: _product("addmm", 1, "mat1", "mat2"),
+    torch.baddbmm: _product("baddbmm", 1, "batch1", "batch2"),
+    Tensor.baddbmm: _product("baddbmm", 1, "batch1", "batch2"),
+    torch.tensordot: _product("tensordot", 0, "a", "b"),
+    torch.einsum: Einsum("einsum", "", ()),
+    torch._grouped_mm: _product("grouped_mm", 0, "input", "mat2"),
+    F.grouped_mm: _product("grouped_mm", 0, "mat_a", "mat_b"),
+    torch.ops.aten.linear.default: _layer("linear"),
+    torch.ops.aten.convolution.default: _layer("convolution"),
+    torch.ops.aten.mm.default: _product("mm", 0, "self", "mat2"),
+    torch.ops.aten.bmm.default: _product("bmm", 0, "self", "mat2"),
+    torch.ops.aten.addmm.default: _product("addmm", 1, "mat1", "mat2"),
+    torch.ops.aten.matmul.default: _product("matmul", 0, "self", "other"),
+    torch.lstm: _RECURRENT,
+    torch.gru: _RECURRENT,
+    torch.rnn_tanh: _RECURRENT,
+    torch.rnn_relu: _RECURRENT,
+    torch.lstm_cell: _RECURRENT,
+    torch.gru_cell: _RECURRENT,
+    torch.rnn_tanh_cell: _RECURRENT,
+    torch.rnn_relu_cell: _RECURRENT,
+}
+
+
+def _open(function: Callable) -> Callable:
+    """The same function, with its first check for function modes answered by "no".
+
+    Such functions are Python compositions that hand themselves over whole to an active function mode. The copy runs its
+    body instead, so that the linear calls inside it are seen one by one.
+    """
+    scope = {**function.__globals__, "has_torch_function": lambda *_: False}
+    twin = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__)
+    twin.__kwdefaults__ = function.__kwdefaults__
+    return twin
+
+
+# Compositions to look inside of, each with its opened twin.
+OPENED: dict[Callable, Callable] = {F.multi_head_attention_forward: _open(F.multi_head_attention_forward)}
+
+CONSTANT_INPUT = "its input is a constant: it does not depend on the model's input"
+FIXED_FILTER = "its weight is fixed: made from buffers or literals alone"
+RECURRENT = "a fused recurrent kernel, which cannot be opened"
+
+
+@dataclass(frozen=True, eq=False)
+class Operand:
+    """One input of one call that data may enter: where it sits, and why it is no site by default (None: it is one)."""
+
+    key: Key
+    value: Any
+    weight: Any
+    left_out: str | None
+
+
+def data_operands(call: Call, args: tuple, kwargs: dict, origin: Callable[[Any], Origin]) -> list[Operand]:
+    """The operands of one call that are sites, or would be but for a reason. Empty for a product of two activations."""
+    operands = [(role, key, value, origin(value)) for role, key, value in call.operands(args, kwargs)]
+    if not call.opens:
+        _, key, value, _ = operands[0]
+        return [Operand(key, value, None, RECURRENT)]
+    is_data = [role == "x" or (role == "?" and of is Origin.DATA) for role, _, _, of in operands]
+    data = [o for o, yes in zip(operands, is_data, strict=True) if yes]
+    weights = [o for o, yes in zip(operands, is_data, strict=True) if not yes]
+    if not data or len(weights) != 1 or weights[0][3] is Origin.DATA:
+        return []  # activations alone, constants alone, or a weight that is itself computed from the input
+    _, _, weight, weight_from = weights[0]
+    fixed = FIXED_FILTER if weight_from is Origin.CONSTANT else None
+    return [Operand(key, v, weight, fixed if of is Origin.DATA else CONSTANT_INPUT) for _, key, v, of in data]
+
+
+def get(args: tuple, kwargs: dict, key: Key) -> Any:
+    value = kwargs[key[0]] if isinstance(key[0], str) else args[key[0]]
+    return value if len(key) == 1 else value[key[1]]
+
+
+def replace(args: tuple, kwargs: dict, key: Key, new: Any) -> tuple[tuple, dict]:
+    """The call's arguments with the operand at `key` replaced; the originals stay as they are."""
+    if len(key) == 2:
+        outer = get(args, kwargs, key[:1])
+        new = type(outer)(new if i == key[1] else v for i, v in enumerate(outer))
+    if isinstance(key[0], str):
+        return args, {**kwargs, key[0]: new}
+    return tuple(new if i == key[0] else v for i, v in enumerate(args)), kwargs
+
+
+class Numbering:
+    """Gives the calls of one forward pass their names, in the order in which they run."""
+
+    def __init__(self) -> None:
+        self._calls: dict[str, int] = {}
+
+    def call(self, module: str) -> str:
+        k = self._calls.get(module, 0)
+        self._calls[module] = k + 1
+        return module if k == 0 and module else f"{module}#{k}"
+
+
+def operand_name(call_name: str, index: int) -> str:
+    """A call with several data inputs (bilinear) has a site for each: the later ones carry `:1`, `:2`."""
+    return call_name if index == 0 else f"{call_name}:{index}"
+
+
+def names_of(model: torch.nn.Module) -> dict[int, str]:
+    """id of each submodule -> its first name: a module that is registered twice has one name here."""
+    return {id(module): name for name, module in model.named_modules()}
+
+
+def module_of(site: str) -> str:
+    """The name of the module that runs the site's call."""
+    return site.partition("#")[0].partition(":")[0]
+
+
+def call_of(site: str) -> int:
+    """Which of its module's calls the site is, counted from 0."""
+    return int(site.partition("#")[2].partition(":")[0] or 0)

@@ -1,0 +1,293 @@
+"""What calibration measured at each site, and the thresholds that follow from it.
+
+A file is safetensors with a JSON header and a format version: arrays and text, never code.
+"""
+
+import difflib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from forged_fx.histogram import BINS, share_below
+
+FORMAT = 1
+
+Ratio = float | Mapping[str, float]
+
+
+@dataclass
+class SiteStats:
+    """What was seen at one site.
+
+    c_max: the largest |x| that entered, as a float32 value. zeros and histogram count a sample of `sampled` elements
+    (see `forged_fx.histogram`), c_max looks at all `elements`. A dimension of `shape` that varied is -1; an input
+    whose number of dimensions varied has the shape None.
+    """
+
+    kind: str
+    shape: tuple[int, ...] | None
+    weight_shape: tuple[int, ...]
+    layer: bool  # its module makes this call only, on its own first argument: the threshold can go ahead of the module
+    left_out: str | None = None  # why it is no site by default; None: it is one
+    calls: int = 0
+    c_max: float = 0.0
+    elements: int = 0
+    sampled: int = 0
+    zeros: int = 0
+    histogram: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
+
+    def share_zeroed(self, threshold: float) -> float:
+        """The share of the inputs seen in calibration with |x| < threshold, zeros included, in [0, 1]."""
+        return share_below(threshold, self.zeros if threshold > 0 else 0, self.histogram)
+
+    def merge(self, other: "SiteStats") -> "SiteStats":
+        return SiteStats(
+            kind=self.kind,
+            shape=merge_shapes(self.shape, other.shape),
+            weight_shape=self.weight_shape,
+            layer=self.layer and other.layer,
+            left_out=self.left_out or other.left_out,
+            calls=self.calls + other.calls,
+            c_max=max(self.c_max, other.c_max),
+            elements=self.elements + other.elements,
+            sampled=self.sampled + other.sampled,
+            zeros=self.zeros + other.zeros,
+            histogram=self.histogram + other.histogram,
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SiteStats):
+            return NotImplemented
+        mine, theirs = dict(vars(self)), dict(vars(other))
+        same_counts = np.array_equal(mine.pop("histogram"), theirs.pop("histogram"))
+        return same_counts and mine == theirs
+
+
+def merge_shapes(a: tuple[int, ...] | None, b: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """A shape that fits both: -1 where a dimension differs, None where the number of dimensions does."""
+    if a is None or b is None or len(a) != len(b):
+        return None
+    return tuple(x if x == y else -1 for x, y in zip(a, b, strict=True))
+
+
+class Stats:
+    """The statistics of every site of one model, in the order in which the sites first ran.
+
+    sites: site name -> SiteStats. modules: for each module that runs a site, the shapes of its own parameters; this is
+    how the statistics know their model. example: the first batch as (args, kwargs), kept in memory only; `transform`
+    audits its result with it. switches: modules that change autocast or the grad mode within their forward. given: the
+    parameters of the model's forward that the batches passed.
+    """
+
+    def __init__(
+        self,
+        sites: dict[str, SiteStats] | None = None,
+        modules: dict[str, dict[str, tuple[int, ...]]] | None = None,
+        batches: int = 0,
+        switches: set[str] | None = None,
+        given: set[str] | None = None,
+        example: tuple[tuple, dict] | None = None,
+    ) -> None:
+        self.sites = sites or {}
+        self.modules = modules or {}
+        self.batches = batches
+        self.switches = switches or set()
+        self.given = given or set()
+        self.example = example
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Stats):
+            return NotImplemented
+        keys = ("sites", "modules", "batches", "switches", "given")
+        return all(getattr(self, key) == getattr(other, key) for key in keys)
+
+    def __repr__(self) -> str:
+        left_out = sum(site.left_out is not None for site in self.sites.values())
+        return f"Stats({len(self.sites) - left_out} sites, {left_out} left out, {self.batches} batches)"
+
+    def merge(self, other: "Stats") -> "Stats":
+        """The statistics of both scans together: exactly those of one scan over all their batches.
+
+        Raises ValueError where the two were taken from different models. A site that only one scan reached
+        (a branch that depends on the data) is kept.
+        """
+        for name in self.modules.keys() & other.modules.keys():
+            if self.modules[name] != other.modules[name]:
+                raise ValueError(
+                    f"cannot merge statistics of different models: the parameters of {name or 'the root module'!r} are "
+                    f"{self.modules[name]} here and {other.modules[name]} there"
+                )
+        sites = dict(self.sites)
+        for name, site in other.sites.items():
+            sites[name] = sites[name].merge(site) if name in sites else site
+        return Stats(
+            sites,
+            {**self.modules, **other.modules},
+            self.batches + other.batches,
+            self.switches | other.switches,
+            self.given | other.given,
+            self.example or other.example,
+        )
+
+    def check_model(self, model: torch.nn.Module) -> None:
+        """Raise ValueError, with the difference spelled out, unless these are the statistics of `model`."""
+        there = dict(model.named_modules())
+        differences = []
+        for name, shapes in self.modules.items():
+            if name not in there:
+                close = difflib.get_close_matches(name, there, n=1)
+                differences.append(f"{name!r} is missing" + (f" (it has {close[0]!r})" if close else ""))
+            elif (found := parameter_shapes(there[name])) != shapes:
+                differences.append(f"{name or 'the root module'!r} has parameters {found}, not {shapes}")
+        if differences:
+            more = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""
+            raise ValueError(
+                f"these statistics belong to another model than this {type(model).__name__}: "
+                + "; ".join(differences[:5])
+                + more
+                + ". Run forged_fx.calibrate on this model."
+            )
+
+    def thresholds(self, ratio: Ratio, sites: list[str] | None = None) -> dict[str, float]:
+        """Site name -> threshold `c_th = c_r * c_max` (float32 values), for `sites`, or all that are not left out.
+
+        ratio: c_r in [0, 1], or a mapping from site name or glob to it. An exact name wins, then the first glob that
+        matches; every site must be covered and every key must match something, else ValueError.
+        The rule is section 3 of arXiv 2406.19622.
+        """
+        return {name: threshold(self.sites[name].c_max, r) for name, r in self.ratios(ratio, sites).items()}
+
+    def ratios(self, ratio: Ratio, sites: list[str] | None = None) -> dict[str, float]:
+        """Site name -> ratio: what `thresholds` multiplies c_max by."""
+        names = [n for n, site in self.sites.items() if site.left_out is None] if sites is None else sites
+        if not isinstance(ratio, Mapping):
+            return dict.fromkeys(names, check_ratio(ratio))
+        for pattern, value in ratio.items():
+            check_ratio(value, f"ratio for {pattern!r}")
+            match_sites([pattern], list(self.sites), "ratio")
+        found = {}
+        for name in names:
+            pattern = next((p for p in (name, *ratio) if p in ratio and (p == name or fnmatchcase(name, p))), None)
+            if pattern is None:
+                raise ValueError(f"no ratio for site {name!r}: add a glob such as '*' for all other sites")
+            found[name] = float(ratio[pattern])
+        return found
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a safetensors file, whole or not at all."""
+        from safetensors.numpy import save
+
+        rows = list(self.sites.values())
+        arrays = {
+            "c_max": np.array([row.c_max for row in rows], np.float32),
+            "counts": np.array([[r.calls, r.elements, r.sampled, r.zeros] for r in rows], np.int64).reshape(-1, 4),
+            "histogram": np.array([row.histogram for row in rows], np.int64).reshape(-1, BINS),
+        }
+        header = {
+            "format": FORMAT,
+            "batches": self.batches,
+            "switches": sorted(self.switches),
+            "given": sorted(self.given),
+            "modules": self.modules,
+            "sites": {name: {key: getattr(site, key) for key in _TEXT_FIELDS} for name, site in self.sites.items()},
+        }
+        write_whole(Path(path), save(arrays, metadata={"forged_fx.stats": json.dumps(header)}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Stats":
+        """Read what `save` wrote. Raises ValueError, naming the file and the fault, for anything else."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="np") as file:
+                header = json.loads((file.metadata() or {})["forged_fx.stats"])
+                if header["format"] != FORMAT:
+                    raise ValueError(f"its format is {header['format']}, and this version reads {FORMAT}")
+                c_max, counts, histogram = (file.get_tensor(key) for key in ("c_max", "counts", "histogram"))
+            n = len(header["sites"])
+            for array, shape in ((c_max, (n,)), (counts, (n, 4)), (histogram, (n, BINS))):
+                if array.shape != shape:
+                    raise ValueError(f"an array of shape {array.shape} where {shape} belongs")
+            if not np.isfinite(c_max).all() or (c_max < 0).any() or (counts < 0).any() or (histogram < 0).any():
+                raise ValueError("a maximum or a count is negative or not finite")
+            sites = {
+                name: SiteStats(
+                    kind=str(text["kind"]),
+                    shape=_shape(text["shape"]),
+                    weight_shape=_shape(text["weight_shape"]) or (),
+                    layer=bool(text["layer"]),
+                    left_out=None if text["left_out"] is None else str(text["left_out"]),
+                    calls=int(counts[i, 0]),
+                    c_max=float(c_max[i]),
+                    elements=int(counts[i, 1]),
+                    sampled=int(counts[i, 2]),
+                    zeros=int(counts[i, 3]),
+                    histogram=histogram[i],
+                )
+                for i, (name, text) in enumerate(header["sites"].items())
+            }
+            modules = {
+                name: {key: _shape(shape) or () for key, shape in shapes.items()}
+                for name, shapes in header["modules"].items()
+            }
+            sets = (set(map(str, header[key])) for key in ("switches", "given"))
+            return cls(sites, modules, int(header["batches"]), *sets)
+        except FileNotFoundError:
+            raise
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError, OSError) as error:
+            raise ValueError(f"{os.fspath(path)} is not a file of calibration statistics: {error}") from error
+
+
+_TEXT_FIELDS = ("kind", "shape", "weight_shape", "layer", "left_out")
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    return None if value is None else tuple(int(size) for size in value)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that a reader finds the old one or the new one, never a part."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def parameter_shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of a module's own parameters, not its children's."""
+    return {name: tuple(value.shape) for name, value in module.named_parameters(recurse=False)}
+
+
+def threshold(c_max: float, ratio: float) -> float:
+    """c_r * c_max, rounded once to float32."""
+    return float(np.float32(float(ratio) * c_max))
+
+
+def check_ratio(ratio: Any, what: str = "ratio") -> float:
+    if not isinstance(ratio, int | float) or not math.isfinite(ratio) or not 0 <= ratio <= 1:
+        raise ValueError(f"{what} must be a number in [0, 1], inputs below that share of c_max become 0; got {ratio!r}")
+    return float(ratio)
+
+
+def match_sites(patterns: list[str], names: list[str], what: str) -> list[str]:
+    """The names that any pattern matches, in their order. A pattern without a match is an error, not a no-op."""
+    for pattern in patterns:
+        if not any(name == pattern or fnmatchcase(name, pattern) for name in names):
+            close = difflib.get_close_matches(pattern, names, n=3)
+            some = ", ".join(map(repr, close or names[:5]))
+            hint = f"did you mean {some}?" if close else f"the sites are {some}, ..."
+            raise ValueError(f"{what}: {pattern!r} matches no site; {hint}")
+    return [name for name in names if any(name == p or fnmatchcase(name, p) for p in patterns)]

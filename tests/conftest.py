@@ -1,0 +1,46 @@
+"""What the tests share: the real models and images that FORGED_FX_ASSETS points to."""
+
+import importlib.util
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    """Compiled code of one test must not count against the recompilation limit of the next."""
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def assets():
+    """load(name) -> a real model in eval mode; images(name, n) -> float NCHW in [0, 1] and int64 labels."""
+    folder = os.environ.get("FORGED_FX_ASSETS")
+    if not folder:
+        pytest.skip("FORGED_FX_ASSETS is not set: the tests on real models need the models")
+    spec = importlib.util.spec_from_file_location("zoo", Path(folder) / "zoo.py")
+    zoo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(zoo)
+
+    def images(name, n):
+        with np.load(Path(folder) / "data" / f"{name}.npz") as data:
+            x, y = data["x"][:n], data["y"][:n]
+        x = torch.from_numpy(x).float().div(255)
+        return (x.permute(0, 3, 1, 2) if x.ndim == 4 else x.unsqueeze(1)).contiguous(), torch.from_numpy(y).long()
+
+    return SimpleNamespace(load=zoo.load, images=images)

@@ -1,0 +1,53 @@
+"""Calibration and forging by forward pre-hooks: what the library must agree with, sharing no code with it.
+
+It knows modules only, so it serves models whose sites are all `nn.Linear` and `nn.Conv*d` modules that run once.
+"""
+
+import contextlib
+
+import torch
+from torch import nn
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def layers(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
+
+
+@torch.no_grad()
+def maxima(model, batches):
+    """Layer name -> the largest |x| that entered it."""
+    found = {}
+
+    def record(name):
+        def hook(_, args):
+            found[name] = max(found.get(name, 0.0), args[0].abs().max().item())
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(record(name)) for name, module in layers(model).items()]
+    for x in batches:
+        model(x)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@contextlib.contextmanager
+def forged(model, thresholds):
+    """Within, every layer's input is thresholded, in plain torch."""
+
+    def cut(t):
+        def hook(_, args):
+            x = args[0]
+            return (torch.where(x.abs() < t, torch.zeros_like(x), x), *args[1:])
+
+        return hook
+
+    handles = [layers(model)[name].register_forward_pre_hook(cut(t)) for name, t in thresholds.items()]
+    try:
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,167 @@
+"""calibrate: what it records, what it leaves alone, what it refuses."""
+
+import copy
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import forged_fx
+from forged_fx.sites import CONSTANT_INPUT, FIXED_FILTER, RECURRENT
+
+
+class Small(nn.Module):
+    """A convolution, a shared layer used twice, a functional call, a product with a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.fc = nn.Linear(4, 4)
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        x = self.conv(x).relu().mean((2, 3))
+        x = self.fc(self.fc(x).relu())
+        return F.linear(x, self.weight) @ self.weight.T
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Small()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(6, 3, 8, 8)
+
+
+def test_names_kinds_and_order(model, x):
+    stats = forged_fx.calibrate(model, [x])
+    assert [(name, site.kind) for name, site in stats.sites.items()] == [
+        ("conv", "conv2d"),
+        ("fc", "linear"),
+        ("fc#1", "linear"),
+        ("#0", "linear"),
+        ("#1", "matmul"),
+    ]
+    assert [site.layer for site in stats.sites.values()] == [True, True, True, False, False]
+    assert stats.sites["conv"].shape == (6, 3, 8, 8)
+    assert stats.sites["conv"].weight_shape == (4, 3, 3, 3)
+
+
+def test_c_max_equals_hooks(assets):
+    model = assets.load("cifar_resnet20_std")
+    images, _ = assets.images("cifar10jpeg_test", 60)
+    batches = images.split(25)
+    stats = forged_fx.calibrate(model, batches)
+    assert {name: site.c_max for name, site in stats.sites.items()} == oracle.maxima(model, batches)
+    assert stats.sites["1.conv1"].elements == images.numel()
+    assert stats.sites["1.conv1"].shape == (-1, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [lambda x: x, lambda x: (x, torch.zeros(2)), lambda x: [x], lambda x: {"x": x}],
+    ids="tensor tuple list dict".split(),
+)
+def test_forms_of_a_batch(model, x, form):
+    assert forged_fx.calibrate(model, [form(x)]) == forged_fx.calibrate(model, [x])
+
+
+def test_a_data_loader_is_an_iterable_of_batches(model, x):
+    data = torch.utils.data.TensorDataset(x, torch.zeros(6))
+    loader = torch.utils.data.DataLoader(data, batch_size=2)
+    assert forged_fx.calibrate(model, loader) == forged_fx.calibrate(model, x.split(2))
+
+
+def test_max_batches_stops_the_scan(model, x):
+    def endless():
+        while True:
+            yield x
+
+    assert forged_fx.calibrate(model, endless(), max_batches=3).batches == 3
+
+
+def test_the_model_is_left_as_it_was(model, x):
+    model.add_module("bn", nn.BatchNorm1d(4))
+    model.train()
+    model.fc.eval()
+    model.fc.weight.grad = torch.ones(4, 4)
+    called = []
+    model.fc.register_forward_hook(lambda *_: called.append(torch.is_grad_enabled()))
+    before = copy.deepcopy(model.state_dict())
+    modes = [m.training for m in model.modules()]
+    hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
+    rng = torch.get_rng_state()
+    forged_fx.calibrate(model, [x])
+    assert called == [False, False]
+    assert [m.training for m in model.modules()] == modes
+    assert [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()] == hooks
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert torch.equal(model.fc.weight.grad, torch.ones(4, 4)) and torch.equal(rng, torch.get_rng_state())
+
+
+def test_the_model_is_left_as_it_was_when_it_raises(model):
+    model.train()
+    with pytest.raises(RuntimeError):
+        forged_fx.calibrate(model, [torch.randn(2, 5, 8, 8)])
+    assert all(module.training for module in model.modules())
+    assert not torch.nn.modules.module._global_forward_pre_hooks
+    assert not torch.nn.modules.module._global_forward_hooks
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_runs_under_the_callers_autocast(x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stats = forged_fx.calibrate(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)), [x])
+    second = stats.sites["1"].c_max
+    assert second == torch.tensor(second).bfloat16().item()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_non_finite_input_is_named_with_its_site_and_batch(model, x, bad):
+    poisoned = x.clone()
+    poisoned[1, 2, 3, 4] = bad
+    with pytest.raises(ValueError, match=r"'conv' \(conv2d\).* batch 1 "):
+        forged_fx.calibrate(model, [x, poisoned])
+
+
+@pytest.mark.parametrize("batches, message", [([], "got no batch"), ([3], "got int"), ([()], "got tuple")])
+def test_batches_of_no_use(model, batches, message):
+    with pytest.raises(ValueError, match=message):
+        forged_fx.calibrate(model, batches)
+
+
+class Oddities(nn.Module):
+    """One call of each kind that is no site, or none by default."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions = nn.Linear(2, 4)
+        self.register_buffer("grid", torch.randn(4, 2))
+        self.register_buffer("blur", torch.ones(4, 1, 3) / 3)
+        self.hidden = [nn.Linear(4, 4)]
+        self.lstm = nn.LSTM(4, 4, batch_first=True)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        x = x + self.positions(self.grid)
+        x = F.conv1d(x.transpose(1, 2), self.blur, padding=1, groups=4).transpose(1, 2)
+        x = torch.einsum("bij,bkj->bik", x, x) @ x
+        x = torch.from_numpy(self.hidden[0](x).numpy())
+        return self.attention(*[self.lstm(x)[0]] * 3, need_weights=False)[0]
+
+
+def test_what_is_no_site_and_why():
+    stats = forged_fx.calibrate(Oddities(), [torch.randn(2, 4, 4)])
+    assert {name: (site.kind, site.left_out) for name, site in stats.sites.items()} == {
+        "positions": ("linear", CONSTANT_INPUT),
+        "#0": ("conv1d", FIXED_FILTER),
+        "#3": ("linear", None),  # the layer in a plain list counts as its caller's own; #1 and #2 are products of data
+        "lstm": ("recurrent", RECURRENT),
+        "attention": ("linear", None),
+        "attention#1": ("linear", None),
+    }

@@ -1,0 +1,162 @@
+"""Stats: exact under merge, the same after a file, and refusing what is not theirs."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import nn
+
+import forged_fx
+from forged_fx import histogram
+from forged_fx.stats import Stats
+
+
+def net(width=8):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), nn.Flatten(), nn.Linear(width * 36, 5))
+
+
+@pytest.fixture
+def batches():
+    return list(torch.randn(50, 3, 8, 8, generator=torch.Generator().manual_seed(1)).split(16))
+
+
+@pytest.fixture
+def stats(batches):
+    return forged_fx.calibrate(net(), batches)
+
+
+def test_merge_of_two_halves_is_the_whole(batches, stats):
+    halves = [forged_fx.calibrate(net(), part) for part in (batches[:1], batches[1:])]
+    assert halves[0].merge(halves[1]) == stats == halves[1].merge(halves[0])
+    assert halves[0] != stats
+
+
+def test_merge_refuses_another_model(batches, stats):
+    with pytest.raises(ValueError, match=r"different models.*\(8, 3, 3, 3\).*\(9, 3, 3, 3\)"):
+        stats.merge(forged_fx.calibrate(net(9), batches))
+
+
+def test_a_file_holds_everything(stats, tmp_path):
+    stats.save(tmp_path / "stats.safetensors")
+    assert Stats.load(tmp_path / "stats.safetensors") == stats
+    assert [p.name for p in tmp_path.iterdir()] == ["stats.safetensors"]
+
+
+def test_a_model_is_recognised_and_another_refused(stats):
+    stats.check_model(net())
+    with pytest.raises(ValueError, match=r"'0' has parameters .*\(9, 3, 3, 3\).*calibrate"):
+        stats.check_model(net(9))
+    with pytest.raises(ValueError, match="'3' is missing"):
+        stats.check_model(net()[:2])
+
+
+def test_shares_match_a_count(batches, stats):
+    """To the histogram's resolution: the share lies between the counts at the edges of the threshold's bin."""
+    x = torch.cat([b.flatten() for b in batches]).abs().numpy()
+    site = stats.sites["0"]
+    assert site.sampled == site.elements == x.size
+    for t in np.geomspace(1e-3, 3, 40, dtype=np.float32):
+        i = np.searchsorted(histogram.EDGES, t, side="right") - 1
+        low, high = (np.mean(x < edge) for edge in histogram.EDGES[i : i + 2])
+        assert low - 1e-12 <= site.share_zeroed(float(t)) <= high + 1e-12
+
+
+def test_zeros_are_counted_apart(stats):
+    after_relu = stats.sites["3"]
+    assert after_relu.share_zeroed(0.0) == 0
+    assert after_relu.share_zeroed(1e-30) == after_relu.zeros / after_relu.sampled > 0.3
+
+
+def test_bins_are_exact_at_their_edges():
+    edges = torch.from_numpy(histogram.EDGES[1 : histogram.BINS - 8].copy())
+    below = torch.nextafter(edges, torch.zeros(()))
+    zeros, counts = histogram.count(torch.cat([edges, below, torch.zeros(3), -edges[:1]]))
+    assert zeros == 3
+    assert counts[1] == 3 and counts[2:-9].unique().tolist() == [2]
+
+
+@pytest.mark.parametrize("shape", [(64, 64, 32, 32), (8, 197, 384), (3, 5, 7, 11)])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+def test_the_sample_favours_no_channel(shape, layout):
+    """Each channel's share of the sample is its share of the tensor."""
+    x = torch.arange(shape[1], dtype=torch.float32).view(1, -1, *[1] * (len(shape) - 2)).expand(shape).contiguous()
+    if layout == "channels_last":
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    elif layout == "strided":
+        x = x.repeat(1, 1, *[1] * (len(shape) - 3), 2)[..., ::2]
+    values = histogram.sample(x)
+    assert values.numel() == x.numel() or histogram.SAMPLE * 0.8 < values.numel() < histogram.SAMPLE * 1.2
+    share = torch.bincount(values.long(), minlength=shape[1]) / values.numel()
+    assert (share * shape[1] - 1).abs().max() < 0.15
+
+
+def test_thresholds_are_ratio_times_c_max(stats):
+    c = {name: site.c_max for name, site in stats.sites.items()}
+    assert stats.thresholds(2**-6) == {"0": c["0"] / 64, "3": c["3"] / 64}
+    assert stats.thresholds({"0": 0.5, "*": 0}) == {"0": c["0"] / 2, "3": 0}
+    assert stats.thresholds({"*": 0.25, "3": 1}) == {"0": c["0"] / 4, "3": c["3"]}
+    assert stats.thresholds(0.3)["0"] == float(np.float32(0.3 * c["0"]))
+
+
+@pytest.mark.parametrize(
+    "ratio, message",
+    [
+        (-1, "in .0, 1."),
+        (float("nan"), "in .0, 1."),
+        (1.5, "in .0, 1."),
+        ("big", "in .0, 1."),
+        ({"0": 0.1}, "no ratio for site '3'"),
+        ({"*": 0.1, "conv": 0.2}, "'conv' matches no site"),
+        ({"*": -2}, "ratio for '.'"),
+    ],
+)
+def test_ratios_of_no_use(stats, ratio, message):
+    with pytest.raises(ValueError, match=message):
+        stats.thresholds(ratio)
+
+
+def _edit(path, tensors=None, header=None):
+    arrays = load_file(path)
+    from safetensors import safe_open
+
+    with safe_open(path, "np") as file:
+        text = json.loads(file.metadata()["forged_fx.stats"])
+    arrays.update(tensors or {})
+    text.update(header or {})
+    save_file(arrays, path, {"forged_fx.stats": json.dumps(text)})
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (dict(header={"format": 99}), "format is 99"),
+        (dict(tensors={"c_max": np.array([1, -1], np.float32)}), "negative or not finite"),
+        (dict(tensors={"c_max": np.array([1, np.inf], np.float32)}), "negative or not finite"),
+        (dict(tensors={"c_max": np.ones(3, np.float32)}), "shape"),
+        (dict(header={"sites": 7}), "is not a file of calibration statistics"),
+        (dict(header={"sites": {"a": {}, "b": {}}}), "is not a file of calibration statistics"),
+    ],
+)
+def test_a_file_that_was_tampered_with_is_refused(stats, tmp_path, edit, message):
+    path = tmp_path / "stats.safetensors"
+    stats.save(path)
+    _edit(path, **edit)
+    with pytest.raises(ValueError, match=message):
+        Stats.load(path)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_a_truncated_file_is_refused(stats, tmp_path, keep):
+    path = tmp_path / "stats.safetensors"
+    stats.save(path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"stats\.safetensors is not a file of calibration statistics"):
+        Stats.load(path)
+
+
+def test_a_missing_file_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        Stats.load(tmp_path / "none")
