@@ -9,53 +9,62 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from forged_fx.modes import eval_mode, fast_path_off
 from forged_fx.observe import Observer
+from forged_fx.thresholds import thresholds_of
 
 
-class _CountThresholds(TorchFunctionMode):
-    """Sets every threshold to 0 for the run, and counts them by the buffer that they read."""
+class AuditFailed(RuntimeError):
+    """The result is not the model, or not all of it is forged."""
+
+
+class _CountThresholds(TorchDispatchMode):
+    """Counts the thresholds that run, by the buffer that they read. (A function mode would change which path attention
+    takes, and so see thresholds run that do not run without it.)"""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: Counter[int] = Counter()
 
-    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if function in (torch.ops.forged_fx.threshold, torch.ops.forged_fx.threshold.default):
-            x, t, *rest = args
-            self.seen[id(t)] += 1
-            return function(x, torch.zeros_like(t), *rest, **(kwargs or {}))
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is torch.ops.forged_fx.threshold.default:
+            self.seen[id(args[1])] += 1
         return function(*args, **(kwargs or {}))
 
 
 def audit(model: torch.nn.Module, forged: torch.nn.Module, wanted: list[str], args: tuple, kwargs: dict) -> None:
-    """Raise RuntimeError unless `forged` at ratio 0 gives what `model` gives, bit for bit, and ran every threshold.
+    """Raise AuditFailed unless `forged`, its thresholds at 0, gives what `model` gives, bit for bit, and ran them all.
 
     Both run in eval mode; randomness is repeated, and the state of the random generators restored.
     """
     runs: Counter[str] = Counter()
     observer = Observer(model, lambda seen: runs.update([seen.name]))
-    counted = _CountThresholds()
+    thresholds = thresholds_of(forged)
+    as_used, on_slow_path = _CountThresholds(), _CountThresholds()
     with torch.no_grad(), torch.random.fork_rng(), eval_mode(model), eval_mode(forged):
         seed = torch.initial_seed()
         torch.manual_seed(seed)
         expected = observer.run(*args, **kwargs)
         torch.manual_seed(seed)
-        with counted, fast_path_off():
+        with on_slow_path, fast_path_off():
             found = forged(*args, **kwargs)
-    buffers = forged.forging.buffers
+        if any(isinstance(module, torch.nn.MultiheadAttention) for module in forged.modules()):
+            with as_used:
+                forged(*args, **kwargs)
+        else:
+            as_used = on_slow_path
     for site in wanted:
-        ran = counted.seen[id(forged.get_buffer(buffers[site]))]
-        if ran != runs[site]:
-            raise RuntimeError(
-                f"audit: site {site!r} runs {runs[site]} times in the model, but its threshold {ran} times in the "
-                f"result; leave it out with exclude={site!r}"
-            )
+        for counted in (on_slow_path, as_used):
+            if (ran := counted.seen[id(thresholds[site])]) != runs[site]:
+                raise AuditFailed(
+                    f"audit: site {site!r} runs {runs[site]} times in the model, but its threshold {ran} times in the "
+                    f"result; leave it out with exclude={site!r}"
+                )
     if not same(expected, found):
-        raise RuntimeError("audit: with every threshold at 0 the result differs from the model: a bug in forged_fx")
+        raise AuditFailed("audit: with every threshold at 0 the result differs from the model")
 
 
 def same(a: Any, b: Any) -> bool:

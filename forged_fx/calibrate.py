@@ -13,6 +13,7 @@ from forged_fx import histogram
 from forged_fx.modes import eval_mode
 from forged_fx.observe import Observer, Sighting
 from forged_fx.progress import track
+from forged_fx.sites import module_of
 from forged_fx.stats import SiteStats, Stats, merge_shapes, parameter_shapes
 
 
@@ -64,6 +65,9 @@ class _Scan:
         self._calls_of_module: dict[str, int] = {}
         self._pending.clear()
         self.observer.run(*args, **kwargs)
+        for name, site in self.sites.items():
+            site.layer &= module_of(name) not in self.observer.not_layers
+            site.module_calls = max(site.module_calls, self.observer.numbering.calls(module_of(name)))
         for name, largest, zeros, bins in self._pending:
             site, peak = self.sites[name], float(largest)
             if not np.isfinite(peak):
@@ -80,11 +84,13 @@ class _Scan:
         site = self.sites.get(seen.name)
         if site is None:
             weight_shape = tuple(weight.shape) if isinstance(weight, Tensor) else ()
-            site = SiteStats(seen.kind, tuple(x.shape), weight_shape, True, seen.operand.left_out)
+            key, left_out = seen.operand.key, seen.operand.left_out
+            site = SiteStats(seen.kind, tuple(x.shape), weight_shape, key, layer=True, left_out=left_out)
             self.sites[seen.name] = site
             self.modules[seen.module] = parameter_shapes(self.observer.model.get_submodule(seen.module))
         site.shape = merge_shapes(site.shape, tuple(x.shape))
         site.layer &= seen.reads_module_input
+        site.once &= seen.first_run
         site.left_out = site.left_out or seen.operand.left_out
         site.calls += 1
         site.elements += x.numel()

@@ -7,10 +7,12 @@ others stay whole as `call_module`, and what a graph cannot carry is refused rat
 
 import copy
 import inspect
+import operator
 from collections.abc import Iterable
 
 import torch
 import torch.fx as fx
+from torch.fx._symbolic_trace import _assert_is_none
 
 from forged_fx.sites import module_of
 
@@ -72,9 +74,16 @@ def _trace(model: torch.nn.Module, opened: set[str], given: set[str], training: 
     except Exception as error:  # tracing runs the user's code on proxies: anything can be raised from it
         first_line = next(iter(str(error).strip().splitlines()), "")
         raise Untraceable(f"{type(error).__name__}: {first_line}") from error
+    graph._tracer_cls = fx.Tracer  # what unpickling retraces with; ours needs to be told what to open
     for node in graph.find_nodes(op="placeholder"):
         if (name := node.target.removesuffix("_1")) in defaults:
             node.target = name  # the tracer renames a parameter that it fixes; callers use its own name
+    for node in graph.find_nodes(op="call_function", target=_assert_is_none):
+        # Unpickling a graph that holds this function breaks every later trace of the process (torch 2.14).
+        value, message = node.args
+        with graph.inserting_before(node):
+            graph.call_function(torch._assert, (graph.call_function(operator.eq, (value, None)), message))
+        graph.erase_node(node)
     return graph
 
 

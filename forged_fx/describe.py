@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 import torch
 
-from forged_fx.transform import forgings
+from forged_fx.thresholds import thresholds_of
+from forged_fx.transform import forging_of
 
 
 @dataclass(frozen=True)
 class Row:
-    """One site. threshold and share_zeroed are None where it was left out; share_zeroed is in [0, 1]."""
+    """One site. threshold, share_zeroed (in [0, 1]) and reached are None where it was left out."""
 
     site: str
     kind: str
@@ -18,10 +19,15 @@ class Row:
     threshold: float | None
     share_zeroed: float | None
     left_out: str | None
+    reached: str | None
 
 
 class Description(list[Row]):
     """The rows; printed, a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: list[str] = []  # how each forged model was captured
 
     def __str__(self) -> str:
         table = [("site", "kind", "input seen", "c_max", "threshold", "zeroed")]
@@ -30,7 +36,7 @@ class Description(list[Row]):
         lines = ["  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[5]]) for line in table]
         lines.insert(1, "-" * max(map(len, lines)))
         forged = sum(row.left_out is None for row in self)
-        lines.append(f"{forged} of {len(self)} sites forged")
+        lines.append(f"{forged} of {len(self)} sites forged, as {'; '.join(self.notes)}")
         return "\n".join(line.rstrip() for line in lines)
 
 
@@ -41,17 +47,19 @@ def describe(model: torch.nn.Module) -> Description:
     c_max, the threshold in force now, the share of its inputs that this threshold would have zeroed in calibration,
     or why it was left out. Raises ValueError for a model that is not forged.
     """
-    found = list(forgings(model))
+    found = [(module, record) for module in model.modules() if (record := forging_of(module))]
     if not found:
         raise ValueError(f"this {type(model).__name__} is not forged: describe what forged_fx.transform returned")
     rows = Description()
-    for owner, forging in found:
-        for name, site in forging.stats.sites.items():
-            buffer = forging.buffers.get(name)
-            threshold = None if buffer is None else float(owner.get_buffer(buffer))
-            share = None if threshold is None else site.share_zeroed(threshold)
-            reason = None if buffer else forging.left_out[name]
-            rows.append(Row(name, site.kind, site.shape, site.c_max, threshold, share, reason))
+    for owner, record in found:
+        thresholds = thresholds_of(owner)
+        for name, site in record.stats.sites.items():
+            t = float(thresholds[name]) if name in record.reached else None
+            share = None if t is None else site.share_zeroed(t)
+            reached, left_out = record.reached.get(name), record.left_out.get(name)
+            rows.append(Row(name, site.kind, site.shape, site.c_max, t, share, left_out, reached))
+        whole = "one graph" if record.not_whole is None else f"module by module ({record.not_whole})"
+        rows.notes.append(whole + ("" if record.audited else "; not audited: pass transform an example"))
     return rows
 
 

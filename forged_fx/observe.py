@@ -6,6 +6,7 @@ makes it. So any Python model can be observed, control flow included, and nothin
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,9 @@ from forged_fx.sites import (
 # Factories that take their values from Python: what they hold may well come from the input (numpy in the middle).
 _FROM_PYTHON = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy}
 
+# What a layer may ask of its input besides its one call: nothing that hands its values on.
+_LOOKS = {"__get__", "dim", "size", "stride", "numel", "is_contiguous", "is_floating_point", "ndimension"}
+
 
 @dataclass(frozen=True, eq=False)
 class Sighting:
@@ -43,7 +47,8 @@ class Sighting:
     module: str  # the module that runs the call
     kind: str
     operand: Operand
-    reads_module_input: bool  # the operand is that module's own first argument, untouched
+    reads_module_input: bool  # the operand is that module's own first argument, untouched (see Observer.not_layers)
+    first_run: bool  # that module runs for the first time in this forward pass
 
 
 @dataclass
@@ -53,6 +58,8 @@ class _Frame:
     name: str
     first_input: Any
     modes: tuple  # autocast and grad mode on entry
+    calls: int = 0
+    uses_input_elsewhere: bool = False
 
 
 class _Origins:
@@ -105,6 +112,8 @@ class _SeeCalls(TorchFunctionMode):
         if call is not None:
             args, kwargs = self.observer.saw(call, args, kwargs)
         result = function(*args, **kwargs)
+        if call is None:
+            self.observer.used(function, args, kwargs, result)
         self.observer.origins.follow(function, args, kwargs, result)
         return result
 
@@ -121,12 +130,14 @@ class Observer:
         self.on_call = on_call
         self.names = names_of(model)
         self.switches: set[str] = set()  # modules whose own code changes autocast or the grad mode
+        self.not_layers: set[str] = set()  # modules that do more with their first argument than one call of the table
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """One forward pass. The fast path of attention is off within: it would hide the products inside it."""
         self.origins = _Origins(self.model)
         self.origins.mark((args, kwargs), Origin.DATA)
         self.numbering = Numbering()
+        self.runs: Counter[str] = Counter()
         self.frames: list[_Frame] = []
         with self._follow_modules(), fast_path_off(), _SeeCalls(self):
             return self.model(*args, **kwargs)
@@ -134,13 +145,24 @@ class Observer:
     def saw(self, call: Call, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         frame = self.frames[-1]
         self._note_switch(frame)
+        frame.calls += 1
         name = self.numbering.call(frame.name)
         for i, operand in enumerate(data_operands(call, args, kwargs, self.origins.of)):
             reads_input = operand.value is frame.first_input
-            new = self.on_call(Sighting(operand_name(name, i), frame.name, call.kind, operand, reads_input))
+            first_run = self.runs[frame.name] <= 1
+            new = self.on_call(Sighting(operand_name(name, i), frame.name, call.kind, operand, reads_input, first_run))
             if new is not None:
                 args, kwargs = replace(args, kwargs, operand.key, new)
         return args, kwargs
+
+    def used(self, function: Callable, args: tuple, kwargs: dict, result: Any) -> None:
+        """Note a use of the running module's first argument, other than a look at its shape and the like."""
+        frame = self.frames[-1] if self.frames else None
+        if frame is None or frame.first_input is None:
+            return
+        looks = getattr(function, "__name__", "") in _LOOKS and not isinstance(result, Tensor)
+        if not looks:
+            frame.uses_input_elsewhere |= any(value is frame.first_input for value in (*args, *kwargs.values()))
 
     def _note_switch(self, frame: _Frame) -> None:
         if _modes() != frame.modes:
@@ -154,14 +176,18 @@ class Observer:
             caller = self.frames[-1] if self.frames else None
             if caller is not None:
                 self._note_switch(caller)
+                self.used(module, args, {}, None)
             if id(module) in self.names:
                 frame = _Frame(self.names[id(module)], args[0] if args else None, _modes())
+                self.runs[frame.name] += 1
             else:  # not registered (kept in a plain list or a closure): its calls count as its caller's own
                 frame = _Frame(caller.name if caller else "", None, _modes())
             self.frames.append(frame)
 
         def leave(module: torch.nn.Module, args: tuple, result: Any) -> None:
-            self.frames.pop()
+            frame = self.frames.pop()
+            if frame.calls > 1 or frame.uses_input_elsewhere:
+                self.not_layers.add(frame.name)
 
         handles = [
             hooks.register_module_forward_pre_hook(enter),

@@ -196,6 +196,10 @@ class Numbering:
         self._calls[module] = k + 1
         return module if k == 0 and module else f"{module}#{k}"
 
+    def calls(self, module: str) -> int:
+        """How many calls the module has made."""
+        return self._calls.get(module, 0)
+
 
 def operand_name(call_name: str, index: int) -> str:
     """A call with several data inputs (bilinear) has a site for each: the later ones carry `:1`, `:2`."""

@@ -35,7 +35,10 @@ class SiteStats:
     kind: str
     shape: tuple[int, ...] | None
     weight_shape: tuple[int, ...]
+    key: tuple[int | str, ...]  # where the operand sits among the call's arguments
     layer: bool  # its module makes this call only, on its own first argument: the threshold can go ahead of the module
+    once: bool = True  # its module ran at most once in a forward pass
+    module_calls: int = 0  # how many calls of the table its module made in one forward pass, at most
     left_out: str | None = None  # why it is no site by default; None: it is one
     calls: int = 0
     c_max: float = 0.0
@@ -53,7 +56,10 @@ class SiteStats:
             kind=self.kind,
             shape=merge_shapes(self.shape, other.shape),
             weight_shape=self.weight_shape,
+            key=self.key,
             layer=self.layer and other.layer,
+            once=self.once and other.once,
+            module_calls=max(self.module_calls, other.module_calls),
             left_out=self.left_out or other.left_out,
             calls=self.calls + other.calls,
             c_max=max(self.c_max, other.c_max),
@@ -119,8 +125,8 @@ class Stats:
         Raises ValueError where the two were taken from different models. A site that only one scan reached
         (a branch that depends on the data) is kept.
         """
-        for name in self.modules.keys() & other.modules.keys():
-            if self.modules[name] != other.modules[name]:
+        for name in self.modules:
+            if name in other.modules and self.modules[name] != other.modules[name]:
                 raise ValueError(
                     f"cannot merge statistics of different models: the parameters of {name or 'the root module'!r} are "
                     f"{self.modules[name]} here and {other.modules[name]} there"
@@ -223,7 +229,10 @@ class Stats:
                     kind=str(text["kind"]),
                     shape=_shape(text["shape"]),
                     weight_shape=_shape(text["weight_shape"]) or (),
+                    key=tuple(text["key"]),
                     layer=bool(text["layer"]),
+                    once=bool(text["once"]),
+                    module_calls=int(text["module_calls"]),
                     left_out=None if text["left_out"] is None else str(text["left_out"]),
                     calls=int(counts[i, 0]),
                     c_max=float(c_max[i]),
@@ -246,7 +255,7 @@ class Stats:
             raise ValueError(f"{os.fspath(path)} is not a file of calibration statistics: {error}") from error
 
 
-_TEXT_FIELDS = ("kind", "shape", "weight_shape", "layer", "left_out")
+_TEXT_FIELDS = ("kind", "shape", "weight_shape", "key", "layer", "once", "module_calls", "left_out")
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:

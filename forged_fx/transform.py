@@ -2,59 +2,66 @@
 
 import copy
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.fx as fx
 
-from forged_fx.audit import audit
+from forged_fx.audit import AuditFailed, audit
 from forged_fx.capture import Untraceable, capture, opened_modules
+from forged_fx.regions import forge_regions
 from forged_fx.rewrite import insert_thresholds
 from forged_fx.sites import FIXED_FILTER, Origin, module_of
 from forged_fx.stats import Ratio, Stats, match_sites
+from forged_fx.thresholds import HoldsThresholds, register, thresholds_of
 
 Globs = str | Iterable[str]
 
 
 @dataclass
 class Forging:
-    """What was done to a model: the statistics it rests on, and each site's threshold buffer or why it has none."""
+    """The record of what was done to a model.
+
+    reached: site name -> how its threshold is placed. left_out: site name -> why it has none. not_whole: why the model
+    is not one graph, or None. audited: the result was compared with the model on a batch.
+    """
 
     stats: Stats
-    buffers: dict[str, str] = field(default_factory=dict)  # site name -> qualified name of its threshold
-    left_out: dict[str, str] = field(default_factory=dict)  # site name -> why
+    reached: dict[str, str]
+    left_out: dict[str, str]
+    not_whole: str | None = None
+    audited: bool = False
 
 
-class ForgedModule(fx.GraphModule):
-    """A GraphModule whose thresholds are buffers: float32 scalars that `.to()` moves and `state_dict()` holds.
-
-    `.half()` and its like leave them in float32, as the comparison is made there. A checkpoint of the plain model
-    loads, with `strict=True` too: thresholds that it does not name keep their values.
-    """
+class ForgedModule(HoldsThresholds, fx.GraphModule):
+    """The whole model as one graph, with its thresholds as buffers beside the weights that they guard."""
 
     @property
     def forging(self) -> Forging:
         return self.meta["forged_fx"]
 
+    @property
+    def threshold_buffers(self) -> dict[str, str]:
+        return self.meta["threshold_buffers"]
+
     def set_ratio(self, ratio: Ratio) -> None:
         """Move the thresholds, in place and without recompiling. See `Stats.thresholds` for `ratio`."""
         set_ratio(self, ratio)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "ForgedModule":
-        before = {name: self.get_buffer(name) for name in self.forging.buffers.values()}
-        super()._apply(fn, recurse)
-        for name, value in before.items():
-            after = self.get_buffer(name)
-            if after.dtype != value.dtype:
-                _set_buffer(self, name, value.to(after.device))
-        return self
+    def __reduce__(self) -> tuple:
+        _, (body, imports) = super().__reduce__()
+        return _rebuild, (body, imports, type(self).__name__, self.meta)
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        for name in self.forging.buffers.values():
-            state_dict.setdefault(prefix + name, self.get_buffer(name))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+
+def _rebuild(body: dict, imports: str, class_name: str, meta: dict) -> ForgedModule:
+    from torch.fx.graph_module import reduce_graph_module
+
+    plain = reduce_graph_module(body, imports)
+    forged = ForgedModule(plain, plain.graph, class_name)
+    forged.meta = meta
+    return forged
 
 
 def transform(
@@ -65,11 +72,15 @@ def transform(
     include: Globs | None = None,
     exclude: Globs | None = None,
     example: tuple[tuple, dict] | None = None,
-) -> ForgedModule:
+) -> torch.nn.Module:
     """A copy of `model` in which every site's small inputs are set to zero; `model` itself is left untouched.
 
     Ahead of each linear, convolution and matrix product with weights comes the forged function (section 3 of
     arXiv 2406.19622): `0 where |x| < c_r * c_max, else x`.
+
+    The copy is one `torch.fx.GraphModule` where a graph is exactly the model, else the model's own modules with the
+    thresholds put in place one by one (`describe` says which, and why). Both keep the parameter names and have a
+    float32 scalar buffer `forged_threshold` beside the weights of each site.
 
     Args:
         model: the calibrated model.
@@ -80,25 +91,29 @@ def transform(
         example: (args, kwargs) for an audit of the result; by default the first calibration batch, where it is at hand.
             The audit runs model and result at ratio 0 and raises unless they agree bit for bit and every site ran.
 
-    Returns:
-        A `torch.fx.GraphModule` with the model's parameter names, and a float32 scalar buffer `forged_threshold` beside
-        the weights of each site.
-
     Raises:
         ValueError: the statistics are another model's; a glob or ratio matches no site; the model is forged already.
-        NotImplementedError: the model cannot be traced to a graph; the message says why.
-        RuntimeError: the audit failed.
+        RuntimeError: the audit failed; it names the site.
     """
     stats = stats if isinstance(stats, Stats) else Stats.load(stats)
     model = getattr(model, "_orig_mod", model)
-    if any(isinstance(module, ForgedModule) for module in model.modules()):
+    if thresholds_of(model):
         raise ValueError("this model is forged already: move its thresholds with set_ratio, or forge the plain model")
     stats.check_model(model)
     wanted, left_out = select(stats, include, exclude)
-    forged = _forge(copy.deepcopy(model), stats, wanted, left_out)
+    example = example or stats.example
+    try:
+        forged = _forge_whole(model, stats, wanted)
+        forged.meta["forged_fx"] = record = Forging(stats, dict.fromkeys(wanted, "in the graph"), left_out)
+        if example:
+            audit(model, forged, wanted, *example)
+    except (Untraceable, AuditFailed) as error:
+        forged = copy.deepcopy(model)
+        forged.forging = record = Forging(stats, forge_regions(forged, stats, wanted), left_out, not_whole=str(error))
+        if example:
+            audit(model, forged, wanted, *example)
+    record.audited = example is not None
     set_ratio(forged, ratio)
-    if example or stats.example:
-        audit(model, forged, wanted, *(example or stats.example))
     return forged
 
 
@@ -111,68 +126,54 @@ def select(stats: Stats, include: Globs | None, exclude: Globs | None) -> tuple[
     dropped = match_sites(_globs(exclude), names, "exclude") if exclude is not None else []
     wanted = [name for name in chosen if name not in dropped]
     reasons = {name: stats.sites[name].left_out or "not in include" for name in names if name not in chosen}
-    return wanted, reasons | dict.fromkeys((n for n in dropped), "in exclude")
+    return wanted, reasons | dict.fromkeys((n for n in dropped if n in chosen), "in exclude")
 
 
-def forgings(model: torch.nn.Module) -> Iterator[tuple[ForgedModule, Forging]]:
-    """Every forged module within `model` (itself, as a rule) with the record of what was done to it."""
-    yield from ((module, module.forging) for module in model.modules() if isinstance(module, ForgedModule))
+def forging_of(module: torch.nn.Module) -> Forging | None:
+    """The record of a forged model, None for any other module."""
+    return (
+        getattr(module, "meta", {}).get("forged_fx")
+        if isinstance(module, ForgedModule)
+        else vars(module).get("forging")
+    )
 
 
 def set_ratio(forged: torch.nn.Module, ratio: Ratio) -> None:
-    """Set every threshold of a forged model to `ratio * c_max`, in place: nothing is traced or compiled again."""
-    for module, forging in forgings(forged):
-        for site, value in forging.stats.thresholds(ratio, list(forging.buffers)).items():
-            module.get_buffer(forging.buffers[site]).data.fill_(value)
+    """Set every threshold of a forged model to `ratio * c_max`, in place: nothing is traced or compiled again.
+
+    Raises ValueError for a model that is not forged, and as `Stats.thresholds` does.
+    """
+    found = [(module, record) for module in forged.modules() if (record := forging_of(module))]
+    if not found:
+        raise ValueError(f"this {type(forged).__name__} is not forged: set_ratio takes what transform returned")
+    for module, record in found:
+        buffers = thresholds_of(module)
+        for site, value in record.stats.thresholds(ratio, list(record.reached)).items():
+            buffers[site].data.fill_(value)
 
 
-def _forge(model: torch.nn.Module, stats: Stats, wanted: list[str], left_out: dict[str, str]) -> ForgedModule:
+def _forge_whole(model: torch.nn.Module, stats: Stats, wanted: list[str]) -> ForgedModule:
+    """The model as one graph with thresholds at 0. Raises Untraceable."""
     layer_sites = {name for name, site in stats.sites.items() if site.layer}
     opened = opened_modules(wanted, layer_sites)
-    try:
-        graph = capture(model, opened, stats.given, stats.switches)
-    except Untraceable as error:
-        raise NotImplementedError(
-            f"{type(model).__name__} cannot be forged as one graph: {error}. torch.compile(model, backend='forged', "
-            "options={'stats': ...}) does not need one"
-        ) from error
-
+    graph = capture(model, opened, stats.given, stats.switches)
+    model = copy.deepcopy(model)
     buffers: dict[str, str] = {}
 
     def place(site: str) -> fx.Node | None:
-        if site not in wanted_set:
+        if site not in wanted:
             return None
-        buffers[site] = _register_threshold(model, site)
+        buffers[site] = register(model.get_submodule(module_of(site)), site, model)
         return graph.get_attr(buffers[site])
 
-    wanted_set = set(wanted)
     insert_thresholds(graph, place, _module_of_node, {module_of(s) for s in layer_sites} - opened, _source(model))
     if missed := [name for name in wanted if name not in buffers]:
-        raise RuntimeError(f"sites that calibration saw are not in the graph: {missed}; leave them out with exclude=")
+        raise Untraceable(f"the graph lacks the sites {', '.join(missed)}")
     forged = ForgedModule(model, graph, class_name=f"Forged{type(model).__name__}")
-    forged.meta["forged_fx"] = Forging(stats, {name: buffers[name] for name in wanted}, left_out)
+    forged.meta["threshold_buffers"] = buffers
     for name, module in forged.named_modules():  # one by one: a user may have set some of them apart
         module.training = model.get_submodule(name).training
     return forged
-
-
-def buffer_name(site: str) -> str:
-    """The threshold's name beside its module's own parameters: `forged_threshold`, `forged_threshold_1`, ..."""
-    k, _, operand = site.partition("#")[2].partition(":")
-    operand = operand or site.partition(":")[2]
-    return "forged_threshold" + (f"_{k}" if k and k != "0" else "") + (f"_input{operand}" if operand else "")
-
-
-def _register_threshold(model: torch.nn.Module, site: str) -> str:
-    owner = model.get_submodule(module_of(site))
-    near = next((t for t in [*owner.parameters(), *owner.buffers(), *model.parameters()]), None)
-    owner.register_buffer(buffer_name(site), torch.zeros((), device=None if near is None else near.device))
-    return f"{module_of(site)}.{buffer_name(site)}".removeprefix(".")
-
-
-def _set_buffer(model: torch.nn.Module, name: str, value: torch.Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    model.get_submodule(owner)._buffers[leaf] = value
 
 
 def _module_of_node(node: fx.Node) -> str:

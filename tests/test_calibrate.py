@@ -165,3 +165,41 @@ def test_what_is_no_site_and_why():
         "attention": ("linear", None),
         "attention#1": ("linear", None),
     }
+
+
+class TwoProducts(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + F.linear(x, self.weight)
+
+
+class Residual(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + x
+
+
+class LowRank(nn.Linear):
+    def __init__(self, n):
+        super().__init__(n, n)
+        self.down = nn.Linear(n, 2)
+
+    def forward(self, x):
+        return super().forward(x) + self.down(x).sum(-1, keepdim=True)
+
+
+class Checked(nn.Linear):
+    def forward(self, x):
+        if x.dim() != 2 or x.shape[1] != self.in_features or not x.is_floating_point():
+            raise ValueError(x.dtype)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind, layer", [(TwoProducts, False), (Residual, False), (Checked, True)])
+def test_a_layer_does_one_thing_with_its_input(kind, layer):
+    """A threshold ahead of the whole module would also cut what the module does not feed to a product."""
+    stats = forged_fx.calibrate(nn.Sequential(kind(4, 4)), [torch.randn(2, 4)])
+    assert {site.layer for site in stats.sites.values()} == {layer}
+
+
+def test_a_layer_keeps_its_input_from_other_layers():
+    sites = forged_fx.calibrate(nn.Sequential(LowRank(4)), [torch.randn(2, 4)]).sites
+    assert {name: site.layer for name, site in sites.items()} == {"0": False, "0.down": True}

@@ -1,0 +1,342 @@
+"""torch.ops.forged_fx.*: the forged function as an operator that every part of PyTorch understands.
+
+    threshold(Tensor x, Tensor t, bool straight_through=False) -> Tensor     0 where |x| < t, else x
+    threshold_backward(Tensor grad, Tensor x, Tensor t) -> Tensor            0 where |x| < t, else grad
+
+`kernels/reference.py` specifies both, values and strides. `straight_through` selects the gradient and never changes
+the value: False is the true gradient, True the identity (BPDA: Athalye, Carlini, Wagner 2018, arXiv 1802.00420).
+t gets no gradient.
+
+x is float16, bfloat16, float32 or float64; t is a floating-point scalar on x's device. They are compared in float32
+(float64 where x is float64). Anything else is a TypeError or a ValueError that says what to do.
+
+    CUDA         the Triton kernels of kernels/threshold.py
+    CPU          plain torch: one pass over memory, two for the gradient
+    elsewhere    the reference
+    Inductor     a pointwise node, which fuses into whatever produces x
+"""
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+
+from forged_fx.kernels import reference
+
+SCHEMAS = {
+    "threshold": "(Tensor x, Tensor t, bool straight_through=False) -> Tensor",
+    "threshold_backward": "(Tensor grad, Tensor x, Tensor t) -> Tensor",
+}
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+try:
+    _library = torch.library.Library("forged_fx", "DEF")
+except RuntimeError as error:
+    raise ImportError(
+        f"{__file__} was imported a second time (now as {__name__!r}), and an operator can be defined only once: "
+        "import it as forged_fx.ops everywhere, and keep its folder itself off sys.path"
+    ) from error
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pointwise, torch.Tag.pt2_compliant_tag))
+
+_threshold = torch.ops.forged_fx.threshold.default
+_threshold_backward = torch.ops.forged_fx.threshold_backward.default
+
+
+# ---- what a caller may pass
+
+
+def _check(x: Tensor, t: Tensor) -> None:
+    if x.dtype not in DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(
+            f"threshold: x is {x.dtype}, which has no magnitude to compare in floating point; cast it to one of {known}"
+        )
+    if not t.is_floating_point() or t.dim():
+        raise TypeError(
+            f"threshold: t must be a floating-point scalar, not {t.dtype} of shape {tuple(t.shape)}; "
+            "pass a 0-dim tensor such as torch.tensor(0.1)"
+        )
+    if t.device != x.device:
+        raise ValueError(
+            f"threshold: t is on {t.device} and x on {x.device}; move t (a buffer of its module moves along)"
+        )
+
+
+def _check_backward(grad: Tensor, x: Tensor, t: Tensor) -> None:
+    _check(x, t)
+    if (grad.shape, grad.dtype, grad.device) != (x.shape, x.dtype, x.device):
+        raise ValueError(
+            f"threshold_backward: grad is {grad.dtype} {tuple(grad.shape)} on {grad.device}, and x is "
+            f"{x.dtype} {tuple(x.shape)} on {x.device}; they must agree"
+        )
+
+
+# ---- one implementation per device
+
+
+def _threshold_cpu(x: Tensor, t: Tensor, straight_through: bool = False) -> Tensor:
+    _check(x, t)
+    return torch.hardshrink(x, _largest_below(t.item(), x.dtype), out=torch.empty_like(x))
+
+
+def _threshold_backward_cpu(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    _check_backward(grad, x, t)
+    # hardshrink_backward is one pass, but zeroes the gradient where x is NaN.
+    magnitude = torch.abs(x, out=torch.empty_like(x))
+    limit = _largest_below(t.item(), x.dtype)
+    return torch.ops.aten.threshold_backward.grad_input(grad, magnitude, limit, grad_input=magnitude)
+
+
+@functools.lru_cache(maxsize=4096)
+def _largest_below(t: float, dtype: torch.dtype) -> float:
+    """The largest value of `dtype` below t, or -1 where t <= 0 or NaN: `|x| < t` is `|x| <= _largest_below(t, dtype)`.
+
+    torch's own one-pass functions compare with `<=`, in x's dtype; this is the bridge to the `<` in float32.
+    """
+    # On the CPU by name: a caller's `with torch.device("cuda")` reaches in here.
+    limit = torch.tensor(t, dtype=reference.comparison_dtype(dtype), device="cpu")
+    if not limit > 0:
+        return -1.0
+    below = limit.to(dtype)  # rounds to nearest, so it may be above the limit as well as on it
+    if below.to(limit.dtype) >= limit:
+        below = torch.nextafter(below, torch.zeros_like(below))
+    return below.item()
+
+
+def _threshold_cuda(x: Tensor, t: Tensor, straight_through: bool = False) -> Tensor:
+    _check(x, t)
+    return _kernels().launch_threshold(x, t)
+
+
+def _threshold_backward_cuda(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    _check_backward(grad, x, t)
+    return _kernels().launch_threshold_backward(grad, x, t)
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    return importlib.import_module("forged_fx.kernels.threshold")  # late: Triton is slow to import, and CUDA's alone
+
+
+def _threshold_elsewhere(x: Tensor, t: Tensor, straight_through: bool = False) -> Tensor:
+    _check(x, t)
+    return reference.threshold(x, t)
+
+
+def _threshold_backward_elsewhere(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    _check_backward(grad, x, t)
+    return reference.threshold_backward(grad, x, t)
+
+
+def _threshold_fake(x: Tensor, t: Tensor, straight_through: bool = False) -> Tensor:
+    _check(x, t)
+    _lower_if_inductor_runs()
+    return torch.empty_like(x)
+
+
+def _threshold_backward_fake(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    _check_backward(grad, x, t)
+    _lower_if_inductor_runs()
+    return torch.empty_like(x)
+
+
+# ---- gradients
+
+
+class _Masked(torch.autograd.function._SingleLevelFunction):
+    """The derivative that both ops have by their first argument: 1 where |x| >= t, 0 elsewhere; or the identity.
+
+    By hand, because torch.library.register_autograd refuses torch.func.grad, and answers forward mode with zeros.
+    """
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _Masked.mask(ctx, grad), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor | None, *_: Any) -> Tensor | None:
+        return None if tangent is None else _Masked.mask(ctx, tangent)
+
+    @staticmethod
+    def keep(ctx: Any, x: Tensor, t: Tensor) -> None:
+        ctx.save_for_backward(x, t)
+        ctx.save_for_forward(x, t)
+
+    @staticmethod
+    def mask(ctx: Any, value: Tensor) -> Tensor:
+        saved = ctx.saved_tensors  # asked for once: activation checkpointing recomputes them, and allows no second time
+        return _threshold_backward(value, *saved) if saved else value
+
+
+class _Threshold(_Masked):
+    @staticmethod
+    def forward(x: Tensor, t: Tensor, straight_through: bool) -> Tensor:
+        return _run_recorded(_threshold, x, t, straight_through)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, t, straight_through = inputs
+        if not straight_through:
+            _Masked.keep(ctx, x, t)
+
+
+class _ThresholdBackward(_Masked):
+    @staticmethod
+    def forward(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        return _run_recorded(_threshold_backward, grad, x, t)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, x, t = inputs
+        _Masked.keep(ctx, x, t)
+
+
+def _record(function: type[_Masked], op: Callable, *args: Any) -> Tensor:
+    tracked = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+    if tracked or forward_ad._current_level >= 0:
+        with enable_single_level_autograd_function():
+            return function.apply(*args)
+    return _run(op, *args)
+
+
+def _run(op: Callable, *args: Any) -> Tensor:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def _run_recorded(op: Callable, *args: Any) -> Tensor:
+    # autograd.Function switches both modes off, but a torch.func transform further out records what runs here.
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        return _run(op, *args)
+
+
+def _threshold_autograd(x: Tensor, t: Tensor, straight_through: bool = False) -> Tensor:
+    return _record(_Threshold, _threshold, x, t, straight_through)
+
+
+def _threshold_backward_autograd(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    return _record(_ThresholdBackward, _threshold_backward, grad, x, t)
+
+
+# ---- torch.func.vmap
+
+
+def _batch_rule(op: Callable, t_at: int) -> Callable:
+    """Elementwise, so a batch of x is one bigger x; a batch of t (an ensemble of models) takes a call per member."""
+
+    def rule(info: Any, in_dims: tuple, *args: Any) -> tuple[Tensor, int]:
+        def member(i: int) -> Tensor:
+            return op(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)))
+
+        def whole(arg: Tensor, dim: int | None) -> Tensor:
+            return arg.expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
+
+        if in_dims[t_at] is not None:
+            return torch.stack([member(i) for i in range(info.batch_size)]), 0
+        return op(*map(whole, args[:t_at], in_dims), *args[t_at:]), 0
+
+    return rule
+
+
+# ---- Inductor
+
+
+@functools.cache
+def register_lowerings() -> None:
+    """Teach Inductor to make a pointwise node of both ops. Idempotent; imports Inductor.
+
+    The backend calls it. Under plain `torch.compile` it happens by itself: see `_lower_if_inductor_runs`.
+    """
+    from torch._inductor.ir import Pointwise, TensorBox
+    from torch._inductor.lowering import register_lowering
+    from torch._inductor.virtualized import ops as inner
+
+    def where_kept(value: TensorBox, x: TensorBox, t: TensorBox) -> TensorBox:
+        load_value, load_x, load_t = value.make_loader(), x.make_loader(), t.make_loader()
+        wide = reference.comparison_dtype(x.get_dtype())
+
+        def at(index: Any) -> Any:
+            magnitude = inner.abs(inner.to_dtype(load_x(index), wide))
+            dropped = inner.lt(magnitude, inner.to_dtype(load_t(()), wide))
+            return inner.where(dropped, inner.constant(0, x.get_dtype()), load_value(index))
+
+        return Pointwise.create(device=x.get_device(), dtype=x.get_dtype(), inner_fn=at, ranges=x.get_size())
+
+    def where_kept_of_itself(x: TensorBox, t: TensorBox, straight_through: bool = False) -> TensorBox:
+        return where_kept(x, x, t)
+
+    register_lowering(_threshold, type_promotion_kind=None)(where_kept_of_itself)
+    register_lowering(_threshold_backward, type_promotion_kind=None)(where_kept)
+
+
+def _lower_if_inductor_runs() -> None:
+    """Called by the fake implementations, which a compiler consults before it lowers anything: so the lowerings are
+    there in time under plain `backend="inductor"` too, and who never compiles never imports Inductor."""
+    if "torch._inductor.lowering" in sys.modules:
+        register_lowerings()
+
+
+# ---- the gradient that attacks ask for
+
+
+class straight_through(TorchFunctionMode):
+    """Within it, every threshold's gradient is the identity (BPDA: Athalye, Carlini, Wagner 2018); values are the same.
+
+        with forged_fx.straight_through():
+            loss = criterion(forged(x), y)
+        loss.backward()
+
+    What counts is where the forward runs: a backward keeps the gradient that its forward was run with. It holds for the
+    thread that enters it, nests, and reaches compiled models, which are compiled once for each gradient.
+    """
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.forged_fx.threshold.default or func is torch.ops.forged_fx.threshold:
+            return _threshold(*args[:2], **{**kwargs, "straight_through": True})
+        return func(*args, **kwargs)
+
+
+def straight_through_enabled() -> bool:
+    """Whether this thread is within `straight_through()`; so too while Dynamo compiles what was called within it."""
+    modes = torch.overrides._get_current_function_mode_stack()
+    if "torch._dynamo" in sys.modules:
+        # Dynamo takes the modes off while it compiles, and guards what it compiled on their types.
+        from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr as taken_off
+
+        modes = [*modes, *taken_off.stack]
+    return any(isinstance(mode, straight_through) for mode in modes)
+
+
+# ---- registration
+
+IMPLEMENTATIONS = {
+    "threshold": {
+        "CPU": _threshold_cpu,
+        "CUDA": _threshold_cuda,
+        "CompositeExplicitAutograd": _threshold_elsewhere,
+        "Autograd": _threshold_autograd,
+    },
+    "threshold_backward": {
+        "CPU": _threshold_backward_cpu,
+        "CUDA": _threshold_backward_cuda,
+        "CompositeExplicitAutograd": _threshold_backward_elsewhere,
+        "Autograd": _threshold_backward_autograd,
+    },
+}
+for _name, _by_key in IMPLEMENTATIONS.items():
+    for _key, _implementation in _by_key.items():
+        _library.impl(_name, _implementation, _key)
+torch.library.register_fake("forged_fx::threshold", _threshold_fake, lib=_library)
+torch.library.register_fake("forged_fx::threshold_backward", _threshold_backward_fake, lib=_library)
+torch.library.register_vmap("forged_fx::threshold", _batch_rule(_threshold, 1), lib=_library)
+torch.library.register_vmap("forged_fx::threshold_backward", _batch_rule(_threshold_backward, 2), lib=_library)

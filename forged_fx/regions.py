@@ -1,0 +1,180 @@
+"""Forge a model that is not one graph: module by module, in the model's own skeleton.
+
+Each module that runs a site gets a class of its own, derived from its old one, whose forward puts the thresholds in
+place. It remains what it was to everyone else: its type, name, attributes, parameters, hooks, mode and control flow.
+
+Two cases. A *layer* makes one call, on its own first argument: the threshold goes ahead of its forward. Any other
+module runs its forward under a function mode that counts the module's own calls and thresholds the operands that
+calibration found.
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.modules.module as hooks
+from torch.overrides import TorchFunctionMode
+
+from forged_fx import ops  # noqa: F401 (defines the op)
+from forged_fx.sites import CALLS, OPENED, Key, call_of, get, module_of, replace
+from forged_fx.stats import Stats
+from forged_fx.thresholds import HoldsThresholds, buffer_name, register
+
+# Their fused eval-mode kernels would run past the layers within; under a function mode they take the open path.
+_FUSES_CHILDREN = (torch.nn.TransformerEncoder, torch.nn.TransformerEncoderLayer)
+
+
+@dataclass
+class Plan:
+    """What to do at each call of one module's own code.
+
+    operands: call index -> [(where the operand sits, name of its threshold)]. once: the module runs at most once in a
+    forward pass, so that its calls are counted from its own start; else they are counted from the model's. calls: how
+    many there were at most in calibration.
+    """
+
+    module: str
+    once: bool
+    calls: int
+    operands: dict[int, list[tuple[Key, str]]]
+    so_far: int = 0
+
+    def start(self) -> None:
+        if self.once:
+            self.so_far = 0
+
+    def next(self) -> list[tuple[Key, str]]:
+        k, self.so_far = self.so_far, self.so_far + 1
+        if k >= self.calls:
+            raise RuntimeError(
+                f"{self.module or 'the model'!r} makes its call number {k} (counted from 0) of linear, convolution or "
+                f"product, and calibration saw {self.calls} at most: calibrate on data that reaches it, or forge "
+                f"without this module (exclude={self.module + '*'!r})"
+            )
+        return self.operands.get(k, [])
+
+
+class _Region(HoldsThresholds):
+    plan: Plan
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return _rebuild, (type(self).region, type(self).plain), self.__dict__
+
+
+class ForgedLayer(_Region):
+    """A layer: `threshold -> forward`."""
+
+    def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.plan.start()
+        for _, threshold in self.plan.next():
+            input = torch.ops.forged_fx.threshold(input, getattr(self, threshold))
+        return super().forward(input, *args, **kwargs)
+
+
+class ForgedCalls(_Region):
+    """Any other module: its forward runs as written, and its own calls find their operands thresholded.
+
+    It is left out of `torch.compile`: compiled code would run its own products under the function mode, once more. The
+    plain model, compiled with `backend="forged"` and `stats` among the options, is forged on its way instead.
+    """
+
+    @torch.compiler.disable
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.plan.start()
+        own = _OwnCalls(self)
+        with _follow_submodules(self, own), own:
+            return super().forward(*args, **kwargs)
+
+
+class _OwnCalls(TorchFunctionMode):
+    """Counts the calls of `CALLS` that a module makes itself, not its submodules, and thresholds their operands."""
+
+    def __init__(self, region: ForgedCalls) -> None:
+        super().__init__()
+        self.region, self.depth = region, 0
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if self.depth == 0:
+            if function in OPENED:
+                with self:
+                    return OPENED[function](*args, **kwargs)
+            if function in CALLS:
+                for key, threshold in self.region.plan.next():
+                    x = torch.ops.forged_fx.threshold(get(args, kwargs, key), getattr(self.region, threshold))
+                    args, kwargs = replace(args, kwargs, key, x)
+        return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _follow_submodules(region: torch.nn.Module, own: _OwnCalls) -> Iterator[None]:
+    """Tell `own` when one of the region's registered submodules is running."""
+    inside = {id(module) for module in region.modules()} - {id(region)}
+
+    def enter(module: torch.nn.Module, args: Any) -> None:
+        own.depth += id(module) in inside
+
+    def leave(module: torch.nn.Module, args: Any, result: Any) -> None:
+        own.depth -= id(module) in inside
+
+    handles = [
+        hooks.register_module_forward_pre_hook(enter),
+        hooks.register_module_forward_hook(leave, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+_classes: dict[tuple[type, type], type] = {}
+
+
+def _derive(region: type, plain: type) -> type:
+    """The class of a forged module: `region` first, so that its forward wraps the plain one."""
+    if (region, plain) not in _classes:
+        members = {"region": region, "plain": plain, "__module__": plain.__module__}
+        _classes[region, plain] = type(f"Forged{plain.__name__}", (region, plain), members)
+    return _classes[region, plain]
+
+
+def _rebuild(region: type, plain: type) -> torch.nn.Module:
+    derived = _derive(region, plain)
+    return derived.__new__(derived)
+
+
+def _start_pass(model: torch.nn.Module, args: Any) -> None:
+    """A forward pre-hook of the model: modules that run several times count their calls from here."""
+    for module in model.modules():
+        if isinstance(module, _Region):
+            module.plan.so_far = 0
+
+
+def forge_regions(model: torch.nn.Module, stats: Stats, wanted: list[str]) -> dict[str, str]:
+    """Forge the modules that run the wanted sites, in place; returns for each site how it was reached."""
+    sites_of: dict[str, list[str]] = {}
+    for site in wanted:
+        sites_of.setdefault(module_of(site), []).append(site)
+    for name, module in model.named_modules():
+        if isinstance(module, _FUSES_CHILDREN) and any(m.startswith(f"{name}.") for m in sites_of):
+            sites_of.setdefault(name, [])
+    reached = {}
+    for name, sites in sites_of.items():
+        module = model.get_submodule(name)
+        rows = [stats.sites[site] for site in sites]
+        layer = bool(rows) and all(row.layer for row in rows)
+        plan = Plan(name, all(r.once for r in rows), max((r.module_calls for r in rows), default=sys.maxsize), {})
+        for site, row in zip(sites, rows, strict=True):
+            register(module, site, model)
+            plan.operands.setdefault(call_of(site), []).append((row.key, buffer_name(site)))
+        module.plan = plan
+        module.threshold_buffers = {site: buffer_name(site) for site in sites}
+        module.__class__ = _derive(ForgedLayer if layer else ForgedCalls, type(module))
+        reached |= dict.fromkeys(sites, f"ahead of {name}" if layer else f"within {name or 'the model'}")
+    if any(not stats.sites[site].once for site in wanted):
+        model.register_forward_pre_hook(_start_pass)
+    return reached

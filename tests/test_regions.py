@@ -1,0 +1,243 @@
+"""Models that are not one graph: forged module by module, in their own skeleton."""
+
+import copy
+import io
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import forged_fx
+from forged_fx.modes import fast_path_off
+from forged_fx.transform import ForgedModule
+
+
+class DataBranch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.b(x) if x.mean() > -100 else x
+
+
+class SharedLayer(DataBranch):
+    def forward(self, x):
+        return self.b(self.a(super().forward(self.a(x)).relu()))
+
+
+class FunctionalCall(DataBranch):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        attention = super().forward(x) @ x.transpose(-1, -2)
+        return F.linear(attention @ x, self.weight) @ self.a.weight
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=True)
+
+    def forward(self, x):
+        return self.encoder(x)
+
+
+class AutocastInside(DataBranch):
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            x = self.a(x)
+        return self.b(x.float())
+
+
+class OldWeightNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.utils.weight_norm(nn.Linear(4, 4))
+
+    def forward(self, x):
+        return self.a(x) if x.mean() > -100 else x
+
+
+class Parametrized(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+
+    def forward(self, x):
+        return self.a(x) if x.mean() > -100 else x
+
+
+class Loop(DataBranch):
+    def forward(self, x):
+        return torch.stack([super(Loop, self).forward(row) for row in x])
+
+
+class TrainModeBranch(DataBranch):
+    def forward(self, x):
+        x = F.dropout(self.a(x), 0.5, training=self.training)
+        return self.b(x)
+
+
+MODELS = {
+    DataBranch: ["a", "b"],
+    SharedLayer: ["a", "a#1", "b", "a#2", "b#1"],
+    FunctionalCall: ["a", "b", "#2", "#3"],
+    Attention: ["attention", "attention#1"],
+    Encoder: [
+        f"encoder.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn", "self_attn#1", "linear1", "linear2")
+    ],
+    AutocastInside: ["a", "b"],
+    OldWeightNorm: ["a"],
+    Parametrized: ["a"],
+    Loop: ["a", "b", "a#1", "b#1", "a#2", "b#2"],
+    TrainModeBranch: ["a", "b"],
+}
+
+
+@pytest.fixture(params=MODELS, ids=lambda kind: kind.__name__)
+def model(request):
+    torch.manual_seed(0)
+    return request.param().eval()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(1))
+
+
+def _equal(a, b):
+    return torch.equal(a.float(), b.float())
+
+
+def test_every_site_is_forged(model, x):
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-3)
+    rows = forged_fx.describe(forged)
+    assert [row.site for row in rows if row.left_out is None] == MODELS[type(model)]
+    assert not isinstance(forged, ForgedModule) and isinstance(forged, type(model))
+    with torch.no_grad():
+        assert not _equal(forged(x), model(x))
+        forged_fx.set_ratio(forged, 0)
+        with fast_path_off():
+            assert _equal(forged(x), model(x))
+
+
+@pytest.mark.parametrize("kind", [DataBranch, AutocastInside, OldWeightNorm, TrainModeBranch])
+def test_it_agrees_with_hooks(kind, x):
+    model = kind().eval()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-3)
+    thresholds = {name: c / 8 for name, c in oracle.maxima(model, [x]).items()}
+    with torch.no_grad(), oracle.forged(copy.deepcopy(model), thresholds) as expected:
+        assert torch.equal(forged(x), expected(x))
+
+
+def test_each_call_of_a_shared_layer_has_its_own_threshold(x):
+    model = SharedLayer().eval()
+    stats = forged_fx.calibrate(model, [x])
+    forged = forged_fx.transform(model, stats, 2**-3)
+
+    def f(site, x):
+        return torch.where(x.abs() < stats.sites[site].c_max / 8, 0.0, x)
+
+    with torch.no_grad():
+        h = model.a(f("a", x))
+        h = model.b(f("b", model.a(f("a#1", h)))).relu()
+        expected = model.b(f("b#1", model.a(f("a#2", h))))
+        for _ in range(2):  # the count starts again with each forward pass
+            assert torch.equal(forged(x), expected)
+
+
+def test_a_call_that_calibration_never_saw_is_an_error(x):
+    model = Loop()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]))
+    with pytest.raises(RuntimeError, match=r"'a' makes its call number 3 .* calibration saw 3 at most.*exclude='a\*'"):
+        forged(torch.randn(4, 5, 4))
+
+
+def test_copies_are_complete(model, x):
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-3)
+    twins = [copy.deepcopy(forged)]
+    if not isinstance(model, Parametrized):  # PyTorch pickles no parametrized module, plain or forged
+        buffer = io.BytesIO()
+        torch.save(forged, buffer)
+        buffer.seek(0)
+        twins.append(torch.load(buffer, weights_only=False))
+    with torch.no_grad():
+        expected = forged(x)
+        for twin in twins:
+            assert _equal(twin(x), expected)
+            assert str(forged_fx.describe(twin)) == str(forged_fx.describe(forged))
+            forged_fx.set_ratio(twin, 0)
+            assert not _equal(twin(x), expected) and _equal(forged(x), expected)
+
+
+def test_it_remains_the_model_that_it_was(model, x):
+    """Names, attributes, modes, checkpoints."""
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-3)
+    assert [name for name, _ in forged.named_modules()] == [name for name, _ in model.named_modules()]
+    assert all(isinstance(forged.get_submodule(name), type(module)) for name, module in model.named_modules())
+    assert all(t.dtype == torch.float32 for k, t in forged.half().state_dict().items() if "forged" in k)
+    forged.float()
+    assert forged.load_state_dict(model.state_dict()) == ([], [])
+    forged.load_state_dict(forged.state_dict())
+    assert all(module.training for module in forged.train().modules())
+
+
+def test_users_hooks_still_run(x):
+    model, seen = DataBranch(), []
+    model.register_forward_hook(lambda *_: seen.append("model"))
+    model.b.register_forward_pre_hook(lambda module, args: seen.append("b"))
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]))
+    seen.clear()
+    forged(x)
+    assert seen == ["b", "model"]
+
+
+def test_hooks_alone_make_a_model_no_graph(x):
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.register_forward_hook(lambda module, args, result: result + 1)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0)
+    assert torch.equal(forged(x), model(x))
+    assert "has hooks" in str(forged_fx.describe(forged))
+
+
+def test_gradients_true_and_straight_through(x):
+    model = FunctionalCall()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-3)
+    gradients = []
+    for context in (torch.enable_grad(), forged_fx.straight_through()):
+        leaf = x.clone().requires_grad_()
+        with context:
+            gradients.append(torch.autograd.grad(forged(leaf).sum(), leaf)[0])
+    assert not torch.equal(*gradients)
+
+
+def test_compiled_equals_eager(model, x):
+    """Regions that open a module's own calls stay eager; the rest is compiled around them."""
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-3)
+    with torch.no_grad():
+        assert torch.allclose(torch.compile(forged, backend="forged")(x).float(), forged(x).float(), atol=1e-6)
+
+
+def test_checkpointing_repeats_the_forward(x):
+    model = FunctionalCall()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-3)
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    forged(leaves[0]).sum().backward()
+    torch.utils.checkpoint.checkpoint(forged, leaves[1], use_reentrant=False).sum().backward()
+    assert torch.equal(leaves[0].grad, leaves[1].grad)

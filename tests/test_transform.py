@@ -1,0 +1,257 @@
+"""transform as one graph: where the thresholds go, what stays the same, what is refused."""
+
+import copy
+import io
+
+import oracle
+import pytest
+import torch
+from torch import nn
+
+import forged_fx
+from forged_fx.transform import ForgedModule
+
+
+class Net(nn.Module):
+    """Normalisation with buffers, a residual, a shared layer, a product with a parameter, dropout, an optional mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.full((1, 3, 1, 1), 0.1))
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+        self.bn = nn.BatchNorm2d(6)
+        self.blocks = nn.Sequential(nn.Conv2d(6, 6, 1), nn.ReLU(inplace=True), nn.Conv2d(6, 6, 1))
+        self.fc = nn.Linear(6, 6)
+        self.weight = nn.Parameter(torch.randn(6, 5))
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x, mask=None):
+        x = self.bn(self.conv(x - self.mean)).relu()
+        x = (x + self.blocks(x)).mean((2, 3))
+        if mask is not None:
+            x = x * mask
+        return {"logits": self.drop(self.fc(self.fc(x).relu())) @ self.weight, "features": (x,)}
+
+
+SITES = ["conv", "blocks.0", "blocks.2", "fc", "fc#1", "#0"]
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def stats(model, x):
+    return forged_fx.calibrate(model, [x])
+
+
+def test_the_thresholds_are_buffers_beside_the_weights(model, stats):
+    forged = forged_fx.transform(model, stats, 2**-3)
+    assert isinstance(forged, ForgedModule) and isinstance(forged, torch.fx.GraphModule)
+    added = {k: v for k, v in forged.state_dict().items() if k not in model.state_dict()}
+    assert {name: value.item() for name, value in added.items()} == {
+        "conv.forged_threshold": stats.sites["conv"].c_max / 8,
+        "blocks.0.forged_threshold": stats.sites["blocks.0"].c_max / 8,
+        "blocks.2.forged_threshold": stats.sites["blocks.2"].c_max / 8,
+        "fc.forged_threshold": stats.sites["fc"].c_max / 8,
+        "fc.forged_threshold_1": stats.sites["fc#1"].c_max / 8,
+        "forged_threshold": stats.sites["#0"].c_max / 8,
+    }
+    assert model.state_dict().keys() <= forged.state_dict().keys()
+    assert all(value.dtype == torch.float32 and value.dim() == 0 for value in added.values())
+
+
+def test_the_forward_is_the_formula(model, stats, x):
+    """Written out by hand, with the formula of arXiv 2406.19622, section 3."""
+    ratio = 2**-3
+
+    def f(site, x):
+        return torch.where(x.abs() < ratio * stats.sites[site].c_max, 0.0, x)
+
+    with torch.no_grad():
+        h = model.bn(model.conv(f("conv", x - model.mean))).relu()
+        inner = model.blocks[0](f("blocks.0", h)).relu()
+        h = (h + model.blocks[2](f("blocks.2", inner))).mean((2, 3))
+        h = model.fc(f("fc#1", model.fc(f("fc", h)).relu()))
+        expected = f("#0", h) @ model.weight
+        found = forged_fx.transform(model, stats, ratio)(x)
+    assert torch.equal(found["logits"], expected)
+    assert not torch.equal(expected, model(x)["logits"])
+
+
+def test_ratio_zero_is_the_model_bit_for_bit(model, stats, x):
+    forged = forged_fx.transform(model, stats, 0)
+    with torch.no_grad():
+        for t in (x, x[:1], torch.randn(7, 3, 12, 10), x.to(memory_format=torch.channels_last)):
+            assert torch.equal(forged(t)["logits"], model(t)["logits"])
+            assert torch.equal(forged(t)["features"][0], model(t)["features"][0])
+
+
+def test_set_ratio_moves_the_thresholds_in_place(model, stats, x):
+    forged = forged_fx.transform(model, stats, 0)
+    buffers = dict(forged.named_buffers())
+    for ratio in (2**-3, {"fc*": 0.5, "*": 0.01}):
+        forged.set_ratio(ratio)
+        assert torch.equal(forged(x)["logits"], forged_fx.transform(model, stats, ratio)(x)["logits"])
+        assert all(buffers[name] is value for name, value in forged.named_buffers())
+
+
+def test_include_and_exclude(model, stats):
+    def forged_sites(**globs):
+        forged = forged_fx.transform(model, stats, **globs)
+        return [row.site for row in forged_fx.describe(forged) if row.left_out is None]
+
+    assert forged_sites() == SITES
+    assert forged_sites(include="fc*") == ["fc", "fc#1"]
+    assert forged_sites(exclude=["blocks.*", "#0"]) == ["conv", "fc", "fc#1"]
+    assert forged_sites(include="blocks.*", exclude="blocks.2") == ["blocks.0"]
+    with pytest.raises(ValueError, match=r"exclude: 'block.\*' matches no site"):
+        forged_sites(exclude="block.*")
+
+
+def test_a_plain_checkpoint_loads(model, stats, x):
+    other = Net().eval()
+    forged = forged_fx.transform(model, stats, 2**-3)
+    thresholds = {k: v.clone() for k, v in forged.state_dict().items() if "forged" in k}
+    assert forged.load_state_dict(other.state_dict()) == ([], [])
+    assert torch.equal(forged.conv.weight, other.conv.weight)
+    assert all(torch.equal(forged.state_dict()[k], v) for k, v in thresholds.items())
+
+
+def test_a_forged_checkpoint_loads_with_its_thresholds(model, stats, x):
+    forged = forged_fx.transform(model, stats, 2**-3)
+    again = forged_fx.transform(Net(), stats, 0)
+    again.load_state_dict(forged.state_dict())
+    assert torch.equal(again.eval()(x)["logits"], forged(x)["logits"])
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "nested"])
+def test_copies_are_complete(model, stats, x, how):
+    forged = forged_fx.transform(model, stats, 2**-3)
+    if how == "deepcopy":
+        twin = copy.deepcopy(forged)
+    elif how == "pickle":
+        buffer = io.BytesIO()
+        torch.save(forged, buffer)
+        buffer.seek(0)
+        twin = torch.load(buffer, weights_only=False)
+    else:
+        twin = copy.deepcopy(nn.Sequential(forged, nn.Identity()))
+    assert torch.equal(twin(x)["logits"], forged(x)["logits"])
+    assert str(forged_fx.describe(twin)) == str(forged_fx.describe(forged))
+    forged_fx.set_ratio(twin, 0)
+    assert torch.equal(twin(x)["logits"], model(x)["logits"])
+    assert not torch.equal(forged(x)["logits"], model(x)["logits"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_thresholds_stay_float32(model, stats, x, dtype):
+    forged = nn.Sequential(forged_fx.transform(model, stats, 2**-3)).to(dtype)
+    assert forged[0].conv.weight.dtype == dtype
+    assert forged[0].get_buffer("conv.forged_threshold").dtype == torch.float32
+    assert forged[0].get_buffer("conv.forged_threshold").item() == stats.sites["conv"].c_max / 8
+    assert forged(x.to(dtype))["logits"].dtype == dtype
+
+
+def test_the_model_is_untouched(stats, x):
+    torch.manual_seed(0)
+    model = Net().train()
+    model.fc.eval()
+    before, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
+    rng = torch.get_rng_state()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-3)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert before.keys() == model.state_dict().keys()
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(rng, torch.get_rng_state())
+    assert forged.training and forged.bn.training and not forged.fc.training
+    with torch.no_grad():
+        forged.conv.weight.zero_()
+    assert torch.equal(before["conv.weight"], model.conv.weight)
+
+
+def test_train_and_eval_mode_still_switch(model, stats, x):
+    forged = forged_fx.transform(model, stats, 0)
+    forged.train()
+    torch.manual_seed(3)
+    found = forged(x)["logits"]
+    torch.manual_seed(3)
+    assert torch.equal(found, model.train()(x)["logits"])
+
+
+def test_gradients_true_and_straight_through(model, stats):
+    forged = forged_fx.transform(model, stats, 2**-2, include="conv")
+    t = forged.get_buffer("conv.forged_threshold").item()
+    x = torch.randn(4, 3, 8, 8, requires_grad=True)
+    gradients = []
+    for context in (torch.enable_grad(), forged_fx.straight_through()):
+        with context:
+            gradients.append(torch.autograd.grad(forged(x)["logits"].sum(), x)[0])
+    cut = (x - model.mean).abs() < t
+    assert cut.any() and (gradients[0][cut] == 0).all() and (gradients[1][cut] != 0).any()
+    assert torch.equal(gradients[0][~cut], gradients[1][~cut])
+
+
+def test_forward_keeps_its_signature(model, stats, x):
+    forged = forged_fx.transform(model, stats, 0)
+    assert torch.equal(forged(x=x, mask=None)["logits"], model(x)["logits"])
+    with pytest.raises(AssertionError, match="mask has been specialized to have value None"):
+        forged(x, mask=torch.ones(6))
+    masked = forged_fx.calibrate(model, [{"x": x, "mask": torch.ones(6)}])
+    assert forged_fx.transform(model, masked, 0)(x, mask=torch.zeros(6))["features"][0].abs().max() == 0
+
+
+def test_statistics_of_another_model_are_refused(stats):
+    with pytest.raises(ValueError, match="belong to another model"):
+        forged_fx.transform(nn.Linear(3, 3), stats)
+
+
+def test_forging_twice_is_refused(model, stats):
+    with pytest.raises(ValueError, match="forged already"):
+        forged_fx.transform(forged_fx.transform(model, stats), stats)
+
+
+def test_statistics_may_be_a_path(model, stats, x, tmp_path):
+    stats.save(tmp_path / "s")
+    assert torch.equal(
+        forged_fx.transform(model, tmp_path / "s")(x)["logits"], forged_fx.transform(model, stats)(x)["logits"]
+    )
+
+
+def test_describe(model, stats):
+    forged = forged_fx.transform(model, stats, 2**-3, exclude="fc")
+    text = str(forged_fx.describe(forged))
+    rows = {row.site: row for row in forged_fx.describe(forged)}
+    assert list(rows) == SITES
+    assert rows["fc"].left_out == "in exclude" and rows["fc"].threshold is None
+    assert rows["conv"].threshold == stats.sites["conv"].c_max / 8
+    assert rows["conv"].share_zeroed == stats.sites["conv"].share_zeroed(stats.sites["conv"].c_max / 8) > 0
+    assert "4x3x8x8" in text and "left out: in exclude" in text and text.endswith("5 of 6 sites forged, as one graph")
+    forged.set_ratio(0)
+    assert {row.threshold for row in forged_fx.describe(forged)} == {0.0, None}
+    with pytest.raises(ValueError, match="is not forged"):
+        forged_fx.describe(model)
+
+
+def test_what_could_not_be_audited_says_so(model, stats, x, tmp_path):
+    stats.save(tmp_path / "s")
+    assert "not audited" in str(forged_fx.describe(forged_fx.transform(model, tmp_path / "s")))
+    assert "not audited" not in str(forged_fx.describe(forged_fx.transform(model, tmp_path / "s", example=((x,), {}))))
+
+
+def test_the_oracle_agrees_with_the_formula():
+    """The oracle that the tests on real models rest on, against a case by hand."""
+    model = nn.Sequential(nn.Linear(2, 1, bias=False))
+    nn.init.ones_(model[0].weight)
+    x = torch.tensor([[1.0, -0.25], [0.5, 0.24]])
+    assert oracle.maxima(model, [x]) == {"0": 1.0}
+    with torch.no_grad(), oracle.forged(model, {"0": 0.25}):
+        assert model(x).flatten().tolist() == [0.75, 0.5]
+    assert model(x).flatten().tolist() == pytest.approx([0.75, 0.74])
