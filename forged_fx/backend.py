@@ -5,15 +5,13 @@ Found through the entry point group `torch_dynamo_backends`: nothing needs to be
     torch.compile(forged_model, backend="forged")
     torch.compile(plain_model, backend="forged", options={"stats": stats, "ratio": 2**-6})
 
-The second forges Dynamo's graph on its way to Inductor, at the same sites and with the same thresholds that `transform`
-would use.
+The second forges Dynamo's graphs on their way to Inductor, at the same sites and with the same thresholds that
+`transform` would use. Dynamo may cut the model into several graphs: what no graph reaches is an error.
 """
 
 import difflib
 import os
-import sys
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,13 +20,13 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from forged_fx import ops
-from forged_fx.rewrite import insert_thresholds
-from forged_fx.sites import Origin, names_of
+from forged_fx import ops, torch_internals
+from forged_fx.rewrite import CallNode, find_calls, insert_thresholds
+from forged_fx.sites import OPENED, Origin, call_of, module_of, names_of
 from forged_fx.stats import Stats
 from forged_fx.transform import select
 
-OPTIONS = ("stats", "ratio", "include", "exclude")
+OPTIONS = ("stats", "ratio", "include", "exclude", "strict")
 
 # Thresholds of a plain model that is being compiled, by site: all of its graphs, and all recompilations, share them.
 _thresholds: WeakKeyDictionary[torch.nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
@@ -41,8 +39,10 @@ def forged(
 
     mode: one of Inductor's (`default`, `reduce-overhead`, `max-autotune`, `max-autotune-no-cudagraphs`).
     options: `stats` (a Stats, or the path of one), `ratio`, `include`, `exclude` as in `forged_fx.transform`, to forge
-        a plain model; every other key must be one of Inductor's own options.
-    Raises ValueError for an unknown option (it offers the nearest known one), or statistics of another model.
+        a plain model; `strict=False` to compile it although some sites cannot be reached; every other key must be one
+        of Inductor's own options.
+    Raises ValueError for an unknown option (it offers the nearest known one), statistics of another model, or a site
+    that no graph reaches; the last one at the end of the first forward pass.
     """
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
@@ -52,7 +52,8 @@ def forged(
     if ours:
         _forge_graph(gm, **ours)
     patches = {**list_mode_options(mode), **inductor} if mode else inductor
-    return compile_fx(gm, inputs, config_patches={"post_grad_custom_post_pass": _version_stamp(), **patches})
+    stamp = torch_internals.cache_stamp(Path(ops.__file__).read_bytes())
+    return compile_fx(gm, inputs, config_patches={"post_grad_custom_post_pass": stamp, **patches})
 
 
 def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -72,13 +73,18 @@ def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _forge_graph(
-    gm: fx.GraphModule, stats: Stats | str | os.PathLike, ratio: Any = 2**-6, include: Any = None, exclude: Any = None
+    gm: fx.GraphModule,
+    stats: Stats | str | os.PathLike,
+    ratio: Any = 2**-6,
+    include: Any = None,
+    exclude: Any = None,
+    strict: bool = True,
 ) -> None:
     stats = stats if isinstance(stats, Stats) else Stats.load(stats)
-    callers = list(_modules_on_stack())
+    callers = list(torch_internals.modules_on_stack())
+    if not callers:
+        raise ValueError("options={'stats': ...} needs a compiled module: torch.compile(model, ...), not a function")
     root = _root(callers, stats)
-    names = names_of(root)
-    here = next((names[id(module)] for module in callers if id(module) in names), "")
     wanted, _ = select(stats, include, exclude)
     values = stats.thresholds(ratio, wanted)
     shared = _thresholds.setdefault(root, {})
@@ -90,80 +96,100 @@ def _forge_graph(
         buffer = shared.setdefault(site, torch.zeros((), device=device)).fill_(values[site])
         name = f"forged_threshold_{len(list(gm.named_buffers(recurse=False)))}"
         gm.register_buffer(name, buffer)
-        _declare_buffer(gm, name)
+        torch_internals.declare_buffer(gm, name)
         return gm.graph.get_attr(name)
 
-    module_of_node, straight_through = _module_of_node(names, here), ops.straight_through_enabled()
-    insert_thresholds(gm.graph, place, module_of_node, set(), _source(root), straight_through)
+    for function, opened in OPENED.items():
+        for node in gm.graph.find_nodes(op="call_function", target=function):
+            torch_internals.inline_opened(gm, node, opened)
+    names = names_of(root)
+    here = next((names[id(module)] for module in callers if id(module) in names), "")
+    calls = find_calls(gm.graph, lambda node: _module_of_node(node, names, here), set())
+    call_names = _resolve(calls, stats, root, wanted if strict else [])
+    insert_thresholds(gm.graph, calls, call_names, place, _source(root), ops.straight_through_enabled())
     gm.recompile()
-
-
-def _modules_on_stack() -> Iterator[torch.nn.Module]:
-    """The modules whose forward is running now, innermost first. Dynamo compiles a frame while it waits to run."""
-    call = torch.nn.Module._call_impl.__code__
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is call:
-            module = frame.f_locals["self"]
-            yield getattr(module, "_orig_mod", module)
-        frame = frame.f_back
+    torch_internals.guard_identity(gm)
+    if strict:
+        torch_internals.at_end_of_call(lambda: _check_reached(stats, wanted, shared))
 
 
 def _root(callers: list[torch.nn.Module], stats: Stats) -> torch.nn.Module:
-    """The module that the statistics belong to: the outermost running one that fits."""
-    if not callers:
-        raise ValueError("options={'stats': ...} needs a compiled module: torch.compile(model, ...), not a function")
-    errors = []
-    for module in reversed(callers):
-        try:
-            stats.check_model(module)
+    """The module that the statistics belong to: the outermost running one that fits, or the only one within it."""
+    candidates = [*reversed(callers), *(m for m in callers[-1].modules() if m is not callers[-1])]
+    for module in candidates:
+        if stats.fits(module):
             return module
-        except ValueError as error:
-            errors.append(error)
-    raise errors[0]
+    stats.check_model(callers[-1])
+    raise AssertionError("check_model raises where fits is False")
 
 
-def _module_of_node(names: dict[int, str], here: str) -> Callable[[fx.Node], str]:
-    def module_of_node(node: fx.Node) -> str:
-        # The stack's names are relative to the frame that Dynamo compiled, but its keys are the modules' ids.
-        inner = (int(key.partition("@")[0]) for key in reversed(node.meta.get("nn_module_stack") or {}))
-        return next((names[key] for key in inner if key in names), here)
+def _resolve(calls: list[CallNode], stats: Stats, root: torch.nn.Module, wanted: list[str]) -> list[str]:
+    """The names of the calls in one of the graphs that Dynamo has cut a forward pass into.
 
-    return module_of_node
+    Where the graph holds all calls of a module, their order tells them apart, else the parameter that they read.
+    """
+    in_graph: dict[str, list[CallNode]] = {}
+    for call in calls:
+        in_graph.setdefault(call.module, []).append(call)
+    parameters = {id(value): name for name, value in root.named_parameters()}
+    names = {}
+    for module, group in in_graph.items():
+        sites = {call_of(name): site for name, site in stats.sites.items() if module_of(name) == module}
+        whole = len(group) == max((site.module_calls for site in sites.values()), default=-1)
+        for i, call in enumerate(group):
+            weight = _weight_name(call, parameters)
+            same = [k for k, s in sites.items() if (s.kind, s.weight) == (call.call.kind, weight)]
+            if whole:
+                k = i
+            elif len(same) == 1:
+                (k,) = same
+            elif ambiguous := [s for s in wanted if module_of(s) == module and call_of(s) in same]:
+                raise ValueError(
+                    f"sites {', '.join(map(repr, ambiguous))} cannot be told apart: a graph break lies between these "
+                    "calls on one weight. Forge the model with forged_fx.transform, or leave them out with exclude="
+                )
+            else:
+                k = -1
+            names[call.node] = module if k == 0 and module else f"{module}#{k}"
+    return [names[call.node] for call in calls]
+
+
+def _weight_name(call: CallNode, parameters: dict[int, str]) -> str | None:
+    operands = call.call.operands(call.node.args, call.node.kwargs)
+    found = [parameters.get(id(torch_internals.lifted_value(v))) for _, _, v in operands if isinstance(v, fx.Node)]
+    return next((name for name in reversed(found) if name is not None), None)
+
+
+def _check_reached(stats: Stats, wanted: list[str], reached: dict[str, Tensor]) -> None:
+    """Every wanted site that calibration saw in each batch must be in some graph by the end of a forward pass."""
+    missed = [s for s in wanted if s not in reached and stats.sites[s].calls >= stats.batches]
+    if missed:
+        message = (
+            f"sites {', '.join(map(repr, missed))} are not in any graph that torch.compile made: their code runs "
+            "uncompiled, in attention's fused eval-mode kernel (torch.backends.mha.set_fastpath_enabled(False) opens "
+            "it), or beyond torch._dynamo.config.recompile_limit. Forge the model with forged_fx.transform, leave "
+            "them out with exclude=, or accept it with strict=False"
+        )
+
+        def refuse() -> None:
+            raise ValueError(message)
+
+        torch_internals.before_every_call(refuse)
+        refuse()
+
+
+def _module_of_node(node: fx.Node, names: dict[int, str], here: str) -> str:
+    return next((names[key] for key in torch_internals.module_ids(node) if key in names), here)
 
 
 def _source(root: torch.nn.Module) -> Callable[[fx.Node], Origin]:
-    known = {id(value): Origin.CONSTANT for module in root.modules() for value in [*vars(module).values()]}
-    known |= {id(value): Origin.CONSTANT for value in root.buffers()}
+    constants = {id(v) for module in root.modules() for v in vars(module).values() if isinstance(v, Tensor)}
+    constants |= {id(buffer) for buffer in root.buffers()}
 
     def source(node: fx.Node) -> Origin:
-        if node.op == "get_attr":
-            return Origin.CONSTANT
-        example = getattr(node.meta.get("grapharg"), "example", None)
-        if isinstance(example, torch.nn.Parameter):
+        value = torch_internals.lifted_value(node)
+        if isinstance(value, torch.nn.Parameter):
             return Origin.PARAMETER
-        return known.get(id(example), Origin.DATA)
+        return Origin.CONSTANT if node.op == "get_attr" or id(value) in constants else Origin.DATA
 
     return source
-
-
-def _declare_buffer(gm: fx.GraphModule, name: str) -> None:
-    """Tell AOTAutograd where a buffer that Dynamo did not make came from."""
-    from torch._dynamo.source import ConstantSource
-
-    gm._param_name_to_source[name] = ConstantSource(name)
-
-
-def _version_stamp() -> Any:
-    """A pass that does nothing, for its uuid: Inductor's cache key does not cover a lowering's body, so without it a
-    changed lowering would be served from the cache with the old numbers."""
-    from torch._inductor.custom_graph_pass import CustomGraphPass
-
-    class VersionStamp(CustomGraphPass):
-        def __call__(self, graph: fx.Graph) -> None:
-            pass
-
-        def uuid(self) -> bytes:
-            return Path(ops.__file__).read_bytes()
-
-    return VersionStamp()

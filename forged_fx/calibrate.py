@@ -57,6 +57,7 @@ class _Scan:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.observer = Observer(model, self._see)
+        self.parameters = {id(parameter): name for name, parameter in model.named_parameters()}
         self.sites: dict[str, SiteStats] = {}
         self.modules: dict[str, dict[str, tuple[int, ...]]] = {}
         self._pending: list[tuple[str, Tensor, Tensor, Tensor]] = []
@@ -85,7 +86,8 @@ class _Scan:
         if site is None:
             weight_shape = tuple(weight.shape) if isinstance(weight, Tensor) else ()
             key, left_out = seen.operand.key, seen.operand.left_out
-            site = SiteStats(seen.kind, tuple(x.shape), weight_shape, key, layer=True, left_out=left_out)
+            name = self.parameters.get(id(weight))
+            site = SiteStats(seen.kind, tuple(x.shape), weight_shape, name, key, layer=True, left_out=left_out)
             self.sites[seen.name] = site
             self.modules[seen.module] = parameter_shapes(self.observer.model.get_submodule(seen.module))
         site.shape = merge_shapes(site.shape, tuple(x.shape))

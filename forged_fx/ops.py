@@ -3,12 +3,13 @@
     threshold(Tensor x, Tensor t, bool straight_through=False) -> Tensor     0 where |x| < t, else x
     threshold_backward(Tensor grad, Tensor x, Tensor t) -> Tensor            0 where |x| < t, else grad
 
-`kernels/reference.py` specifies both, values and strides. `straight_through` selects the gradient and never changes
-the value: False is the true gradient, True the identity (BPDA: Athalye, Carlini, Wagner 2018, arXiv 1802.00420).
-t gets no gradient.
+`kernels/reference.py` specifies both, values and strides. `straight_through` selects the gradient and never
+changes the value: False is the true gradient, True the identity (BPDA: Athalye, Carlini, Wagner 2018, arXiv
+1802.00420). t gets no gradient.
 
-x is float16, bfloat16, float32 or float64; t is a floating-point scalar on x's device. They are compared in float32
-(float64 where x is float64). Anything else is a TypeError or a ValueError that says what to do.
+x is float16, bfloat16, float32 or float64, of any shape; t is a floating-point scalar on x's device. They
+are compared in float32 (float64 where x is float64). Anything else is a TypeError or a ValueError that says
+what to do.
 
     CUDA         the Triton kernels of kernels/threshold.py
     CPU          plain torch: one pass over memory, two for the gradient
@@ -41,7 +42,7 @@ try:
     _library = torch.library.Library("forged_fx", "DEF")
 except RuntimeError as error:
     raise ImportError(
-        f"{__file__} was imported a second time (now as {__name__!r}), and an operator can be defined only once: "
+        f"{__file__} was imported a second time, now as {__name__!r}, and operators are defined only once: "
         "import it as forged_fx.ops everywhere, and keep its folder itself off sys.path"
     ) from error
 for _name, _schema in SCHEMAS.items():
@@ -57,9 +58,7 @@ _threshold_backward = torch.ops.forged_fx.threshold_backward.default
 def _check(x: Tensor, t: Tensor) -> None:
     if x.dtype not in DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise TypeError(
-            f"threshold: x is {x.dtype}, which has no magnitude to compare in floating point; cast it to one of {known}"
-        )
+        raise TypeError(f"threshold: x is {x.dtype}; cast it to one of {known}")
     if not t.is_floating_point() or t.dim():
         raise TypeError(
             f"threshold: t must be a floating-point scalar, not {t.dtype} of shape {tuple(t.shape)}; "
@@ -67,7 +66,8 @@ def _check(x: Tensor, t: Tensor) -> None:
         )
     if t.device != x.device:
         raise ValueError(
-            f"threshold: t is on {t.device} and x on {x.device}; move t (a buffer of its module moves along)"
+            f"threshold: t is on {t.device} and x on {x.device}; move t to x's device "
+            "(as a buffer of the model it moves along with model.to(...))"
         )
 
 
@@ -90,7 +90,7 @@ def _threshold_cpu(x: Tensor, t: Tensor, straight_through: bool = False) -> Tens
 
 def _threshold_backward_cpu(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
     _check_backward(grad, x, t)
-    # hardshrink_backward is one pass, but zeroes the gradient where x is NaN.
+    # hardshrink_backward would be one pass, but it zeroes the gradient where x is NaN.
     magnitude = torch.abs(x, out=torch.empty_like(x))
     limit = _largest_below(t.item(), x.dtype)
     return torch.ops.aten.threshold_backward.grad_input(grad, magnitude, limit, grad_input=magnitude)
@@ -98,15 +98,15 @@ def _threshold_backward_cpu(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=4096)
 def _largest_below(t: float, dtype: torch.dtype) -> float:
-    """The largest value of `dtype` below t, or -1 where t <= 0 or NaN: `|x| < t` is `|x| <= _largest_below(t, dtype)`.
+    """The largest value of `dtype` below t; -1 where no magnitude is (t <= 0, or NaN).
 
-    torch's own one-pass functions compare with `<=`, in x's dtype; this is the bridge to the `<` in float32.
+    torch's one-pass functions compare by `<=`, in x's dtype, and `|x| < t` is `|x| <= _largest_below(t)`.
     """
     # On the CPU by name: a caller's `with torch.device("cuda")` reaches in here.
     limit = torch.tensor(t, dtype=reference.comparison_dtype(dtype), device="cpu")
     if not limit > 0:
         return -1.0
-    below = limit.to(dtype)  # rounds to nearest, so it may be above the limit as well as on it
+    below = limit.to(dtype)  # to nearest: it may be above the limit as well as on it
     if below.to(limit.dtype) >= limit:
         below = torch.nextafter(below, torch.zeros_like(below))
     return below.item()
@@ -124,7 +124,8 @@ def _threshold_backward_cuda(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
 
 @functools.cache
 def _kernels() -> ModuleType:
-    return importlib.import_module("forged_fx.kernels.threshold")  # late: Triton is slow to import, and CUDA's alone
+    # Late: Triton takes long to import, and not every machine has it.
+    return importlib.import_module("forged_fx.kernels.threshold")
 
 
 def _threshold_elsewhere(x: Tensor, t: Tensor, straight_through: bool = False) -> Tensor:
@@ -153,28 +154,19 @@ def _threshold_backward_fake(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
 
 
 class _Masked(torch.autograd.function._SingleLevelFunction):
-    """The derivative that both ops have by their first argument: 1 where |x| >= t, 0 elsewhere; or the identity.
+    """What both ops do to a gradient or tangent: zero it where |x| < t, or leave it alone (straight-through).
 
-    By hand, because torch.library.register_autograd refuses torch.func.grad, and answers forward mode with zeros.
+    By hand: what torch.library.register_autograd makes refuses torch.func.grad, and answers forward mode with
+    zeros.
     """
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _Masked.mask(ctx, grad), None, None
+        return _mask(ctx, grad), None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor | None, *_: Any) -> Tensor | None:
-        return None if tangent is None else _Masked.mask(ctx, tangent)
-
-    @staticmethod
-    def keep(ctx: Any, x: Tensor, t: Tensor) -> None:
-        ctx.save_for_backward(x, t)
-        ctx.save_for_forward(x, t)
-
-    @staticmethod
-    def mask(ctx: Any, value: Tensor) -> Tensor:
-        saved = ctx.saved_tensors  # asked for once: activation checkpointing recomputes them, and allows no second time
-        return _threshold_backward(value, *saved) if saved else value
+        return None if tangent is None else _mask(ctx, tangent)
 
 
 class _Threshold(_Masked):
@@ -185,8 +177,7 @@ class _Threshold(_Masked):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         x, t, straight_through = inputs
-        if not straight_through:
-            _Masked.keep(ctx, x, t)
+        _keep(ctx, x, t, straight_through)
 
 
 class _ThresholdBackward(_Masked):
@@ -197,7 +188,19 @@ class _ThresholdBackward(_Masked):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         _, x, t = inputs
-        _Masked.keep(ctx, x, t)
+        _keep(ctx, x, t, straight_through=False)
+
+
+def _keep(ctx: Any, x: Tensor, t: Tensor, straight_through: bool) -> None:
+    # Kept even where they are not needed: activation checkpointing runs the forward again, outside of
+    # straight_through(), and takes the i-th tensor that is kept then for the i-th that was kept at first.
+    ctx.save_for_backward(x, t)
+    ctx.save_for_forward(x, t)
+    ctx.straight_through = straight_through
+
+
+def _mask(ctx: Any, value: Tensor) -> Tensor:
+    return value if ctx.straight_through else _threshold_backward(value, *ctx.saved_tensors)
 
 
 def _record(function: type[_Masked], op: Callable, *args: Any) -> Tensor:
@@ -214,7 +217,7 @@ def _run(op: Callable, *args: Any) -> Tensor:
 
 
 def _run_recorded(op: Callable, *args: Any) -> Tensor:
-    # autograd.Function switches both modes off, but a torch.func transform further out records what runs here.
+    # autograd.Function switches both modes off; a torch.func transform further out has yet to record this.
     with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
         return _run(op, *args)
 
@@ -231,18 +234,19 @@ def _threshold_backward_autograd(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
 
 
 def _batch_rule(op: Callable, t_at: int) -> Callable:
-    """Elementwise, so a batch of x is one bigger x; a batch of t (an ensemble of models) takes a call per member."""
+    """Elementwise, so a batch of x is one bigger x; a batch of t, as in an ensemble, takes a call each."""
 
     def rule(info: Any, in_dims: tuple, *args: Any) -> tuple[Tensor, int]:
         def member(i: int) -> Tensor:
-            return op(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)))
+            pairs = zip(args, in_dims, strict=True)
+            return op(*(arg if dim is None else arg.select(dim, i) for arg, dim in pairs))
 
         def whole(arg: Tensor, dim: int | None) -> Tensor:
             return arg.expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
 
-        if in_dims[t_at] is not None:
-            return torch.stack([member(i) for i in range(info.batch_size)]), 0
-        return op(*map(whole, args[:t_at], in_dims), *args[t_at:]), 0
+        if in_dims[t_at] is None:
+            return op(*map(whole, args[:t_at], in_dims), *args[t_at:]), 0
+        return torch.stack([member(i) for i in range(info.batch_size)]), 0
 
     return rule
 
@@ -252,9 +256,9 @@ def _batch_rule(op: Callable, t_at: int) -> Callable:
 
 @functools.cache
 def register_lowerings() -> None:
-    """Teach Inductor to make a pointwise node of both ops. Idempotent; imports Inductor.
+    """Teach Inductor to make a pointwise node of each op. Idempotent; imports Inductor.
 
-    The backend calls it. Under plain `torch.compile` it happens by itself: see `_lower_if_inductor_runs`.
+    A backend calls it. Under plain `torch.compile` it happens by itself: see `_lower_if_inductor_runs`.
     """
     from torch._inductor.ir import Pointwise, TensorBox
     from torch._inductor.lowering import register_lowering
@@ -271,35 +275,45 @@ def register_lowerings() -> None:
 
         return Pointwise.create(device=x.get_device(), dtype=x.get_dtype(), inner_fn=at, ranges=x.get_size())
 
-    def where_kept_of_itself(x: TensorBox, t: TensorBox, straight_through: bool = False) -> TensorBox:
+    def threshold(x: TensorBox, t: TensorBox, straight_through: bool = False) -> TensorBox:
         return where_kept(x, x, t)
 
-    register_lowering(_threshold, type_promotion_kind=None)(where_kept_of_itself)
+    register_lowering(_threshold, type_promotion_kind=None)(threshold)
     register_lowering(_threshold_backward, type_promotion_kind=None)(where_kept)
 
 
 def _lower_if_inductor_runs() -> None:
-    """Called by the fake implementations, which a compiler consults before it lowers anything: so the lowerings are
-    there in time under plain `backend="inductor"` too, and who never compiles never imports Inductor."""
+    """The fake implementations call this: a compiler consults them before it lowers anything. So plain
+    `backend="inductor"` finds the lowerings, and a program that never compiles never imports Inductor."""
     if "torch._inductor.lowering" in sys.modules:
         register_lowerings()
 
 
-# ---- the gradient that attacks ask for
+# ---- the gradient that an attack may ask for
 
 
 class straight_through(TorchFunctionMode):
-    """Within it, every threshold's gradient is the identity (BPDA: Athalye, Carlini, Wagner 2018); values are the same.
+    """A context manager: within it, every threshold's gradient is the identity. Values stay as they are.
 
         with forged_fx.straight_through():
             loss = criterion(forged(x), y)
         loss.backward()
 
-    What counts is where the forward runs: a backward keeps the gradient that its forward was run with. It holds for the
-    thread that enters it, nests, and reaches compiled models, which are compiled once for each gradient.
+    BPDA (Athalye, Carlini, Wagner 2018, arXiv 1802.00420) for any attack, whether or not it knows of this.
+
+    What counts is where the forward runs: a backward has the gradient that its forward was run with. It
+    holds for the thread that enters it, and for none that it starts. It nests. Compiled models are compiled
+    once for each gradient, when it is first asked for.
+
+    Activation checkpointing with `use_reentrant=True` runs the forward anew in the backward, where no mode
+    reaches it: take `use_reentrant=False`.
     """
 
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # A function mode that overrides nothing else, because Dynamo traces such a one, may break its graph
+        # within it, and guards what it compiled on the types of those that are active.
         kwargs = kwargs or {}
         if func is torch.ops.forged_fx.threshold.default or func is torch.ops.forged_fx.threshold:
             return _threshold(*args[:2], **{**kwargs, "straight_through": True})
@@ -307,10 +321,10 @@ class straight_through(TorchFunctionMode):
 
 
 def straight_through_enabled() -> bool:
-    """Whether this thread is within `straight_through()`; so too while Dynamo compiles what was called within it."""
+    """Whether this thread is within `straight_through()`; a backend may ask it too, while it compiles."""
     modes = torch.overrides._get_current_function_mode_stack()
     if "torch._dynamo" in sys.modules:
-        # Dynamo takes the modes off while it compiles, and guards what it compiled on their types.
+        # Dynamo takes the modes off the stack while it compiles.
         from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr as taken_off
 
         modes = [*modes, *taken_off.stack]
@@ -336,7 +350,11 @@ IMPLEMENTATIONS = {
 for _name, _by_key in IMPLEMENTATIONS.items():
     for _key, _implementation in _by_key.items():
         _library.impl(_name, _implementation, _key)
-torch.library.register_fake("forged_fx::threshold", _threshold_fake, lib=_library)
-torch.library.register_fake("forged_fx::threshold_backward", _threshold_backward_fake, lib=_library)
-torch.library.register_vmap("forged_fx::threshold", _batch_rule(_threshold, 1), lib=_library)
-torch.library.register_vmap("forged_fx::threshold_backward", _batch_rule(_threshold_backward, 2), lib=_library)
+
+_register_fake = functools.partial(torch.library.register_fake, lib=_library)
+_register_fake("forged_fx::threshold", _threshold_fake)
+_register_fake("forged_fx::threshold_backward", _threshold_backward_fake)
+
+_register_vmap = functools.partial(torch.library.register_vmap, lib=_library)
+_register_vmap("forged_fx::threshold", _batch_rule(_threshold, t_at=1))
+_register_vmap("forged_fx::threshold_backward", _batch_rule(_threshold_backward, t_at=2))

@@ -3,10 +3,11 @@
     x ── linear(x, w)        becomes        x ── threshold(x, t) ── linear(·, w)
 
 One pass serves every dialect (call_module, call_function, call_method, aten, Dynamo's graphs with lifted parameters):
-what differs between them is only how a node's module and a value's origin are known, and both are passed in.
+what differs between them is how a node's module, a call's name and a value's origin are known, and these are passed in.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.fx as fx
@@ -17,26 +18,56 @@ from forged_fx.sites import CALLS, Call, Numbering, Origin, data_operands, get, 
 _LAYER = Call("layer", "x", ((0, "input"),))
 
 
+@dataclass(frozen=True, eq=False)
+class CallNode:
+    """A node that calls a function of `CALLS`, or a module that is a site as a whole."""
+
+    node: fx.Node
+    call: Call
+    module: str  # the module that runs it
+
+
+def find_calls(graph: fx.Graph, module: Callable[[fx.Node], str], layers: set[str]) -> list[CallNode]:
+    """The calls that could be sites, in execution order.
+
+    module: node -> the name of the module that runs it. layers: names of modules that are a site as a whole, where the
+    graph calls them as modules.
+    """
+    found = []
+    for node in graph.nodes:
+        if node.op == "call_module" and node.target in layers:
+            found.append(CallNode(node, _LAYER, node.target))
+        elif node.op in ("call_function", "call_method"):
+            target = getattr(torch.Tensor, node.target, None) if node.op == "call_method" else node.target
+            if target in CALLS:
+                found.append(CallNode(node, CALLS[target], module(node)))
+    return found
+
+
+def number(calls: list[CallNode]) -> list[str]:
+    """The calls' names, where the graph holds a whole forward pass."""
+    numbering = Numbering()
+    return [numbering.call(call.module) for call in calls]
+
+
 def insert_thresholds(
     graph: fx.Graph,
+    calls: list[CallNode],
+    names: list[str],
     place: Callable[[str], fx.Node | None],
-    module: Callable[[fx.Node], str],
-    layers: set[str],
     source: Callable[[fx.Node], Origin],
     straight_through: bool = False,
-) -> list[str]:
-    """Put a threshold ahead of each site of `graph`; returns the names of the sites, in execution order.
+) -> None:
+    """Put a threshold ahead of each site among the calls.
 
-    place: called for each site, with the insertion point set ahead of its call; the node that gives its threshold, or
-        None to leave the site alone.
-    module: node -> the name of the module that runs it.
-    layers: names of modules that are a site as a whole, where the graph calls them as modules.
+    place: called with a site's name, the insertion point being ahead of its call; returns the node that gives its
+        threshold, or None to leave the site alone.
     source: the origin of a placeholder or get_attr node.
     """
-    numbering, done = Numbering(), []
+    name_of = {call.node: (call.call, name) for call, name in zip(calls, names, strict=True)}
     origins: dict[fx.Node, Origin] = {}
     for node in list(graph.nodes):
-        for name, key in _sites(node, module, layers, origins, numbering):
+        for name, key in _operands(node, *name_of[node], origins) if node in name_of else ():
             with graph.inserting_before(node):
                 threshold = place(name)
                 if threshold is None:
@@ -49,24 +80,11 @@ def insert_thresholds(
                 new.meta["example_value"] = x.meta["example_value"]
             origins[new] = Origin.DATA
             node.args, node.kwargs = replace(node.args, node.kwargs, key, new)
-            done.append(name)
         origins[node] = _origin(node, origins, source)
     graph.lint()
-    return done
 
 
-def _sites(
-    node: fx.Node, module: Callable, layers: set[str], origins: dict[fx.Node, Origin], numbering: Numbering
-) -> list[tuple[str, tuple]]:
-    if node.op == "call_module" and node.target in layers:
-        call: Call | None = _LAYER
-    elif node.op in ("call_function", "call_method"):
-        call = CALLS.get(getattr(torch.Tensor, node.target, None) if node.op == "call_method" else node.target)
-    else:
-        return []
-    if call is None:
-        return []
-    name = numbering.call(node.target if call is _LAYER else module(node))
+def _operands(node: fx.Node, call: Call, name: str, origins: dict[fx.Node, Origin]) -> list[tuple[str, tuple]]:
     if call is _LAYER:
         return [(name, call.operands(node.args, node.kwargs)[0][1])]
     operands = data_operands(call, node.args, node.kwargs, lambda v: origins.get(v, Origin.CONSTANT))

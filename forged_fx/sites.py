@@ -112,6 +112,7 @@ CALLS: dict[Callable, Call] = {
     torch.ops.aten.mm.default: _product("mm", 0, "self", "mat2"),
     torch.ops.aten.bmm.default: _product("bmm", 0, "self", "mat2"),
     torch.ops.aten.addmm.default: _product("addmm", 1, "mat1", "mat2"),
+    torch.ops.aten.baddbmm.default: _product("baddbmm", 1, "batch1", "batch2"),
     torch.ops.aten.matmul.default: _product("matmul", 0, "self", "other"),
     torch.lstm: _RECURRENT,
     torch.gru: _RECURRENT,

@@ -35,6 +35,7 @@ class SiteStats:
     kind: str
     shape: tuple[int, ...] | None
     weight_shape: tuple[int, ...]
+    weight: str | None  # the parameter that it meets, by name; None: something derived from parameters
     key: tuple[int | str, ...]  # where the operand sits among the call's arguments
     layer: bool  # its module makes this call only, on its own first argument: the threshold can go ahead of the module
     once: bool = True  # its module ran at most once in a forward pass
@@ -56,6 +57,7 @@ class SiteStats:
             kind=self.kind,
             shape=merge_shapes(self.shape, other.shape),
             weight_shape=self.weight_shape,
+            weight=self.weight,
             key=self.key,
             layer=self.layer and other.layer,
             once=self.once and other.once,
@@ -143,16 +145,24 @@ class Stats:
             self.example or other.example,
         )
 
+    def fits(self, model: torch.nn.Module) -> bool:
+        """Whether the statistics could have been taken from `model`."""
+        return not self._differences(dict(model.named_modules()))
+
+    def _differences(self, there: dict[str, torch.nn.Module]) -> list[tuple[str, dict]]:
+        return [(n, s) for n, s in self.modules.items() if n not in there or parameter_shapes(there[n]) != s]
+
     def check_model(self, model: torch.nn.Module) -> None:
         """Raise ValueError, with the difference spelled out, unless these are the statistics of `model`."""
         there = dict(model.named_modules())
         differences = []
-        for name, shapes in self.modules.items():
-            if name not in there:
+        for name, shapes in self._differences(there):
+            if name in there:
+                found = parameter_shapes(there[name])
+                differences.append(f"{name or 'the root module'!r} has parameters {found}, not {shapes}")
+            else:
                 close = difflib.get_close_matches(name, there, n=1)
                 differences.append(f"{name!r} is missing" + (f" (it has {close[0]!r})" if close else ""))
-            elif (found := parameter_shapes(there[name])) != shapes:
-                differences.append(f"{name or 'the root module'!r} has parameters {found}, not {shapes}")
         if differences:
             more = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""
             raise ValueError(
@@ -229,6 +239,7 @@ class Stats:
                     kind=str(text["kind"]),
                     shape=_shape(text["shape"]),
                     weight_shape=_shape(text["weight_shape"]) or (),
+                    weight=None if text["weight"] is None else str(text["weight"]),
                     key=tuple(text["key"]),
                     layer=bool(text["layer"]),
                     once=bool(text["once"]),
@@ -255,7 +266,7 @@ class Stats:
             raise ValueError(f"{os.fspath(path)} is not a file of calibration statistics: {error}") from error
 
 
-_TEXT_FIELDS = ("kind", "shape", "weight_shape", "key", "layer", "once", "module_calls", "left_out")
+_TEXT_FIELDS = ("kind", "shape", "weight_shape", "weight", "key", "layer", "once", "module_calls", "left_out")
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:

@@ -12,7 +12,7 @@ import torch.fx as fx
 from forged_fx.audit import AuditFailed, audit
 from forged_fx.capture import Untraceable, capture, opened_modules
 from forged_fx.regions import forge_regions
-from forged_fx.rewrite import insert_thresholds
+from forged_fx.rewrite import find_calls, insert_thresholds, number
 from forged_fx.sites import FIXED_FILTER, Origin, module_of
 from forged_fx.stats import Ratio, Stats, match_sites
 from forged_fx.thresholds import HoldsThresholds, register, thresholds_of
@@ -166,7 +166,8 @@ def _forge_whole(model: torch.nn.Module, stats: Stats, wanted: list[str]) -> For
         buffers[site] = register(model.get_submodule(module_of(site)), site, model)
         return graph.get_attr(buffers[site])
 
-    insert_thresholds(graph, place, _module_of_node, {module_of(s) for s in layer_sites} - opened, _source(model))
+    calls = find_calls(graph, _module_of_node, {module_of(site) for site in layer_sites} - opened)
+    insert_thresholds(graph, calls, number(calls), place, _source(model))
     if missed := [name for name in wanted if name not in buffers]:
         raise Untraceable(f"the graph lacks the sites {', '.join(missed)}")
     forged = ForgedModule(model, graph, class_name=f"Forged{type(model).__name__}")

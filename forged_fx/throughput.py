@@ -1,0 +1,97 @@
+"""How fast a forged model runs beside the plain one, timed so that the ratio means something.
+
+A machine's speed drifts by more than a threshold costs. So all variants run in turn, in one process, and a ratio is
+taken within each round; what is reported is its median over the rounds and its quartiles.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from forged_fx.progress import track
+
+LEAST = 0.05  # seconds that one timing takes at least: far above the clock's grain and a context switch
+
+Way = Callable[[nn.Module], Callable[[Tensor], Tensor]]
+Key = tuple[str, str]  # (mode, "plain" or "forged")
+
+# mode -> how the plain model is run, how the forged one is
+MODES: dict[str, tuple[Way, Way]] = {
+    "eager": (lambda model: model, lambda forged: forged),
+    "compiled": (torch.compile, functools.partial(torch.compile, backend="forged")),
+}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Plain and forged in one mode.
+
+    plain, forged: seconds of a forward pass, medians. ratio: the forged model's throughput as a share of the plain
+    one's (1: it is free, 0.9: a tenth slower), the median over the rounds; low and high: its quartiles.
+    """
+
+    mode: str
+    plain: float
+    forged: float
+    ratio: float
+    low: float
+    high: float
+
+
+def compare(
+    model: nn.Module, forged: nn.Module, x: Tensor, *, rounds: int = 15, modes: Iterable[str] = tuple(MODES)
+) -> list[Speed]:
+    """Time both models on the batch `x`, in each of `modes`, without gradients.
+
+    Compiles what has to be compiled first and leaves that out of the figures. Raises ValueError for less than one
+    round, KeyError for an unknown mode, and what torch.compile raises where it cannot compile (no C++ compiler).
+    """
+    variants: dict[Key, Callable[[], object]] = {}
+    for mode in modes:
+        for name, way, module in zip(("plain", "forged"), MODES[mode], (model, forged), strict=True):
+            variants[mode, name] = functools.partial(way(module), x)
+    with torch.no_grad():
+        seconds = interleave(variants, rounds, lambda: torch.cuda.synchronize() if x.is_cuda else None)
+    return [_speed(mode, seconds[mode, "plain"], seconds[mode, "forged"]) for mode in modes]
+
+
+def interleave(
+    variants: Mapping[Key, Callable[[], object]], rounds: int, wait: Callable[[], object] = lambda: None
+) -> dict[Key, np.ndarray]:
+    """Seconds per call of each variant, one figure per round: arrays of shape (rounds,).
+
+    wait: returns when the device has finished what was asked of it.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds={rounds}: at least 1")
+    calls = {}
+    for key, call in variants.items():
+        for _ in range(3):  # compile, and fill caches
+            call()
+        calls[key] = max(1, round(LEAST / _time(call, 1, wait)))
+    seconds = {key: np.empty(rounds) for key in variants}
+    order = list(variants)
+    for i in track(range(rounds), "timing"):
+        for key in order:
+            seconds[key][i] = _time(variants[key], calls[key], wait)
+        order.reverse()  # what runs after what is not always the same
+    return seconds
+
+
+def _time(call: Callable[[], object], times: int, wait: Callable[[], object]) -> float:
+    wait()
+    began = time.perf_counter()
+    for _ in range(times):
+        call()
+    wait()
+    return (time.perf_counter() - began) / times
+
+
+def _speed(mode: str, plain: np.ndarray, forged: np.ndarray) -> Speed:
+    low, ratio, high = np.quantile(plain / forged, (0.25, 0.5, 0.75))
+    return Speed(mode, float(np.median(plain)), float(np.median(forged)), float(ratio), float(low), float(high))

@@ -1,0 +1,134 @@
+"""The private parts of PyTorch's compiler that the backend touches, one function each.
+
+What a new release of PyTorch moves breaks here, and tests/test_torch_internals.py says which. Written for torch 2.14.
+"""
+
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor
+
+# Eval-mode kernels of attention that run past the modules within them; Dynamo puts them into its graph as one call.
+FUSED_ATTENTION = (torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd)
+
+
+def modules_on_stack() -> Iterator[torch.nn.Module]:
+    """The modules whose forward is running now, innermost first. Dynamo compiles a frame while it waits to run."""
+    call = torch.nn.Module._call_impl.__code__
+    for frame in _frames():
+        if frame.f_code is call:
+            module = frame.f_locals["self"]
+            yield getattr(module, "_orig_mod", module)
+
+
+def at_end_of_call(check: Callable[[], None]) -> None:
+    """Run `check` when the compiled call that is in progress is through; what it raises, the call raises.
+
+    Dynamo's wrapper of a compiled module keeps a list of functions to run at its end, for the state that it restores.
+    """
+    for frame in _frames():
+        if frame.f_code.co_name == "compile_wrapper" and "cleanups" in frame.f_locals:
+            frame.f_locals["cleanups"].append(check)
+            return
+
+
+def before_every_call(check: Callable[[], None]) -> None:
+    """Run `check` ahead of each later call of the compiled module that is running now."""
+    for frame in _frames():
+        if frame.f_code.co_name == "compile_wrapper" and "cleanups" in frame.f_locals:
+            frame.f_locals["self"].enter_exit_hooks.append(lambda: check() or (lambda: None))
+            return
+
+
+def _frames() -> Iterator[types.FrameType]:
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def module_ids(node: fx.Node) -> list[int]:
+    """id() of the modules that a node of Dynamo's graph was recorded in, innermost first, from the frame downwards.
+
+    The names beside them are relative to the frame, hence wrong after a graph break; the keys hold the ids.
+    """
+    return [int(key.partition("@")[0]) for key in reversed(node.meta.get("nn_module_stack") or {})]
+
+
+def lifted_value(node: fx.Node) -> Any:
+    """The tensor that a placeholder of Dynamo's graph stood for when it was compiled, a Parameter among them."""
+    return getattr(node.meta.get("grapharg"), "example", None)
+
+
+def declare_buffer(gm: fx.GraphModule, name: str) -> None:
+    """Tell AOTAutograd where a buffer that Dynamo did not make came from."""
+    from torch._dynamo.source import ConstantSource
+
+    gm._param_name_to_source[name] = ConstantSource(name)
+
+
+def guard_identity(gm: fx.GraphModule) -> None:
+    """Compile the frame anew for each object that its parameters come from.
+
+    Dynamo lets two modules of one class share compiled code: their parameters are inputs. Their thresholds are not.
+    """
+    from torch._dynamo.guards import GuardBuilder, install_guard
+
+    owners = {}
+    for node in gm.graph.find_nodes(op="placeholder"):
+        if isinstance(lifted_value(node), torch.nn.Parameter):
+            source = node.meta["grapharg"].source
+            while hasattr(source, "base"):
+                source = source.base
+            owners[source.name] = source
+    for source in owners.values():
+        install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+
+
+def inline_opened(gm: fx.GraphModule, node: fx.Node, opened: Callable) -> None:
+    """Replace one call in Dynamo's graph by what it does, recorded ahead of autograd and autocast."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    inputs = list(dict.fromkeys(node.all_input_nodes))
+    values = [n.meta["example_value"] for n in inputs]
+
+    def run(*tensors: Tensor) -> Any:
+        given = dict(zip(inputs, tensors, strict=True))
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: given[n])
+        return opened(*args, **kwargs)
+
+    with values[0].fake_mode:  # the one that Dynamo traced with; the tracing context holds another by now
+        inner = make_fx(run, pre_dispatch=True)(*values)
+    known = dict(zip(inner.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    for attribute in inner.graph.find_nodes(op="get_attr"):
+        setattr(gm, f"{node.name}_{attribute.target}", getattr(inner, attribute.target))
+        attribute.target = f"{node.name}_{attribute.target}"
+    with gm.graph.inserting_before(node):
+        results = gm.graph.graph_copy(inner.graph, known)
+    for old, new in known.items():
+        if old.op != "placeholder":
+            new.meta = {k: node.meta[k] for k in ("nn_module_stack", "stack_trace") if k in node.meta}
+            new.meta["example_value"] = old.meta.get("val")
+    for user in list(node.users):  # the composition returns a tuple, so that each user takes an item of it
+        user.replace_all_uses_with(results[user.args[1]])
+        gm.graph.erase_node(user)
+    gm.graph.erase_node(node)
+
+
+def cache_stamp(content: bytes) -> Any:
+    """A pass that does nothing, for its uuid: Inductor's cache key does not cover a lowering's body, so without it a
+    changed lowering would be served from the cache with the old numbers."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class Stamp(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            pass
+
+        def uuid(self) -> bytes:
+            return content
+
+    return Stamp()
