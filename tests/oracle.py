@@ -34,6 +34,26 @@ def maxima(model, batches):
     return found
 
 
+@torch.no_grad()
+def shares_below(model, batches, thresholds):
+    """Layer name -> the share of its inputs with |x| < its threshold."""
+    below, total = dict.fromkeys(thresholds, 0), dict.fromkeys(thresholds, 0)
+
+    def count(name):
+        def hook(_, args):
+            below[name] += (args[0].abs() < thresholds[name]).sum().item()
+            total[name] += args[0].numel()
+
+        return hook
+
+    handles = [layers(model)[name].register_forward_pre_hook(count(name)) for name in thresholds]
+    for x in batches:
+        model(x)
+    for handle in handles:
+        handle.remove()
+    return {name: below[name] / total[name] for name in thresholds}
+
+
 @contextlib.contextmanager
 def forged(model, thresholds):
     """Within, every layer's input is thresholded, in plain torch."""
