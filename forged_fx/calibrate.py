@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from forged_fx import histogram
 from forged_fx.modes import eval_mode
@@ -109,7 +109,7 @@ def model_inputs(batch: Any, model: torch.nn.Module) -> tuple[tuple, dict]:
     """A batch as the model's (args, kwargs), with tensors on its device."""
     if isinstance(batch, Tensor):
         args, kwargs = (batch,), {}
-    elif isinstance(batch, tuple | list) and batch and isinstance(batch[0], Tensor):
+    elif isinstance(batch, tuple | list) and batch and any(isinstance(leaf, Tensor) for leaf in tree_leaves(batch[0])):
         args, kwargs = (batch[0],), {}
     elif hasattr(batch, "keys"):
         args, kwargs = (), {key: batch[key] for key in batch.keys()}

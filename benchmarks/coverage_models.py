@@ -1,0 +1,201 @@
+"""The models of the coverage benchmark: name -> (model, args, kwargs), with random weights.
+
+timm: of each of its modules, the model with the fewest parameters. torchvision: every builder. Hugging Face: small
+random configurations of the architectures named here.
+"""
+
+from collections.abc import Callable, Iterator
+
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+Built = tuple[nn.Module, tuple, dict]
+
+
+def names(glob: str = "*") -> list[str]:
+    """The models whose name matches, of the libraries that it can match (choosing among timm's takes minutes)."""
+    found = [f"hf:{name}" for name in HUGGING_FACE] + torchvision_names()
+    if any(fnmatchcase(f"timm:{name}", glob) for name in _timm_list()):
+        found += timm_names()
+    return [name for name in found if fnmatchcase(name, glob)]
+
+
+def build(name: str) -> Built:
+    """Build one model in eval mode, from a fixed seed, and an input for it."""
+    library, _, kind = name.partition(":")
+    torch.manual_seed(0)
+    model, args, kwargs = {"timm": _timm, "tv": _torchvision, "hf": _hugging_face}[library](kind)
+    return model.eval(), args, kwargs
+
+
+def _timm_list() -> list[str]:
+    import timm
+
+    return timm.list_models()
+
+
+def timm_names() -> list[str]:
+    """Of each timm module the smallest model, by the number of parameters, the first by name where several tie."""
+    import timm
+
+    smallest: dict[str, tuple[int, str]] = {}
+    for module in timm.list_modules():
+        for name in sorted(timm.list_models(module=module)):
+            try:
+                with torch.device("meta"):
+                    size = sum(p.numel() for p in timm.create_model(name).parameters())
+            except Exception:  # not every constructor runs without memory: such a model is no candidate
+                continue
+            smallest[module] = min(smallest.get(module, (size, name)), (size, name))
+    return [f"timm:{name}" for name in dict.fromkeys(name for _, name in smallest.values())]
+
+
+def torchvision_names() -> list[str]:
+    from torchvision.models import list_models
+
+    return [f"tv:{name}" for name in list_models()]
+
+
+def _timm(name: str) -> Built:
+    import timm
+
+    model = timm.create_model(name)
+    channels, *side = model.pretrained_cfg.get("input_size", (3, 224, 224))
+    return model, (torch.randn(2, channels, *side),), {}
+
+
+def _torchvision(name: str) -> Built:
+    from torchvision.models import get_model, get_model_builder
+
+    options = {"weights": None}
+    if "weights_backbone" in get_model_builder(name).__code__.co_varnames:
+        options["weights_backbone"] = None
+    model = get_model(name, **options)
+    kind = get_model_builder(name).__module__.split(".")[2]
+    if kind == "detection":
+        return model, ([torch.rand(3, 160, 192), torch.rand(3, 128, 160)],), {}
+    if kind == "video":
+        clip = (2, 3, 8, 64, 64) if "swin" in name or "r" in name[:2] else (1, 3, 16, 224, 224)
+        return model, (torch.randn(clip),), {}
+    if kind == "optical_flow":
+        return model, (torch.randn(1, 3, 128, 128), torch.randn(1, 3, 128, 128)), {"num_flow_updates": 2}
+    fixed = {"inception_v3": 299, "quantized_inception_v3": 299}
+    side = fixed.get(name, 224 if name.startswith(("vit", "swin", "maxvit")) else 96)
+    return model, (torch.randn(2, 3, side, side),), {}
+
+
+def _tokens(vocabulary: int, length: int = 12) -> Tensor:
+    return torch.randint(3, vocabulary, (2, length))
+
+
+_TEXT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=99)
+_IMAGE = dict(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=32, patch_size=8
+)
+
+
+def _bert() -> Built:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return BertForSequenceClassification(BertConfig(**_TEXT)), (), {"input_ids": _tokens(99)}
+
+
+def _gpt2() -> Built:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=99)), (), {"input_ids": _tokens(99)}
+
+
+def _llama() -> Built:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**_TEXT, num_key_value_heads=2)), (), {"input_ids": _tokens(99)}
+
+
+def _mixtral() -> Built:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(**_TEXT, num_key_value_heads=2, num_local_experts=4)
+    return MixtralForCausalLM(config), (), {"input_ids": _tokens(99)}
+
+
+def _vit() -> Built:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    return ViTForImageClassification(ViTConfig(**_IMAGE)), (), {"pixel_values": torch.randn(2, 3, 32, 32)}
+
+
+def _dinov2() -> Built:
+    from transformers import Dinov2Config, Dinov2ForImageClassification
+
+    return Dinov2ForImageClassification(Dinov2Config(**_IMAGE)), (), {"pixel_values": torch.randn(2, 3, 32, 32)}
+
+
+def _clip() -> Built:
+    from transformers import CLIPConfig, CLIPModel
+
+    config = CLIPConfig(text_config={**_TEXT, "max_position_embeddings": 20, "eos_token_id": 2}, vision_config=_IMAGE)
+    return CLIPModel(config), (), {"input_ids": _tokens(99), "pixel_values": torch.randn(2, 3, 32, 32)}
+
+
+def _whisper() -> Built:
+    from transformers import WhisperConfig, WhisperModel
+
+    sizes = dict(encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4)
+    widths = dict(d_model=32, encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=99, num_mel_bins=16)
+    special = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
+    model = WhisperModel(WhisperConfig(**sizes, **widths, **special, max_source_positions=20))
+    return model, (), {"input_features": torch.randn(2, 16, 40), "decoder_input_ids": _tokens(99)}
+
+
+def _t5() -> Built:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    model = T5ForConditionalGeneration(T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=99))
+    return model, (), {"input_ids": _tokens(99), "decoder_input_ids": _tokens(99)}
+
+
+def _wav2vec2() -> Built:
+    from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
+
+    convolutions = dict(conv_dim=(16, 16), conv_kernel=(10, 3), conv_stride=(5, 2), num_feat_extract_layers=2)
+    position = dict(num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=4)
+    model = Wav2Vec2ForCTC(Wav2Vec2Config(**_TEXT, **convolutions, **position))
+    return model, (), {"input_values": torch.randn(2, 800)}
+
+
+def _segformer() -> Built:
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    stages = dict(
+        depths=[1] * 4, hidden_sizes=[8, 16, 16, 32], num_attention_heads=[1, 2, 2, 4], decoder_hidden_size=32
+    )
+    model = SegformerForSemanticSegmentation(SegformerConfig(**stages))
+    return model, (), {"pixel_values": torch.randn(2, 3, 64, 64)}
+
+
+HUGGING_FACE: dict[str, Callable[[], Built]] = {
+    "bert": _bert,
+    "gpt2": _gpt2,
+    "llama": _llama,
+    "vit": _vit,
+    "clip": _clip,
+    "whisper": _whisper,
+    "t5": _t5,
+    "mixtral": _mixtral,
+    "wav2vec2": _wav2vec2,
+    "dinov2": _dinov2,
+    "segformer": _segformer,
+}
+
+
+def _hugging_face(name: str) -> Built:
+    return HUGGING_FACE[name]()
+
+
+def smallest_of_each_library() -> Iterator[str]:
+    """A few models that between them take every way through the library; for a test."""
+    yield from ("timm:resnet18", "tv:squeezenet1_1", "tv:swin_t", "tv:fasterrcnn_mobilenet_v3_large_320_fpn")
+    yield from (f"hf:{name}" for name in HUGGING_FACE)
