@@ -5,7 +5,6 @@ random configurations of the architectures named here.
 """
 
 from collections.abc import Callable, Iterator
-
 from fnmatch import fnmatchcase
 
 import torch

@@ -1,8 +1,8 @@
 """An oracle for coverage and for the forward: calibration and forging at the level of ATen, below the Python API.
 
-It shares no code and no mechanism with the library, which watches Python functions and modules. A dispatch mode sees each
-kernel of a convolution or matrix product, with one operand that depends on the input and one made from parameters alone,
-whoever called it. Its sites have no names: they are the list of such kernels in the order in which they run.
+It shares no code and no mechanism with the library, which watches Python functions and modules. A dispatch mode sees
+each kernel of a convolution or matrix product, with one operand that depends on the input and one made from parameters
+alone, whoever called it. Its sites have no names: they are the list of such kernels in the order in which they run.
 """
 
 from typing import Any
