@@ -102,7 +102,6 @@ def _largest_below(t: float, dtype: torch.dtype) -> float:
 
     torch's one-pass functions compare by `<=`, in x's dtype, and `|x| < t` is `|x| <= _largest_below(t)`.
     """
-    # On the CPU by name: a caller's `with torch.device("cuda")` reaches in here.
     limit = torch.tensor(t, dtype=reference.comparison_dtype(dtype), device="cpu")
     if not limit > 0:
         return -1.0
@@ -167,6 +166,10 @@ class _Masked(torch.autograd.function._SingleLevelFunction):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor | None, *_: Any) -> Tensor | None:
         return None if tangent is None else _mask(ctx, tangent)
+
+    @staticmethod
+    def _compiled_autograd_key(ctx: Any) -> tuple:
+        return ctx._autograd_function_id, ctx.straight_through
 
 
 class _Threshold(_Masked):

@@ -1,4 +1,7 @@
-"""The specification: plain torch for every kernel in this folder. Tests and benchmarks compare with it bit for bit."""
+"""The specification: plain torch for every kernel in this folder.
+
+Tests and benchmarks compare with it, bit for bit and stride for stride.
+"""
 
 import torch
 from torch import Tensor
@@ -7,7 +10,8 @@ from torch import Tensor
 def threshold(x: Tensor, t: Tensor) -> Tensor:
     """The forged function: `0 where |x| < t, else x` (section 3 of arXiv 2406.19622).
 
-    Written this way round so that NaN passes through, and so that t <= 0 is the identity bit for bit, -0.0 included.
+    Written this way round so that NaN passes through, and so that t = 0 is the identity bit for bit, -0.0
+    included. Values that are dropped become +0.0.
 
     x: floating point, any shape and layout.
     t: floating-point scalar (0-dim), on x's device.
@@ -25,7 +29,7 @@ def threshold_backward(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
 
 
 def comparison_dtype(dtype: torch.dtype) -> torch.dtype:
-    """|x| and t are compared in float32 (float64 for float64 x), so that every implementation decides alike."""
+    """Of the comparison, for x's dtype: wide, so that every implementation decides alike on every element."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

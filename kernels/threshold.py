@@ -70,8 +70,9 @@ def block_rule(dtype: torch.dtype, numel: int) -> dict:
 def launch_threshold(x: Tensor, t: Tensor) -> Tensor:
     """`reference.threshold` in one kernel launch: same arguments, same result bit for bit.
 
-    A non-overlapping and dense x, in whatever order of dimensions, is read and written in storage order, without a
-    copy. Any other (expanded, or with gaps) is copied into the result's layout first, and the kernel works in place.
+    A non-overlapping and dense x, in whatever order of dimensions, is read and written in storage order,
+    without a copy. Any other (expanded, or with gaps) is copied into the result's layout first, and the
+    kernel works in place.
     """
     y = torch.empty_like(x)
     source = x if x.stride() == y.stride() else y.copy_(x)
@@ -80,8 +81,10 @@ def launch_threshold(x: Tensor, t: Tensor) -> Tensor:
 
 
 def launch_threshold_backward(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """`reference.threshold_backward` in one kernel launch; whichever of grad and x is not laid out like the result
-    (see `launch_threshold`) is copied first."""
+    """`reference.threshold_backward` in one kernel launch: same arguments, same result bit for bit.
+
+    The result is laid out like that of `launch_threshold`; whichever of grad and x is not is copied first.
+    """
     y = torch.empty_like(x)
     x = x if x.stride() == y.stride() else torch.empty_like(y).copy_(x)
     grad = grad if grad.stride() == y.stride() else y.copy_(grad)
