@@ -183,9 +183,9 @@ def summary(rows: Any) -> str:
     whole, sites = sum(row.whole for row in rows), sum(row.sites for row in rows)
     rewritten = sum(row.rewritten for row in rows)
     calibrated = sum(row.sites > 0 for row in rows)
-    exact = sum(row.exact_at_0 for row in rows)
+    forged, exact = sum(row.rewritten > 0 for row in rows), sum(row.exact_at_0 for row in rows)
     return (
-        f"calibrated {calibrated} of {len(rows)}, exact at ratio 0 {exact} of {sum(row.rewritten > 0 for row in rows)}\n"
+        f"calibrated {calibrated} of {len(rows)}, exact at ratio 0 {exact} of {forged}\n"
         f"models {whole} of {len(rows)}, sites {rewritten} of {sites}"
     )
 

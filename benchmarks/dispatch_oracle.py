@@ -57,6 +57,8 @@ class DispatchOracle(TorchDispatchMode):
             return model(*args, **kwargs)
 
     def _of(self, value: Any) -> int:
+        if isinstance(value, torch.nn.Parameter):
+            return PARAMETER
         return self.made_from.get(value, DATA) if isinstance(value, Tensor) else CONSTANT
 
     def __torch_dispatch__(self, kernel: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:

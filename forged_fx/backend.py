@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.fx as fx
@@ -30,6 +30,7 @@ OPTIONS = ("stats", "ratio", "include", "exclude", "strict")
 
 # Thresholds of a plain model that is being compiled, by site: all of its graphs, and all recompilations, share them.
 _thresholds: WeakKeyDictionary[torch.nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
+_seen: WeakSet[torch.nn.Module] = WeakSet()  # compiled modules whose backend was called
 
 
 def forged(
@@ -113,6 +114,20 @@ def _forge_graph(
         torch_internals.at_end_of_call(lambda: _check_reached(stats, wanted, shared))
 
 
+def _check_called(model: torch.nn.Module, backend: Callable, arguments: dict[str, Any]) -> None:
+    """Dynamo may give the whole model up without a graph; then the backend never hears of it."""
+    options = arguments.get("options", {})
+    if backend is not forged or "stats" not in options or not options.get("strict", True) or model in _seen:
+        return
+    if not any(module in _thresholds for module in model.modules()):
+        stats = options["stats"] if isinstance(options["stats"], Stats) else Stats.load(options["stats"])
+        _check_reached(stats, select(stats, options.get("include"), options.get("exclude"))[0], {})
+    _seen.add(model)
+
+
+torch_internals.after_calls_of_compiled_modules(_check_called)
+
+
 def _root(callers: list[torch.nn.Module], stats: Stats) -> torch.nn.Module:
     """The module that the statistics belong to: the outermost running one that fits, or the only one within it."""
     candidates = [*reversed(callers), *(m for m in callers[-1].modules() if m is not callers[-1])]
@@ -190,6 +205,7 @@ def _source(root: torch.nn.Module) -> Callable[[fx.Node], Origin]:
         value = torch_internals.lifted_value(node)
         if isinstance(value, torch.nn.Parameter):
             return Origin.PARAMETER
-        return Origin.CONSTANT if node.op == "get_attr" or id(value) in constants else Origin.DATA
+        is_size = isinstance(node.meta.get("example_value"), int | torch.SymInt)
+        return Origin.CONSTANT if node.op == "get_attr" or is_size or id(value) in constants else Origin.DATA
 
     return source

@@ -13,7 +13,7 @@ from forged_fx import histogram
 from forged_fx.modes import eval_mode
 from forged_fx.observe import Observer, Sighting
 from forged_fx.progress import track
-from forged_fx.sites import module_of
+from forged_fx.sites import SCRIPTED, module_of
 from forged_fx.stats import SiteStats, Stats, merge_shapes, parameter_shapes
 
 
@@ -47,9 +47,11 @@ def calibrate(model: torch.nn.Module, batches: Iterable[Any], *, max_batches: in
             example = example or (args, kwargs)
             given |= inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments.keys()
             scan.batch(n - 1, args, kwargs)
+    for name in _scripted(model):
+        scan.sites[name] = SiteStats("scripted", None, (), None, (), layer=False, left_out=SCRIPTED)
     if n == 0:
         raise ValueError("calibrate got no batch: an iterator that was already used up gives none a second time")
-    return Stats(scan.sites, scan.modules, n, scan.observer.switches, given, example)
+    return Stats(scan.sites, scan.modules, n, scan.observer.contexts, given, example)
 
 
 class _Scan:
@@ -103,6 +105,16 @@ class _Scan:
         site.sampled += values.numel()
         # NaN spreads through aminmax and maximum, so the largest value alone tells whether all were finite.
         self._pending.append((seen.name, torch.maximum(-low, high), *histogram.count(values)))
+
+
+def _scripted(model: torch.nn.Module) -> list[str]:
+    """The outermost TorchScript modules with parameters: what they compute is out of an observer's sight."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, torch.jit.ScriptModule) and not inside and any(True for _ in module.parameters()):
+            found.append(name)
+    return found
 
 
 def model_inputs(batch: Any, model: torch.nn.Module) -> tuple[tuple, dict]:

@@ -44,14 +44,14 @@ def opened_modules(sites: Iterable[str], layers: set[str]) -> set[str]:
     return opened
 
 
-def capture(model: torch.nn.Module, opened: set[str], given: set[str], switches: set[str]) -> fx.Graph:
+def capture(model: torch.nn.Module, opened: set[str], given: set[str], contexts: set[str]) -> fx.Graph:
     """The graph of `model`'s forward pass, with every module outside `opened` as one call.
 
     given: the names of the forward parameters that calls pass; the others keep their defaults.
     Raises Untraceable, with the reason, where the graph would lose something that the model does.
     """
-    for name in sorted(opened & switches):
-        raise Untraceable(f"{name or 'the model'!r} changes autocast or the grad mode within its forward")
+    for name in sorted(opened & contexts):
+        raise Untraceable(f"{name or 'the model'!r} makes calls under autocast, another grad mode or checkpointing")
     for name in sorted(opened):
         if _has_hooks(model.get_submodule(name)):
             raise Untraceable(f"{name or 'the model'!r} has hooks, which a graph does not run")

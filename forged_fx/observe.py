@@ -6,6 +6,7 @@ makes it. So any Python model can be observed, control flow included, and nothin
 """
 
 import contextlib
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.modules.module as hooks
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -105,6 +107,8 @@ class _SeeCalls(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if function is torch._C._set_grad_enabled:
+            self.observer.changes_context()
         if function in OPENED:
             with self:  # an opened composition reports its inner calls, and needs no report of its own
                 return OPENED[function](*args, **kwargs)
@@ -129,7 +133,7 @@ class Observer:
         self.model = model
         self.on_call = on_call
         self.names = names_of(model)
-        self.switches: set[str] = set()  # modules whose own code changes autocast or the grad mode
+        self.contexts: set[str] = set()  # modules whose own code runs calls in a context that a graph would drop
         self.not_layers: set[str] = set()  # modules that do more with their first argument than one call of the table
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -144,7 +148,7 @@ class Observer:
 
     def saw(self, call: Call, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         frame = self.frames[-1]
-        self._note_switch(frame)
+        self._check_context(frame)
         frame.calls += 1
         name = self.numbering.call(frame.name)
         for i, operand in enumerate(data_operands(call, args, kwargs, self.origins.of)):
@@ -164,9 +168,14 @@ class Observer:
         if not looks:
             frame.uses_input_elsewhere |= any(value is frame.first_input for value in (*args, *kwargs.values()))
 
-    def _note_switch(self, frame: _Frame) -> None:
-        if _modes() != frame.modes:
-            self.switches.add(frame.name)
+    def changes_context(self) -> None:
+        if self.frames:
+            self.contexts.add(self.frames[-1].name)
+
+    def _check_context(self, frame: _Frame) -> None:
+        """Autocast, the grad mode, or activation checkpointing, between the module's start and this call."""
+        if _modes() != frame.modes or _checkpointed():
+            self.contexts.add(frame.name)
 
     @contextlib.contextmanager
     def _follow_modules(self) -> Iterator[None]:
@@ -175,7 +184,7 @@ class Observer:
         def enter(module: torch.nn.Module, args: tuple) -> None:
             caller = self.frames[-1] if self.frames else None
             if caller is not None:
-                self._note_switch(caller)
+                self._check_context(caller)
                 self.used(module, args, {}, None)
             if id(module) in self.names:
                 frame = _Frame(self.names[id(module)], args[0] if args else None, _modes())
@@ -201,4 +210,17 @@ class Observer:
 
 
 def _modes() -> tuple:
-    return (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
+    autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast)
+
+
+def _checkpointed() -> bool:
+    """Whether torch.utils.checkpoint stands between this call and the forward of the module that makes it."""
+    frame = sys._getframe(2)
+    forwards = 0  # the innermost _call_impl runs the hook that asks; the next one is the caller's
+    while frame is not None and forwards < 2:
+        if frame.f_code is torch.utils.checkpoint.checkpoint.__code__:
+            return True
+        forwards += frame.f_code is torch.nn.Module._call_impl.__code__
+        frame = frame.f_back
+    return False

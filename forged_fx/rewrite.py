@@ -91,8 +91,14 @@ def _operands(node: fx.Node, call: Call, name: str, origins: dict[fx.Node, Origi
     return [(operand_name(name, i), operand.key) for i, operand in enumerate(operands)]
 
 
+# What a tensor says about itself is no data, nor is what is computed from it (`w.expand(x.shape[0], -1)`).
+_FACTS = {"shape", "ndim", "dtype", "device", "size", "dim", "numel", "stride"}
+
+
 def _origin(node: fx.Node, origins: dict[fx.Node, Origin], source: Callable[[fx.Node], Origin]) -> Origin:
     if node.op in ("placeholder", "get_attr"):
         return source(node)
+    if (node.args[1] if node.target is getattr else node.target) in _FACTS:
+        return Origin.CONSTANT
     inputs = max((origins[n] for n in node.all_input_nodes), default=Origin.CONSTANT)
     return max(inputs, Origin.PARAMETER) if node.op == "call_module" else inputs

@@ -142,6 +142,7 @@ OPENED: dict[Callable, Callable] = {F.multi_head_attention_forward: _open(F.mult
 
 CONSTANT_INPUT = "its input is a constant: it does not depend on the model's input"
 FIXED_FILTER = "its weight is fixed: made from buffers or literals alone"
+SCRIPTED = "inside a TorchScript module, which cannot be opened"
 RECURRENT = "a fused recurrent kernel, which cannot be opened"
 
 

@@ -91,8 +91,8 @@ class Stats:
 
     sites: site name -> SiteStats. modules: for each module that runs a site, the shapes of its own parameters; this is
     how the statistics know their model. example: the first batch as (args, kwargs), kept in memory only; `transform`
-    audits its result with it. switches: modules that change autocast or the grad mode within their forward. given: the
-    parameters of the model's forward that the batches passed.
+    audits its result with it. contexts: modules that make calls under autocast, another grad mode or checkpointing.
+    given: the parameters of the model's forward that the batches passed.
     """
 
     def __init__(
@@ -100,21 +100,21 @@ class Stats:
         sites: dict[str, SiteStats] | None = None,
         modules: dict[str, dict[str, tuple[int, ...]]] | None = None,
         batches: int = 0,
-        switches: set[str] | None = None,
+        contexts: set[str] | None = None,
         given: set[str] | None = None,
         example: tuple[tuple, dict] | None = None,
     ) -> None:
         self.sites = sites or {}
         self.modules = modules or {}
         self.batches = batches
-        self.switches = switches or set()
+        self.contexts = contexts or set()
         self.given = given or set()
         self.example = example
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Stats):
             return NotImplemented
-        keys = ("sites", "modules", "batches", "switches", "given")
+        keys = ("sites", "modules", "batches", "contexts", "given")
         return all(getattr(self, key) == getattr(other, key) for key in keys)
 
     def __repr__(self) -> str:
@@ -140,7 +140,7 @@ class Stats:
             sites,
             {**self.modules, **other.modules},
             self.batches + other.batches,
-            self.switches | other.switches,
+            self.contexts | other.contexts,
             self.given | other.given,
             self.example or other.example,
         )
@@ -210,7 +210,7 @@ class Stats:
         header = {
             "format": FORMAT,
             "batches": self.batches,
-            "switches": sorted(self.switches),
+            "contexts": sorted(self.contexts),
             "given": sorted(self.given),
             "modules": self.modules,
             "sites": {name: {key: getattr(site, key) for key in _TEXT_FIELDS} for name, site in self.sites.items()},
@@ -258,7 +258,7 @@ class Stats:
                 name: {key: _shape(shape) or () for key, shape in shapes.items()}
                 for name, shapes in header["modules"].items()
             }
-            sets = (set(map(str, header[key])) for key in ("switches", "given"))
+            sets = (set(map(str, header[key])) for key in ("contexts", "given"))
             return cls(sites, modules, int(header["batches"]), *sets)
         except FileNotFoundError:
             raise

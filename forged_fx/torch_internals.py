@@ -3,6 +3,7 @@
 What a new release of PyTorch moves breaks here, and tests/test_torch_internals.py says which. Written for torch 2.14.
 """
 
+import functools
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -42,6 +43,27 @@ def before_every_call(check: Callable[[], None]) -> None:
         if frame.f_code.co_name == "compile_wrapper" and "cleanups" in frame.f_locals:
             frame.f_locals["self"].enter_exit_hooks.append(lambda: check() or (lambda: None))
             return
+
+
+def after_calls_of_compiled_modules(check: Callable[[torch.nn.Module, Callable, dict[str, Any]], None]) -> None:
+    """Run `check(module, backend, the backend's keyword arguments)` after each call of a compiled module.
+
+    Where Dynamo gives a frame up before it has a graph, it runs it plain and never calls the backend: this is the only
+    place left to notice.
+    """
+    from torch._dynamo.eval_frame import OptimizedModule, innermost_backend
+
+    plain = OptimizedModule.__call__
+
+    @functools.wraps(plain)
+    def call(self: OptimizedModule, *args: Any, **kwargs: Any) -> Any:
+        result = plain(self, *args, **kwargs)
+        wrapper = innermost_backend(self.dynamo_ctx.callback)
+        if isinstance(wrapper, torch._TorchCompileWrapper):
+            check(self._orig_mod, wrapper.compiler_fn, wrapper.kwargs)
+        return result
+
+    OptimizedModule.__call__ = call
 
 
 def _frames() -> Iterator[types.FrameType]:

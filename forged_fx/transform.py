@@ -156,7 +156,7 @@ def _forge_whole(model: torch.nn.Module, stats: Stats, wanted: list[str]) -> For
     """The model as one graph with thresholds at 0. Raises Untraceable."""
     layer_sites = {name for name, site in stats.sites.items() if site.layer}
     opened = opened_modules(wanted, layer_sites)
-    graph = capture(model, opened, stats.given, stats.switches)
+    graph = capture(model, opened, stats.given, stats.contexts)
     model = copy.deepcopy(model)
     buffers: dict[str, str] = {}
 
