@@ -17,6 +17,7 @@ _PUBLIC = {
     "transform": "transform",
     "set_ratio": "transform",
     "straight_through": "ops",
+    "decompositions": "ops",
     "evaluate": "evaluate",
     "describe": "describe",
 }

@@ -334,6 +334,23 @@ def straight_through_enabled() -> bool:
     return any(isinstance(mode, straight_through) for mode in modes)
 
 
+# ---- exporters that know standard operators only
+
+
+def decompositions() -> dict[Any, Callable]:
+    """Both ops in standard operators, for `torch.export.ExportedProgram.run_decompositions`.
+
+    program = torch.export.export(forged, (x,)).run_decompositions(forged_fx.decompositions())
+    torch.onnx.export(program).save("forged.onnx")
+    """
+
+    def kept(value: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        wide = reference.comparison_dtype(x.dtype)
+        return torch.where(x.to(wide).abs() < t.to(wide), 0, value)
+
+    return {_threshold: lambda x, t, straight_through=False: kept(x, x, t), _threshold_backward: kept}
+
+
 # ---- registration
 
 IMPLEMENTATIONS = {

@@ -9,6 +9,7 @@ calibration found.
 """
 
 import contextlib
+import inspect
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -137,7 +138,12 @@ _classes: dict[tuple[type, type], type] = {}
 def _derive(region: type, plain: type) -> type:
     """The class of a forged module: `region` first, so that its forward wraps the plain one."""
     if (region, plain) not in _classes:
-        members = {"region": region, "plain": plain, "__module__": plain.__module__}
+
+        def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return region.forward(self, *args, **kwargs)
+
+        forward.__signature__ = inspect.signature(plain.forward)  # exporters and trainers read it
+        members = {"region": region, "plain": plain, "forward": forward, "__module__": plain.__module__}
         _classes[region, plain] = type(f"Forged{plain.__name__}", (region, plain), members)
     return _classes[region, plain]
 

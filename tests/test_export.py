@@ -1,0 +1,103 @@
+"""Forged models leave PyTorch's eager mode: torch.export, an AOTInductor package in a fresh process, ONNX."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+
+import forged_fx
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.weight = nn.Parameter(torch.randn(4, 5))
+
+    def forward(self, x):
+        return self.bn(self.conv(x)).relu().mean((2, 3)) @ self.weight
+
+
+def whole(model, x):
+    return forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-3)
+
+
+def by_module(model, x):
+    model.bn.register_forward_hook(lambda *_: None)
+    model.register_forward_hook(lambda *_: None)  # a graph would not run it
+    return whole(model, x)
+
+
+@pytest.fixture(params=[whole, by_module])
+def forged(request):
+    torch.manual_seed(0)
+    return request.param(Net().eval(), torch.randn(4, 3, 8, 8))
+
+
+@pytest.fixture
+def x():
+    return torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def export(forged, x):
+    return torch.export.export(forged, (x,), dynamic_shapes=({0: Dim("batch")},))
+
+
+def test_torch_export(forged, x):
+    program = export(forged, x)
+    assert sum(n.target is torch.ops.forged_fx.threshold.default for n in program.graph.nodes) == 2
+    assert {name for name in program.state_dict if "forged" in name} == {"conv.forged_threshold", "forged_threshold"}
+    for batch in (x, x[:3]):
+        assert torch.equal(program.module()(batch), forged(batch))
+
+
+def test_an_exported_program_is_saved_and_loaded(forged, x, tmp_path):
+    torch.export.save(export(forged, x), tmp_path / "m.pt2")
+    assert torch.equal(torch.export.load(tmp_path / "m.pt2").module()(x), forged(x))
+
+
+RUN = """
+import sys, torch
+x, expected = torch.load(sys.argv[2], weights_only=True)
+model = torch._inductor.aoti_load_package(sys.argv[1])
+assert "forged_fx" not in sys.modules
+print((model(x) - expected).abs().max().item())
+"""
+
+
+def test_an_aotinductor_package_runs_where_the_library_is_not_imported(forged, x, tmp_path):
+    with torch.no_grad():
+        package = torch._inductor.aoti_compile_and_package(export(forged, x), package_path=str(tmp_path / "m.pt2"))
+        torch.save((x[:3], forged(x[:3])), tmp_path / "data")
+    command = [sys.executable, "-c", RUN, package, str(tmp_path / "data")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) < 1e-6
+
+
+def test_onnx(forged, x, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    program = export(forged, x).run_decompositions(forged_fx.decompositions())
+    assert not any("forged_fx" in str(node.target) for node in program.graph.nodes)
+    torch.onnx.export(program, verbose=False).save(tmp_path / "m.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    for batch in (x, x[:3]):
+        (found,) = session.run(None, {session.get_inputs()[0].name: batch.numpy()})
+        assert torch.allclose(torch.from_numpy(found), forged(batch), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_decompositions_equal_the_ops(dtype):
+    x, t = torch.randn(1000, dtype=dtype), torch.tensor(0.3)
+    x[:3] = torch.tensor([float("nan"), 0.3, -0.0])
+    grad = torch.randn_like(x)
+    table = forged_fx.decompositions()
+    for op, arguments in (
+        (torch.ops.forged_fx.threshold.default, (x, t)),
+        (torch.ops.forged_fx.threshold_backward.default, (grad, x, t)),
+    ):
+        assert torch.equal(table[op](*arguments).nan_to_num(9), op(*arguments).nan_to_num(9))
