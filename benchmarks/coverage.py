@@ -17,6 +17,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,7 @@ def main() -> None:
 
     done = _read(options.out)
     shard, of = map(int, options.shard.split("/"))
-    todo = [name for name in coverage_models.names(options.only)[shard::of] if name not in done]
+    todo = [n for n in coverage_models.names()[shard::of] if n not in done and fnmatchcase(n, options.only)]
     for i, name in enumerate(todo):
         row = check(name)
         _append(options.out, row)

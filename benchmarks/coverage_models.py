@@ -4,21 +4,23 @@ timm: of each of its modules, the model with the fewest parameters. torchvision:
 random configurations of the architectures named here.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
-from fnmatch import fnmatchcase
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+CHOICE = Path(__file__).with_name("coverage_timm.txt")  # delete it to choose anew
+
 Built = tuple[nn.Module, tuple, dict]
 
 
-def names(glob: str = "*") -> list[str]:
-    """The models whose name matches, of the libraries that it can match (choosing among timm's takes minutes)."""
-    found = [f"hf:{name}" for name in HUGGING_FACE] + torchvision_names()
-    if any(fnmatchcase(f"timm:{name}", glob) for name in _timm_list()):
-        found += timm_names()
-    return [name for name in found if fnmatchcase(name, glob)]
+def names() -> list[str]:
+    """Hugging Face's, torchvision's and timm's. Choosing among timm's takes minutes: the choice is kept in a file."""
+    if not CHOICE.exists():
+        CHOICE.write_text("\n".join(timm_names()) + "\n")
+    return [*(f"hf:{name}" for name in HUGGING_FACE), *torchvision_names(), *CHOICE.read_text().split()]
 
 
 def build(name: str) -> Built:
@@ -27,12 +29,6 @@ def build(name: str) -> Built:
     torch.manual_seed(0)
     model, args, kwargs = {"timm": _timm, "tv": _torchvision, "hf": _hugging_face}[library](kind)
     return model.eval(), args, kwargs
-
-
-def _timm_list() -> list[str]:
-    import timm
-
-    return timm.list_models()
 
 
 def timm_names() -> list[str]:
@@ -69,7 +65,7 @@ def _torchvision(name: str) -> Built:
     from torchvision.models import get_model, get_model_builder
 
     options = {"weights": None}
-    if "weights_backbone" in get_model_builder(name).__code__.co_varnames:
+    if "weights_backbone" in inspect.signature(get_model_builder(name)).parameters:
         options["weights_backbone"] = None
     model = get_model(name, **options)
     kind = get_model_builder(name).__module__.split(".")[2]

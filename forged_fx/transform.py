@@ -71,6 +71,7 @@ def transform(
     *,
     include: Globs | None = None,
     exclude: Globs | None = None,
+    strict: bool = True,
     example: tuple[tuple, dict] | None = None,
 ) -> torch.nn.Module:
     """A copy of `model` in which every site's small inputs are set to zero; `model` itself is left untouched.
@@ -88,12 +89,13 @@ def transform(
         ratio: c_r, a number in [0, 1] or a mapping from site name or glob to one. 0 changes nothing, bit for bit.
         include: globs over site names; only these are forged. Also the way to forge a convolution with a fixed filter.
         exclude: globs over site names; these are not.
+        strict: raise if a site cannot be reached. False: leave it out; `describe` says so.
         example: (args, kwargs) for an audit of the result; by default the first calibration batch, where it is at hand.
-            The audit runs model and result at ratio 0 and raises unless they agree bit for bit and every site ran.
+            The audit runs model and result at ratio 0, compares them bit for bit and counts the thresholds that ran.
 
     Raises:
         ValueError: the statistics are another model's; a glob or ratio matches no site; the model is forged already.
-        RuntimeError: the audit failed; it names the site.
+        RuntimeError: the audit found sites that cannot be reached (it names each), or a result that is not the model.
     """
     stats = stats if isinstance(stats, Stats) else Stats.load(stats)
     model = getattr(model, "_orig_mod", model)
@@ -105,13 +107,20 @@ def transform(
     try:
         forged = _forge_whole(model, stats, wanted)
         forged.meta["forged_fx"] = record = Forging(stats, dict.fromkeys(wanted, "in the graph"), left_out)
-        if example:
-            audit(model, forged, wanted, *example)
+        if example and (missed := audit(model, forged, wanted, *example)):
+            raise Untraceable(f"the graph does not run the sites {', '.join(missed)}")
     except (Untraceable, AuditFailed) as error:
         forged = copy.deepcopy(model)
         forged.forging = record = Forging(stats, forge_regions(forged, stats, wanted), left_out, not_whole=str(error))
-        if example:
-            audit(model, forged, wanted, *example)
+        missed = audit(model, forged, wanted, *example) if example else []
+        if missed and strict:
+            raise RuntimeError(
+                f"sites {', '.join(map(repr, missed))} cannot be reached: the audit did not see their thresholds run. "
+                f"Leave them out with exclude={missed!r}, or accept it with strict=False"
+            ) from error
+        for site in missed:
+            del record.reached[site]
+            record.left_out[site] = "the audit did not see its threshold run"
     record.audited = example is not None
     set_ratio(forged, ratio)
     return forged

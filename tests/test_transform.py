@@ -2,6 +2,7 @@
 
 import copy
 import io
+import sys
 
 import oracle
 import pytest
@@ -255,3 +256,13 @@ def test_the_oracle_agrees_with_the_formula():
     with torch.no_grad(), oracle.forged(model, {"0": 0.25}):
         assert model(x).flatten().tolist() == [0.75, 0.5]
     assert model(x).flatten().tolist() == pytest.approx([0.75, 0.74])
+
+
+def test_a_site_that_cannot_be_reached_is_an_error_or_left_out(model, stats, monkeypatch):
+    """No model is known for which this happens: the audit is made to find it."""
+    monkeypatch.setattr(sys.modules["forged_fx.transform"], "audit", lambda *_: ["fc#1", "#0"])
+    with pytest.raises(RuntimeError, match=r"'fc#1', '#0' cannot be reached.*exclude=\['fc#1', '#0'\].*strict=False"):
+        forged_fx.transform(model, stats)
+    rows = {row.site: row.left_out for row in forged_fx.describe(forged_fx.transform(model, stats, strict=False))}
+    unseen = "the audit did not see its threshold run"
+    assert rows == dict.fromkeys(SITES, None) | {"fc#1": unseen, "#0": unseen}
