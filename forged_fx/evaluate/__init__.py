@@ -1,0 +1,22 @@
+"""Judge a classifier's robustness by its worst case, beside that of the model it was made from.
+
+`evaluate` works for any `nn.Module`; see its docstring for the protocol. The files, by idea:
+
+    protocol.py     the public call: which rows are run, in which order, and why
+    attacks.py      the table of attacks
+    gradients.py    the two backwards an attack may see: the true one and the straight-through one (BPDA)
+    harness.py      runs rows on what still stands, and believes no claim that it has not checked
+    threat.py       what an attacker may do: the ball and the box
+    checks.py       what is asked of the caller's input, and the model handed back as it was found
+    statistics.py   paired comparison of two accuracies
+    verdict.py      from figures to one word
+    result.py       the record: rows, outcomes by example, adversarial examples; save and load
+    report.py       the table, and progress on a terminal
+
+Importing this package needs torch only; pyautoattack, rich and safetensors are imported when first used.
+"""
+
+from forged_fx.evaluate.protocol import evaluate
+from forged_fx.evaluate.result import Result
+
+__all__ = ["Result", "evaluate"]

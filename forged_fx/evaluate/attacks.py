@@ -1,0 +1,130 @@
+"""The table of attacks. To add one: a function and a row.
+
+All are those of AutoAttack (Croce and Hein, ICML 2020), with the parameters that pyautoattack's own "standard"
+version sets. Its attack objects are called exactly as its run loop calls them, one batch at a time and seeded per
+batch, so that a row equals pyautoattack's own figure. The loop itself is not used: it counts calls in a module
+global, takes the process's trace function, and keeps its state in a file without the examples.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from forged_fx.evaluate.extras import need
+from forged_fx.evaluate.gradients import Logits
+from forged_fx.evaluate.threat import Threat
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What an attack has to know beside the inputs. `shape` is that of one input, without the batch."""
+
+    threat: Threat
+    classes: int
+    shape: tuple[int, ...]
+    seed: int
+    batch_size: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Attack:
+    """`run(tools, x, y)` gives one example per input, adversarial or not; x (n, ...) float32, y (n,) int64.
+
+    `unfit(setting)` is the reason why it cannot be run, or "". `gradient`: it uses one, so BPDA makes a second row.
+    """
+
+    name: str
+    run: Callable[[Any, Tensor, Tensor], Tensor]
+    unfit: Callable[[Setting], str] = lambda setting: ""
+    gradient: bool = True
+
+
+def toolbox(logits: Logits, setting: Setting) -> Any:
+    """pyautoattack's AutoAttack, standard version: the holder of attack objects and of their parameters."""
+    tools = need("pyautoattack").AutoAttack(
+        logits,
+        norm=setting.threat.norm,
+        eps=setting.threat.eps,
+        seed=setting.seed,
+        version="standard",
+        device=setting.device,
+    )
+    quiet = logging.Logger("forged_fx.evaluate", level=logging.CRITICAL)
+    for attack in (tools.apgd, tools.apgd_targeted):
+        attack.logger = quiet  # what it would warn about, each batch anew, is read off the rows
+    for attack in (tools.apgd_targeted, tools.fab):
+        attack.n_target_classes = min(attack.n_target_classes, setting.classes - 1)
+    return tools
+
+
+def _apgd_ce(tools: Any, x: Tensor, y: Tensor) -> Tensor:
+    tools.apgd.loss = "ce"
+    tools.apgd.seed = tools.get_seed()
+    return tools.apgd.perturb(x, y)
+
+
+def _apgd_t(tools: Any, x: Tensor, y: Tensor) -> Tensor:
+    tools.apgd_targeted.seed = tools.get_seed()
+    return tools.apgd_targeted.perturb(x, y)
+
+
+def _fab_t(tools: Any, x: Tensor, y: Tensor) -> Tensor:
+    tools.fab.targeted, tools.fab.n_restarts = True, 1
+    tools.fab.seed = tools.get_seed()
+    return tools.fab.perturb(x, y)
+
+
+def _square(tools: Any, x: Tensor, y: Tensor) -> Tensor:
+    tools.square.seed = tools.get_seed()
+    return tools.square.perturb(x, y)
+
+
+def _unfit_apgd_t(setting: Setting) -> str:
+    if setting.classes < 4:
+        return f"the targeted DLR loss needs 4 classes, and there are {setting.classes}"
+    return ""
+
+
+def _unfit_square(setting: Setting) -> str:
+    if len(setting.shape) != 3:
+        return f"needs images (channels, height, width), not inputs of shape {setting.shape}"
+    _, height, width = setting.shape
+    if setting.threat.norm == "Linf":
+        return ""
+    side = height // 5  # its L2 and L1 starts tile the image with squares of this side, from this margin on
+    margin = (height - 5 * side) // 2
+    tiled = all(side == 1 or margin + side * (length // side) <= length for length in (height, width) if side)
+    return "" if side and tiled else f"its {setting.threat.norm} start does not fit {height} x {width} images"
+
+
+ATTACKS = {
+    attack.name: attack
+    for attack in (
+        Attack("apgd-ce", _apgd_ce),
+        Attack("apgd-t", _apgd_t, _unfit_apgd_t),
+        Attack("fab-t", _fab_t),
+        Attack("square", _square, _unfit_square, gradient=False),
+    )
+}
+
+PRESETS = {
+    "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
+    "quick": ("apgd-ce", "apgd-t"),
+}
+
+
+def choose(attacks: str | list[str] | tuple[str, ...]) -> list[Attack]:
+    """The attacks of a preset's name, or of a list of attack names, in the order given."""
+    names = PRESETS.get(attacks, [attacks]) if isinstance(attacks, str) else attacks
+    unknown = [name for name in names if name not in ATTACKS]
+    if unknown or not names:
+        raise ValueError(
+            f"attacks={attacks!r}: {'unknown ' + ', '.join(map(repr, unknown)) if unknown else 'none named'}; "
+            f"choose {' or '.join(map(repr, PRESETS))}, or name some of {', '.join(ATTACKS)}"
+        )
+    return [ATTACKS[name] for name in dict.fromkeys(names)]

@@ -1,0 +1,95 @@
+"""What is asked of the caller's input; and the caller's models and random numbers, handed back as they were found."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from forged_fx.evaluate.threat import NORMS, Threat
+
+
+def threat(eps: float, norm: str) -> Threat:
+    if norm not in NORMS:
+        raise ValueError(f"norm={norm!r}: choose one of {', '.join(NORMS)}")
+    if not (math.isfinite(eps) and eps > 0):
+        raise ValueError(f"eps={eps!r} must be a positive number")
+    if norm == "Linf" and eps > 1:
+        raise ValueError(f"eps={eps!r} covers the whole range of pixels in [0, 1]; did you mean {eps:g}/255?")
+    return Threat(float(eps), norm)
+
+
+def inputs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """x and y, detached; or an error that names what is wrong with them and the next step."""
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        raise TypeError(f"x and y must be tensors, not {type(x).__name__} and {type(y).__name__}; torch.as_tensor")
+    if x.dtype != torch.float32:
+        raise TypeError(f"x is {x.dtype}; attacks compute in float32: pass x.float(), scaled to [0, 1]")
+    if x.dim() < 2 or x.numel() == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected a batch of inputs, (n, channels, height, width)")
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(f"x has {int((~torch.isfinite(x)).sum())} elements that are NaN or infinite; remove them")
+    low, high = float(x.min()), float(x.max())
+    if low < 0 or high > 1:
+        raise ValueError(
+            f"x spans [{low:g}, {high:g}], outside [0, 1] where attacks stay; put the normalisation into the model "
+            "(nn.Sequential(normalise, model)) and pass pixels in [0, 1]"
+        )
+    if y.dim() != 1 or len(y) != len(x):
+        raise ValueError(f"y has shape {tuple(y.shape)}; expected one class index per input, ({len(x)},)")
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise TypeError(f"y is {y.dtype}; expected class indices, int64")
+    return x.detach(), y.detach().long()
+
+
+def logits(out: object, x: Tensor, y: Tensor, who: str, classes: int | None = None) -> Tensor:
+    """The model's output on a batch, if it is one that can be judged."""
+    if not isinstance(out, Tensor) or not out.is_floating_point():
+        raise TypeError(f"the {who} returns {type(out).__name__}; wrap it so that it returns its logits as a tensor")
+    if out.dim() != 2 or len(out) != len(x) or out.shape[1] < 2:
+        raise ValueError(f"the {who} returns shape {tuple(out.shape)} for {len(x)} inputs; expected (n, classes)")
+    if classes is not None and out.shape[1] != classes:
+        raise ValueError(f"the {who} has {out.shape[1]} classes, the model {classes}: they cannot be compared")
+    if not bool(torch.isfinite(out).all()):
+        raise ValueError(f"the {who} gives NaN or infinite logits on unattacked inputs; repair it first")
+    if int(y.min()) < 0 or int(y.max()) >= out.shape[1]:
+        raise ValueError(f"y spans [{int(y.min())}, {int(y.max())}], and the {who} has {out.shape[1]} classes")
+    return out
+
+
+def device_of(model: nn.Module, default: torch.device) -> torch.device:
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return default
+
+
+@contextmanager
+def borrowed(model: nn.Module, who: str) -> Iterator[list[str]]:
+    """The model in eval mode and its parameters without gradients; afterwards each as it was.
+
+    Yields notes for the record. Parameters that ask for no gradient get none: attacks differentiate for the input
+    alone, and FAB's call to `backward` would fill every parameter's `.grad`.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    notes = []
+    if any(training for _, training in modes):
+        notes.append(f"the {who} was in train mode; judged in eval mode")
+    try:
+        model.eval()
+        for parameter, _ in asked:
+            parameter.requires_grad_(False)
+        yield notes
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, wanted in asked:
+            parameter.requires_grad_(wanted)
+
+
+@contextmanager
+def own_random_numbers() -> Iterator[None]:
+    """Attacks reseed torch's global generators, all of them; the caller's are put back."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        yield

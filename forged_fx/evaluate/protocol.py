@@ -1,0 +1,136 @@
+"""The public call: which rows are run, in which order, and why."""
+
+import os
+import platform
+import warnings
+from contextlib import ExitStack, nullcontext
+from importlib.metadata import version
+
+import torch
+from torch import Tensor, nn
+
+from forged_fx.evaluate import checks, fingerprint, gradients
+from forged_fx.evaluate.attacks import PRESETS, Setting, choose
+from forged_fx.evaluate.extras import need
+from forged_fx.evaluate.gradients import Context
+from forged_fx.evaluate.harness import Subject
+from forged_fx.evaluate.record import vacant
+from forged_fx.evaluate.report import Progress
+from forged_fx.evaluate.result import Result
+
+REPEAT = "no gradient changes: the same row again"
+
+
+def evaluate(
+    model: nn.Module,
+    base: nn.Module | None = None,
+    *,
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    norm: str = "Linf",
+    attacks: str | list[str] | tuple[str, ...] = "standard",
+    seed: int = 0,
+    batch_size: int = 250,
+    folder: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+    bpda: Context | None = None,
+) -> Result:
+    """Judge `model` by its worst case under attack, beside that of `base`, the model that it was made from.
+
+    Args:
+        model, base: classifiers; x -> logits (n, classes). Judged in eval mode, and handed back as they were. They
+            may be on any device, each on one.
+        x: inputs, (n, channels, height, width) or another shape that the models take, float32 in [0, 1].
+        y: classes, (n,), integer.
+        eps, norm: the attacker's ball, in units of x; "Linf", "L2" or "L1".
+        attacks: "standard" (AutoAttack's four: apgd-ce, apgd-t, fab-t, square), "quick" (the first two), or a list
+            of names. Anything less than standard can refute a gain and never show one.
+        seed: of all attacks, each batch anew, as AutoAttack does. batch_size is part of what it determines.
+        folder: where to save the result; refused if it holds one.
+        progress: on standard error. None: if that is a terminal.
+        bpda: a context manager under which the model's backward is the straight-through one, decided when the
+            forward runs. None: `forged_fx.straight_through`. For defences that are not this library's own.
+
+    The rows, each run only on what the rows before it left standing:
+        1. natural: what is wrong without attack;
+        2. true gradient: the attacks as they are. This is AutoAttack, and comes first so that its figure is known;
+        3. BPDA: those that use a gradient, again, with the straight-through one (Athalye, Carlini, Wagner 2018).
+           Left out, and said so, where that changes no gradient: a plain base has nothing to see through;
+        4. transfer: the adversarial examples found on the other side, shown to this one. Both ways, so that both
+           sides face the same pool of examples, and neither looks better for having been attacked less.
+
+    An example counts as broken only if it lies inside the ball and the box [0, 1] (rounding: `Threat.tolerance`) and
+    is classified wrongly when asked again. The worst case counts as right what no row broke. The verdict's rules
+    are in `verdict.py`, the interval in `statistics.py`.
+
+    Raises:
+        TypeError, ValueError: the input cannot be judged; the message says why and what to do.
+        FileExistsError: `folder` holds a result. ImportError: `pip install forged_fx[eval]`.
+    """
+    threat = checks.threat(eps, norm)
+    x, y = checks.inputs(x, y)
+    chosen = choose(attacks)
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: at least 1")
+    versions = {
+        "forged_fx": version("forged_fx"),
+        "pyautoattack": need("pyautoattack").__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    if folder is not None:
+        vacant(folder)
+        need("safetensors.torch")
+    bpda = bpda or gradients.straight_through()
+
+    with ExitStack() as stack:
+        enter = stack.enter_context
+        enter(torch.inference_mode(False))
+        enter(torch.no_grad())
+        enter(checks.own_random_numbers())
+        notes = enter(checks.borrowed(model, "model"))
+        if base is not None:
+            notes = notes + enter(checks.borrowed(base, "base"))
+        for note in notes:
+            warnings.warn(note, stacklevel=2)
+        shown = enter(Progress(progress))
+
+        subject = Subject("model", model, x, y, batch_size, shown)
+        rival = Subject("base", base, x, y, batch_size, shown) if base is not None else None
+        logits = subject.natural()
+        classes = logits.shape[1]
+        same = rival is not None and torch.equal(rival.natural(classes), logits)
+        for side in filter(None, (rival, subject)):
+            setting = Setting(threat, classes, tuple(x.shape[1:]), seed, batch_size, side.device)
+            for attack in chosen:
+                side.attack(attack, "true gradient", setting, nullcontext)
+            repeat = "" if gradients.differ(side.model, x, bpda, batch_size, side.device) else REPEAT
+            for attack in chosen:
+                if attack.gradient:
+                    side.attack(attack, "BPDA", setting, bpda, skip=repeat)
+        if rival is not None:
+            subject.replay(rival)
+            rival.replay(subject)
+
+        result = Result(
+            n=len(x),
+            threat=threat,
+            attacks=[attack.name for attack in chosen],
+            complete=set(PRESETS["standard"]) <= {attack.name for attack in chosen},
+            seed=seed,
+            batch_size=batch_size,
+            model=subject.side(),
+            base=rival.side() if rival is not None else None,
+            same=same,
+            data={
+                "x_shape": list(x.shape),
+                "x_sha256": fingerprint.of_tensors([("x", x)]),
+                "y_sha256": fingerprint.of_tensors([("y", y)]),
+            },
+            versions=versions,
+            notes=notes,
+        )
+    if folder is not None:
+        result.save(folder)
+    return result

@@ -1,0 +1,117 @@
+"""The result as a table, and progress on a terminal."""
+
+import shutil
+import sys
+from types import TracebackType
+from typing import Any
+
+from forged_fx.evaluate.extras import need
+from forged_fx.evaluate.result import KINDS, Result
+
+_FIGURES = {
+    "transfer": "worst case",
+    "BPDA": "true gradient and BPDA",
+    "true gradient": "true gradient alone",
+    "natural": "natural",
+}
+
+
+def _share(share: float | None, n: int) -> str:
+    return "" if share is None else f"{100 * share:.2f} % ({round(share * n)})"
+
+
+def _figures(result: Result) -> Any:
+    table = need("rich.table").Table(title=f"right, of {result.n} inputs", title_justify="left")
+    for heading in ("", "model", "base", "difference, 95 % interval, points", "p"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for kind in reversed(KINDS):  # the least flattering leads
+        shares = [_share(side.accuracy(kind), result.n) for side in result.sides]
+        paired = result.compared(kind)
+        difference = paired and f"{100 * paired.difference:+.2f} [{100 * paired.low:+.2f}, {100 * paired.high:+.2f}]"
+        cells = [_FIGURES[kind], *shares, *([""] if result.base is None else []), difference or ""]
+        table.add_row(*cells, f"{paired.p:.2g}" if paired else "", style="bold" if kind == KINDS[-1] else "")
+    return table
+
+
+def _rows(result: Result) -> Any:
+    table = need("rich.table").Table(title="row by row", title_justify="left")
+    for heading in ("side", "kind", "attack"):
+        table.add_column(heading)
+    for heading in ("attacked", "broken", "standing", "alone", "seconds"):
+        table.add_column(heading, justify="right")
+    table.add_column("note", overflow="fold")
+    for side in result.sides:
+        for row in side.rows:
+            counts = (row.attacked, row.broken, row.standing)
+            alone = "" if row.alone is None else f"{round(row.alone * result.n)}"
+            table.add_row(row.side, row.kind, row.attack, *map(str, counts), alone, f"{row.seconds:.1f}", row.note)
+        table.add_section()
+    return table
+
+
+def _small_print(result: Result) -> str:
+    spent = sum(row.seconds for row in result.rows)
+    alone = sum(row.seconds for row in result.model.rows if row.kind == "true gradient")
+    versions = ", ".join(f"{name} {number}" for name, number in result.versions.items())
+    lines = [
+        f"{result.threat.norm} ball of radius {result.threat.eps:.6g}, seed {result.seed}, batch {result.batch_size}; "
+        f"attacks: {', '.join(result.attacks)}",
+        f"{spent:.1f} s" + (f", {spent / alone:.2f} x the model's true-gradient rows alone" if alone else ""),
+        versions,
+        *result.notes,
+    ]
+    return "\n".join(lines)
+
+
+def render(result: Result) -> Any:
+    """The whole result, to be printed by rich."""
+    bold = need("rich.text").Text(f"{result.verdict}: {result.sentence}", style="bold")
+    return need("rich.console").Group(bold, _figures(result), _rows(result), _small_print(result))
+
+
+def text(result: Result) -> str:
+    """The same as plain text."""
+    width = max(100, shutil.get_terminal_size((120, 50)).columns)
+    console = need("rich.console").Console(width=width, color_system=None, force_terminal=False)
+    with console.capture() as capture:
+        console.print(render(result), highlight=False)
+    return str(capture.get())
+
+
+class Progress:
+    """Progress by row and by example on standard error; silent where that is no terminal, or if told so."""
+
+    def __init__(self, shown: bool | None = None) -> None:
+        self._bar: Any = None
+        self._task: Any = None
+        if sys.stderr.isatty() if shown is None else shown:
+            rich, console = need("rich.progress"), need("rich.console").Console(stderr=True)
+            columns = (
+                rich.TextColumn("{task.description}"),
+                rich.BarColumn(),
+                rich.MofNCompleteColumn(),
+                rich.TimeElapsedColumn(),
+                rich.TimeRemainingColumn(),
+            )
+            self._bar = rich.Progress(*columns, console=console, transient=True)
+
+    def begin(self, label: str, total: int) -> None:
+        if self._bar:
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(label, total=total)
+
+    def advance(self, examples: int) -> None:
+        if self._bar:
+            self._bar.advance(self._task, examples)
+
+    def __enter__(self) -> "Progress":
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()

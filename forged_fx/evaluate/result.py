@@ -1,0 +1,168 @@
+"""What an evaluation found: rows, outcome by example, adversarial examples, and the figures that follow."""
+
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from forged_fx.evaluate.statistics import Paired, compare
+from forged_fx.evaluate.threat import Threat
+from forged_fx.evaluate.verdict import judge, weigh
+
+STANDING = -1  # in `Side.broken_by`: nothing broke this example
+
+# The kinds of row, in the order in which they are run. A figure "under X" counts an example as broken if a row of
+# kind X or of an earlier kind broke it, so that figures fall from left to right and the last is the worst case.
+KINDS = ("natural", "true gradient", "BPDA", "transfer")
+
+
+@dataclass
+class Row:
+    """One attack on one side.
+
+    side: "model" or "base". kind: one of `KINDS`. attacked: inputs still standing on which it was run. broken: of
+    these. standing: inputs left after it. rejected: examples that it offered and that fool the side but lie outside
+    the ball or the box; they do not count. alone: accuracy under this row alone, where it was tried on every input.
+    note: why it was left out, or what is remarkable.
+    """
+
+    side: str
+    kind: str
+    attack: str
+    attacked: int = 0
+    broken: int = 0
+    standing: int = 0
+    rejected: int = 0
+    alone: float | None = None
+    seconds: float = 0.0
+    note: str = ""
+
+
+@dataclass(eq=False)
+class Side:
+    """One of the two that are compared, named "model" or "base".
+
+    fingerprint: SHA-256 of its state_dict. broken_by: (n,) int64, the index in `rows` of the row that broke the
+    example, or -1. examples: (k, ...) float32, for each of the k broken inputs, in order, an input that the side
+    gets wrong; for one that is wrong without attack, that input itself.
+    """
+
+    name: str
+    description: str
+    fingerprint: str
+    rows: list[Row]
+    broken_by: Tensor
+    examples: Tensor
+
+    @property
+    def broken(self) -> Tensor:
+        """Indices of the broken inputs, (k,) int64, ascending."""
+        return (self.broken_by != STANDING).nonzero().flatten()
+
+    def right(self, under: str = KINDS[-1]) -> Tensor:
+        """(n,) bool: classified rightly under rows of kind `under` and of the kinds before it."""
+        reach = KINDS.index(under)
+        wrong = [i for i, row in enumerate(self.rows) if KINDS.index(row.kind) <= reach]
+        return ~torch.isin(self.broken_by, torch.tensor(wrong, dtype=torch.int64))
+
+    def accuracy(self, under: str = KINDS[-1]) -> float:
+        return float(self.right(under).double().mean())
+
+
+@dataclass(eq=False, repr=False)
+class Result:
+    """What `evaluate` found. Accuracies are shares of `n` in [0, 1]. `print` shows a table.
+
+    attacks: names, as asked for; complete: all four of AutoAttack's standard attacks are among them. same: model and
+    base gave the same logits, bit for bit, on every input. data: shape and SHA-256 of x and y.
+    """
+
+    n: int
+    threat: Threat
+    attacks: list[str]
+    complete: bool
+    seed: int
+    batch_size: int
+    model: Side
+    base: Side | None
+    same: bool
+    data: dict[str, Any]
+    versions: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def sides(self) -> list[Side]:
+        return [self.model, *([self.base] if self.base else [])]
+
+    @property
+    def rows(self) -> list[Row]:
+        """The model's rows, then the base's, each in the order of running."""
+        return [row for side in self.sides for row in side.rows]
+
+    @property
+    def worst_case(self) -> float:
+        """Share of inputs that the model classifies rightly whatever row attacked them: the headline."""
+        return self.model.accuracy()
+
+    @property
+    def base_worst_case(self) -> float | None:
+        return self.base.accuracy() if self.base else None
+
+    def compared(self, under: str = KINDS[-1]) -> Paired | None:
+        """Model and base under rows of kind `under` and of the kinds before it; None without a base."""
+        if self.base is None:
+            return None
+        return compare(self.model.right(under), self.base.right(under), same=self.same)
+
+    @cached_property
+    def _judged(self) -> tuple[str, str]:
+        base = self.base.right if self.base else None
+        return judge(weigh(self.model.right, base, self.compared(), self.complete, self.same))
+
+    @property
+    def verdict(self) -> str:
+        """One of "gain", "no measurable gain", "loss", "masking", "cannot say"; `verdict.py` has the rules."""
+        return self._judged[0]
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in one plain sentence."""
+        return self._judged[1]
+
+    def verify(self, model: nn.Module, x: Tensor, y: Tensor, base: nn.Module | None = None) -> None:
+        """Check every example again, against the model (and the base); see `record.verify`."""
+        from forged_fx.evaluate.record import verify
+
+        verify(self, model, x, y, base)
+
+    def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write result.json and examples.safetensors; each file appears whole or not at all.
+
+        FileExistsError if the folder holds a result already, unless `overwrite`.
+        """
+        from forged_fx.evaluate.record import save
+
+        save(self, folder, overwrite)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "Result":
+        """Read what `save` wrote. ValueError if it is of another format version, incomplete or inconsistent."""
+        from forged_fx.evaluate.record import load
+
+        return load(folder)
+
+    def __str__(self) -> str:
+        from forged_fx.evaluate.report import text
+
+        return text(self)
+
+    def __rich__(self) -> Any:
+        from forged_fx.evaluate.report import render
+
+        return render(self)
+
+    def __repr__(self) -> str:
+        return f"<Result: {self.verdict}; worst case {self.worst_case:.2%} of {self.n}>"

@@ -1,0 +1,41 @@
+"""What an attacker may do: move an input within a ball of radius eps, and not out of the box [0, 1]."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+# norm -> (length of each row of a (n, d) tensor, length of a (d,) vector of ones)
+_NORMS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[int], float]]] = {
+    "Linf": (lambda delta: delta.abs().amax(1), lambda d: 1.0),
+    "L2": (lambda delta: delta.square().sum(1).sqrt(), lambda d: math.sqrt(d)),
+    "L1": (lambda delta: delta.abs().sum(1), lambda d: float(d)),
+}
+NORMS = tuple(_NORMS)
+
+
+@dataclass(frozen=True)
+class Threat:
+    """A ball of radius `eps` in `norm` ("Linf", "L2" or "L1") around the input, cut by the box [0, 1]."""
+
+    eps: float
+    norm: str
+
+    def distance(self, x: Tensor, adv: Tensor) -> Tensor:
+        """Distance of each example from its input, (n,) float64; measured in float64 to add no error of its own."""
+        return _NORMS[self.norm][0]((adv.double() - x.double()).flatten(1))
+
+    def tolerance(self, elements: int) -> float:
+        """How far outside the ball an example of so many elements may lie through rounding alone.
+
+        Attacks compute in float32: 1e-5 of the radius for the projection, and per element one spacing of the
+        numbers just below 1, 2**-24. At Linf 8/255 that is 3.7e-7, a ten-thousandth of a grey level.
+        """
+        return 1e-5 * self.eps + 2**-24 * _NORMS[self.norm][1](elements)
+
+    def allows(self, x: Tensor, adv: Tensor) -> Tensor:
+        """(n,) bool: inside the ball (to `tolerance`) and inside the box (exactly). NaN is inside neither."""
+        flat = adv.flatten(1)
+        inside = self.distance(x, adv) <= self.eps + self.tolerance(flat.shape[1])
+        return inside & (flat >= 0).all(1) & (flat <= 1).all(1)

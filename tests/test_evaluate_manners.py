@@ -1,0 +1,187 @@
+"""Everything is left as it was found, and an error says what to do."""
+
+import random
+import sys
+import warnings
+
+import planted
+import pytest
+import torch
+from planted import Hidden, evaluate, inputs, linear
+from pyautoattack import checks
+from torch import nn
+
+from forged_fx.digits import one_thread
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    with one_thread():  # networks this small only lose by more
+        yield
+
+
+@pytest.fixture
+def small():
+    return planted.small()
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    planted.hurry(monkeypatch)
+
+
+# --- everything is left as it was found ---
+
+
+def test_caller_finds_everything_as_it_was(small, hurried):
+    trained, x, y = small
+    model = nn.Sequential(nn.BatchNorm2d(1), nn.Dropout(0.5), *trained)
+    base = Hidden(trained)
+    model.train()
+    model[0].eval()
+    model[2].weight.requires_grad_(False)
+    model[4].weight.grad = torch.ones_like(model[4].weight)
+    model[4].register_forward_hook(lambda module, args, out: out)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    asked = [p.requires_grad for p in model.parameters()]
+    x_before, y_before = x.clone(), y.clone()
+
+    def trace(frame, event, arg):
+        return None
+
+    old_trace, counts = sys.gettrace(), dict(checks.funcs)
+    generator, python = torch.get_rng_state(), random.getstate()
+    sys.settrace(trace)
+    try:
+        with pytest.warns(UserWarning, match="train mode"):
+            result = evaluate(model, base, x=x[:12], y=y[:12], attacks=["apgd-ce", "apgd-t", "fab-t"])
+        assert sys.gettrace() is trace
+    finally:
+        sys.settrace(old_trace)
+    assert checks.funcs == counts
+    assert torch.equal(torch.get_rng_state(), generator) and random.getstate() == python
+    assert [module.training for module in model.modules()] == modes
+    assert [p.requires_grad for p in model.parameters()] == asked
+    assert torch.equal(model[4].weight.grad, torch.ones_like(model[4].weight))
+    assert sum(p.grad is not None for p in {*model.parameters(), *trained.parameters()}) == 1
+    assert sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()) == 1
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(x, x_before) and torch.equal(y, y_before)
+    assert torch.is_grad_enabled() and result.notes == ["the model was in train mode; judged in eval mode"]
+
+
+def test_handed_back_after_an_error(small):
+    model, x, y = small
+    model = nn.Sequential(*model).train()
+
+    def fail(module, args):
+        if not torch.is_grad_enabled():
+            return
+        raise RuntimeError("no memory")
+
+    model[0].register_forward_pre_hook(fail)
+    generator = torch.get_rng_state()
+    with warnings.catch_warnings(), pytest.raises(RuntimeError, match="no memory"):
+        warnings.simplefilter("ignore")
+        evaluate(model, x=x, y=y, attacks="quick")
+    assert model.training and all(p.requires_grad for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_callers_grad_mode_does_not_matter(small, mode):
+    model, x, y = small
+    outside = evaluate(model, x=x[:15], y=y[:15], attacks=["apgd-ce"])
+    with mode():
+        inside = evaluate(model, x=x[:15].clone(), y=y[:15].clone(), attacks=["apgd-ce"])
+        assert not torch.is_grad_enabled()
+    assert torch.equal(outside.model.broken_by, inside.model.broken_by)
+    assert torch.equal(outside.model.examples, inside.model.examples)
+
+
+def test_the_seed_determines_the_result(small):
+    model, x, y = small
+    torch.manual_seed(1)
+    first = evaluate(model, x=x, y=y, attacks=["apgd-ce"], seed=3)
+    torch.manual_seed(2)
+    again, other = (evaluate(model, x=x, y=y, attacks=["apgd-ce"], seed=seed) for seed in (3, 4))
+    assert torch.equal(first.model.examples, again.model.examples)
+    assert not (
+        first.model.examples.shape == other.model.examples.shape
+        and torch.equal(first.model.examples, other.model.examples)
+    )
+
+
+class Scribbled(nn.Module):
+    """Returns its input as its logits: Square writes into logits, and must not write into this."""
+
+    def forward(self, x):
+        return x.flatten(1)
+
+
+def test_models_that_return_their_input():
+    x = inputs(10, (1, 2, 2))
+    y, before = x.flatten(1).argmax(1), x.clone()
+    result = evaluate(Scribbled(), x=x, y=y, eps=0.01, attacks=["square"])
+    assert torch.equal(x, before)
+    result.verify(Scribbled(), x, y)
+
+
+# --- what cannot be judged ---
+
+
+class Tuple(nn.Module):
+    def forward(self, x):
+        return (x.flatten(1),)
+
+
+class Sick(nn.Module):
+    def forward(self, x):
+        return x.flatten(1) * torch.nan
+
+
+X, Y = inputs(4), torch.tensor([0, 1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"x": X.numpy()}, TypeError, "must be tensors"),
+        ({"x": X.double()}, TypeError, r"x\.float\(\)"),
+        ({"x": (X * 255).byte()}, TypeError, r"x\.float\(\)"),
+        ({"x": X * 255}, ValueError, "normalisation into the model"),
+        ({"x": X - 0.5}, ValueError, "outside \\[0, 1\\]"),
+        ({"x": X * torch.nan}, ValueError, "NaN"),
+        ({"x": X[0, 0, 0]}, ValueError, "batch of inputs"),
+        ({"x": X[:0], "y": Y[:0]}, ValueError, "batch of inputs"),
+        ({"y": Y[:3]}, ValueError, "one class index per input"),
+        ({"y": torch.eye(10)[:4]}, ValueError, "one class index per input"),
+        ({"y": Y.float()}, TypeError, "int64"),
+        ({"y": Y + 7}, ValueError, "10 classes"),
+        ({"y": Y - 1}, ValueError, "10 classes"),
+        ({"eps": 0}, ValueError, "positive"),
+        ({"eps": float("nan")}, ValueError, "positive"),
+        ({"eps": 8}, ValueError, "8/255"),
+        ({"norm": "linf"}, ValueError, "Linf, L2, L1"),
+        ({"attacks": "thorough"}, ValueError, "'standard' or 'quick'"),
+        ({"attacks": ["apgd-ce", "pgd"]}, ValueError, "unknown 'pgd'"),
+        ({"attacks": []}, ValueError, "none named"),
+        ({"batch_size": 0}, ValueError, "at least 1"),
+        ({"model": Tuple()}, TypeError, "the model returns tuple"),
+        ({"model": nn.Identity()}, ValueError, "expected \\(n, classes\\)"),
+        ({"model": Sick()}, ValueError, "NaN or infinite logits"),
+        ({"base": linear(3)}, ValueError, "the base has 3 classes, the model 10"),
+    ],
+)
+def test_errors_name_what_is_wrong(change, error, words):
+    call = {"model": linear(), "base": linear(), "x": X, "y": Y, "eps": 0.1, "attacks": "quick"} | change
+    with pytest.raises(error, match=words):
+        evaluate(call.pop("model"), call.pop("base"), **call)
+
+
+def test_missing_packages_are_named(small, monkeypatch):
+    model, x, y = small
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    with pytest.raises(ImportError, match=r"pyautoattack: pip install forged_fx\[eval\]"):
+        evaluate(model, x=x, y=y)

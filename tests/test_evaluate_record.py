@@ -1,0 +1,212 @@
+"""What is printed and what is kept."""
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from planted import Hidden, inputs, linear, straight_through
+from safetensors.torch import load_file, save_file
+
+import forged_fx
+from forged_fx.digits import one_thread
+from forged_fx.evaluate import Result, fingerprint, protocol, report
+from forged_fx.evaluate.threat import Threat
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    with one_thread():  # networks this small only lose by more
+        yield
+
+
+@pytest.fixture(scope="module")
+def judged():
+    base, x = linear(classes=4), inputs(30)
+    y = base(x).argmax(1)
+    y[:3] = (y[:3] + 1) % 4
+    model = Hidden(base)
+    result = forged_fx.evaluate(model, base=base, x=x, y=y, eps=0.01, attacks="quick", bpda=straight_through)
+    return result, model, base, x, y
+
+
+def test_saved_and_loaded_is_the_same(judged, tmp_path):
+    result, model, base, x, y = judged
+    result.save(tmp_path / "a")
+    loaded = Result.load(tmp_path / "a")
+    loaded.save(tmp_path / "b")
+    for name in ("result.json", "examples.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert str(loaded) == str(result) and loaded.verdict == result.verdict
+    assert loaded.rows == result.rows and loaded.worst_case == result.worst_case
+    for ours, theirs in zip(result.sides, loaded.sides, strict=True):
+        assert torch.equal(ours.broken_by, theirs.broken_by) and torch.equal(ours.examples, theirs.examples)
+    loaded.verify(model, x, y, base)
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["examples.safetensors", "result.json"]
+
+
+def test_the_json_says_everything(judged, tmp_path):
+    result, model, _, x, y = judged
+    result.save(tmp_path)
+    record = json.loads((tmp_path / "result.json").read_text())
+    assert record["headline"]["verdict"] == result.verdict
+    assert record["headline"]["transfer"]["model"] == result.worst_case
+    assert record["robustbench"] == {
+        "eps": "0.01",
+        "clean_acc": "90.00",
+        "external": f"{100 * result.worst_case:.2f}",
+    }  # no autoattack_acc: the quick attacks are not AutoAttack
+    assert record["seed"] == 0 and record["n"] == 30
+    assert {"torch", "pyautoattack", "forged_fx"} <= set(record["versions"])
+    assert record["data"]["x_sha256"] == fingerprint.of_tensors([("x", x)])
+    side = record["sides"][0]
+    assert side["fingerprint"] == fingerprint.of_model(model)
+    assert len(side["broken_by"]) == 30 and side["broken_by"][:3] == [0, 0, 0]
+    examples = load_file(tmp_path / "examples.safetensors")
+    wrong = [i for i, row in enumerate(side["broken_by"]) if row >= 0]
+    assert examples["model.index"].tolist() == wrong
+    with torch.no_grad():
+        assert (model(examples["model.x"]).argmax(1) != y[wrong]).all()
+    assert ((examples["model.x"] - x[wrong]).abs() <= 0.01 + 1e-6).all()
+
+
+def test_evaluate_writes_its_folder_and_refuses_one_that_is_taken(judged, tmp_path, monkeypatch):
+    _, model, base, x, y = judged
+    call = {"x": x, "y": y, "eps": 0.01, "attacks": ["apgd-ce"], "bpda": straight_through, "folder": tmp_path}
+    result = forged_fx.evaluate(model, base=base, **call)
+    assert Result.load(tmp_path).verdict == result.verdict
+    with pytest.raises(FileExistsError):
+        result.save(tmp_path)
+    monkeypatch.setattr(protocol, "Subject", None)  # refused before any attack is run
+    with pytest.raises(FileExistsError, match="another folder"):
+        forged_fx.evaluate(model, base=base, **call)
+    result.save(tmp_path, overwrite=True)
+
+
+def test_a_failed_save_leaves_nothing_half_written(judged, tmp_path, monkeypatch):
+    result = judged[0]
+    result.save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        result.save(tmp_path, overwrite=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def edit(folder, change):
+    path = folder / "result.json"
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+def swap(folder):
+    tensors = load_file(folder / "examples.safetensors")
+    tensors["model.x"] = tensors["model.x"] * 0
+    save_file(tensors, folder / "examples.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda f: edit(f, lambda r: r.update(format=2)), "format 2"),
+        (swap, "is not the file"),
+        (lambda f: edit(f, lambda r: r["sides"][0]["broken_by"].pop()), "do not agree"),
+        (lambda f: edit(f, lambda r: r["sides"][0]["broken_by"].__setitem__(0, 99)), "do not agree"),
+        (lambda f: edit(f, lambda r: r["sides"][1]["broken_by"].__setitem__(0, -1)), "do not agree"),
+        (lambda f: edit(f, lambda r: r.pop("seed")), "no complete result"),
+        (lambda f: edit(f, lambda r: r["sides"][0]["rows"][0].pop("kind")), "no complete result"),
+        (lambda f: edit(f, lambda r: r["data"].update(x_shape=[30, 1, 7, 7])), "do not agree"),
+    ],
+)
+def test_a_spoilt_record_is_refused(judged, tmp_path, spoil, words):
+    judged[0].save(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        Result.load(tmp_path)
+
+
+def test_verify_finds_what_does_not_hold(judged, tmp_path):
+    result, model, _, x, y = judged
+    with pytest.raises(ValueError, match="not the data"):
+        result.verify(model, x.flip(0), y)
+    result.save(tmp_path)
+    loaded = Result.load(tmp_path)
+    loaded.model.examples[-1] = x[loaded.model.broken[-1]]
+    with pytest.raises(ValueError, match="1 are classified rightly, and 0 lie outside"):
+        loaded.verify(model, x, y)
+    loaded.model.examples[-1] = 1 - x[loaded.model.broken[-1]]
+    with pytest.raises(ValueError, match="1 lie outside"):
+        loaded.verify(model, x, y)
+
+
+def test_the_table(judged):
+    result = judged[0]
+    shown = str(result)
+    for words in (result.verdict, "worst case", "true gradient alone", "apgd-t", "BPDA", "seed 0", "95 % interval"):
+        assert words in shown
+    assert shown.index("worst case") < shown.index("natural")  # the least flattering leads
+    assert "\x1b" not in shown
+    assert repr(result).startswith("<Result: ")
+
+
+def test_progress_is_silent_unless_on_a_terminal(judged, monkeypatch):
+    _, model, _, x, y = judged
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    written = {}
+    for name, stream in (("file", io.StringIO()), ("terminal", Terminal())):
+        monkeypatch.setattr(sys, "stderr", stream)
+        forged_fx.evaluate(model, x=x, y=y, eps=0.01, attacks=["apgd-ce"], bpda=straight_through)
+        written[name] = stream.getvalue()
+    assert written["file"] == "" and "apgd-ce" in written["terminal"]
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert report.Progress(False)._bar is None
+
+
+def test_importing_needs_torch_only():
+    code = (
+        "import sys; import forged_fx.evaluate; "
+        "print([name for name in ('pyautoattack', 'rich', 'safetensors', 'scipy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_fingerprints_tell_tensors_apart():
+    a = torch.arange(6.0)
+    prints = {
+        fingerprint.of_tensors([(name, value)])
+        for name, value in [
+            ("a", a),
+            ("b", a),
+            ("a", a.view(2, 3)),
+            ("a", a.double()),
+            ("a", a.to(torch.bfloat16)),
+            ("a", a + 1),
+            ("a", None),
+        ]
+    }
+    assert len(prints) == 7
+    assert fingerprint.of_tensors([("a", a)]) == fingerprint.of_tensors([("a", a.view(2, 3).T.T.reshape(6))])
+    assert fingerprint.of_tensors([("a", torch.tensor(1.0))])  # 0-dimensional
+
+
+@pytest.mark.parametrize(("norm", "length"), [("Linf", 0.5), ("L2", 1.0), ("L1", 2.0)])
+def test_the_ball_in_each_norm(norm, length):
+    x = torch.full((1, 1, 2, 2), 0.25)
+    adv = x + 0.5
+    assert Threat(length, norm).distance(x, adv).item() == length
+    assert Threat(length, norm).allows(x, adv).all()
+    assert not Threat(length * 0.9999, norm).allows(x, adv).any()
+    assert not Threat(10.0, norm).allows(x, adv + 0.2501).any()  # out of the box
+    assert not Threat(10.0, norm).allows(x, adv * torch.nan).any()

@@ -1,0 +1,105 @@
+import math
+import random
+from fractions import Fraction
+
+import pytest
+import torch
+
+from forged_fx.evaluate.statistics import compare, mcnemar, sign_tail, tango
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "p"),
+    [
+        (1, 7, 18 / 256),  # Bentur et al. 2009, as in Fagerland et al. 2014: 0.0703
+        (6, 0, 2 / 64),
+        (5, 0, 2 / 32),
+        (0, 0, 1.0),
+        (3, 3, 1.0),
+        (1, 0, 1.0),
+    ],
+)
+def test_exact_mcnemar(first, second, p):
+    assert mcnemar(first, second) == pytest.approx(p, rel=1e-15)
+    assert mcnemar(second, first) == mcnemar(first, second)
+
+
+def test_sign_tail_adds_up():
+    for n in range(8):
+        for wins in range(n + 1):
+            direct = sum(Fraction(math.comb(n, k), 2**n) for k in range(wins, n + 1))
+            assert sign_tail(wins, n - wins) == pytest.approx(float(direct), rel=1e-15)
+
+
+def test_tango_known_values():
+    # Fagerland, Lydersen, Laake 2014, airway hyper-responsiveness, 21 patients: -0.517 to -0.026
+    assert tango(1, 7, 21) == pytest.approx((-0.517, -0.026), abs=5e-4)
+    z2 = 1.959963984540054**2
+    # closed form where none differs
+    assert tango(0, 0, 200) == pytest.approx((-z2 / (200 + z2), z2 / (200 + z2)), abs=1e-12)
+
+
+def quartic(b, c, n, z2):
+    """Tango's limits as roots of a quartic: Yang, Sun, Hardin, Statistics in Medicine 32 (2013) 1336-1342."""
+    import numpy as np
+
+    g, d = z2, b - c
+    m = [
+        n**2 * (n / g + 1) ** 2,
+        -n * d * (n / g + 1) * (4 * n / g + 1),
+        2 * n * d**2 * (3 * n / g + 2) / g - n**2 * ((b + c) / g + 1),
+        n * d * (2 * (b + c) / g + 1) - d**3 * (4 * n / g + 1) / g,
+        d**2 * (d**2 / g - (b + c)) / g,
+    ]
+    roots = np.roots(m)
+    return sorted(roots[abs(roots.imag) < 1e-6].real)
+
+
+def test_tango_equals_its_closed_form():
+    rng = random.Random(0)
+    for _ in range(200):
+        n = rng.randint(20, 500)
+        b, c = rng.randint(1, n // 4), rng.randint(1, n // 4)
+        roots = quartic(b, c, n, 1.959963984540054**2)
+        low, high = tango(b, c, n)
+        assert min(abs(low - root) for root in roots) < 1e-6
+        assert min(abs(high - root) for root in roots) < 1e-6
+        assert low < (b - c) / n < high
+
+
+def test_tango_turns_with_its_arguments():
+    for b, c, n in [(0, 9, 100), (3, 1, 50), (200, 0, 200), (10, 10, 20)]:
+        low, high = tango(b, c, n)
+        assert tango(c, b, n) == pytest.approx((-high, -low), abs=1e-12)
+        assert -1 <= low <= (b - c) / n <= high <= 1
+
+
+def test_the_exact_test_and_the_interval_must_agree():
+    right = torch.ones(200, dtype=torch.bool)
+    for differing, direction in [(0, 0), (4, 0), (5, 0), (6, 1), (50, 1)]:
+        wrong = right.clone()
+        wrong[:differing] = False
+        assert compare(right, wrong).direction == direction
+        assert compare(wrong, right).direction == -direction
+    # at 4 the interval alone would have been content
+    wrong = right.clone()
+    wrong[:4] = False
+    assert compare(right, wrong).low > 0
+
+
+def test_one_function_differs_by_nothing_and_two_by_something():
+    right = torch.tensor([True, False] * 50)
+    same, other = compare(right, right, same=True), compare(right, right)
+    assert (same.low, same.high, same.difference, same.p) == (0, 0, 0, 1)
+    assert other.low < 0 < other.high
+    # `same` is a claim about functions, and outcomes that differ refute it
+    assert compare(right, ~right, same=True).low < 0
+
+
+def test_how_many_would_decide():
+    right = torch.ones(200, dtype=torch.bool)
+    wrong = right.clone()
+    wrong[0] = False
+    needed = compare(right, wrong).needed
+    assert 700 < needed < 800  # 1 of 200, always the same way: z² (1/200 - 1/200²) / (1/200)²
+    assert compare(right, right).needed is None
