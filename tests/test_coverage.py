@@ -1,0 +1,63 @@
+"""A part of `benchmarks/coverage.py`: a few models of each library, that between them take every way through ours."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+MODELS = [
+    "timm:resnet18",
+    "timm:vit_tiny_patch16_224",
+    "timm:test_convnext",
+    "tv:squeezenet1_1",
+    "tv:swin_t",
+    "tv:vit_b_32",
+    "tv:googlenet",
+    "tv:ssdlite320_mobilenet_v3_large",
+    "hf:bert",
+    "hf:gpt2",
+    "hf:llama",
+    "hf:vit",
+    "hf:clip",
+    "hf:whisper",
+    "hf:t5",
+    "hf:mixtral",
+    "hf:wav2vec2",
+    "hf:dinov2",
+    "hf:segformer",
+]
+
+
+@pytest.fixture(scope="module")
+def coverage():
+    sys.path.insert(0, str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location("coverage_benchmark", BENCHMARKS / "coverage.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_site_is_forged_and_the_oracle_agrees(coverage, name):
+    pytest.importorskip({"timm": "timm", "tv": "torchvision", "hf": "transformers"}[name.partition(":")[0]])
+    row = coverage.check(name)
+    assert not row.error, row
+    assert row.sites == row.oracle_sites == row.rewritten > 0 and row.maxima_agree, row
+    assert row.exact_at_0 and row.equals_oracle and row.keys_kept and row.gradient != "differs", row
+
+
+def test_the_run_resumes_and_sums_up(coverage, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "coverage.csv"
+    monkeypatch.setattr(coverage.coverage_models, "names", lambda: ["hf:bert", "hf:vit", "tv:none"])
+    for only, lines in (("hf:bert", 1), ("*", 2), ("*", 0)):
+        monkeypatch.setattr(sys, "argv", ["coverage.py", "--only", only, "--out", str(out), "--threads", "1"])
+        coverage.main()
+        assert capsys.readouterr().out.count("'model':") == lines
+    assert out.read_text().count("\n") == 4  # the header, and a row per model: the one that fails is kept, with why
+    rows = coverage._read(out)
+    assert "Unknown model" in rows["tv:none"].error and rows["hf:bert"].whole
+    assert coverage.summary(rows.values()).endswith("models 2 of 3, sites 28 of 28")

@@ -1,0 +1,73 @@
+"""Timing plain against forged, and the benchmark that prints it."""
+
+import csv
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from forged_fx.throughput import Speed, interleave, text
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import models
+import throughput
+
+
+def test_the_benchmark_prints_a_row_per_mode_and_appends_it_to_its_file(tmp_path, capsys):
+    file = tmp_path / "throughput.csv"
+    arguments = ["digits", "--runs", "2", "--batch", "4", "--threads", "1", "--csv", str(file)]
+    threads = torch.get_num_threads()
+    assert throughput.main(arguments) == 0
+    assert throughput.main([*arguments, "--modes", "eager", "--dtype", "bfloat16"]) == 0
+    assert torch.get_num_threads() == threads
+    rows = list(csv.DictReader(file.open()))
+    assert [(row["mode"], row["dtype"]) for row in rows] == [
+        ("eager", "float32"),
+        ("compiled", "float32"),
+        ("eager", "bfloat16"),
+    ]
+    for row in rows:
+        assert (row["model"], row["sites"], row["batch"], row["threads"]) == ("digits", "4", "4", "1")
+        assert 0 < float(row["low"]) <= float(row["ratio"]) <= float(row["high"])
+        assert all(row[key] for key in ("torch", "triton", "device", "date"))
+    printed = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("digits") for line in printed) == 3
+
+
+@pytest.mark.parametrize("name", ["resnet18", "preact:28", "preact:27-4", "zoo:nothing"])
+def test_a_model_that_is_not_known_is_an_error_of_one_line(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("FORGED_FX_ASSETS", raising=False)
+    assert throughput.main([name, "--csv", str(tmp_path / "none.csv")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / "none.csv").exists()
+
+
+def test_a_pre_activation_wide_resnet_has_its_29_sites_and_its_size():
+    model, shape = models.load("preact:28-4")
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
+    assert len(layers) == 29
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(5.85e6, rel=0.01)
+    assert model(torch.rand(2, *shape)).shape == (2, 10)
+
+
+def test_variants_run_in_turn_and_a_slow_one_shows():
+    ran = []
+    sleeps = {("eager", "plain"): 0.06, ("eager", "forged"): 0.12}
+
+    def variant(key):
+        return lambda: (ran.append(key), time.sleep(sleeps[key]))
+
+    seconds = interleave({key: variant(key) for key in sleeps}, rounds=2)
+    plain, forged = sleeps
+    assert ran[-4:] == [plain, forged, forged, plain]
+    assert seconds[plain].shape == (2,)
+    assert (seconds[plain] >= 0.06).all() and (seconds[forged] >= 0.12).all()
+    with pytest.raises(ValueError, match="at least 1"):
+        interleave({}, rounds=0)
+
+
+def test_the_table_holds_milliseconds():
+    assert "12.000" in text([Speed("eager", 0.012, 0.013, 0.92, 0.9, 0.94)])
