@@ -10,6 +10,8 @@ VENV ?= .venv
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 OUT ?= demo
 ARGS ?=
+# Tests run in so many processes, with a thread each.
+JOBS ?= 2
 
 .PHONY: demo test lint clean
 
@@ -17,7 +19,7 @@ demo: $(VENV)/.installed-demo
 	$(VENV)/bin/python -m forged_fx.demo --out $(OUT) $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

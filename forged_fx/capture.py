@@ -62,8 +62,10 @@ def capture(model: torch.nn.Module, opened: set[str], given: set[str], contexts:
 
 
 def _trace(model: torch.nn.Module, opened: set[str], given: set[str], training: bool) -> fx.Graph:
-    # A copy: code that keeps something it computed (a cache of tensors) must not keep a proxy in the user's model.
-    model = copy.deepcopy(model).train(training)
+    # A copy: code that keeps something it computed (a cache of tensors) must not keep a proxy in the user's model. It
+    # shares the tensors, which tracing does not touch.
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    model = copy.deepcopy(model, shared).train(training)
     defaults = {
         name: parameter.default
         for name, parameter in inspect.signature(model.forward).parameters.items()

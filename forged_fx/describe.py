@@ -30,7 +30,7 @@ class Description(list[Row]):
         self.notes: list[str] = []  # how each forged model was captured
 
     def __str__(self) -> str:
-        table = [("site", "kind", "input seen", "c_max", "threshold", "zeroed")]
+        table = [("site", "kind", "input seen", "c_max", "threshold", "zeroed, placed")]
         table += [_cells(row) for row in self]
         widths = [max(len(line[i]) for line in table) for i in range(5)]
         lines = ["  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[5]]) for line in table]
@@ -68,4 +68,4 @@ def _cells(row: Row) -> tuple[str, ...]:
     start = (row.site, row.kind, shape, f"{row.c_max:.4g}")
     if row.threshold is None:
         return (*start, "-", f"left out: {row.left_out}")
-    return (*start, f"{row.threshold:.4g}", f"{row.share_zeroed:6.1%}")
+    return (*start, f"{row.threshold:.4g}", f"{row.share_zeroed:6.1%}  {row.reached}")

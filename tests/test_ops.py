@@ -257,9 +257,7 @@ def test_vmap_over_t_is_an_ensemble() -> None:
     x, t = torch.randn(3, 4, 5), torch.rand(3)
     members = torch.stack([threshold(a, b) for a, b in zip(x, t, strict=True)])
     assert torch.equal(torch.vmap(threshold)(x, t), members)
-    assert torch.equal(
-        torch.vmap(threshold, in_dims=(1, 0), out_dims=1)(x.movedim(0, 1), t), members.movedim(0, 1)
-    )
+    assert torch.equal(torch.vmap(threshold, in_dims=(1, 0), out_dims=1)(x.movedim(0, 1), t), members.movedim(0, 1))
     assert torch.equal(torch.vmap(lambda t: threshold(x, t))(t)[1], threshold(x, t[1]))
     grads = torch.vmap(torch.func.grad(lambda x, t: threshold(x, t).sum()))(x, t)
     assert torch.equal(grads, (members != 0).float())
@@ -324,9 +322,7 @@ def test_inductor_fuses_it(fresh_inductor: None) -> None:
     assert all(map(same, results, run(chain)))
 
 
-def test_inductor_is_right_without_the_lowering(
-    fresh_inductor: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_inductor_is_right_without_the_lowering(fresh_inductor: None, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor.utils import run_and_get_code
 
     monkeypatch.setattr(ops, "_lower_if_inductor_runs", lambda: None)

@@ -100,9 +100,7 @@ DENSE = ["contiguous", "channels_last", "transposed", "permuted", "misaligned", 
 
 
 @pytest.mark.parametrize("layout", DENSE)
-def test_dense_tensors_are_not_copied(
-    kernels: ModuleType, layout: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dense_tensors_are_not_copied(kernels: ModuleType, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object) -> None:
         raise AssertionError("copied")
 
