@@ -20,7 +20,7 @@ def names() -> list[str]:
     """Hugging Face's, torchvision's and timm's. Choosing among timm's takes minutes: the choice is kept in a file."""
     if not CHOICE.exists():
         CHOICE.write_text("\n".join(timm_names()) + "\n")
-    return [*(f"hf:{name}" for name in HUGGING_FACE), *torchvision_names(), *CHOICE.read_text().split()]
+    return [*(f"hf:{name}" for name in HUGGING_FACE), *CHOICE.read_text().split(), *torchvision_names()]
 
 
 def build(name: str) -> Built:
@@ -62,22 +62,27 @@ def _timm(name: str) -> Built:
 
 
 def _torchvision(name: str) -> Built:
+    """Inputs are as small as the architecture takes them: what is checked does not depend on their size."""
     from torchvision.models import get_model, get_model_builder
 
-    options = {"weights": None}
-    if "weights_backbone" in inspect.signature(get_model_builder(name)).parameters:
+    builder = get_model_builder(name)
+    kind, options = builder.__module__.split(".")[2], {"weights": None}
+    if "weights_backbone" in inspect.signature(builder).parameters:
         options["weights_backbone"] = None
-    model = get_model(name, **options)
-    kind = get_model_builder(name).__module__.split(".")[2]
     if kind == "detection":
-        return model, ([torch.rand(3, 160, 192), torch.rand(3, 128, 160)],), {}
+        if not name.startswith("ssd"):
+            options |= {"min_size": 96, "max_size": 128}
+        return get_model(name, **options), ([torch.rand(3, 96, 128), torch.rand(3, 96, 96)],), {}
+    if kind == "vision_transformer":
+        options["image_size"] = side = 4 * int(name.rpartition("_")[2])
+    else:
+        side = {"inception": 96, "quantization": 96, "maxvit": 224}.get(kind, 64)
+    model = get_model(name, **options)
     if kind == "video":
-        clip = (2, 3, 8, 64, 64) if "swin" in name or "r" in name[:2] else (1, 3, 16, 224, 224)
+        clip = (1, 3, 16, 224, 224) if name.startswith(("mvit", "s3d")) else (1, 3, 8, 64, 64)
         return model, (torch.randn(clip),), {}
     if kind == "optical_flow":
         return model, (torch.randn(1, 3, 128, 128), torch.randn(1, 3, 128, 128)), {"num_flow_updates": 2}
-    fixed = {"inception_v3": 299, "quantized_inception_v3": 299}
-    side = fixed.get(name, 224 if name.startswith(("vit", "swin", "maxvit")) else 96)
     return model, (torch.randn(2, 3, side, side),), {}
 
 
