@@ -44,10 +44,13 @@ def opened_modules(sites: Iterable[str], layers: set[str]) -> set[str]:
     return opened
 
 
-def capture(model: torch.nn.Module, opened: set[str], given: set[str], contexts: set[str]) -> fx.Graph:
+def capture(
+    model: torch.nn.Module, opened: set[str], given: set[str], contexts: set[str]
+) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
     """The graph of `model`'s forward pass, with every module outside `opened` as one call.
 
-    given: the names of the forward parameters that calls pass; the others keep their defaults.
+    given: the names of the forward parameters that calls pass; the others keep their defaults. Also returns the tensors
+    that the forward makes from literals alone: the graph reads them under these names.
     Raises Untraceable, with the reason, where the graph would lose something that the model does.
     """
     for name in sorted(opened & contexts):
@@ -55,13 +58,15 @@ def capture(model: torch.nn.Module, opened: set[str], given: set[str], contexts:
     for name in sorted(opened):
         if _has_hooks(model.get_submodule(name)):
             raise Untraceable(f"{name or 'the model'!r} has hooks, which a graph does not run")
-    graphs = [_trace(model, opened, given, training) for training in (False, True)]
-    if _text(graphs[0]) != _text(graphs[1]):
+    graph, constants = _trace(model, opened, given, training=False)
+    if _text(graph) != _text(_trace(model, opened, given, training=True)[0]):
         raise Untraceable("its forward does one thing in train mode and another in eval mode")
-    return graphs[0]
+    return graph, constants
 
 
-def _trace(model: torch.nn.Module, opened: set[str], given: set[str], training: bool) -> fx.Graph:
+def _trace(
+    model: torch.nn.Module, opened: set[str], given: set[str], training: bool
+) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
     # A copy: code that keeps something it computed (a cache of tensors) must not keep a proxy in the user's model. It
     # shares the tensors, which tracing does not touch.
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
@@ -86,7 +91,8 @@ def _trace(model: torch.nn.Module, opened: set[str], given: set[str], training: 
         with graph.inserting_before(node):
             graph.call_function(torch._assert, (graph.call_function(operator.eq, (value, None)), message))
         graph.erase_node(node)
-    return graph
+    literals = [n.target for n in graph.find_nodes(op="get_attr") if n.target.startswith("_tensor_constant")]
+    return graph, {name: getattr(model, name) for name in literals}
 
 
 def _has_hooks(module: torch.nn.Module) -> bool:

@@ -165,8 +165,11 @@ def _forge_whole(model: torch.nn.Module, stats: Stats, wanted: list[str]) -> For
     """The model as one graph with thresholds at 0. Raises Untraceable."""
     layer_sites = {name for name, site in stats.sites.items() if site.layer}
     opened = opened_modules(wanted, layer_sites)
-    graph = capture(model, opened, stats.given, stats.contexts)
+    graph, constants = capture(model, opened, stats.given, stats.contexts)
+    keys = model.state_dict().keys()
     model = copy.deepcopy(model)
+    for name, value in constants.items():
+        model.register_buffer(name, value, persistent=False)
     buffers: dict[str, str] = {}
 
     def place(site: str) -> fx.Node | None:
@@ -180,6 +183,10 @@ def _forge_whole(model: torch.nn.Module, stats: Stats, wanted: list[str]) -> For
     if missed := [name for name in wanted if name not in buffers]:
         raise Untraceable(f"the graph lacks the sites {', '.join(missed)}")
     forged = ForgedModule(model, graph, class_name=f"Forged{type(model).__name__}")
+    if lost := keys - forged.state_dict().keys():
+        raise Untraceable(
+            f"the graph would drop parameters that it does not use or has under another name: {min(lost)}"
+        )
     forged.meta["threshold_buffers"] = buffers
     for name, module in forged.named_modules():  # one by one: a user may have set some of them apart
         module.training = model.get_submodule(name).training

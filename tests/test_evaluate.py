@@ -49,9 +49,9 @@ def contained():
         checks.funcs.update(counts)
 
 
-def own_loop(model, x, y, eps, batch_size, attacks=None):
+def own_loop(model, x, y, eps, batch_size, attacks=None, norm="Linf"):
     with contained():
-        attack = AutoAttack(model, norm="Linf", eps=eps, seed=0, version="standard")
+        attack = AutoAttack(model, norm=norm, eps=eps, seed=0, version="standard")
         attack.attacks_to_run = attacks or attack.attacks_to_run
         return attack.run_standard_evaluation(x, y, batch_size=batch_size)[0]
 
@@ -90,6 +90,20 @@ def test_rows_equal_pyautoattacks_own(small, caplog, hurried):
     full = torch.zeros_like(x)
     full[stands] = theirs
     assert torch.equal(examples(result.model)[bpda], full[bpda])
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
+@pytest.mark.parametrize("attack", table.ATTACKS)
+def test_a_row_alone_equals_pyautoattacks_own(small, attack, norm, hurried):
+    model, x, y = small[0], small[1][:20], small[2][:20]
+    eps = {"Linf": EPS, "L2": 1.0, "L1": 4.0}[norm]
+    result = evaluate(model, x=x, y=y, eps=eps, norm=norm, attacks=[attack], batch_size=12)
+    theirs = own_loop(model, x, y, eps, 12, [attack], norm)
+    found = result.model.broken_by == 1
+    assert found.any()
+    assert torch.equal(result.model.examples[result.model.broken_by[result.model.broken] == 1], theirs[found])
+    with torch.no_grad():
+        assert torch.equal(result.model.right(), model(theirs).argmax(1) == y)
 
 
 @pytest.mark.parametrize(("norm", "dual"), [("Linf", 1), ("L2", 2)])

@@ -113,30 +113,35 @@ def test_the_seed_determines_the_result(small):
     )
 
 
-class Scribbled(nn.Module):
-    """Returns its input as its logits: Square writes into logits, and must not write into this."""
+class Constant(nn.Module):
+    """Returns its own memory as logits. Square writes into logits, and must not write into that."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.register_buffer("logits", logits)
+        self.eval()
 
     def forward(self, x):
-        return x.flatten(1)
+        return self.logits[: len(x)]
 
 
-def test_models_that_return_their_input():
-    x = inputs(10, (1, 2, 2))
-    y, before = x.flatten(1).argmax(1), x.clone()
-    result = evaluate(Scribbled(), x=x, y=y, eps=0.01, attacks=["square"])
-    assert torch.equal(x, before)
-    result.verify(Scribbled(), x, y)
+def test_square_does_not_write_into_the_model(monkeypatch):
+    planted.hurry(monkeypatch)
+    logits = torch.tensor([[2.0, 1.0]] * 8)
+    model = Constant(logits.clone())
+    result = evaluate(model, x=inputs(8), y=torch.zeros(8, dtype=torch.int64), attacks=["square"])
+    assert result.worst_case == 1 and torch.equal(model.logits, logits)
 
 
 # --- what cannot be judged ---
 
 
-class Tuple(nn.Module):
+class Tuple(nn.Identity):
     def forward(self, x):
         return (x.flatten(1),)
 
 
-class Sick(nn.Module):
+class Sick(nn.Identity):
     def forward(self, x):
         return x.flatten(1) * torch.nan
 
@@ -168,9 +173,9 @@ X, Y = inputs(4), torch.tensor([0, 1, 2, 3])
         ({"attacks": ["apgd-ce", "pgd"]}, ValueError, "unknown 'pgd'"),
         ({"attacks": []}, ValueError, "none named"),
         ({"batch_size": 0}, ValueError, "at least 1"),
-        ({"model": Tuple()}, TypeError, "the model returns tuple"),
-        ({"model": nn.Identity()}, ValueError, "expected \\(n, classes\\)"),
-        ({"model": Sick()}, ValueError, "NaN or infinite logits"),
+        ({"model": Tuple().eval()}, TypeError, "the model returns tuple"),
+        ({"model": nn.Identity().eval()}, ValueError, "expected \\(n, classes\\)"),
+        ({"model": Sick().eval()}, ValueError, "NaN or infinite logits"),
         ({"base": linear(3)}, ValueError, "the base has 3 classes, the model 10"),
     ],
 )

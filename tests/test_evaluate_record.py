@@ -85,13 +85,17 @@ def test_evaluate_writes_its_folder_and_refuses_one_that_is_taken(judged, tmp_pa
     result.save(tmp_path, overwrite=True)
 
 
-def test_a_failed_save_leaves_nothing_half_written(judged, tmp_path, monkeypatch):
+@pytest.mark.parametrize("file", [1, 2])
+def test_a_failed_save_leaves_nothing_half_written(judged, tmp_path, monkeypatch, file):
     result = judged[0]
     result.save(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    written = []
 
     def full(*args):
-        raise OSError("no space left on device")
+        written.append(args)
+        if len(written) == file:
+            raise OSError("no space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="no space"):
