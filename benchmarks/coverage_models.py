@@ -57,7 +57,10 @@ def _timm(name: str) -> Built:
     import timm
 
     model = timm.create_model(name)
-    channels, *side = model.pretrained_cfg.get("input_size", (3, 224, 224))
+    known = model.pretrained_cfg
+    channels, *side = known.get("min_input_size") or known.get("input_size", (3, 224, 224))
+    if max(side) > 400 and not known.get("fixed_input_size"):
+        side = [224, 224]
     return model, (torch.randn(2, channels, *side),), {}
 
 

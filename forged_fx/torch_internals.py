@@ -1,6 +1,6 @@
 """The private parts of PyTorch's compiler that the backend touches, one function each.
 
-What a new release of PyTorch moves breaks here, and tests/test_torch_internals.py says which. Written for torch 2.14.
+What a new release of PyTorch moves breaks here; tests/test_backend.py runs each of them. Written for torch 2.14.
 """
 
 import functools
