@@ -182,7 +182,10 @@ def _forge_whole(model: torch.nn.Module, stats: Stats, wanted: list[str]) -> For
     insert_thresholds(graph, calls, number(calls), place, _source(model))
     if missed := [name for name in wanted if name not in buffers]:
         raise Untraceable(f"the graph lacks the sites {', '.join(missed)}")
-    forged = ForgedModule(model, graph, class_name=f"Forged{type(model).__name__}")
+    try:
+        forged = ForgedModule(model, graph, class_name=f"Forged{type(model).__name__}")
+    except SyntaxError as error:  # torch.fx writes Python, and some module names do not go into it (a quote)
+        raise Untraceable(f"its graph cannot be written as Python: {error}") from error
     if lost := keys - forged.state_dict().keys():
         raise Untraceable(
             f"the graph would drop parameters that it does not use or has under another name: {min(lost)}"

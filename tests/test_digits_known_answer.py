@@ -79,8 +79,10 @@ def shows_masking(result):
     assert result.verdict == "masking"
 
 
+@pytest.mark.slow
 def test_the_gain_that_is_not_there():
-    """Complete AutoAttack on 200 images. Measured: base 118, true gradient 129, worst case 118."""
+    """Complete AutoAttack on 200 images. Measured: base 118, true gradient 129, worst case 118; and with the seeds 1
+    and 2 in its place 116, 128, 116 and 122, 131, 121."""
     model, x_train, _, x, y = train_digits(0)
     result = forged_fx.evaluate(forged_by_library(model, x_train, RATIO), base=model, x=x, y=y, eps=EPS)
     shows_masking(result)
@@ -99,9 +101,8 @@ def test_library_and_hooks_are_judged_alike():
     assert torch.equal(library.model.examples, hooks.model.examples)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2])
-def test_other_networks(seed):
-    """Measured: base 116, true gradient 128, worst case 116; and 122, 131, 121."""
-    model, x_train, _, x, y = train_digits(seed)
-    shows_masking(forged_fx.evaluate(forged_by_library(model, x_train, RATIO), base=model, x=x, y=y, eps=EPS))
+def test_another_network():
+    """The gradient attacks alone. Measured: base 122, true gradient 136, worst case 121; complete: 122, 131, 121."""
+    model, x_train, _, x, y = train_digits(2)
+    forged = forged_by_library(model, x_train, RATIO)
+    shows_masking(forged_fx.evaluate(forged, base=model, x=x, y=y, eps=EPS, attacks="quick"))

@@ -241,3 +241,19 @@ def test_checkpointing_repeats_the_forward(x):
     forged(leaves[0]).sum().backward()
     torch.utils.checkpoint.checkpoint(forged, leaves[1], use_reentrant=False).sum().backward()
     assert torch.equal(leaves[0].grad, leaves[1].grad)
+
+
+class Quoted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleDict({'a"b': nn.Linear(4, 4)})
+
+    def forward(self, x):
+        return self.layers['a"b'](x)
+
+
+def test_a_name_that_torch_fx_cannot_write(x):
+    model = Quoted()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0)
+    assert torch.equal(forged(x), model(x))
+    assert "cannot be written as Python" in str(forged_fx.describe(forged))
