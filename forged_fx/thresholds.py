@@ -27,8 +27,10 @@ class HoldsThresholds(torch.nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        for name in self.threshold_buffers.values():
-            state_dict.setdefault(prefix + name, self.get_buffer(name))
+        leaves = {name.rpartition(".")[2] for name in self.threshold_buffers.values()}
+        for name, value in self.state_dict().items():  # a module with two names has its threshold under both
+            if name.rpartition(".")[2] in leaves:
+                state_dict.setdefault(prefix + name, value)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

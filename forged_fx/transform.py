@@ -186,14 +186,29 @@ def _forge_whole(model: torch.nn.Module, stats: Stats, wanted: list[str]) -> For
         forged = ForgedModule(model, graph, class_name=f"Forged{type(model).__name__}")
     except SyntaxError as error:  # torch.fx writes Python, and some module names do not go into it (a quote)
         raise Untraceable(f"its graph cannot be written as Python: {error}") from error
+    for key in sorted(keys - forged.state_dict().keys()):
+        _keep(forged, model, key)
     if lost := keys - forged.state_dict().keys():
-        raise Untraceable(
-            f"the graph would drop parameters that it does not use or has under another name: {min(lost)}"
-        )
+        raise Untraceable(f"the graph cannot hold {min(lost)!r}")
     forged.meta["threshold_buffers"] = buffers
     for name, module in forged.named_modules():  # one by one: a user may have set some of them apart
         module.training = model.get_submodule(name).training
     return forged
+
+
+def _keep(forged: torch.nn.Module, model: torch.nn.Module, key: str) -> None:
+    """Give the graph a parameter or buffer that it does not use, or has under another name: checkpoints know it."""
+    *path, leaf = key.split(".")
+    for name in path:
+        model = model.get_submodule(name)
+        if name not in forged._modules:
+            forged.add_module(name, model)
+            return
+        forged = forged.get_submodule(name)
+    if leaf in model._parameters:
+        forged.register_parameter(leaf, model._parameters[leaf])
+    elif leaf in model._buffers:
+        forged.register_buffer(leaf, model._buffers[leaf])
 
 
 def _module_of_node(node: fx.Node) -> str:

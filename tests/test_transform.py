@@ -266,3 +266,28 @@ def test_a_site_that_cannot_be_reached_is_an_error_or_left_out(model, stats, mon
     rows = {row.site: row.left_out for row in forged_fx.describe(forged_fx.transform(model, stats, strict=False))}
     unseen = "the audit did not see its threshold run"
     assert rows == dict.fromkeys(SITES, None) | {"fc#1": unseen, "#0": unseen}
+
+
+class Spare(nn.Module):
+    """Parameters and buffers that the forward does not use, and a module with a second name."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3))
+        self.again, self.weight = self.used, nn.Parameter(torch.ones(2))
+        self.inner = nn.Module()
+        self.inner.fc = nn.Linear(3, 3)
+        self.inner.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x):
+        return self.inner.fc(self.again(x))
+
+
+def test_what_the_graph_does_not_use_stays_in_the_checkpoint():
+    model, x = Spare(), torch.randn(2, 3)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0)
+    assert isinstance(forged, ForgedModule)
+    for twin in (forged, copy.deepcopy(forged)):
+        assert twin.load_state_dict(Spare().state_dict()) == ([], [])
+        assert model.state_dict().keys() <= twin.state_dict().keys()
+        assert twin.again is twin.used
