@@ -50,6 +50,13 @@ class ForgedModule(HoldsThresholds, fx.GraphModule):
         """Move the thresholds, in place and without recompiling. See `Stats.thresholds` for `ratio`."""
         set_ratio(self, ratio)
 
+    def __deepcopy__(self, memo: dict) -> "ForgedModule":
+        twin = super().__deepcopy__(memo)
+        for name, module in self._modules.items():  # torch.fx copies a module once, under its first name
+            if name not in twin._modules:
+                twin.add_module(name, copy.deepcopy(module, memo))
+        return twin
+
     def __reduce__(self) -> tuple:
         _, (body, imports) = super().__reduce__()
         return _rebuild, (body, imports, type(self).__name__, self.meta)
