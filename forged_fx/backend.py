@@ -129,7 +129,7 @@ torch_internals.after_calls_of_compiled_modules(_check_called)
 
 
 def _root(callers: list[torch.nn.Module], stats: Stats) -> torch.nn.Module:
-    """The module that the statistics belong to: the outermost running one that fits, or the only one within it."""
+    """The module that the statistics belong to: the outermost running one that fits, or the first within it."""
     candidates = [*reversed(callers), *(m for m in callers[-1].modules() if m is not callers[-1])]
     for module in candidates:
         if stats.fits(module):

@@ -1,9 +1,10 @@
 """Context managers that set a state for a while and put it back."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.modules.module as hooks
 
 
 @contextlib.contextmanager
@@ -27,3 +28,20 @@ def fast_path_off() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(was)
+
+
+@contextlib.contextmanager
+def module_hooks(enter: Callable, leave: Callable) -> Iterator[None]:
+    """`enter(module, args)` and `leave(module, args, result)` around every module's forward, an exception included.
+
+    The hooks are global, so that no module is touched.
+    """
+    handles = [
+        hooks.register_module_forward_pre_hook(enter),
+        hooks.register_module_forward_hook(leave, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -8,19 +8,18 @@ makes it. So any Python model can be observed, control flow included, and nothin
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.modules.module as hooks
 import torch.utils.checkpoint
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from forged_fx.modes import fast_path_off
+from forged_fx.modes import fast_path_off, module_hooks
 from forged_fx.sites import (
     CALLS,
     OPENED,
@@ -177,9 +176,8 @@ class Observer:
         if _modes() != frame.modes or _checkpointed():
             self.contexts.add(frame.name)
 
-    @contextlib.contextmanager
-    def _follow_modules(self) -> Iterator[None]:
-        """Keep the stack of module calls with hooks that are global, so that the user's modules stay untouched."""
+    def _follow_modules(self) -> contextlib.AbstractContextManager[None]:
+        """Keep the stack of module calls."""
 
         def enter(module: torch.nn.Module, args: tuple) -> None:
             caller = self.frames[-1] if self.frames else None
@@ -198,15 +196,7 @@ class Observer:
             if frame.calls > 1 or frame.uses_input_elsewhere:
                 self.not_layers.add(frame.name)
 
-        handles = [
-            hooks.register_module_forward_pre_hook(enter),
-            hooks.register_module_forward_hook(leave, always_call=True),
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        return module_hooks(enter, leave)
 
 
 def _modes() -> tuple:

@@ -11,15 +11,14 @@ calibration found.
 import contextlib
 import inspect
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.modules.module as hooks
 from torch.overrides import TorchFunctionMode
 
 from forged_fx import ops  # noqa: F401 (defines the op)
+from forged_fx.modes import module_hooks
 from forged_fx.sites import CALLS, OPENED, Key, call_of, get, module_of, replace
 from forged_fx.stats import Stats
 from forged_fx.thresholds import HoldsThresholds, buffer_name, register
@@ -59,18 +58,18 @@ class Plan:
 
 
 class _Region(HoldsThresholds):
-    plan: Plan
+    forged_plan: Plan  # (a name that the user's own class will not have)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        return _rebuild, (type(self).region, type(self).plain), self.__dict__
+        return _rebuild, type(self).forged_from, self.__dict__
 
 
 class ForgedLayer(_Region):
     """A layer: `threshold -> forward`."""
 
     def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.plan.start()
-        for _, threshold in self.plan.next():
+        self.forged_plan.start()
+        for _, threshold in self.forged_plan.next():
             input = torch.ops.forged_fx.threshold(input, getattr(self, threshold))
         return super().forward(input, *args, **kwargs)
 
@@ -84,7 +83,7 @@ class ForgedCalls(_Region):
 
     @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.plan.start()
+        self.forged_plan.start()
         own = _OwnCalls(self)
         with _follow_submodules(self, own), own:
             return super().forward(*args, **kwargs)
@@ -104,14 +103,13 @@ class _OwnCalls(TorchFunctionMode):
                 with self:
                     return OPENED[function](*args, **kwargs)
             if function in CALLS:
-                for key, threshold in self.region.plan.next():
+                for key, threshold in self.region.forged_plan.next():
                     x = torch.ops.forged_fx.threshold(get(args, kwargs, key), getattr(self.region, threshold))
                     args, kwargs = replace(args, kwargs, key, x)
         return function(*args, **kwargs)
 
 
-@contextlib.contextmanager
-def _follow_submodules(region: torch.nn.Module, own: _OwnCalls) -> Iterator[None]:
+def _follow_submodules(region: torch.nn.Module, own: _OwnCalls) -> contextlib.AbstractContextManager[None]:
     """Tell `own` when one of the region's registered submodules is running."""
     inside = {id(module) for module in region.modules()} - {id(region)}
 
@@ -121,15 +119,7 @@ def _follow_submodules(region: torch.nn.Module, own: _OwnCalls) -> Iterator[None
     def leave(module: torch.nn.Module, args: Any, result: Any) -> None:
         own.depth -= id(module) in inside
 
-    handles = [
-        hooks.register_module_forward_pre_hook(enter),
-        hooks.register_module_forward_hook(leave, always_call=True),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return module_hooks(enter, leave)
 
 
 _classes: dict[tuple[type, type], type] = {}
@@ -143,7 +133,7 @@ def _derive(region: type, plain: type) -> type:
             return region.forward(self, *args, **kwargs)
 
         forward.__signature__ = inspect.signature(plain.forward)  # exporters and trainers read it
-        members = {"region": region, "plain": plain, "forward": forward, "__module__": plain.__module__}
+        members = {"forged_from": (region, plain), "forward": forward, "__module__": plain.__module__}
         _classes[region, plain] = type(f"Forged{plain.__name__}", (region, plain), members)
     return _classes[region, plain]
 
@@ -157,7 +147,7 @@ def _start_pass(model: torch.nn.Module, args: Any) -> None:
     """A forward pre-hook of the model: modules that run several times count their calls from here."""
     for module in model.modules():
         if isinstance(module, _Region):
-            module.plan.so_far = 0
+            module.forged_plan.so_far = 0
 
 
 def forge_regions(model: torch.nn.Module, stats: Stats, wanted: list[str]) -> dict[str, str]:
@@ -177,7 +167,7 @@ def forge_regions(model: torch.nn.Module, stats: Stats, wanted: list[str]) -> di
         for site, row in zip(sites, rows, strict=True):
             register(module, site, model)
             plan.operands.setdefault(call_of(site), []).append((row.key, buffer_name(site)))
-        module.plan = plan
+        module.forged_plan = plan
         module.threshold_buffers = {site: buffer_name(site) for site in sites}
         module.__class__ = _derive(ForgedLayer if layer else ForgedCalls, type(module))
         reached |= dict.fromkeys(sites, f"ahead of {name}" if layer else f"within {name or 'the model'}")
