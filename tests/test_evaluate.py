@@ -14,6 +14,7 @@ from pyautoattack import AutoAttack, checks
 
 from forged_fx.digits import EPS, one_thread
 from forged_fx.evaluate import attacks as table
+from forged_fx.evaluate import blocks
 from forged_fx.evaluate.attacks import Attack, Setting
 from forged_fx.evaluate.gradients import Logits
 from forged_fx.evaluate.result import KINDS
@@ -59,10 +60,11 @@ def own_loop(model, x, y, eps, batch_size, attacks=None, norm="Linf"):
 # --- equal to pyautoattack, and to theory ---
 
 
-def test_rows_equal_pyautoattacks_own(small, caplog, hurried):
+def test_rows_equal_pyautoattacks_own(small, caplog, hurried, monkeypatch):
     model, x, y = small
     hidden = Hidden(model)
-    result = evaluate(hidden, model, x=x, y=y, eps=EPS, batch_size=20)
+    monkeypatch.setattr(blocks, "BLOCK", 20)
+    result = evaluate(hidden, model, x=x, y=y, eps=EPS)
 
     def examples(side):
         full = x.clone()
@@ -94,10 +96,11 @@ def test_rows_equal_pyautoattacks_own(small, caplog, hurried):
 
 @pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
 @pytest.mark.parametrize("attack", table.ATTACKS)
-def test_a_row_alone_equals_pyautoattacks_own(small, attack, norm, hurried):
+def test_a_row_alone_equals_pyautoattacks_own(small, attack, norm, hurried, monkeypatch):
     model, x, y = small[0], small[1][:20], small[2][:20]
     eps = {"Linf": EPS, "L2": 1.0, "L1": 4.0}[norm]
-    result = evaluate(model, x=x, y=y, eps=eps, norm=norm, attacks=[attack], batch_size=12)
+    monkeypatch.setattr(blocks, "BLOCK", 12)
+    result = evaluate(model, x=x, y=y, eps=eps, norm=norm, attacks=[attack])
     theirs = own_loop(model, x, y, eps, 12, [attack], norm)
     found = result.model.broken_by == 1
     assert found.any()
@@ -200,9 +203,10 @@ def test_too_few_inputs_and_no_base(small, hurried):
 # --- the books ---
 
 
-def test_rows_add_up(small, hurried):
+def test_rows_add_up(small, hurried, monkeypatch):
     model, x, y = (small[0], small[1][:24], small[2][:24])
-    result = evaluate(Hidden(model), model, x=x, y=y, eps=EPS, attacks="quick", batch_size=10)
+    monkeypatch.setattr(blocks, "BLOCK", 10)
+    result = evaluate(Hidden(model), model, x=x, y=y, eps=EPS, attacks="quick")
     for side in result.sides:
         left = result.n
         for i, row in enumerate(side.rows):

@@ -5,6 +5,7 @@
     protocol.py     the public call: which rows are run, in which order, and why
     attacks.py      the table of attacks
     gradients.py    the two backwards an attack may see: the true one and the straight-through one (BPDA)
+    blocks.py       the unit of work, and of what is random
     harness.py      runs rows on what still stands, and believes no claim that it has not checked
     threat.py       what an attacker may do: the ball and the box
     checks.py       what is asked of the caller's input, and the model handed back as it was found

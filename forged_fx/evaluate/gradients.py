@@ -6,10 +6,12 @@ pass as if the threshold were the identity.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 Context = Callable[[], AbstractContextManager]
 
@@ -24,44 +26,84 @@ def straight_through() -> Context:
 class Logits:
     """A model as attacks call it: float32 logits (n, classes) that they may write into.
 
+    context: entered for each forward; it decides which backward the attack sees. batch_size: the model is fed no more
+    inputs at a time, and memory holds the graph of no more: see `_InBatches`.
+
     The Square attack does write into the logits, which may be the model's own memory or a view of its input. A
     model that cuts the graph altogether gets a zero gradient, as one that rounds does: autograd would raise.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, batch_size: int | None = None, context: Context = nullcontext) -> None:
+        self.model, self.batch_size, self.context = model, batch_size, context
 
     def __call__(self, x: Tensor) -> Tensor:
-        logits = self.model(x).float()
+        if self.batch_size is None or len(x) <= self.batch_size:
+            return self.batch(x)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _InBatches.apply(x, self)
+        return torch.cat([self.batch(part) for part in x.split(self.batch_size)])
+
+    def batch(self, x: Tensor) -> Tensor:
+        with self.context():
+            logits = self.model(x).float()
         if not torch.is_grad_enabled() or not x.requires_grad:
             return logits.clone()
         return logits if logits.requires_grad else logits + 0 * x.flatten(1).sum(1, keepdim=True)
 
 
-def differ(model: nn.Module, x: Tensor, bpda: Context, batch_size: int, device: torch.device) -> bool:
+class _InBatches(torch.autograd.Function):
+    """Logits without a graph; the backward runs the forward again, a batch at a time (activation checkpointing).
+
+    By hand, because the second forward must be under the first one's context, which torch.utils.checkpoint leaves.
+    It begins with the first one's random numbers, so that a model which draws some draws the same.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, logits: Logits) -> Tensor:
+        ctx.logits, ctx.states = logits, []
+        ctx.save_for_backward(x)
+        parts = []
+        for part in x.split(logits.batch_size):
+            ctx.states.append(_random_state(x.device))
+            parts.append(logits.batch(part))
+        return torch.cat(parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        size, grads = ctx.logits.batch_size, []
+        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), torch.enable_grad():
+            for part, out_grad, state in zip(x.split(size), grad.split(size), ctx.states, strict=True):
+                _set_random_state(x.device, state)
+                part = part.detach().requires_grad_()
+                grads += torch.autograd.grad(ctx.logits.batch(part), part, out_grad)
+        return torch.cat(grads), None
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, ...]:
+    return (torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else []))
+
+
+def _set_random_state(device: torch.device, state: tuple[Tensor, ...]) -> None:
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)
+
+
+def differ(model: nn.Module, x: Tensor, bpda: Context, batch_size: int) -> bool:
     """Does BPDA change any gradient on x at all? If not, its rows would be the true gradient's over again.
 
     Compared bit for bit, for a random combination of the logits: a loss may saturate, so that both of its
     gradients are 0 and the comparison says nothing.
     """
-    logits = Logits(model)
-    weights: Tensor | None = None
 
-    def gradient(batch: Tensor) -> Tensor:
-        nonlocal weights
-        batch = batch.detach().clone().requires_grad_()
+    def gradient(context: Context) -> Tensor:
+        leaf = x.detach().clone().requires_grad_()
         with torch.enable_grad():
-            out = logits(batch)
-            if weights is None:
-                weights = torch.randn(out.shape[1], generator=torch.Generator().manual_seed(0)).to(out)
-            (grad,) = torch.autograd.grad(out @ weights, batch, torch.ones_like(out[:, 0]))
+            out = Logits(model, batch_size, context)(leaf)
+            weights = torch.randn(out.shape[1], generator=torch.Generator().manual_seed(0)).to(out)
+            (grad,) = torch.autograd.grad(out @ weights, leaf, torch.ones_like(out[:, 0]))
         return grad
 
-    for batch in x.split(batch_size):
-        batch = batch.to(device)
-        true = gradient(batch)
-        with bpda():
-            through = gradient(batch)
-        if not torch.equal(true, through):  # NaN differs from itself: then the rows are run
-            return True
-    return False
+    return not torch.equal(gradient(nullcontext), gradient(bpda))  # NaN differs from itself: then the rows are run

@@ -3,14 +3,15 @@
 An attack's examples count only where they lie inside the ball and the box and the model, asked again, is wrong.
 """
 
-import time
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from forged_fx.evaluate import checks, fingerprint
 from forged_fx.evaluate.attacks import Attack, Setting, toolbox
-from forged_fx.evaluate.gradients import Context, Logits
+from forged_fx.evaluate.blocks import Blocks, Outcome
+from forged_fx.evaluate.gradients import Context, Logits, differ
 from forged_fx.evaluate.report import Progress
 from forged_fx.evaluate.result import STANDING, Row, Side
 
@@ -28,21 +29,37 @@ def predict(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
 class Subject:
     """One side under attack: the rows run so far, and what they left standing."""
 
-    def __init__(self, name: str, model: nn.Module, x: Tensor, y: Tensor, batch_size: int, progress: Progress) -> None:
+    def __init__(
+        self, name: str, model: nn.Module, x: Tensor, y: Tensor, batch_size: int, blocks: Blocks, progress: Progress
+    ) -> None:
         self.name, self.model, self.x, self.y = name, model, x, y
-        self.batch_size, self.progress = batch_size, progress
+        self.batch_size, self.blocks, self.progress = batch_size, blocks, progress
         self.device = checks.device_of(model, x.device)
         self.rows: list[Row] = []
         self.broken_by = torch.full((len(x),), STANDING)
-        self.examples = x.clone()
+        self.examples = torch.zeros_like(x)  # of the broken inputs
 
     def standing(self) -> Tensor:
         return (self.broken_by == STANDING).nonzero().flatten()
 
-    def _row(self, kind: str, attack: str, indices: Tensor) -> Row:
-        row = Row(self.name, kind, attack, attacked=len(indices), standing=len(self.standing()))
+    def inputs(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """x and y of these inputs, on the model's device."""
+        x, y = self.x[indices.to(self.x.device)], self.y[indices.to(self.y.device)]
+        return x.to(self.device), y.to(self.device)
+
+    def _begin(self, kind: str, attack: str, attacked: int) -> Row:
+        row = Row(self.name, kind, attack, attacked=attacked, standing=len(self.standing()))
         self.rows.append(row)
         return row
+
+    def _run(self, row: Row, indices: Tensor, work: Callable[[Tensor], Outcome]) -> Iterator[tuple[Tensor, Outcome]]:
+        """`work` on every block of `indices`; see `Blocks.run`."""
+        self.progress.begin(f"{self.name}: {row.attack}, {row.kind}", len(indices))
+        name = f"{self.name} {len(self.rows) - 1} {row.kind} {row.attack}"
+        for block, outcome in self.blocks.run(name, indices, work):
+            row.seconds += float(outcome["seconds"])
+            yield block, outcome
+            self.progress.advance(len(block))
 
     def _take(self, row: Row, indices: Tensor, examples: Tensor) -> None:
         self.broken_by[indices] = len(self.rows) - 1
@@ -53,48 +70,68 @@ class Subject:
     def natural(self, classes: int | None = None) -> Tensor:
         """Row 0: what is wrong without any attack. Returns the logits, (n, classes), on the CPU."""
         every = torch.arange(len(self.x))
-        row, began, parts = self._row("natural", "none", every), time.perf_counter(), []
-        self.progress.begin(f"{self.name}: natural", len(every))
-        with torch.no_grad():
-            for x, y in zip(self.x.split(self.batch_size), self.y.split(self.batch_size), strict=True):
-                out = checks.logits(self.model(x.to(self.device)), x, y, self.name, classes)
-                classes = out.shape[1]
-                parts.append(out.cpu())
-                self.progress.advance(len(x))
-        logits = torch.cat(parts)
+        row = self._begin("natural", "none", len(every))
+
+        def answer(indices: Tensor) -> Outcome:
+            logits, width = [], classes
+            with torch.no_grad():
+                for x, y in zip(*(part.split(self.batch_size) for part in self.inputs(indices)), strict=True):
+                    logits.append(checks.logits(self.model(x), x, y, self.name, width))
+                    width = logits[0].shape[1]
+            return {"logits": torch.cat(logits).cpu()}
+
+        logits = torch.cat([outcome["logits"] for _, outcome in self._run(row, every, answer)])
         wrong = (logits.max(1)[1] != self.y.cpu()).nonzero().flatten()
         self._take(row, wrong, self.x[wrong.to(self.x.device)])
-        row.alone, row.seconds = row.standing / len(self.x), time.perf_counter() - began
+        row.alone = row.standing / len(self.x)
         return logits
+
+    def sees_through(self, bpda: Context) -> bool:
+        """Does BPDA change any gradient on x? See `gradients.differ`."""
+
+        def compare(indices: Tensor) -> Outcome:
+            return {"differ": torch.tensor(differ(self.model, self.inputs(indices)[0], bpda, self.batch_size))}
+
+        every = torch.arange(len(self.x))
+        return any(outcome["differ"] for _, outcome in self.blocks.run(f"{self.name} gradients", every, compare))
 
     def attack(self, attack: Attack, kind: str, setting: Setting, context: Context, skip: str = "") -> None:
         """Run one attack on what still stands, or record why not: because it cannot be run, or `skip`."""
         reason = attack.unfit(setting) or skip
         todo = self.standing() if not reason else torch.zeros(0, dtype=torch.int64)
-        row, began = self._row(kind, attack.name, todo), time.perf_counter()
-        row.note = f"left out: {reason}" if reason else ""
-        self.progress.begin(f"{self.name}: {attack.name}, {kind}", len(todo))
-        logits = Logits(self.model)
-        tools = toolbox(logits, setting)
-        for indices in todo.split(self.batch_size) if len(todo) else ():
-            x = self.x[indices.to(self.x.device)].to(self.device)
-            y = self.y[indices.to(self.y.device)].to(self.device)
-            with context():
-                examples = attack.run(tools, x.clone(), y.clone()).detach()
-            fooled = logits(examples).max(1)[1] != y
-            allowed = setting.threat.allows(x, examples)
-            row.rejected += int((fooled & ~allowed).sum())
-            broken = (fooled & allowed).cpu()
-            self._take(row, indices[broken], examples[broken.to(examples.device)])
-            self.progress.advance(len(indices))
-        row.seconds = time.perf_counter() - began
-        notes = [row.note] if row.note else []
+        row = self._begin(kind, attack.name, len(todo))
+        tools = toolbox(Logits(self.model, self.batch_size, context), setting)
+
+        def search(indices: Tensor) -> Outcome:
+            x, y = self.inputs(indices)
+            return self.judge(setting, indices, attack.run(tools, x.clone(), y.clone()).detach())
+
+        for _, found in self._run(row, todo, search):
+            self._take(row, found["broken"], found["examples"])
+            row.rejected += int(found["rejected"])
+        notes = [f"left out: {reason}"] if reason else []
         if row.rejected:
             notes.append(f"{row.rejected} examples outside the ball or the box do not count")
         gradients_tried = any(r.attacked for r in self.rows if r.kind == kind and r is not row)
         if not attack.gradient and gradients_tried and row.broken > UNRELIABLE * len(self.x):
             notes.append("found what the gradients had missed: they may be masked")
         row.note = "; ".join(notes)
+
+    def judge(self, setting: Setting, indices: Tensor, examples: Tensor) -> Outcome:
+        """Which of the examples that an attack claims for these inputs count.
+
+        broken: indices, (k,) int64; examples: (k, ...), theirs; rejected: how many others fool the model from outside
+        the ball or the box.
+        """
+        x, y = self.inputs(indices)
+        fooled = (predict(self.model, examples, self.batch_size) != y.cpu()).to(x.device)
+        allowed = setting.threat.allows(x, examples)
+        broken = fooled & allowed
+        return {
+            "broken": indices[broken.cpu()],
+            "examples": examples[broken].cpu(),
+            "rejected": (fooled & ~allowed).sum().cpu(),
+        }
 
     def replay(self, other: "Subject") -> None:
         """Transfer: the other side's adversarial examples, shown to this one.
@@ -103,17 +140,19 @@ class Subject:
         accuracy under transfer alone.
         """
         found = (other.broken_by > 0) & (self.broken_by != 0)  # 0: wrong without attack, nothing to replay
-        every = found.nonzero().flatten()
-        todo = (found & (self.broken_by == STANDING)).nonzero().flatten()
-        row, began = self._row("transfer", f"examples of the {other.name}", todo), time.perf_counter()
-        self.progress.begin(f"{self.name}: transfer", len(every))
-        examples = other.examples[every.to(self.x.device)]
-        fooled = predict(self.model, examples, self.batch_size) != self.y[every.to(self.y.device)].cpu()
-        broken = fooled & (self.broken_by[every] == STANDING)
-        self._take(row, every[broken], examples[broken.to(examples.device)])
-        row.alone = (int((self.broken_by != 0).sum()) - int(fooled.sum())) / len(self.x)
-        row.seconds = time.perf_counter() - began
-        self.progress.advance(len(every))
+        stands = self.broken_by == STANDING
+        row = self._begin("transfer", f"examples of the {other.name}", int((found & stands).sum()))
+
+        def show(indices: Tensor) -> Outcome:
+            examples = other.examples[indices.to(self.x.device)]
+            return {"fooled": predict(self.model, examples, self.batch_size) != self.inputs(indices)[1].cpu()}
+
+        fooled = 0
+        for block, outcome in self._run(row, found.nonzero().flatten(), show):
+            fooled += int(outcome["fooled"].sum())
+            broken = block[outcome["fooled"] & stands[block]]
+            self._take(row, broken, other.examples[broken.to(self.x.device)])
+        row.alone = (int((self.broken_by != 0).sum()) - fooled) / len(self.x)
 
     def side(self) -> Side:
         """The outcome. All rows must have been run."""

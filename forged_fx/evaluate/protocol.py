@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from forged_fx.evaluate import checks, fingerprint, gradients
 from forged_fx.evaluate.attacks import PRESETS, Setting, choose
+from forged_fx.evaluate.blocks import Blocks
 from forged_fx.evaluate.extras import need
 from forged_fx.evaluate.gradients import Context
 from forged_fx.evaluate.harness import Subject
@@ -46,7 +47,10 @@ def evaluate(
         eps, norm: the attacker's ball, in units of x; "Linf", "L2" or "L1".
         attacks: "standard" (AutoAttack's four: apgd-ce, apgd-t, fab-t, square), "quick" (the first two), or a list
             of names. Anything less than standard can refute a gain and never show one.
-        seed: of all attacks, each batch anew, as AutoAttack does. batch_size is part of what it determines.
+        seed: of all attacks, each block of 250 inputs anew, as AutoAttack does.
+        batch_size: how many inputs the models are fed at a time, which bounds the memory. Below 250 each attack step
+            costs one more forward pass, because the backward runs it again. The outcome is the same, as far as a
+            model's arithmetic for one input does not depend on how many others there are.
         folder: where to save the result; refused if it holds one.
         progress: on standard error. None: if that is a terminal.
         bpda: a context manager under which the model's backward is the straight-through one, decided when the
@@ -96,8 +100,9 @@ def evaluate(
             warnings.warn(note, stacklevel=2)
         shown = enter(Progress(progress))
 
-        subject = Subject("model", model, x, y, batch_size, shown)
-        rival = Subject("base", base, x, y, batch_size, shown) if base is not None else None
+        blocks = Blocks(seed)
+        subject = Subject("model", model, x, y, batch_size, blocks, shown)
+        rival = Subject("base", base, x, y, batch_size, blocks, shown) if base is not None else None
         logits = subject.natural()
         classes = logits.shape[1]
         same = rival is not None and torch.equal(rival.natural(classes), logits)
@@ -105,7 +110,7 @@ def evaluate(
             setting = Setting(threat, classes, tuple(x.shape[1:]), seed, batch_size, side.device)
             for attack in chosen:
                 side.attack(attack, "true gradient", setting, nullcontext)
-            repeat = "" if gradients.differ(side.model, x, bpda, batch_size, side.device) else REPEAT
+            repeat = "" if side.sees_through(bpda) else REPEAT
             for attack in chosen:
                 if attack.gradient:
                     side.attack(attack, "BPDA", setting, bpda, skip=repeat)
