@@ -10,6 +10,8 @@ The second forges Dynamo's graphs on their way to Inductor, at the same sites an
 """
 
 import difflib
+import functools
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from forged_fx import ops, torch_internals
+from forged_fx.hoist import hoist
 from forged_fx.rewrite import CallNode, find_calls, insert_thresholds
 from forged_fx.sites import OPENED, Origin, call_of, module_of, names_of
 from forged_fx.stats import Stats
@@ -53,8 +56,18 @@ def forged(
     if ours:
         _forge_graph(gm, **ours)
     patches = {**list_mode_options(mode), **inductor} if mode else inductor
-    stamp = torch_internals.cache_stamp(Path(ops.__file__).read_bytes())
-    return compile_fx(gm, inputs, config_patches={"post_grad_custom_post_pass": stamp, **patches})
+    theirs = patches.get("post_grad_custom_pre_pass") or []
+    passes = [torch_internals.graph_pass(hoist, _version()), *(theirs if isinstance(theirs, list) else [theirs])]
+    return compile_fx(gm, inputs, config_patches={**patches, "post_grad_custom_pre_pass": passes})
+
+
+@functools.cache
+def _version() -> bytes:
+    """Of everything that decides which code comes out: the library's own source."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("**/*.py")):
+        digest.update(path.read_bytes())
+    return digest.digest()
 
 
 def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -141,16 +141,16 @@ def inline_opened(gm: fx.GraphModule, node: fx.Node, opened: Callable) -> None:
     gm.graph.erase_node(node)
 
 
-def cache_stamp(content: bytes) -> Any:
-    """A pass that does nothing, for its uuid: Inductor's cache key does not cover a lowering's body, so without it a
-    changed lowering would be served from the cache with the old numbers."""
+def graph_pass(run: Callable[[fx.Graph], None], version: bytes) -> Any:
+    """A pass for Inductor's graph of ATen calls. `version` becomes a part of Inductor's cache key, which covers neither
+    a pass nor a lowering's body by itself: without it, what an older version made would be served from the cache."""
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
-    class Stamp(CustomGraphPass):
+    class Pass(CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:
-            pass
+            run(graph)
 
         def uuid(self) -> bytes:
-            return content
+            return version
 
-    return Stamp()
+    return Pass()

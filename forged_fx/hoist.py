@@ -1,0 +1,144 @@
+"""The pass: move thresholds up to what makes their inputs, and let those that agree be one.
+
+    relu ─ view ─ threshold ─ mm         becomes         relu ─ threshold ─ view ─ mm
+              └── threshold ─ mm                                             └──── mm
+
+The forged function works element by element and f(0) = 0, so it commutes with every operation that only moves elements
+about, repeats them or fills in zeros: those of `MOVES`. Values and gradients stay what they are, bit for bit. What is
+gained: the threshold sits right behind the kernel that computes its input and becomes a part of it, in the order in
+which that kernel writes. Behind a change of the memory layout it would be a kernel of its own, or a slow loop.
+
+A threshold moves past an operation only where everything that reads the operation's input wants the same threshold:
+else the raw value would have to be written beside it.
+
+It runs on Inductor's graph of ATen calls, behind autograd. There every operation is a function: nothing is written in
+place, nothing aliases, and a value's readers are its users in the graph.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from forged_fx import ops  # noqa: F401 (defines the op)
+
+aten = torch.ops.aten
+THRESHOLD = torch.ops.forged_fx.threshold.default
+
+Demand = tuple[fx.Node, bool]  # what all readers of a value apply to it: the threshold, and `straight_through`
+
+
+def _always(node: fx.Node) -> bool:
+    return True
+
+
+def _pads_with_zeros(node: fx.Node) -> bool:
+    return len(node.args) < 3 or node.args[2] == 0
+
+
+def _keeps_every_element(node: fx.Node) -> bool:
+    """Ahead of a selection there may be more elements to threshold than behind it. A roll keeps them all."""
+    before, after = node.args[0].meta["val"].numel(), node.meta["val"].numel()
+    return statically_known_true(before == after)
+
+
+# Operations that the forged function commutes with -> on which condition. Data comes in as their first argument.
+MOVES: dict[Any, Callable[[fx.Node], bool]] = {
+    aten.view.default: _always,
+    aten.reshape.default: _always,
+    aten._unsafe_view.default: _always,
+    aten.permute.default: _always,
+    aten.transpose.int: _always,
+    aten.t.default: _always,
+    aten.squeeze.default: _always,
+    aten.squeeze.dim: _always,
+    aten.squeeze.dims: _always,
+    aten.unsqueeze.default: _always,
+    aten.expand.default: _always,
+    aten.repeat.default: _always,
+    aten.clone.default: _always,
+    aten.alias.default: _always,
+    aten.flip.default: _always,
+    aten.roll.default: _always,
+    aten.index.Tensor: _keeps_every_element,
+    aten.index_select.default: _keeps_every_element,
+    aten.constant_pad_nd.default: _pads_with_zeros,
+    aten.pixel_shuffle.default: _always,
+    aten.cat.default: _always,
+    aten.stack.default: _always,
+    aten.split.Tensor: _always,
+    aten.split_with_sizes.default: _always,
+    aten.unbind.int: _always,
+    operator.getitem: _always,
+}
+
+
+def hoist(graph: fx.Graph) -> None:
+    """Move every threshold of the graph as far up as the rule lets it, and merge those that do the same."""
+    _merge(graph)
+    demands, passable = _demands(graph)
+    first = next((node for node in graph.nodes if node.op not in ("placeholder", "get_attr")), None)
+    old = [node for node in graph.nodes if _demand_of(node) and demands.get(node.args[0]) == _demand_of(node)]
+    model = {_demand_of(node): node for node in old}
+    for node, (t, straight_through) in demands.items():
+        if node in passable:
+            continue
+        if t.op == "get_attr":
+            first.prepend(t)
+        readers = list(node.users)
+        with graph.inserting_before(first) if node.op == "placeholder" else graph.inserting_after(node):
+            new = graph.call_function(THRESHOLD, (node, t, True) if straight_through else (node, t))
+        new.meta = {**model[t, straight_through].meta, "val": torch.empty_like(node.meta["val"])}
+        for reader in readers:
+            reader.replace_input_with(node, new)
+    for node in old:
+        node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)
+
+
+def _merge(graph: fx.Graph) -> None:
+    """Thresholds of one value by one t are one."""
+    made: dict[tuple[fx.Node, Demand], fx.Node] = {}
+    for node in graph.find_nodes(op="call_function", target=THRESHOLD):
+        same = made.setdefault((node.args[0], _demand_of(node)), node)
+        if same is not node:
+            node.replace_all_uses_with(same)
+            graph.erase_node(node)
+
+
+def _demands(graph: fx.Graph) -> tuple[dict[fx.Node, Demand], set[fx.Node]]:
+    """What all readers of a value want, for the values where they agree; and the moves that thresholds can pass."""
+    passable = {node for node in graph.nodes if node.target in MOVES and MOVES[node.target](node)}
+    while True:
+        demands: dict[fx.Node, Demand] = {}
+        for node in reversed(graph.nodes):
+            wants = {_wants(reader, node, demands, passable) for reader in node.users}
+            if len(wants) == 1 and None not in wants and (node in passable or isinstance(node.meta["val"], Tensor)):
+                (demands[node],) = wants
+        blocked = [n for n in passable if n in demands and any(demands.get(x) != demands[n] for x in _data(n))]
+        if not blocked:
+            return demands, passable
+        passable.difference_update(blocked)
+
+
+def _wants(reader: fx.Node, x: fx.Node, demands: dict[fx.Node, Demand], passable: set[fx.Node]) -> Demand | None:
+    """What the reader, or everything behind it, does to `x` first."""
+    if reader.target is THRESHOLD and reader.args[0] is x:
+        return _demand_of(reader)
+    return demands.get(reader) if reader in passable and x in _data(reader) else None
+
+
+def _demand_of(node: fx.Node) -> Demand | None:
+    if node.target is not THRESHOLD or node.args[1].op not in ("placeholder", "get_attr"):
+        return None
+    return node.args[1], len(node.args) > 2 and node.args[2]
+
+
+def _data(move: fx.Node) -> list[fx.Node]:
+    """What the move moves."""
+    data = move.args[0]
+    return list(data) if isinstance(data, list | tuple) else [data]

@@ -1,0 +1,169 @@
+"""hoist: where thresholds end up, and that no bit of the result changes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from forged_fx.hoist import MOVES, THRESHOLD, hoist
+
+threshold = torch.ops.forged_fx.threshold
+X = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+X[0, 0, 0, :4] = torch.tensor([0.5, -0.5, float("nan"), -0.0])
+T, OTHER = torch.tensor(0.5), torch.tensor(0.25)
+
+
+def hoisted(f, *inputs):
+    """The graph of f before and behind the pass: as functions, and how the latter's thresholds are fed and read."""
+    gm = make_fx(f, tracing_mode="fake")(*inputs)
+    before = make_fx(f)(*inputs)
+    hoist(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    found = gm.graph.find_nodes(op="call_function", target=THRESHOLD)
+    return before, gm, [(str(node.args[0].target), [str(user.target) for user in node.users]) for node in found]
+
+
+def same(a, b):
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)) and a.shape == b.shape
+
+
+def partition(x, size=3):
+    n, h, w, c = x.shape
+    x = x.view(n, h // size, size, w // size, size, c)
+    return x.permute(0, 1, 3, 2, 4, 5).contiguous().view(-1, size * size, c)
+
+
+ONE = {
+    "view": lambda x: x.view(2, -1),
+    "flatten": lambda x: x.contiguous(memory_format=torch.channels_last).flatten(1),
+    "reshape": lambda x: x.transpose(1, 2).reshape(2, -1),
+    "permute": lambda x: x.permute(0, 2, 3, 1),
+    "mT": lambda x: x[0, 0].relu().t(),
+    "squeeze": lambda x: x.unsqueeze(0).squeeze(),
+    "expand": lambda x: x.unsqueeze(1).expand(2, 3, 4, 6, 6),
+    "repeat": lambda x: x.repeat(1, 2, 1, 1),
+    "contiguous": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "flip": lambda x: x.flip(2),
+    "roll": lambda x: torch.roll(x, (-1, 2), (2, 3)),
+    "permutation": lambda x: x[:, torch.tensor([2, 0, 3, 1])],
+    "zero padding": lambda x: F.pad(x, (1, 1, 2, 0)),
+    "window partition": lambda x: partition(x.permute(0, 2, 3, 1)),
+    "pixel shuffle": lambda x: F.pixel_shuffle(x, 2),
+}
+
+
+@pytest.mark.parametrize("move", ONE.values(), ids=ONE)
+def test_a_threshold_moves_up_to_its_producer(move):
+    before, after, places = hoisted(lambda x, t: threshold(move(x.relu()), t).sin(), X, T)
+    assert same(before(X, T), after(X, T))
+    assert [producer for producer, _ in places] == ["aten.relu.default"], after.code
+
+
+STAYS = {
+    "padding with ones": lambda x: F.pad(x, (1, 1), value=1.0),
+    "a few elements": lambda x: x[:, 0],
+    "chosen elements": lambda x: x[:, torch.tensor([2, 0])],
+    "arithmetic": lambda x: x + 1,
+    "rounding": lambda x: x.half(),
+    "a mean": lambda x: x.mean((2, 3)),
+}
+
+
+@pytest.mark.parametrize("move", STAYS.values(), ids=STAYS)
+def test_a_threshold_stays(move):
+    before, after, [(producer, _)] = hoisted(lambda x, t: threshold(move(x.relu()), t).sin(), X, T)
+    assert same(before(X, T), after(X, T))
+    assert producer != "aten.relu.default"
+
+
+def test_branches_that_agree_are_passed():
+    def split(x, t):
+        a, b = x.relu().split([1, 3], 1)
+        return threshold(a, t).sin(), threshold(b, t).cos()
+
+    def cat(x, t):
+        return threshold(torch.cat([x.relu(), x.sin()], 1), t).cos()
+
+    def forked(x, t):
+        x = x.relu()
+        return threshold(x.view(2, -1), t).sin(), threshold(x.permute(0, 2, 3, 1), t).cos()
+
+    for f, producers in (
+        (split, ["aten.relu.default"]),
+        (cat, ["aten.relu.default", "aten.sin.default"]),
+        (forked, ["aten.relu.default"]),
+    ):
+        before, after, places = hoisted(f, X, T)
+        assert all(same(a, b) for a, b in zip([*before(X, T)], [*after(X, T)], strict=True))
+        assert [producer for producer, _ in places] == producers, after.code
+
+
+def test_branches_that_differ_are_not():
+    def raw(x, t, u):
+        x = x.relu()
+        return threshold(x.view(2, -1), t).sin(), x.cos()
+
+    def another(x, t, u):
+        x = x.relu()
+        return threshold(x.view(2, -1), t).sin(), threshold(x.view(2, -1), u).cos()
+
+    def gradient(x, t, u):
+        x = x.relu()
+        return threshold(x.view(2, -1), t).sin(), threshold(x.view(2, -1), t, True).cos()
+
+    def split(x, t, u):
+        a, b = x.relu().split([1, 3], 1)
+        return threshold(a, t).sin(), b.cos()
+
+    def cat(x, t, u):
+        x = x.relu()
+        return threshold(torch.cat([x, x.sin()], 1), t).cos(), x
+
+    for f in (raw, another, gradient, split, cat):
+        before, after, places = hoisted(f, X, T, OTHER)
+        assert all(same(a, b) for a, b in zip(before(X, T, OTHER), after(X, T, OTHER), strict=True))
+        assert "aten.relu.default" not in [producer for producer, _ in places], after.code
+
+
+def test_a_result_is_computed_once():
+    def f(x, t):
+        x = x.relu()
+        return threshold(x, t).sin(), threshold(x, t).cos(), x
+
+    before, after, places = hoisted(f, X, T)
+    assert all(same(a, b) for a, b in zip(before(X, T), after(X, T), strict=True))
+    assert places == [("aten.relu.default", ["aten.sin.default", "aten.cos.default"])]
+
+
+def test_an_index_is_no_data():
+    index = torch.tensor([[3, 1, 2, 0]])
+
+    def f(x, i, t):
+        return threshold(x.relu()[:, i.view(4)], t)
+
+    before, after, [(producer, _)] = hoisted(f, X, index, T)
+    assert same(before(X, index, T), after(X, index, T)) and producer == "aten.relu.default"
+
+
+def test_every_move_commutes():
+    """Each row of the table, on its own."""
+    permutation = torch.tensor([1, 0, 3, 2])
+    arguments = {
+        "roll": ([2], [1]), "flip": ([1],), "expand": ([3, 2, 4, 6, 6],), "repeat": ([2, 1, 1, 1],),
+        "permute": ([1, 0, 2, 3],), "transpose": (0, 1), "view": ([8, 36],), "reshape": ([8, 36],),
+        "_unsafe_view": ([8, 36],), "unsqueeze": (0,), "constant_pad_nd": ([1, 1],), "pixel_shuffle": (2,),
+        "index": ([None, permutation],), "index_select": (1, permutation), "split": (1,), "split_with_sizes": ([1, 1],),
+        "squeeze.default": (), "squeeze.dim": (0,), "squeeze.dims": ([0],),
+    }  # fmt: skip
+    for op in MOVES:
+        if not isinstance(op, torch._ops.OpOverload):
+            continue
+        name = op.name().removeprefix("aten::").partition(".")[0]
+        x = X[0, 0] if name == "t" else X
+        args = arguments.get(name, arguments.get(f"{name}.{op._overloadname}", ()))
+        first = [x, x + 1] if name in ("cat", "stack") else x
+        cut = [threshold(v, T) for v in first] if isinstance(first, list) else threshold(first, T)
+        moved, expected = op(cut, *args), op(first, *args)
+        for a, b in zip(*(v if isinstance(v, list | tuple) else [v] for v in (moved, expected)), strict=True):
+            assert same(a, threshold(b, T)), name
