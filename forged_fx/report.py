@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from forged_fx import pictures
 from forged_fx.describe import Description
 from forged_fx.evaluate import Result
-from forged_fx.evaluate.result import KINDS
 from forged_fx.throughput import Speed
 
 
@@ -34,14 +33,6 @@ class Run:
     facts: Mapping[str, str] = field(default_factory=dict)
 
 
-# the least flattering leads: kind of row -> what a figure that counts it and the kinds before it is called
-FIGURES = {
-    "transfer": "worst case",
-    "BPDA": "true gradient and BPDA",
-    "true gradient": "true gradient alone",
-    "natural": "no attack",
-}
-
 # verdict -> how it is coloured; the word itself stands there too
 TONES = {"gain": "good", "loss": "bad", "masking": "bad"}
 
@@ -50,7 +41,7 @@ TERMS = {
     "true gradient": "the attack follows the model's own gradient, which is 0 wherever a threshold zeroed the input.",
     "BPDA": "the same attack, but the gradient passes a threshold as if it were not there (Athalye, Carlini and "
     "Wagner 2018). It finds what a hidden gradient hides.",
-    "transfer": "the adversarial images found on one of the two models, shown to the other.",
+    "transfer": "adversarial images made on one of the two models, shown to the other.",
     "masking": "the defence hides its gradient from attacks rather than resisting them. The gain that the true "
     "gradient shows is then not one.",
     "interval, p": "Tango's 95 % interval of a paired difference; exact McNemar test.",
@@ -83,8 +74,8 @@ def _verdict(run: Run) -> str:
 
 def _figures(run: Run) -> str:
     rows = []
-    for kind in reversed(KINDS):
-        cells = [FIGURES[kind], *(_share(side.accuracy(kind), run.result.n) for side in run.result.sides)]
+    for name, kind in run.result.figures.items():
+        cells = [name, *(_share(side.accuracy(kind), run.result.n) for side in run.result.sides)]
         if paired := run.result.compared(kind):
             difference, low, high = (f"{100 * share:+.1f}" for share in (paired.difference, paired.low, paired.high))
             cells += [f"{difference} ({low} to {high})", f"{paired.p:.2g}"]
@@ -94,9 +85,10 @@ def _figures(run: Run) -> str:
 
 
 def _pictures(run: Run) -> str:
-    counts = [[round(side.accuracy(kind) * run.result.n) for side in run.result.sides] for kind in reversed(KINDS)]
-    names = [FIGURES[kind] for kind in reversed(KINDS)]
-    figures = [(name, model, base[0] if base else None) for name, (model, *base) in zip(names, counts, strict=True)]
+    figures = []
+    for name, kind in run.result.figures.items():
+        model, *base = (round(side.accuracy(kind) * run.result.n) for side in run.result.sides)
+        figures.append((name, model, base[0] if base else None))
     legend = '<span class="key model"></span>model' + '<span class="key base"></span>base' * bool(run.result.base)
     drawn = [_picture("Accuracy by attack", legend, pictures.accuracy_by_attack(figures, run.result.n))]
     shares = [(row.site, run.zeros.get(row.site, 0.0), row.share_zeroed) for row in run.sites if row.left_out is None]

@@ -95,7 +95,7 @@ def test_rows_equal_pyautoattacks_own(small, caplog, hurried, monkeypatch):
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
-@pytest.mark.parametrize("attack", table.ATTACKS)
+@pytest.mark.parametrize("attack", table.AUTOATTACK)
 def test_a_row_alone_equals_pyautoattacks_own(small, attack, norm, hurried, monkeypatch):
     model, x, y = small[0], small[1][:20], small[2][:20]
     eps = {"Linf": EPS, "L2": 1.0, "L1": 4.0}[norm]

@@ -169,7 +169,7 @@ X, Y = inputs(4), torch.tensor([0, 1, 2, 3])
         ({"eps": float("nan")}, ValueError, "positive"),
         ({"eps": 8}, ValueError, "8/255"),
         ({"norm": "linf"}, ValueError, "Linf, L2, L1"),
-        ({"attacks": "thorough"}, ValueError, "'standard' or 'quick'"),
+        ({"attacks": "rand"}, ValueError, "'quick' or 'standard' or 'thorough'"),
         ({"attacks": ["apgd-ce", "pgd"]}, ValueError, "unknown 'pgd'"),
         ({"attacks": []}, ValueError, "none named"),
         ({"batch_size": 0}, ValueError, "at least 1"),

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from forged_fx.evaluate.statistics import Paired, tango
+from forged_fx.evaluate.statistics import paired
 from forged_fx.evaluate.verdict import RULES, VERDICTS, Evidence, judge, weigh
 
 N = 200
@@ -13,7 +13,6 @@ UP, LEVEL, DOWN = (12, 0), (3, 3), (0, 12)  # examples that only the model, only
 
 
 def evidence(n=N, base=True, seems=True, masked=False, differs=LEVEL, complete=True):
-    paired = Paired(n, *differs, *tango(*differs, n), p=0.001 if differs != LEVEL else 1.0)
     base_true = 120 if base else None
     return Evidence(
         n=n,
@@ -23,7 +22,7 @@ def evidence(n=N, base=True, seems=True, masked=False, differs=LEVEL, complete=T
         base_true=base_true,
         base_worst=base_true,
         spared=0,
-        paired=paired if base else None,
+        paired=paired(n, *differs) if base else None,
         complete=complete,
     )
 
@@ -48,7 +47,7 @@ def expected(few, base, seems, masked, differs, complete):
 )
 def test_truth_table(few, base, seems, masked, differs, complete):
     if few:
-        case = Evidence(5, 5, 0, 5, 0, 0, 0, Paired(5, 5, 0, *tango(5, 0, 5), p=2 / 32), complete)
+        case = Evidence(5, 5, 0, 5, 0, 0, 0, paired(5, 5, 0), complete)
     else:
         case = evidence(N, base, seems, masked, differs, complete)
     verdict, sentence = judge(case)
@@ -86,18 +85,16 @@ def bits(n, wrong):
 
 
 def test_weigh_counts_by_example():
-    model = {"true gradient": bits(10, [0]), "transfer": bits(10, [0, 1, 2, 3])}
-    base = {"true gradient": bits(10, [0, 5]), "transfer": bits(10, [0, 3, 5, 6])}
+    model = {"true gradient": bits(10, [0]), "further": bits(10, [0, 1, 2, 3])}
+    base = {"true gradient": bits(10, [0, 5]), "further": bits(10, [0, 3, 5, 6])}
     e = weigh(model.__getitem__, base.__getitem__, None, True, False)
     assert (e.true, e.worst, e.base_true, e.base_worst) == (9, 6, 8, 6)
     assert (e.taken, e.spared) == (2, 1)  # 1 and 2; 6. Both lost 3.
 
 
 def test_one_example_that_vanishes_is_no_masking():
-    paired = Paired(N, 0, 0, *tango(0, 0, N), p=1.0)
-    assert judge(Evidence(N, 121, 120, 1, 120, 120, 0, paired))[0] == "no measurable gain"
+    assert judge(Evidence(N, 121, 120, 1, 120, 120, 0, paired(N, 0, 0)))[0] == "no measurable gain"
 
 
 def test_the_sentence_says_how_many_inputs_would_decide():
-    paired = Paired(N, 3, 1, *tango(3, 1, N), p=0.6)
-    assert "inputs would show it" in judge(Evidence(N, 122, 122, 0, 120, 120, 0, paired))[1]
+    assert "inputs would show it" in judge(Evidence(N, 122, 122, 0, 120, 120, 0, paired(N, 3, 1)))[1]

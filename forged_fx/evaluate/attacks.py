@@ -1,19 +1,20 @@
-"""The table of attacks. To add one: a function and a row.
+"""The table of attacks, and the presets that choose from it. To add one: a function and a row.
 
-All are those of AutoAttack (Croce and Hein, ICML 2020), with the parameters that pyautoattack's own "standard"
-version sets. Its attack objects are called exactly as its run loop calls them, one batch at a time and seeded per
-batch, so that a row equals pyautoattack's own figure. The loop itself is not used: it counts calls in a module
-global, takes the process's trace function, and keeps its state in a file without the examples.
+The functions here are those of AutoAttack (Croce and Hein, ICML 2020), with the parameters that pyautoattack's own
+"standard" version sets. Its attack objects are called exactly as its run loop calls them, one batch at a time and
+seeded per batch, so that a row equals pyautoattack's own figure. The loop itself is not used: it counts calls in a
+module global, takes the process's trace function, and keeps its state in a file without the examples.
 """
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from forged_fx.evaluate import further, transfer
 from forged_fx.evaluate.extras import need
 from forged_fx.evaluate.gradients import Logits
 from forged_fx.evaluate.threat import Threat
@@ -35,13 +36,19 @@ class Setting:
 class Attack:
     """`run(tools, x, y)` gives one example per input, adversarial or not; x (n, ...) float32, y (n,) int64.
 
-    `unfit(setting)` is the reason why it cannot be run, or "". `gradient`: it uses one, so BPDA makes a second row.
+    `unfit(setting)` is the reason why it cannot be run, or "". gradient: it uses one, so BPDA makes a second row.
+    stage: the kind of its first row, which says what it is shown. "transfer": its examples are made on each side and
+    shown to both. starts: `run` takes a fourth argument, an adversarial example of the other side for each input, and
+    the attack is run where there is one. prepare: sets the toolbox, before all.
     """
 
     name: str
-    run: Callable[[Any, Tensor, Tensor], Tensor]
+    run: Callable[..., Tensor]
     unfit: Callable[[Setting], str] = lambda setting: ""
     gradient: bool = True
+    stage: str = "true gradient"
+    starts: bool = False
+    prepare: Callable[[Any], None] = lambda tools: None
 
 
 def toolbox(logits: Logits, setting: Setting) -> Any:
@@ -102,6 +109,16 @@ def _unfit_square(setting: Setting) -> str:
     return "" if side and tiled else f"its {setting.threat.norm} start does not fit {height} x {width} images"
 
 
+def _unfit_mi(setting: Setting) -> str:
+    return "defined for Linf and L2 only" if setting.threat.norm == "L1" else ""
+
+
+def _unfit_di(setting: Setting) -> str:
+    if len(setting.shape) != 3:
+        return f"needs images (channels, height, width), not inputs of shape {setting.shape}"
+    return _unfit_mi(setting)
+
+
 ATTACKS = {
     attack.name: attack
     for attack in (
@@ -109,22 +126,62 @@ ATTACKS = {
         Attack("apgd-t", _apgd_t, _unfit_apgd_t),
         Attack("fab-t", _fab_t),
         Attack("square", _square, _unfit_square, gradient=False),
+        Attack("mi-fgsm", transfer.mi_fgsm, _unfit_mi, stage="transfer"),
+        Attack("di-fgsm", transfer.di_fgsm, _unfit_di, stage="transfer"),
+        Attack("apgd-restart", further.restart, stage="further", starts=True),
+        Attack("square-20000", _square, _unfit_square, gradient=False, stage="further", prepare=further.queries),
+        Attack("noise", further.noise, gradient=False, stage="further"),
     )
 }
+AUTOATTACK = ("apgd-ce", "apgd-t", "fab-t", "square")
+STRONGEST = "strongest"  # the row that broke most until then, `further.LONGER` times as long
 
+
+@dataclass(frozen=True)
+class Plan:
+    """Names of attacks by what they are shown, in the order of running. smooth: BPDA with the smooth surrogates."""
+
+    true: tuple[str, ...]
+    bpda: tuple[str, ...]
+    smooth: tuple[str, ...] = ()
+    transfer: tuple[str, ...] = ()
+    further: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        return list(dict.fromkeys(name for field in fields(self) for name in getattr(self, field.name)))
+
+    @property
+    def complete(self) -> bool:
+        return set(AUTOATTACK) <= set(self.true)
+
+
+# FAB is as costly as everything else that uses a gradient, and under BPDA it found nothing that APGD had left (see
+# docs/evaluation.md): only the thorough plan repeats it there.
 PRESETS = {
-    "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
-    "quick": ("apgd-ce", "apgd-t"),
+    "quick": Plan(AUTOATTACK[:2], AUTOATTACK[:2]),
+    "standard": Plan(AUTOATTACK, AUTOATTACK[:2], transfer=("mi-fgsm", "di-fgsm")),
+    "thorough": Plan(
+        AUTOATTACK,
+        AUTOATTACK[:3],
+        smooth=AUTOATTACK[:2],
+        transfer=("mi-fgsm", "di-fgsm"),
+        further=("apgd-restart", "square-20000", "noise", STRONGEST),
+    ),
 }
 
 
-def choose(attacks: str | list[str] | tuple[str, ...]) -> list[Attack]:
-    """The attacks of a preset's name, or of a list of attack names, in the order given."""
-    names = PRESETS.get(attacks, [attacks]) if isinstance(attacks, str) else attacks
-    unknown = [name for name in names if name not in ATTACKS]
+def choose(attacks: str | list[str] | tuple[str, ...]) -> Plan:
+    """A preset, or the plan that runs the attacks named, each where its row of the table says."""
+    if isinstance(attacks, str) and attacks in PRESETS:
+        return PRESETS[attacks]
+    names = [attacks] if isinstance(attacks, str) else list(dict.fromkeys(attacks))
+    unknown = [name for name in names if name not in (*ATTACKS, STRONGEST)]
     if unknown or not names:
         raise ValueError(
             f"attacks={attacks!r}: {'unknown ' + ', '.join(map(repr, unknown)) if unknown else 'none named'}; "
-            f"choose {' or '.join(map(repr, PRESETS))}, or name some of {', '.join(ATTACKS)}"
+            f"choose {' or '.join(map(repr, PRESETS))}, or name some of {', '.join((*ATTACKS, STRONGEST))}"
         )
-    return [ATTACKS[name] for name in dict.fromkeys(names)]
+    stages = {name: ATTACKS[name].stage if name in ATTACKS else "further" for name in names}
+    true, moved, more = (tuple(n for n in names if stages[n] == s) for s in ("true gradient", "transfer", "further"))
+    return Plan(true, tuple(name for name in true if ATTACKS[name].gradient), (), moved, more)

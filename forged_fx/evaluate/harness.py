@@ -3,7 +3,7 @@
 An attack's examples count only where they lie inside the ball and the box and the model, asked again, is wrong.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,15 @@ def predict(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
     with torch.no_grad():
         parts = [model(batch.to(device)).max(1)[1].cpu() for batch in x.split(batch_size) if len(batch)]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+
+
+def _note(reason: str, rejected: int, missed: bool = False) -> str:
+    notes = {
+        f"left out: {reason}": reason,
+        f"{rejected} examples outside the ball or the box do not count": rejected,
+        "found what the gradients had missed: they may be masked": missed,
+    }
+    return "; ".join(note for note, holds in notes.items() if holds)
 
 
 class Subject:
@@ -86,36 +95,73 @@ class Subject:
         row.alone = row.standing / len(self.x)
         return logits
 
-    def sees_through(self, bpda: Context) -> bool:
+    def sees_through(self, bpda: Context, name: str = "BPDA") -> bool:
         """Does BPDA change any gradient on x? See `gradients.differ`."""
 
         def compare(indices: Tensor) -> Outcome:
             return {"differ": torch.tensor(differ(self.model, self.inputs(indices)[0], bpda, self.batch_size))}
 
         every = torch.arange(len(self.x))
-        return any(outcome["differ"] for _, outcome in self.blocks.run(f"{self.name} gradients", every, compare))
+        return any(outcome["differ"] for _, outcome in self.blocks.run(f"{self.name} gradients {name}", every, compare))
 
-    def attack(self, attack: Attack, kind: str, setting: Setting, context: Context, skip: str = "") -> None:
-        """Run one attack on what still stands, or record why not: because it cannot be run, or `skip`."""
-        reason = attack.unfit(setting) or skip
+    def attack(
+        self,
+        attack: Attack,
+        kind: str,
+        setting: Setting,
+        context: Context,
+        *,
+        skip: str = "",
+        other: "Subject | None" = None,
+    ) -> Row:
+        """Run one attack on what still stands, or record why not: because it cannot be run, or `skip`.
+
+        other: the side whose adversarial examples are an attack's starting points, if it takes some.
+        """
+        reason = attack.unfit(setting) or skip or ("there is no other side" if attack.starts and other is None else "")
         todo = self.standing() if not reason else torch.zeros(0, dtype=torch.int64)
+        if attack.starts and other is not None:
+            todo = todo[other.broken_by[todo] > 0]  # 0: wrong without attack
         row = self._begin(kind, attack.name, len(todo))
         tools = toolbox(Logits(self.model, self.batch_size, context), setting)
+        attack.prepare(tools)
 
         def search(indices: Tensor) -> Outcome:
             x, y = self.inputs(indices)
-            return self.judge(setting, indices, attack.run(tools, x.clone(), y.clone()).detach())
+            starts = [other.examples[indices.to(self.x.device)].to(x.device)] if attack.starts and other else []
+            return self.judge(setting, indices, attack.run(tools, x.clone(), y.clone(), *starts).detach())
 
         for _, found in self._run(row, todo, search):
             self._take(row, found["broken"], found["examples"])
             row.rejected += int(found["rejected"])
-        notes = [f"left out: {reason}"] if reason else []
-        if row.rejected:
-            notes.append(f"{row.rejected} examples outside the ball or the box do not count")
         gradients_tried = any(r.attacked for r in self.rows if r.kind == kind and r is not row)
-        if not attack.gradient and gradients_tried and row.broken > UNRELIABLE * len(self.x):
-            notes.append("found what the gradients had missed: they may be masked")
-        row.note = "; ".join(notes)
+        missed = not attack.gradient and gradients_tried and row.broken > UNRELIABLE * len(self.x)
+        row.note = _note(reason, row.rejected, missed)
+        return row
+
+    def share(self, attack: Attack, setting: Setting, context: Context, sides: "Sequence[Subject]") -> None:
+        """Run one attack on this side for what still stands on any, and show its examples to each."""
+        name, reason = f"{attack.name} on the {self.name}", attack.unfit(setting)
+        rows = [side._begin("transfer", name, 0 if reason else len(side.standing())) for side in sides]
+        stands = torch.stack([side.broken_by == STANDING for side in sides]).any(0)
+        tools = toolbox(Logits(self.model, self.batch_size, context), setting)
+
+        def search(indices: Tensor) -> Outcome:
+            x, y = self.inputs(indices)
+            examples, outcome = attack.run(tools, x.clone(), y.clone()).detach(), {}
+            for side in sides:
+                mine = side.broken_by[indices] == STANDING
+                found = side.judge(setting, indices[mine], examples[mine.to(x.device)].to(side.device))
+                outcome |= {f"{side.name} {key}": value for key, value in found.items()}
+            return outcome
+
+        todo = stands.nonzero().flatten() if not reason else torch.zeros(0, dtype=torch.int64)
+        for _, found in self._run(rows[sides.index(self)], todo, search):
+            for side, row in zip(sides, rows, strict=True):
+                side._take(row, found[f"{side.name} broken"], found[f"{side.name} examples"])
+                row.rejected += int(found[f"{side.name} rejected"])
+        for row in rows:
+            row.note = _note(reason, row.rejected)
 
     def judge(self, setting: Setting, indices: Tensor, examples: Tensor) -> Outcome:
         """Which of the examples that an attack claims for these inputs count.
@@ -133,7 +179,7 @@ class Subject:
             "rejected": (fooled & ~allowed).sum().cpu(),
         }
 
-    def replay(self, other: "Subject") -> None:
+    def replay(self, other: "Subject", kind: str = "transfer") -> None:
         """Transfer: the other side's adversarial examples, shown to this one.
 
         Shown for every input that is right unattacked, standing or not: it costs one forward pass and gives the
@@ -141,7 +187,7 @@ class Subject:
         """
         found = (other.broken_by > 0) & (self.broken_by != 0)  # 0: wrong without attack, nothing to replay
         stands = self.broken_by == STANDING
-        row = self._begin("transfer", f"examples of the {other.name}", int((found & stands).sum()))
+        row = self._begin(kind, f"examples of the {other.name}", int((found & stands).sum()))
 
         def show(indices: Tensor) -> Outcome:
             examples = other.examples[indices.to(self.x.device)]

@@ -4,22 +4,28 @@ import os
 import platform
 import warnings
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 
 import torch
 from torch import Tensor, nn
 
-from forged_fx.evaluate import checks, fingerprint, gradients
-from forged_fx.evaluate.attacks import PRESETS, Setting, choose
+from forged_fx.evaluate import checks, fingerprint, further, gradients, surrogate
+from forged_fx.evaluate.attacks import ATTACKS, STRONGEST, Attack, Plan, Setting, choose
 from forged_fx.evaluate.blocks import Blocks
 from forged_fx.evaluate.extras import need
 from forged_fx.evaluate.gradients import Context
 from forged_fx.evaluate.harness import Subject
 from forged_fx.evaluate.record import vacant
 from forged_fx.evaluate.report import Progress
-from forged_fx.evaluate.result import Result
+from forged_fx.evaluate.result import Result, Row
 
+NO_BASE = "there is no base to make its examples on"
 REPEAT = "no gradient changes: the same row again"
+COSTLY = "APGD under BPDA finds more in a third of the time; attacks='thorough' runs it"
+
+Tried = list[tuple[Row, Attack, Context]]
 
 
 def evaluate(
@@ -45,8 +51,9 @@ def evaluate(
         x: inputs, (n, channels, height, width) or another shape that the models take, float32 in [0, 1].
         y: classes, (n,), integer.
         eps, norm: the attacker's ball, in units of x; "Linf", "L2" or "L1".
-        attacks: "standard" (AutoAttack's four: apgd-ce, apgd-t, fab-t, square), "quick" (the first two), or a list
-            of names. Anything less than standard can refute a gain and never show one.
+        attacks: "standard" (AutoAttack's four: apgd-ce, apgd-t, fab-t, square; mi-fgsm and di-fgsm to transfer),
+            "quick" (the first two), "thorough" (standard and what `attacks.PRESETS` adds, some four times as long),
+            or a list of names. Anything less than AutoAttack's four can refute a gain and never show one.
         seed: of all attacks, each block of 250 inputs anew, as AutoAttack does.
         batch_size: how many inputs the models are fed at a time, which bounds the memory. Below 250 each attack step
             costs one more forward pass, because the backward runs it again. The outcome is the same, as far as a
@@ -59,10 +66,14 @@ def evaluate(
     The rows, each run only on what the rows before it left standing:
         1. natural: what is wrong without attack;
         2. true gradient: the attacks as they are. This is AutoAttack, and comes first so that its figure is known;
-        3. BPDA: those that use a gradient, again, with the straight-through one (Athalye, Carlini, Wagner 2018).
-           Left out, and said so, where that changes no gradient: a plain base has nothing to see through;
-        4. transfer: the adversarial examples found on the other side, shown to this one. Both ways, so that both
-           sides face the same pool of examples, and neither looks better for having been attacked less.
+        3. BPDA: those that use a gradient, again, with the straight-through one (Athalye, Carlini, Wagner 2018) and,
+           if thorough, with smooth surrogates of the threshold. Left out, and said so, where that changes no
+           gradient: a plain base has nothing to see through. FAB is repeated if thorough, or named;
+        4. transfer: the adversarial examples found on the other side, shown to this one; then examples that are made
+           to transfer, on each side, shown to both. So both sides face the same pool of examples, and neither looks
+           better for having been attacked less;
+        5. further, if thorough: APGD from the other side's examples, Square with 20,000 queries, random noise, the
+           strongest rows so far with five times the steps, and transfer again.
 
     An example counts as broken only if it lies inside the ball and the box [0, 1] (rounding: `Threat.tolerance`) and
     is classified wrongly when asked again. The worst case counts as right what no row broke. The verdict's rules
@@ -74,7 +85,7 @@ def evaluate(
     """
     threat = checks.threat(eps, norm)
     x, y = checks.inputs(x, y)
-    chosen = choose(attacks)
+    plan = choose(attacks)
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: at least 1")
     versions = {
@@ -106,23 +117,33 @@ def evaluate(
         logits = subject.natural()
         classes = logits.shape[1]
         same = rival is not None and torch.equal(rival.natural(classes), logits)
-        for side in filter(None, (rival, subject)):
-            setting = Setting(threat, classes, tuple(x.shape[1:]), seed, batch_size, side.device)
-            for attack in chosen:
-                side.attack(attack, "true gradient", setting, nullcontext)
-            repeat = "" if side.sees_through(bpda) else REPEAT
-            for attack in chosen:
-                if attack.gradient:
-                    side.attack(attack, "BPDA", setting, bpda, skip=repeat)
+        sides = [side for side in (rival, subject) if side]
+        settings = {
+            side.name: Setting(threat, classes, tuple(x.shape[1:]), seed, batch_size, side.device) for side in sides
+        }
+        tried = {side.name: by_gradient(side, plan, settings[side.name], bpda) for side in sides}
         if rival is not None:
             subject.replay(rival)
             rival.replay(subject)
+            for name in plan.transfer:
+                for side in sides:
+                    side.share(ATTACKS[name], settings[side.name], bpda, sides)
+        else:
+            for name in plan.transfer:
+                subject.attack(ATTACKS[name], "transfer", settings["model"], bpda, skip=NO_BASE)
+        if plan.further:
+            for side, other in ((rival, subject), (subject, rival)):
+                if side is not None:
+                    furthermore(side, other, plan, settings[side.name], bpda, tried[side.name])
+            if rival is not None:
+                subject.replay(rival, "further")
+                rival.replay(subject, "further")
 
         result = Result(
             n=len(x),
             threat=threat,
-            attacks=[attack.name for attack in chosen],
-            complete=set(PRESETS["standard"]) <= {attack.name for attack in chosen},
+            attacks=plan.names,
+            complete=plan.complete,
             seed=seed,
             batch_size=batch_size,
             model=subject.side(),
@@ -139,3 +160,42 @@ def evaluate(
     if folder is not None:
         result.save(folder)
     return result
+
+
+def by_gradient(side: Subject, plan: Plan, setting: Setting, bpda: Context) -> Tried:
+    """The rows that attack a side by itself: with its true gradient, under BPDA, with the smooth surrogates."""
+    tried: Tried = []
+
+    def run(name: str, kind: str, context: Context, skip: str = "", label: str = "") -> None:
+        attack = replace(ATTACKS[name], name=label or name)
+        tried.append((side.attack(attack, kind, setting, context, skip=skip), attack, context))
+
+    for name in plan.true:
+        run(name, "true gradient", nullcontext)
+    repeat = "" if not plan.true or side.sees_through(bpda) else REPEAT
+    for name in plan.true:
+        if ATTACKS[name].gradient:
+            run(name, "BPDA", bpda, repeat or ("" if name in plan.bpda else COSTLY))
+    for temperature in surrogate.TEMPERATURES if plan.smooth else ():
+        smooth, label = partial(surrogate.smooth, temperature), f"sigmoid {temperature:g}"
+        repeat = "" if side.sees_through(smooth, label) else REPEAT
+        for name in plan.smooth:
+            run(name, "BPDA", smooth, repeat, f"{name}, {label}")
+    return tried
+
+
+def furthermore(
+    side: Subject, other: Subject | None, plan: Plan, setting: Setting, bpda: Context, tried: Tried
+) -> None:
+    """The rows of kind "further"."""
+    for name in plan.further:
+        if name != STRONGEST:
+            side.attack(ATTACKS[name], "further", setting, bpda, other=other)
+            continue
+        found = [entry for entry in tried if entry[0].broken]
+        most = max(found, key=lambda entry: entry[0].broken, default=None)
+        for entry in found:  # the row that broke most, and the last to break what all before it had left
+            if entry is most or entry is found[-1]:
+                row, attack, context = entry
+                label = f"{attack.name} ({row.kind}), {further.LONGER} times as long"
+                side.attack(replace(attack, name=label, prepare=further.lengthen), "further", setting, context)

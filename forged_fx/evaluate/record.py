@@ -47,7 +47,7 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 def headline(result: Result) -> dict[str, Any]:
     """Every figure that the report shows, for other readers of result.json; computed, so never read back."""
     figures: dict[str, Any] = {"verdict": result.verdict, "sentence": result.sentence}
-    for kind in reversed(KINDS):
+    for kind in reversed(result.kinds):
         figures[kind] = {side.name: side.accuracy(kind) for side in result.sides}
         if paired := result.compared(kind):
             figures[kind] |= asdict(paired) | {"difference": paired.difference}

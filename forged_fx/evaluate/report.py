@@ -6,14 +6,7 @@ from types import TracebackType
 from typing import Any
 
 from forged_fx.evaluate.extras import need
-from forged_fx.evaluate.result import KINDS, Result
-
-_FIGURES = {
-    "transfer": "worst case",
-    "BPDA": "true gradient and BPDA",
-    "true gradient": "true gradient alone",
-    "natural": "natural",
-}
+from forged_fx.evaluate.result import Result
 
 
 def _share(share: float | None, n: int) -> str:
@@ -24,12 +17,12 @@ def _figures(result: Result) -> Any:
     table = need("rich.table").Table(title=f"right, of {result.n} inputs", title_justify="left")
     for heading in ("", "model", "base", "difference, 95 % interval, points", "p"):
         table.add_column(heading, justify="left" if not heading else "right")
-    for kind in reversed(KINDS):  # the least flattering leads
+    for name, kind in result.figures.items():
         shares = [_share(side.accuracy(kind), result.n) for side in result.sides]
         paired = result.compared(kind)
         difference = paired and f"{100 * paired.difference:+.2f} [{100 * paired.low:+.2f}, {100 * paired.high:+.2f}]"
-        cells = [_FIGURES[kind], *shares, *([""] if result.base is None else []), difference or ""]
-        table.add_row(*cells, f"{paired.p:.2g}" if paired else "", style="bold" if kind == KINDS[-1] else "")
+        cells = [name, *shares, *([""] if result.base is None else []), difference or ""]
+        table.add_row(*cells, f"{paired.p:.2g}" if paired else "", style="bold" if kind == result.kinds[-1] else "")
     return table
 
 

@@ -16,7 +16,15 @@ STANDING = -1  # in `Side.broken_by`: nothing broke this example
 
 # The kinds of row, in the order in which they are run. A figure "under X" counts an example as broken if a row of
 # kind X or of an earlier kind broke it, so that figures fall from left to right and the last is the worst case.
-KINDS = ("natural", "true gradient", "BPDA", "transfer")
+KINDS = ("natural", "true gradient", "BPDA", "transfer", "further")
+
+# kind -> what a figure under it is called, where it is not the last: that is the worst case
+FIGURES = {
+    "natural": "no attack",
+    "true gradient": "true gradient alone",
+    "BPDA": "true gradient and BPDA",
+    "transfer": "true gradient, BPDA and transfer",
+}
 
 
 @dataclass
@@ -101,6 +109,17 @@ class Result:
     def rows(self) -> list[Row]:
         """The model's rows, then the base's, each in the order of running."""
         return [row for side in self.sides for row in side.rows]
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds that have rows, in the order of `KINDS`; the last one's figure is the worst case."""
+        return [kind for kind in KINDS if any(row.kind == kind for row in self.rows)]
+
+    @property
+    def figures(self) -> dict[str, str]:
+        """What a figure is called -> the last kind of row that it counts; the least flattering first."""
+        *kinds, last = self.kinds
+        return {"worst case": last} | {FIGURES[kind]: kind for kind in reversed(kinds)}
 
     @property
     def worst_case(self) -> float:

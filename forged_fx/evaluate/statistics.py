@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
+import torch
 from torch import Tensor
 
 LEVEL = 0.95
@@ -25,7 +26,7 @@ def mcnemar(model_only: int, base_only: int) -> float:
     return min(1.0, 2 * sign_tail(max(model_only, base_only), min(model_only, base_only)))
 
 
-def tango(model_only: int, base_only: int, n: int, level: float = LEVEL) -> tuple[float, float]:
+def tango(model_only: float, base_only: float, n: int, level: float = LEVEL) -> tuple[float, float]:
     """Score interval of the difference of two paired proportions, (model_only - base_only) / n.
 
     All differences that a score test does not reject. It keeps its level at small n and rare disagreement, where
@@ -54,9 +55,29 @@ def tango(model_only: int, base_only: int, n: int, level: float = LEVEL) -> tupl
     return solve(z), solve(-z)
 
 
+def bootstrap(model_only: int, base_only: int, n: int, level: float = LEVEL) -> tuple[float, float]:
+    """Percentile interval of the paired bootstrap (Efron 1979) of (model_only - base_only) / n.
+
+    Drawing n examples with replacement adds +1, -1 or 0 n times over. The distribution of that sum is known, as the
+    n-th power of its characteristic function: nothing is drawn, so this is the limit of ever more resamples, without a
+    seed. It has no width where no example differs; `tango` has.
+    """
+    size = 2 * n + 1  # the sum lies in -n..n
+    step = torch.zeros(size, dtype=torch.float64)
+    step[0], step[1], step[-1] = n - model_only - base_only, model_only, base_only
+    mass = torch.fft.ifft(torch.fft.fft(step / n) ** n).real.roll(n)
+    below = mass.clamp_min(0).cumsum(0)
+    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = (torch.searchsorted(below, tails * below[-1]) - n).tolist()
+    return low / n, high / n
+
+
 @dataclass(frozen=True)
 class Paired:
-    """A paired comparison of n examples; `difference`, `low` and `high` are shares of n (model minus base)."""
+    """A paired comparison of n examples; `difference` and both intervals are shares of n (model minus base).
+
+    low, high: Tango's interval. boot_low, boot_high: the bootstrap's. p: of the exact McNemar test.
+    """
 
     n: int
     model_only: int
@@ -64,6 +85,8 @@ class Paired:
     low: float
     high: float
     p: float
+    boot_low: float
+    boot_high: float
 
     @property
     def difference(self) -> float:
@@ -80,14 +103,30 @@ class Paired:
             return 0
         return 1 if self.difference > 0 else -1
 
-    @property
-    def needed(self) -> int | None:
-        """About how many examples would decide, if the two went on to differ at the rates seen. None: no saying."""
-        if self.model_only == self.base_only:
+    def needed(self, margin: float | None = None) -> int | None:
+        """About how many examples would decide, if the two went on to differ at the rates seen.
+
+        To decide: both tests find a difference or, with a `margin`, the interval leaves out every gain above that.
+        None: no number up to ten million would.
+        """
+
+        def decides(n: int) -> bool:
+            model_only, base_only = self.model_only * n / self.n, self.base_only * n / self.n
+            low, high = tango(model_only, base_only, n)
+            if margin is not None and high <= margin:
+                return True
+            if low <= 0 <= high:
+                return False
+            # where many differ the exact test agrees with the interval, and takes long to say so
+            return model_only + base_only > 100 or mcnemar(int(model_only), int(base_only)) <= 1 - LEVEL
+
+        few, many = self.n, 10**7
+        if not decides(many):
             return None
-        z = NormalDist().inv_cdf((1 + LEVEL) / 2)
-        disagreement = (self.model_only + self.base_only) / self.n
-        return math.ceil(z**2 * (disagreement - self.difference**2) / self.difference**2)
+        while many - few > 1:
+            middle = (few + many) // 2
+            few, many = (few, middle) if decides(middle) else (middle, many)
+        return many
 
 
 def compare(model: Tensor, base: Tensor, *, same: bool = False) -> Paired:
@@ -97,8 +136,12 @@ def compare(model: Tensor, base: Tensor, *, same: bool = False) -> Paired:
     interval is [0, 0]. Between two functions that merely agree on n examples it is not: among other examples up
     to about 4/n may differ (`tango`).
     """
-    n = len(model)
-    model_only, base_only = int((model & ~base).sum()), int((base & ~model).sum())
+    return paired(len(model), int((model & ~base).sum()), int((base & ~model).sum()), same)
+
+
+def paired(n: int, model_only: int, base_only: int, same: bool = False) -> Paired:
+    """The same from the counts."""
     certain = same and model_only == base_only == 0
     low, high = (0.0, 0.0) if certain else tango(model_only, base_only, n)
-    return Paired(n, model_only, base_only, low, high, mcnemar(model_only, base_only))
+    p = mcnemar(model_only, base_only)
+    return Paired(n, model_only, base_only, low, high, p, *bootstrap(model_only, base_only, n))

@@ -79,11 +79,11 @@ def weigh(
     same: bool,
 ) -> Evidence:
     """`right(kind)`: (n,) bool, right under rows of that kind and before."""
-    true, worst = right("true gradient"), right("transfer")
+    true, worst = right("true gradient"), right("further")
     lost = true & ~worst
     if base_right is None:
         return Evidence(len(true), int(true.sum()), int(worst.sum()), int(lost.sum()), complete=complete)
-    base_true, base_worst = base_right("true gradient"), base_right("transfer")
+    base_true, base_worst = base_right("true gradient"), base_right("further")
     base_lost = base_true & ~base_worst
     return Evidence(
         n=len(true),
@@ -133,7 +133,7 @@ def _part(e: Evidence) -> str:
 def _nothing(e: Evidence) -> str:
     if e.same:
         return f"{_figures(e)}; the two give the same logits on every input"
-    needed = e.paired and e.paired.needed
+    needed = e.paired and e.paired.needed()
     return _figures(e) + (f"; were it real, about {needed} inputs would show it" if needed and needed > e.n else "")
 
 

@@ -1,0 +1,66 @@
+"""What `attacks="thorough"` adds: other starting points, more of what there was, and no cleverness at all."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+QUERIES = 20_000
+DRAWS = 100
+LONGER = 5  # times as many steps or queries
+
+
+def restart(tools: Any, x: Tensor, y: Tensor, start: Tensor) -> Tensor:
+    """APGD from the other side's adversarial examples, on both of its losses (one, with two classes)."""
+    apgd = tools.apgd
+    apgd.seed = tools.get_seed()
+    torch.manual_seed(apgd.seed)
+    apgd.init_hyperparam(x)
+    adv, todo = x.clone(), torch.ones(len(x), dtype=torch.bool, device=x.device)
+    for apgd.loss in ("ce", "dlr"):
+        if not todo.any() or (apgd.loss == "dlr" and tools.model(x[:1]).shape[1] < 3):
+            break
+        _, right, _, found = apgd.attack_single_run(x[todo], y[todo], x_init=start[todo])
+        fooled = todo.nonzero().flatten()[~right.bool()]
+        adv[fooled] = found[~right.bool()]
+        todo[fooled] = False
+    return adv
+
+
+def queries(tools: Any) -> None:
+    """AutoAttack's Square has 5,000."""
+    tools.square.n_queries = QUERIES
+
+
+def noise(tools: Any, x: Tensor, y: Tensor) -> Tensor:
+    """The best of `DRAWS` random points: uniform in the ball (Linf), or on its surface (L2, L1)."""
+    generator = torch.Generator().manual_seed(tools.get_seed())
+    adv, right = x.clone(), torch.ones(len(x), dtype=torch.bool, device=x.device)
+    for _ in range(DRAWS):
+        delta = _draw(x.shape, tools.norm, generator).to(x.device)
+        point = (x + tools.epsilon * delta).clamp(0, 1)
+        fooled = right & (tools.model(point).max(1)[1] != y)
+        adv[fooled] = point[fooled]
+        right &= ~fooled
+    return adv
+
+
+def _draw(shape: tuple[int, ...], norm: str, generator: torch.Generator) -> Tensor:
+    if norm == "Linf":
+        return torch.rand(shape, generator=generator) * 2 - 1
+    normal = torch.randn(shape, generator=generator)
+    if norm == "L1":  # a Laplace draw, scaled, is uniform on that surface
+        normal = normal.sign() * torch.empty(shape).exponential_(generator=generator)
+    length = normal.flatten(1).norm(int(norm[1:]), dim=1)
+    return normal / length.view(-1, *[1] * (len(shape) - 1))
+
+
+def lengthen(tools: Any) -> None:
+    """`LONGER` times as many steps or queries for every attack in the toolbox."""
+    for apgd in (tools.apgd, tools.apgd_targeted):
+        steps = LONGER * apgd.n_iter_orig
+        apgd.n_iter = apgd.n_iter_orig = steps
+        # as its constructor sets them: the checkpoints, in shares of the steps
+        apgd.n_iter_2, apgd.n_iter_min, apgd.size_decr = (max(int(c * steps), 1) for c in (0.22, 0.06, 0.03))
+    tools.fab.n_iter *= LONGER
+    tools.square.n_queries *= LONGER
