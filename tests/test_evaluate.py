@@ -182,7 +182,8 @@ def test_a_gain_a_loss_and_what_a_part_may_claim(hurried):
         weak = copy.deepcopy(strong)
         weak[1].weight += 0.3 * (quadrant * checkers).flatten(1)
     y = torch.arange(24) % 4
-    x = 0.2 + 0.6 * quadrant[y].unsqueeze(1)  # margin 0.6; reach at eps = 0.1: 0.2, and 1.16
+    x = 0.2 + 0.6 * quadrant[y].unsqueeze(1) + inputs(24, (1, 8, 8), -0.01, 0.01)
+    # margin 0.6; reach at eps = 0.1: 0.2, and 1.16
     options = {"x": x, "y": y, "eps": 0.1}
     loss = evaluate(weak, strong, attacks="quick", **options)
     assert (loss.verdict, loss.worst_case, loss.base_worst_case) == ("loss", 0, 1)

@@ -87,7 +87,7 @@ def bits(n, wrong):
 def test_weigh_counts_by_example():
     model = {"true gradient": bits(10, [0]), "further": bits(10, [0, 1, 2, 3])}
     base = {"true gradient": bits(10, [0, 5]), "further": bits(10, [0, 3, 5, 6])}
-    e = weigh(model.__getitem__, base.__getitem__, None, True, False)
+    e = weigh(lambda kind="further": model[kind], lambda kind="further": base[kind], None, True, False)
     assert (e.true, e.worst, e.base_true, e.base_worst) == (9, 6, 8, 6)
     assert (e.taken, e.spared) == (2, 1)  # 1 and 2; 6. Both lost 3.
 

@@ -4,11 +4,15 @@
 
     protocol.py     the public call: which rows are run, in which order, and why
     attacks.py      the table of attacks
+    transfer.py     attacks made on one model for another; further.py: what the thorough plan adds
+    surrogate.py    BPDA with a smooth stand-in for the threshold
     gradients.py    the two backwards an attack may see: the true one and the straight-through one (BPDA)
     blocks.py       the unit of work, and of what is random
     harness.py      runs rows on what still stands, and believes no claim that it has not checked
     threat.py       what an attacker may do: the ball and the box
     checks.py       what is asked of the caller's input, and the model handed back as it was found
+    probes.py       what is measured on a model to find out whether attacks on it can be trusted
+    findings.py     the table of checks: a figure, a bound, raised or not
     statistics.py   paired comparison of two accuracies
     verdict.py      from figures to one word
     result.py       the record: rows, outcomes by example, adversarial examples; save and load

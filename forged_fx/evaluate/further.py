@@ -58,9 +58,12 @@ def _draw(shape: tuple[int, ...], norm: str, generator: torch.Generator) -> Tens
 def lengthen(tools: Any) -> None:
     """`LONGER` times as many steps or queries for every attack in the toolbox."""
     for apgd in (tools.apgd, tools.apgd_targeted):
-        steps = LONGER * apgd.n_iter_orig
-        apgd.n_iter = apgd.n_iter_orig = steps
-        # as its constructor sets them: the checkpoints, in shares of the steps
-        apgd.n_iter_2, apgd.n_iter_min, apgd.size_decr = (max(int(c * steps), 1) for c in (0.22, 0.06, 0.03))
+        set_steps(apgd, LONGER * apgd.n_iter_orig)
     tools.fab.n_iter *= LONGER
     tools.square.n_queries *= LONGER
+
+
+def set_steps(apgd: Any, steps: int) -> None:
+    """As APGD's constructor does, with its checkpoints in shares of the steps."""
+    apgd.n_iter = apgd.n_iter_orig = steps
+    apgd.n_iter_2, apgd.n_iter_min, apgd.size_decr = (max(int(share * steps), 1) for share in (0.22, 0.06, 0.03))

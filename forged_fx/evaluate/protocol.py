@@ -15,8 +15,10 @@ from forged_fx.evaluate import checks, fingerprint, further, gradients, surrogat
 from forged_fx.evaluate.attacks import ATTACKS, STRONGEST, Attack, Plan, Setting, choose
 from forged_fx.evaluate.blocks import Blocks
 from forged_fx.evaluate.extras import need
+from forged_fx.evaluate.findings import Case, examine
 from forged_fx.evaluate.gradients import Context
 from forged_fx.evaluate.harness import Subject
+from forged_fx.evaluate.probes import probe
 from forged_fx.evaluate.record import vacant
 from forged_fx.evaluate.report import Progress
 from forged_fx.evaluate.result import Result, Row
@@ -104,6 +106,7 @@ def evaluate(
         enter(torch.inference_mode(False))
         enter(torch.no_grad())
         enter(checks.own_random_numbers())
+        training = sum(module.training for module in model.modules())
         notes = enter(checks.borrowed(model, "model"))
         if base is not None:
             notes = notes + enter(checks.borrowed(base, "base"))
@@ -139,6 +142,15 @@ def evaluate(
                 subject.replay(rival, "further")
                 rival.replay(subject, "further")
 
+        case = Case(
+            model=subject.side(),
+            base=rival.side() if rival is not None else None,
+            same=same,
+            logits=logits,
+            probes=probe(subject, settings["model"], bpda),
+            training=training,
+            outside=int(((x < 0) | (x > 1)).sum()),
+        )
         result = Result(
             n=len(x),
             threat=threat,
@@ -146,8 +158,8 @@ def evaluate(
             complete=plan.complete,
             seed=seed,
             batch_size=batch_size,
-            model=subject.side(),
-            base=rival.side() if rival is not None else None,
+            model=case.model,
+            base=case.base,
             same=same,
             data={
                 "x_shape": list(x.shape),
@@ -156,6 +168,7 @@ def evaluate(
             },
             versions=versions,
             notes=notes,
+            findings=examine(case),
         )
     if folder is not None:
         result.save(folder)

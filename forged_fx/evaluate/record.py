@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from forged_fx.evaluate import checks, fingerprint
 from forged_fx.evaluate.extras import need
 from forged_fx.evaluate.harness import predict
-from forged_fx.evaluate.result import KINDS, STANDING, Result, Row, Side
+from forged_fx.evaluate.result import KINDS, STANDING, Finding, Result, Row, Side
 from forged_fx.evaluate.threat import Threat
 
 FORMAT = 1
@@ -87,6 +87,7 @@ def save(result: Result, folder: str | os.PathLike[str], overwrite: bool) -> Non
             }
             for side in result.sides
         ],
+        "findings": [asdict(finding) for finding in result.findings],
         "examples_sha256": fingerprint.of_file(folder / EXAMPLES),
     }
     # last, so that a folder with a result.json has its examples
@@ -134,6 +135,7 @@ def load(folder: str | os.PathLike[str]) -> Result:
             threat=Threat(**record["threat"]),
             model=sides["model"],
             base=sides.get("base"),
+            findings=[Finding(**finding) for finding in record["findings"]],
             **{name: record[name] for name in PLAIN},
         )
     except (KeyError, TypeError) as error:

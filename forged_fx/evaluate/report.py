@@ -42,6 +42,20 @@ def _rows(result: Result) -> Any:
     return table
 
 
+def _findings(result: Result) -> Any:
+    """What is raised, with its figures; the rest by name."""
+    table = need("rich.table").Table(title="findings", title_justify="left")
+    for heading in ("raised", "value", "bound", "a number of", "forbids a gain"):
+        table.add_column(heading, justify="right" if heading in ("value", "bound") else "left")
+    for f in result.findings:
+        if f.raised:
+            table.add_row(f.name, f"{f.value:.4g}", f"{f.bound:.4g}", f.unit, "yes" if f.masking else "no")
+    quiet = [f.name for f in result.findings if not f.raised and f.value is not None]
+    idle = [f"{f.name}: {f.note}" for f in result.findings if f.value is None]
+    lines = [f"not raised: {', '.join(quiet)}"] if quiet else []
+    return need("rich.console").Group(*([table] if table.row_count else []), "\n".join(lines + idle))
+
+
 def _small_print(result: Result) -> str:
     spent = sum(row.seconds for row in result.rows)
     alone = sum(row.seconds for row in result.model.rows if row.kind == "true gradient")
@@ -59,7 +73,7 @@ def _small_print(result: Result) -> str:
 def render(result: Result) -> Any:
     """The whole result, to be printed by rich."""
     bold = need("rich.text").Text(f"{result.verdict}: {result.sentence}", style="bold")
-    return need("rich.console").Group(bold, _figures(result), _rows(result), _small_print(result))
+    return need("rich.console").Group(bold, _figures(result), _findings(result), _rows(result), _small_print(result))
 
 
 def text(result: Result) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from forged_fx.evaluate.statistics import Paired, compare
 from forged_fx.evaluate.threat import Threat
-from forged_fx.evaluate.verdict import judge, weigh
+from forged_fx.evaluate.verdict import EXIT_CODES, judge, weigh
 
 STANDING = -1  # in `Side.broken_by`: nothing broke this example
 
@@ -80,12 +80,29 @@ class Side:
         return float(self.right(under).double().mean())
 
 
+@dataclass(frozen=True)
+class Finding:
+    """One check of the model. value: None if it could not be made, and `note` says why; raised: value > bound.
+
+    unit: what the value is a number of. masking: raised, it forbids the verdict "gain".
+    """
+
+    name: str
+    value: float | None
+    bound: float
+    unit: str
+    raised: bool
+    masking: bool
+    note: str = ""
+
+
 @dataclass(eq=False, repr=False)
 class Result:
     """What `evaluate` found. Accuracies are shares of `n` in [0, 1]. `print` shows a table.
 
     attacks: names, as asked for; complete: all four of AutoAttack's standard attacks are among them. same: model and
-    base gave the same logits, bit for bit, on every input. data: shape and SHA-256 of x and y.
+    base gave the same logits, bit for bit, on every input. data: shape and SHA-256 of x and y. findings: every check
+    of the model, raised or not.
     """
 
     n: int
@@ -100,6 +117,7 @@ class Result:
     data: dict[str, Any]
     versions: dict[str, str]
     notes: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
 
     @property
     def sides(self) -> list[Side]:
@@ -139,7 +157,12 @@ class Result:
     @cached_property
     def _judged(self) -> tuple[str, str]:
         base = self.base.right if self.base else None
-        return judge(weigh(self.model.right, base, self.compared(), self.complete, self.same))
+        return judge(weigh(self.model.right, base, self.compared(), self.complete, self.same, self.doubts))
+
+    @property
+    def doubts(self) -> list[str]:
+        """Names of the findings that are raised and forbid a gain."""
+        return [finding.name for finding in self.findings if finding.raised and finding.masking]
 
     @property
     def verdict(self) -> str:
@@ -150,6 +173,11 @@ class Result:
     def sentence(self) -> str:
         """The verdict in one plain sentence."""
         return self._judged[1]
+
+    @property
+    def exit_code(self) -> int:
+        """For scripts: `verdict.EXIT_CODES`. 0 for a gain only."""
+        return EXIT_CODES[self.verdict]
 
     def verify(self, model: nn.Module, x: Tensor, y: Tensor, base: nn.Module | None = None) -> None:
         """Check every example again, against the model (and the base); see `record.verify`."""

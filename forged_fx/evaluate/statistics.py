@@ -12,12 +12,22 @@ import torch
 from torch import Tensor
 
 LEVEL = 0.95
+NEGLIGIBLE = 0.002  # auto-attack's check_square_sr
 
 
 def sign_tail(wins: int, losses: int) -> float:
     """P(at least `wins` heads in wins + losses fair throws): the one-sided exact sign test."""
     throws = wins + losses
     return sum(math.comb(throws, k) for k in range(wins, throws + 1)) / 2**throws
+
+
+def beyond_chance(taken: int, spared: int, n: int) -> bool:
+    """Did a later round of attacks take more examples from one side alone than its new random starts explain?
+
+    taken, spared: examples of n that it took from this side alone, and from the other alone. A one-sided sign test at
+    5 % (5 against 0, 7 against 1) must call them different, and they must differ by more than `NEGLIGIBLE`.
+    """
+    return taken - spared > NEGLIGIBLE * n and sign_tail(taken, spared) <= 1 - LEVEL
 
 
 def mcnemar(model_only: int, base_only: int) -> float:

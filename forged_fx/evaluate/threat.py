@@ -26,6 +26,10 @@ class Threat:
         """Distance of each example from its input, (n,) float64; measured in float64 to add no error of its own."""
         return _NORMS[self.norm][0]((adv.double() - x.double()).flatten(1))
 
+    def diameter(self, elements: int) -> float:
+        """Of the box [0, 1] with so many dimensions: a ball of that radius around any input holds the box."""
+        return _NORMS[self.norm][1](elements)
+
     def tolerance(self, elements: int) -> float:
         """How far outside the ball an example of so many elements may lie through rounding alone.
 

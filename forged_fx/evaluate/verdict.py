@@ -5,11 +5,13 @@ The verdicts, and the rule for each; the first rule that holds decides:
 | verdict | when |
 |---|---|
 | cannot say | fewer than 6 inputs: whatever the outcome, it could be chance |
-| masking | the true gradient shows a gain, and BPDA or transfer take a measurable part of what it left standing |
+| masking | the true gradient shows a gain, and later rows take a measurable part of what it left standing |
 | cannot say | no base to compare with |
 | loss | in the worst case the model is measurably below its base |
 | cannot say | a measurable gain, but not all of AutoAttack's attacks were run |
+| cannot say | a measurable gain, but a finding that forbids it is raised (`findings.py`) |
 | gain | in the worst case the model is measurably above its base |
+| cannot say | too few inputs: a gain of more than 5 points is as possible as none |
 | no measurable gain | everything else |
 
 *Measurably*: exact McNemar p <= 0.05, and 0 outside Tango's 95 % interval (`statistics.py`).
@@ -17,26 +19,29 @@ The verdicts, and the rule for each; the first rule that holds decides:
 *Shows a gain*: more examples stand under the true gradient than do for the base; by one is enough, because that is
 the figure that would be printed. Without a base the true gradient's figure is itself the claim.
 
-*Take a measurable part*: BPDA and transfer are a second round of attacks, and a second round breaks an example or
-two by its new random starts alone (on five plain networks, where it repeats the first: 0 to 3 of 300 to 500). So the
-examples that it takes from the model alone are set against those that it takes from the base alone, in a one-sided
-sign test at 5 % (5 against 0, 7 against 1), and must exceed 0.2 % of n, the bound at which auto-attack itself warns
-that an attack found what the others should have found. Below that the verdict rests on the worst case: a gain of one
-example that vanishes is no measurable gain, and no accusation.
+*Take a measurable part*: BPDA, transfer and what follows are a second round of attacks, and a second round breaks an
+example or two by its new random starts alone (on five plain networks, where it repeats the first: 0 to 3 of 300 to
+500). So the examples that it takes from the model alone are set against those that it takes from the base alone, in a
+one-sided sign test at 5 % (5 against 0, 7 against 1), and must exceed 0.2 % of n, the bound at which auto-attack
+itself warns that an attack found what the others should have found. Below that the verdict rests on the worst case: a
+gain of one example that vanishes is no measurable gain, and no accusation.
 
 Masking forbids a gain even where the worst case is measurably above the base: a model whose gradient is known to
 hide adversarial examples has been shown to stand against these attacks only.
+
+*Too few*: the upper end of the interval of the worst case's difference lies above 5 points, as it does for two models
+that agree on fewer than 73 inputs. The sentence says which number of inputs would decide.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from forged_fx.evaluate.statistics import Paired, sign_tail
+from forged_fx.evaluate.statistics import Paired, beyond_chance
 
 ENOUGH = 6  # 6 against 0 is the least that the exact test calls beyond chance
-NEGLIGIBLE = 0.002  # auto-attack's check_square_sr
+MARGIN = 0.05  # a gain that "no measurable gain" must rule out
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Evidence:
     """Counts of n examples. `true` and `worst`: right under the true gradient's rows, and under all rows.
 
     taken: examples that the rows after the true gradient's took from the model but not from the base; spared: from
-    the base but not from the model.
+    the base but not from the model. doubts: names of raised findings that forbid a gain.
     """
 
     n: int
@@ -57,6 +62,7 @@ class Evidence:
     paired: Paired | None = None
     complete: bool = True
     same: bool = False
+    doubts: Sequence[str] = ()
 
     @property
     def seems(self) -> bool:
@@ -64,7 +70,7 @@ class Evidence:
 
     @property
     def masked(self) -> bool:
-        return self.taken - self.spared > NEGLIGIBLE * self.n and sign_tail(self.taken, self.spared) <= 0.05
+        return beyond_chance(self.taken, self.spared, self.n)
 
     @property
     def direction(self) -> int:
@@ -72,18 +78,20 @@ class Evidence:
 
 
 def weigh(
-    right: Callable[[str], Tensor],
-    base_right: Callable[[str], Tensor] | None,
+    right: Callable[..., Tensor],
+    base_right: Callable[..., Tensor] | None,
     paired: Paired | None,
     complete: bool,
     same: bool,
+    doubts: Sequence[str] = (),
 ) -> Evidence:
-    """`right(kind)`: (n,) bool, right under rows of that kind and before."""
-    true, worst = right("true gradient"), right("further")
+    """`right(kind)`: (n,) bool, right under rows of that kind and before; `right()`: under all."""
+    true, worst = right("true gradient"), right()
     lost = true & ~worst
     if base_right is None:
-        return Evidence(len(true), int(true.sum()), int(worst.sum()), int(lost.sum()), complete=complete)
-    base_true, base_worst = base_right("true gradient"), base_right("further")
+        counts = (int(part.sum()) for part in (true, worst, lost))
+        return Evidence(len(true), *counts, complete=complete, doubts=doubts)
+    base_true, base_worst = base_right("true gradient"), base_right()
     base_lost = base_true & ~base_worst
     return Evidence(
         n=len(true),
@@ -96,6 +104,7 @@ def weigh(
         paired=paired,
         complete=complete,
         same=same,
+        doubts=doubts,
     )
 
 
@@ -130,11 +139,21 @@ def _part(e: Evidence) -> str:
     return f"{_figures(e)}, but only a part of AutoAttack was run: claim it after attacks='standard'"
 
 
+def _doubtful(e: Evidence) -> str:
+    return f"{_figures(e)}, but the attacks may have failed: {', '.join(e.doubts)} (docs/findings.md says what to do)"
+
+
+def _wide(e: Evidence) -> str:
+    needed = e.paired and e.paired.needed(MARGIN)
+    enough = f"about {needed} would decide" if needed else "the difference is as large as what is to be ruled out"
+    return f"{_figures(e)}; {e.n} inputs leave a gain of more than {100 * MARGIN:.0f} points possible, {enough}"
+
+
 def _nothing(e: Evidence) -> str:
     if e.same:
         return f"{_figures(e)}; the two give the same logits on every input"
     needed = e.paired and e.paired.needed()
-    return _figures(e) + (f"; were it real, about {needed} inputs would show it" if needed and needed > e.n else "")
+    return _figures(e) + (f"; were it real, about {needed} inputs would show it" if needed else "")
 
 
 RULES: tuple[tuple[str, Callable[[Evidence], bool], Callable[[Evidence], str]], ...] = (
@@ -143,10 +162,16 @@ RULES: tuple[tuple[str, Callable[[Evidence], bool], Callable[[Evidence], str]], 
     ("cannot say", lambda e: e.paired is None, _no_base),
     ("loss", lambda e: e.direction < 0, _figures),
     ("cannot say", lambda e: e.direction > 0 and not e.complete, _part),
+    ("cannot say", lambda e: e.direction > 0 and bool(e.doubts), _doubtful),
     ("gain", lambda e: e.direction > 0, _figures),
+    ("cannot say", lambda e: e.paired.high > MARGIN, _wide),
     ("no measurable gain", lambda e: True, _nothing),
 )
 VERDICTS = tuple(dict.fromkeys(name for name, _, _ in RULES))
+
+# What a process that judges a model exits with: 0 only where there is something to be glad of. 1 and 2 are left to
+# Python's errors and to a command line that was not understood.
+EXIT_CODES = {"gain": 0, "no measurable gain": 3, "loss": 4, "masking": 5, "cannot say": 6}
 
 
 def judge(evidence: Evidence) -> tuple[str, str]:

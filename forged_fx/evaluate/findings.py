@@ -1,0 +1,167 @@
+"""Signs that the attacks failed rather than that the defence held: a table with a row per check.
+
+Each is a figure and a bound, and is raised where the figure exceeds the bound. A raised finding of which `masking` is
+True forbids the verdict "gain". docs/findings.md says of each when it is raised and what to do. To add one: a function,
+a row, and a paragraph there. Most are those of Carlini et al., On evaluating adversarial robustness (arXiv
+1902.06705), section 5, and of auto-attack's flags_doc.md.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from forged_fx.evaluate.attacks import ATTACKS
+from forged_fx.evaluate.probes import RADII, STEPS, Probes
+from forged_fx.evaluate.result import Finding, Row, Side
+from forged_fx.evaluate.statistics import beyond_chance
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the checks look at. logits: the model's on all inputs, unattacked, (n, classes). training: how many of its
+    modules were in train mode. outside: how many elements of x lie outside [0, 1]."""
+
+    model: Side
+    base: Side | None
+    same: bool
+    logits: Tensor
+    probes: Probes
+    training: int
+    outside: int
+
+    @property
+    def n(self) -> int:
+        return len(self.model.broken_by)
+
+    def taken(self, rows: Callable[[Row], bool]) -> tuple[float, float]:
+        """How many examples these rows took from the model alone, and the most that chance explains."""
+        lost = _broken(self.model, rows)
+        others = _broken(self.base, rows) if self.base else torch.zeros_like(lost)
+        taken, spared = int((lost & ~others).sum()), int((others & ~lost).sum())
+        return taken, next((k for k in range(self.n) if beyond_chance(k + 1, spared, self.n)), self.n)
+
+
+Measured = tuple[float, float] | str  # value and bound, or why there is none
+
+
+def _broken(side: Side, rows: Callable[[Row], bool]) -> Tensor:
+    chosen = [i for i, row in enumerate(side.rows) if rows(row)]
+    return torch.isin(side.broken_by, torch.tensor(chosen, dtype=torch.int64))
+
+
+def _black_box(row: Row) -> bool:
+    return row.attack in ATTACKS and not ATTACKS[row.attack].gradient
+
+
+def _above_bpda(case: Case) -> Measured:
+    if not any(row.kind == "BPDA" and row.attacked for row in case.model.rows):
+        return "BPDA changes no gradient, or nothing stood when it began"
+    return case.taken(lambda row: row.kind == "BPDA")
+
+
+def _above_black_box(case: Case) -> Measured:
+    rows = case.model.rows
+    white = next((i for i, row in enumerate(rows) if row.kind == "true gradient" and not _black_box(row)), len(rows))
+    if not any(_black_box(row) and row.attacked for row in rows[white:]):
+        return "no black-box attack was run after one that uses a gradient"
+    return case.taken(_black_box)
+
+
+def _above_transfer(case: Case) -> Measured:
+    if case.base is None:
+        return "there is no base to transfer from"
+    return case.taken(lambda row: row.kind == "transfer")
+
+
+def _unfinished(case: Case) -> Measured:
+    if not any(row.kind == "further" for row in case.model.rows):
+        return "attacks='thorough' makes it"
+    return case.taken(lambda row: row.kind == "further" and not _black_box(row))
+
+
+def _flat(case: Case) -> Measured:
+    return case.probes.flat / max(case.probes.probed, 1), 0.01
+
+
+def _rising(right: list[int]) -> int:
+    """The largest rise from any entry to a later one, where each should be no larger than those before it."""
+    return max(later - earlier for i, earlier in enumerate(right) for later in right[i:])
+
+
+def _iterations(case: Case) -> Measured:
+    return _rising(case.probes.by_steps), case.probes.probed // 20
+
+
+def _radii(case: Case) -> Measured:
+    return _rising(case.probes.by_radius), case.probes.probed // 20
+
+
+def _whole_box(case: Case) -> Measured:
+    return case.probes.by_radius[-1], case.probes.probed // 20
+
+
+def _probabilities(case: Case) -> Measured:
+    """auto-attack's check_range_output."""
+    out, slack = case.logits, 1e-5
+    proper = (out > -slack).all(1) & (out < 1 + slack).all(1) & ((out.sum(1) - 1).abs() < slack)
+    return float(proper.double().mean()), 0.5
+
+
+def _clipped(case: Case) -> Measured:
+    """Logits that share the largest or the smallest value of all, beyond one of each."""
+    out = case.logits
+    at_limit = (out == out.max()).sum() + (out == out.min()).sum() - 2
+    return float(at_limit) / out.numel(), 0.01
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    measure: Callable[[Case], Measured]
+    unit: str
+    masking: bool = True
+    probing: bool = False  # it needs inputs that are right unattacked
+
+
+CHECKS = (
+    Check("true gradient above BPDA", _above_bpda, "inputs that BPDA broke"),
+    Check("white box above black box", _above_black_box, "inputs that black-box attacks broke"),
+    Check("white box above transfer", _above_transfer, "inputs that transfer broke"),
+    Check("attack unfinished", _unfinished, "inputs that longer attacks broke"),
+    Check("zero gradient", _flat, "share of probed inputs", probing=True),
+    Check("accuracy rises with iterations", _iterations, f"probed inputs, at {STEPS} steps", probing=True),
+    Check("accuracy rises with eps", _radii, f"probed inputs, at {RADII} eps and the whole box", probing=True),
+    Check("unbounded attack fails", _whole_box, "probed inputs that stand", probing=True),
+    Check("loss not finite", lambda case: (case.probes.sick, 0), "logits and gradients", probing=True),
+    Check("output is a probability", _probabilities, "share of inputs"),
+    Check("logits clipped", _clipped, "share of logits at a limit"),
+    Check("output randomised", lambda case: (case.probes.drift, 1e-4), "distance of scaled logits", probing=True),
+    Check("output depends on the batch", lambda case: (case.probes.apart, 0.1), "share of inputs", probing=True),
+    Check(
+        "examples outside the ball", lambda case: (sum(row.rejected for row in case.model.rows), 0), "examples", False
+    ),
+    Check("train mode", lambda case: (case.training, 0), "modules", False),
+    Check("inputs outside [0, 1]", lambda case: (case.outside, 0), "elements", False),
+    Check(
+        "base and model identical",
+        lambda case: (float(case.same), 0) if case.base else "there is no base",
+        "0 or 1",
+        False,
+    ),
+)
+
+
+def examine(case: Case) -> list[Finding]:
+    """Every check, in the table's order."""
+    return [_made(check, case) for check in CHECKS]
+
+
+def _made(check: Check, case: Case) -> Finding:
+    idle = check.probing and not case.probes.probed
+    measured = "no input is right unattacked" if idle else check.measure(case)
+    if isinstance(measured, str):
+        return Finding(check.name, None, 0.0, check.unit, False, check.masking, f"not made: {measured}")
+    value, bound = (float(figure) for figure in measured)
+    return Finding(check.name, value, bound, check.unit, value > bound, check.masking)

@@ -1,0 +1,104 @@
+"""What is measured on a model to find out whether attacks on it can be trusted: a few dozen inputs, a few steps.
+
+`findings.py` compares it with bounds. All of it costs about as much as a tenth of one AutoAttack row on as many inputs.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from forged_fx.evaluate import further
+from forged_fx.evaluate.attacks import Setting, toolbox
+from forged_fx.evaluate.blocks import Outcome
+from forged_fx.evaluate.gradients import Context, Logits
+from forged_fx.evaluate.harness import Subject
+
+PROBED = 64  # inputs, the first that are right unattacked
+STEPS = (3, 10, 30)  # of APGD, at the radius of the evaluation
+RADII = (0.5, 1.0, 2.0, 4.0)  # in units of that radius, each with `STEPS[1]` steps; then the whole box
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Probes:
+    """probed: how many inputs. flat: of these, with a true gradient that is all zeros. sick: with a NaN or an infinity
+    in logits or gradient, counted at each point visited. drift: largest distance between logits (scaled to length 1)
+    of one input asked `REPEATS` times; apart: share of inputs whose scaled logits move by more than 0.001 in smaller
+    batches. by_steps, by_radius: how many are still right after APGD, in the order of `STEPS`, and of `RADII` and the
+    whole box.
+    """
+
+    probed: int
+    flat: int
+    sick: int
+    drift: float
+    apart: float
+    by_steps: list[int]
+    by_radius: list[int]
+
+
+def probe(side: Subject, setting: Setting, bpda: Context) -> Probes:
+    """Ask the side's model. Its natural row must have been run."""
+    right = (side.broken_by != 0).nonzero().flatten()[:PROBED]  # 0: wrong without attack
+
+    def ask(indices: Tensor) -> Outcome:
+        x, y = side.inputs(indices)
+        logits = Logits(side.model, side.batch_size)
+        gradient = _gradient(logits, x, y)
+        together = _scaled(logits(x))
+        again = [_scaled(logits(x)) for _ in range(REPEATS - 1)]
+        smaller = Logits(side.model, max(1, min(side.batch_size, len(x)) // 2))
+        watched = _Watched(Logits(side.model, side.batch_size, bpda))
+        steps = [_apgd(watched, x, y, setting, 1.0, n) for n in STEPS]
+        whole = setting.threat.diameter(x[0].numel()) / setting.threat.eps
+        reach = [*(min(r, whole) for r in RADII), whole]
+        radii = [steps[1] if r == 1 else _apgd(watched, x, y, setting, r, STEPS[1]) for r in reach]
+        sick = watched.sick + int((~torch.isfinite(gradient)).flatten(1).any(1).sum())
+        return {
+            "flat": (gradient == 0).flatten(1).all(1).sum().cpu(),
+            "sick": torch.tensor(sick),
+            "drift": max((together - other).norm(dim=1).max() for other in again).double().cpu(),
+            "apart": ((together - _scaled(smaller(x))).norm(dim=1) > 1e-3).double().mean().cpu(),
+            "steps": torch.tensor(steps),
+            "radii": torch.tensor(radii),
+        }
+
+    for _, found in side.blocks.run(f"{side.name} probes", right, ask):  # one block, or none
+        flat, sick, drift, apart = (found[key].item() for key in ("flat", "sick", "drift", "apart"))
+        return Probes(len(right), flat, sick, drift, apart, found["steps"].tolist(), found["radii"].tolist())
+    return Probes(0, 0, 0, 0.0, 0.0, [0] * len(STEPS), [0] * (len(RADII) + 1))
+
+
+class _Watched:
+    """Logits that count what is not finite; it is shown to attacks as it is."""
+
+    def __init__(self, logits: Logits) -> None:
+        self.logits, self.sick = logits, 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = self.logits(x)
+        self.sick += int((~torch.isfinite(out.detach())).any(1).sum())
+        return out
+
+
+def _gradient(logits: Logits, x: Tensor, y: Tensor) -> Tensor:
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(F.cross_entropy(logits(x), y, reduction="sum"), x)[0]
+
+
+def _scaled(logits: Tensor) -> Tensor:
+    """To length 1, as auto-attack's check_randomized does: a difference then means the same for every model."""
+    return logits / (logits.norm(dim=1, keepdim=True) + 1e-10)
+
+
+def _apgd(logits: _Watched, x: Tensor, y: Tensor, setting: Setting, radius: float, steps: int) -> int:
+    """How many are right after so many steps of APGD on the cross-entropy, with one start."""
+    threat = replace(setting.threat, eps=radius * setting.threat.eps)
+    tools = toolbox(logits, replace(setting, threat=threat))
+    further.set_steps(tools.apgd, steps)
+    tools.apgd.loss, tools.apgd.n_restarts = "ce", 1
+    found = tools.apgd.perturb(x.clone(), y.clone())
+    return int((logits(found).max(1)[1] == y).sum())
