@@ -51,6 +51,10 @@ for _name, _schema in SCHEMAS.items():
 _threshold = torch.ops.forged_fx.threshold.default
 _threshold_backward = torch.ops.forged_fx.threshold_backward.default
 
+# Every operator that applies a threshold, its second argument, and takes `straight_through`; as overload and as packet.
+# The value: how many arguments may come ahead of `straight_through` (None: it is a keyword). Other files add theirs.
+THRESHOLD_OPS: dict[Callable, int | None] = {_threshold: 2, torch.ops.forged_fx.threshold: 2}
+
 
 # ---- what a caller may pass
 
@@ -318,8 +322,8 @@ class straight_through(TorchFunctionMode):
         # A function mode that overrides nothing else, because Dynamo traces such a one, may break its graph
         # within it, and guards what it compiled on the types of those that are active.
         kwargs = kwargs or {}
-        if func is torch.ops.forged_fx.threshold.default or func is torch.ops.forged_fx.threshold:
-            return _threshold(*args[:2], **{**kwargs, "straight_through": True})
+        if func in THRESHOLD_OPS:
+            args, kwargs = args[: THRESHOLD_OPS[func]], {**kwargs, "straight_through": True}
         return func(*args, **kwargs)
 
 
@@ -337,18 +341,23 @@ def straight_through_enabled() -> bool:
 # ---- exporters that know standard operators only
 
 
+def _kept(value: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    wide = reference.comparison_dtype(x.dtype)
+    return torch.where(x.to(wide).abs() < t.to(wide), 0, value)
+
+
+# Operator -> the same in more basic ones. Other files add theirs.
+DECOMPOSITIONS: dict[Callable, Callable] = {}
+_STANDARD = {_threshold: lambda x, t, straight_through=False: _kept(x, x, t), _threshold_backward: _kept}
+
+
 def decompositions() -> dict[Any, Callable]:
-    """Both ops in standard operators, for `torch.export.ExportedProgram.run_decompositions`.
+    """This library's operators in standard ones, for `torch.export.ExportedProgram.run_decompositions`.
 
     program = torch.export.export(forged, (x,)).run_decompositions(forged_fx.decompositions())
     torch.onnx.export(program).save("forged.onnx")
     """
-
-    def kept(value: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        wide = reference.comparison_dtype(x.dtype)
-        return torch.where(x.to(wide).abs() < t.to(wide), 0, value)
-
-    return {_threshold: lambda x, t, straight_through=False: kept(x, x, t), _threshold_backward: kept}
+    return {**DECOMPOSITIONS, **_STANDARD}
 
 
 # ---- registration

@@ -1,0 +1,286 @@
+"""torch.ops.forged_fx.*: a producer and the threshold behind it, as one operator.
+
+    elementwise_threshold(x, t, residual, add_first, mean, var, weight, bias, eps, channel, activation)
+                                             x -> affine -> add -> activation -> threshold
+    norm_threshold(x, t, shape, residual, weight, bias, eps, rms)
+                                             x -> add -> LayerNorm or RMSNorm -> threshold
+
+`kernels/reference.py` says what the arguments mean. Each has an overload `keep`, which takes `keep="value"` or "sum"
+too and also returns that tensor: a residual stream, which is not thresholded. `straight_through` is as in
+forged_fx/ops.py. What an operator computes is its *chain*: the same steps by PyTorch's own operators, one by one, and
+`torch.ops.forged_fx.threshold` behind them.
+
+    CUDA                 one Triton kernel for a dense x in float16, bfloat16 or float32; else the chain
+    CPU and elsewhere    the chain: fused and unfused are equal bit for bit
+    gradients, vmap      the chain, in either mode of the gradient, whatever the device: a backward that recomputes it
+                         would cost the pass over memory that fusing saves
+    Inductor             the chain, which it fuses by itself
+
+Numerics of the kernels: every step in float32, rounded to x's dtype where the chain rounds. So the two differ by what
+float32 arithmetic differs by within a step (the order of a sum, an erf or exp): for float16 and bfloat16 rarely in the
+last bit, for float32 in the last few. Only a value that close to the threshold can be on the other side of it;
+tests/test_fused_kernels.py counts them.
+"""
+
+import functools
+import importlib
+import inspect
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from forged_fx import ops
+
+SCHEMAS = {
+    "elementwise_threshold": "Tensor x, Tensor t, Tensor? residual=None, bool add_first=False, Tensor? mean=None, "
+    "Tensor? var=None, Tensor? weight=None, Tensor? bias=None, float eps=1e-05, int channel=1, str activation='none'",
+    "norm_threshold": "Tensor x, Tensor t, int[] shape, Tensor? residual=None, Tensor? weight=None, "
+    "Tensor? bias=None, float? eps=1e-05, bool rms=False",
+}
+OVERLOADS = {
+    "default": "*, bool straight_through=False) -> Tensor",
+    "keep": "*, str keep, bool straight_through=False) -> (Tensor, Tensor)",
+}
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+Result = Tensor | tuple[Tensor, Tensor]
+
+
+# ---- the chains
+
+# For each activation of kernels/reference.py, PyTorch's own function.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda v: v,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+}
+
+
+def elementwise_threshold(
+    x: Tensor,
+    t: Tensor,
+    residual: Tensor | None = None,
+    add_first: bool = False,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    channel: int = 1,
+    activation: str = "none",
+    *,
+    keep: str | None = None,
+    straight_through: bool = False,
+) -> Result:
+    v = x + residual if add_first else x
+    total = v
+    if mean is not None:
+        v = F.batch_norm(v.movedim(channel, 1), mean, var, weight, bias, eps=eps).movedim(1, channel)
+    else:
+        shape = [-1 if d == channel % x.dim() else 1 for d in range(x.dim())]
+        v = v if weight is None else v * weight.reshape(shape)
+        v = v if bias is None else v + bias.reshape(shape)
+    if residual is not None and not add_first:
+        v = v + residual
+    v = ACTIVATIONS[activation](v)
+    return _with_kept(ops._threshold(v, t, straight_through), {"value": v, "sum": total}.get(keep))
+
+
+def norm_threshold(
+    x: Tensor,
+    t: Tensor,
+    shape: list[int],
+    residual: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float | None = 1e-5,
+    rms: bool = False,
+    *,
+    keep: str | None = None,
+    straight_through: bool = False,
+) -> Result:
+    total = x if residual is None else x + residual
+    v = F.rms_norm(total, shape, weight, eps) if rms else F.layer_norm(total, shape, weight, bias, eps)
+    return _with_kept(ops._threshold(v, t, straight_through), {"value": v, "sum": total}.get(keep))
+
+
+def _with_kept(y: Tensor, kept: Tensor | None) -> Result:
+    return y if kept is None else (y, kept)
+
+
+CHAINS: dict[str, Callable[..., Result]] = {
+    "elementwise_threshold": elementwise_threshold,
+    "norm_threshold": norm_threshold,
+}
+
+
+# ---- what a caller may pass
+
+
+def _check_elementwise(a: dict[str, Any]) -> None:
+    name, x, channel = "elementwise_threshold", a["x"], a["channel"]
+    if a["activation"] not in ACTIVATIONS:
+        raise ValueError(f"{name}: no activation {a['activation']!r}; there are {', '.join(ACTIVATIONS)}")
+    if (a["mean"] is None) != (a["var"] is None):
+        raise ValueError(f"{name}: mean and var make a BatchNorm together; pass both, or neither")
+    given = {key: a[key] for key in ("mean", "var", "weight", "bias") if a[key] is not None}
+    if given and not -x.dim() <= channel < x.dim():
+        raise ValueError(f"{name}: channel={channel} is no dimension of x, which has {x.dim()}")
+    for key, value in given.items():
+        if value.shape != (x.shape[channel],):
+            raise ValueError(
+                f"{name}: {key} has shape {tuple(value.shape)}; it needs an element for each of the "
+                f"{x.shape[channel]} channels along dimension {channel} of x, which is {tuple(x.shape)}"
+            )
+        if a["mean"] is None and value.dtype != x.dtype:
+            raise TypeError(f"{name}: {key} is {value.dtype} and x is {x.dtype}; cast one of them")
+    if a["add_first"] and a["residual"] is None:
+        raise ValueError(f"{name}: add_first=True without a residual; pass the tensor to add")
+    _check_kept(name, a, sum_is=a["add_first"])
+    if a["keep"] == "value" and not given and a["residual"] is None and a["activation"] == "none":
+        raise ValueError(f"{name}: nothing comes ahead of the threshold, so what keep='value' asks for is x itself")
+
+
+def _check_norm(a: dict[str, Any]) -> None:
+    name, x, shape = "norm_threshold", a["x"], list(a["shape"])
+    if not shape or list(x.shape[-len(shape) :]) != shape:
+        raise ValueError(f"{name}: shape={shape} are not the last dimensions of x, which is {tuple(x.shape)}")
+    if a["rms"] and a["bias"] is not None:
+        raise ValueError(f"{name}: an RMSNorm has no bias; leave it out, or take the LayerNorm with rms=False")
+    if a["eps"] is None and not a["rms"]:
+        raise ValueError(f"{name}: eps=None is for an RMSNorm; a LayerNorm needs a number, such as 1e-5")
+    _check_kept(name, a, sum_is=a["residual"] is not None)
+
+
+def _check_kept(name: str, a: dict[str, Any], sum_is: bool) -> None:
+    x, residual, keep = a["x"], a["residual"], a["keep"]
+    if residual is not None and (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
+        raise ValueError(
+            f"{name}: residual is {residual.dtype} {tuple(residual.shape)} on {residual.device}, and x is {x.dtype} "
+            f"{tuple(x.shape)} on {x.device}; they must agree"
+        )
+    if keep not in (None, "value", "sum"):
+        raise ValueError(f"{name}: keep={keep!r}; it is 'value', what the threshold is given, or 'sum'")
+    if keep == "sum" and not sum_is:
+        raise ValueError(f"{name}: keep='sum' is for a residual that is added first; take keep='value'")
+
+
+CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "elementwise_threshold": _check_elementwise,
+    "norm_threshold": _check_norm,
+}
+
+
+# ---- one implementation per device
+
+
+def _arguments(name: str, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name, checked. (The dispatcher leaves out those that have their default.)"""
+    arguments = {**_DEFAULTS[name], **dict(zip(_DEFAULTS[name], args, strict=False)), **kwargs}
+    ops._check(arguments["x"], arguments["t"])
+    CHECKS[name](arguments)
+    return arguments
+
+
+_DEFAULTS = {
+    name: {key: p.default for key, p in inspect.signature(chain).parameters.items()} for name, chain in CHAINS.items()
+}
+
+
+def _elsewhere(name: str, *args: Any, **kwargs: Any) -> Result:
+    arguments = _arguments(name, args, kwargs)
+    _decompose_if_inductor_runs()
+    return CHAINS[name](**arguments)
+
+
+def _cuda(name: str, *args: Any, **kwargs: Any) -> Result:
+    arguments = _arguments(name, args, kwargs)
+    if not _FITS[name](arguments):
+        return CHAINS[name](**arguments)
+    del arguments["straight_through"]
+    return _with_kept(*getattr(_kernels(name), f"launch_{name}")(**arguments))
+
+
+def _elementwise_fits(a: dict[str, Any]) -> bool:
+    """Whether the kernel's results have the chain's layout: the kernel works in storage order."""
+    x, formats = a["x"], {4: torch.channels_last, 5: torch.channels_last_3d}
+    dense = x.is_contiguous() or (x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()]))
+    standard = a["mean"] is None or a["channel"] % x.dim() == 1
+    return dense and standard and _same_kind(x, a["residual"])
+
+
+def _norm_fits(a: dict[str, Any]) -> bool:
+    fits = math.prod(a["shape"]) <= _kernels("norm_threshold").LONGEST
+    return fits and a["x"].is_contiguous() and _same_kind(a["x"], a["residual"])
+
+
+def _same_kind(x: Tensor, residual: Tensor | None) -> bool:
+    return x.dtype in KERNEL_DTYPES and (residual is None or residual.stride() == x.stride())
+
+
+_FITS: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "elementwise_threshold": _elementwise_fits,
+    "norm_threshold": _norm_fits,
+}
+
+
+@functools.cache
+def _kernels(name: str) -> Any:
+    # Late: Triton takes long to import, and not every machine has it.
+    files = {"elementwise_threshold": "fused", "norm_threshold": "norm"}
+    return importlib.import_module(f"forged_fx.kernels.{files[name]}")
+
+
+# ---- gradients, and Inductor
+
+
+def _autograd(name: str, op: Callable, *args: Any, **kwargs: Any) -> Result:
+    tensors = [value for value in args if isinstance(value, Tensor)]
+    tracked = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+    if tracked or forward_ad._current_level >= 0:
+        return _elsewhere(name, *args, **kwargs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args, **kwargs)
+
+
+def _decompose_if_inductor_runs() -> None:
+    """The fake implementations come here, and a compiler consults them before it decomposes anything."""
+    if "torch._inductor.decomposition" in sys.modules:
+        _register_decompositions()
+
+
+@functools.cache
+def _register_decompositions() -> None:
+    from torch._inductor import decomposition
+
+    decomposition.decompositions.update(ops.DECOMPOSITIONS)
+    decomposition.fast_random_decomps.cache_clear()  # a copy of the table
+
+
+# ---- registration
+
+_library = torch.library.Library("forged_fx", "FRAGMENT")
+for _name, _schema in SCHEMAS.items():
+    for _overload, _rest in OVERLOADS.items():
+        _full = _name if _overload == "default" else f"{_name}.{_overload}"
+        _library.define(f"{_full}({_schema}, {_rest}", tags=(torch.Tag.pt2_compliant_tag,))
+        _op = getattr(getattr(torch.ops.forged_fx, _name), _overload)
+        _chain = functools.partial(_elsewhere, _name)
+        _library.impl(_full, _chain, "CompositeExplicitAutograd")
+        _library.impl(_full, functools.partial(_cuda, _name), "CUDA")
+        _library.impl(_full, functools.partial(_autograd, _name, _op), "Autograd")
+        _library.impl(_full, _chain, "FuncTorchBatchedDecomposition")
+        torch.library.register_fake(f"forged_fx::{_full}", _chain, lib=_library)
+        ops.THRESHOLD_OPS[_op] = None
+        ops.DECOMPOSITIONS[_op] = _chain
+    ops.THRESHOLD_OPS[getattr(torch.ops.forged_fx, _name)] = None

@@ -1,0 +1,109 @@
+"""LayerNorm or RMSNorm, and the threshold behind it, in one pass over each row: `x -> add -> norm -> threshold`.
+
+A row stays in registers between its statistics and its results, so it is read once. As in kernels/fused.py, the sum and
+the norm are rounded to the tensor's dtype, as they are in kernels of their own; mean and variance are taken in two
+steps, in float32. The threshold is the device function of kernels/threshold.py.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .fused import rounded
+from .threshold import threshold
+
+LONGEST = 2**14  # elements of a row that fit into the registers of a block
+PER_THREAD = 16  # elements that a thread holds, at most, where the row is not too long for it
+FLOAT32_EPS = torch.finfo(torch.float32).eps
+
+
+@triton.jit
+def mean_of_rows(v, columns):
+    # tl.sum by its body: Triton's own functions are not interpreted where these kernels alone are.
+    return tl.reduce(v, 1, tl.standard._sum_combine, keep_dims=True) / columns
+
+
+@triton.jit
+def norm_threshold_kernel(
+    x_ptr, t_ptr, y_ptr, raw_ptr, residual_ptr, weight_ptr, bias_ptr, eps, rows, columns,
+    RMS: tl.constexpr, RAW_SUM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """A matrix of `rows` x `columns`; a program takes ROWS whole rows."""
+    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    inside = column < columns
+    mask = (row < rows) & inside
+    offsets = row.to(INDEX) * columns + column
+
+    v = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        v = rounded(v + tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32), DTYPE)
+        if RAW_SUM:
+            tl.store(raw_ptr + offsets, v.to(DTYPE), mask=mask)
+    if not RMS:
+        v = tl.where(inside, v - mean_of_rows(v, columns), 0.0)
+        v = tl.where(inside, v - mean_of_rows(v, columns), 0.0)  # by what rounding has left of the mean
+    variance = mean_of_rows(v * v, columns)
+    v = v * tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + column, mask=inside).to(tl.float32)
+        if bias_ptr is not None:
+            v = tl.fma(v, weight, tl.load(bias_ptr + column, mask=inside).to(tl.float32))
+        else:
+            v = v * weight
+    elif bias_ptr is not None:
+        v = v + tl.load(bias_ptr + column, mask=inside).to(tl.float32)
+    v = v.to(DTYPE)
+    if not RAW_SUM:
+        if raw_ptr is not None:
+            tl.store(raw_ptr + offsets, v, mask=mask)
+    tl.store(y_ptr + offsets, threshold(v, tl.load(t_ptr)), mask=mask)
+
+
+def row_rule(rows: int, columns: int) -> dict:
+    """How many rows a program takes, and with how many warps: the kernel's keyword arguments.
+
+    Raises ValueError for rows of more than LONGEST elements.
+    """
+    if columns > LONGEST:
+        raise ValueError(f"norm_threshold: a row of {columns} elements does not fit into registers ({LONGEST} do)")
+    across = max(16, triton.next_power_of_2(columns))
+    down = max(1, 1024 // across)  # short rows share a program
+    warps = min(32, max(4, across * down // (32 * PER_THREAD)))
+    last = triton.cdiv(rows, down) * down * columns + across  # at least the last offset, idle threads included
+    index = tl.int64 if last > 2**31 else tl.int32
+    return {"ROWS": down, "COLUMNS": across, "INDEX": index, "num_warps": warps}
+
+
+def launch_norm_threshold(
+    x: Tensor,
+    t: Tensor,
+    shape: list[int],
+    residual: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float | None = 1e-5,
+    rms: bool = False,
+    keep: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`reference.norm_threshold` in one kernel launch; float16, bfloat16 or float32, rows of up to LONGEST elements.
+
+    What is not contiguous is copied first.
+    """
+    x, residual, weight, bias = (v if v is None else v.contiguous() for v in (x, residual, weight, bias))
+    y = torch.empty_like(x)
+    raw = None if keep is None else torch.empty_like(x)
+    if x.numel():
+        columns = math.prod(shape)
+        rows = x.numel() // columns
+        rule = row_rule(rows, columns)
+        with torch.cuda.device_of(y):  # Triton launches on the current device
+            norm_threshold_kernel[(triton.cdiv(rows, rule["ROWS"]),)](
+                x, t, y, raw, residual, weight, bias, FLOAT32_EPS if eps is None else eps, rows, columns,
+                RMS=rms, RAW_SUM=keep == "sum", **rule,
+            )  # fmt: skip
+    return y, raw
