@@ -12,28 +12,27 @@ The second forges Dynamo's graphs on their way to Inductor, at the same sites an
 import difflib
 import functools
 import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.fx as fx
 from torch import Tensor
 
 from forged_fx import ops, torch_internals
+from forged_fx.frames import Compilation, Frame, passes
 from forged_fx.hoist import hoist
-from forged_fx.rewrite import CallNode, find_calls, insert_thresholds
-from forged_fx.sites import OPENED, Origin, call_of, module_of, names_of
+from forged_fx.rewrite import find_calls, insert_thresholds, nested
+from forged_fx.sites import OPENED, Origin, names_of
 from forged_fx.stats import Stats
 from forged_fx.transform import select
 
 OPTIONS = ("stats", "ratio", "include", "exclude", "strict")
 
-# Thresholds of a plain model that is being compiled, by site: all of its graphs, and all recompilations, share them.
-_thresholds: WeakKeyDictionary[torch.nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
-_seen: WeakSet[torch.nn.Module] = WeakSet()  # compiled modules whose backend was called
+# For each plain model that is being compiled, what all of its graphs and recompilations share, by the options.
+_compilations: WeakKeyDictionary[torch.nn.Module, list[tuple[dict, Compilation]]] = WeakKeyDictionary()
 
 
 def forged(
@@ -53,12 +52,14 @@ def forged(
 
     ours, inductor = _split(options or {})
     ops.register_lowerings()
-    if ours:
-        _forge_graph(gm, **ours)
     patches = {**list_mode_options(mode), **inductor} if mode else inductor
     theirs = patches.get("post_grad_custom_pre_pass") or []
-    passes = [torch_internals.graph_pass(hoist, _version()), *(theirs if isinstance(theirs, list) else [theirs])]
-    return compile_fx(gm, inputs, config_patches={**patches, "post_grad_custom_pre_pass": passes})
+    hoisting = [torch_internals.graph_pass(hoist, _version()), *(theirs if isinstance(theirs, list) else [theirs])]
+    patches = {**patches, "post_grad_custom_pre_pass": hoisting}
+    if not ours:
+        return compile_fx(gm, inputs, config_patches=patches)
+    frame = _forge_graph(torch_internals.twin(gm), ours)
+    return frame.bind(compile_fx(frame.gm, [*inputs, *frame.examples], config_patches=patches))
 
 
 @functools.cache
@@ -86,124 +87,71 @@ def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return ours, {key: value for key, value in options.items() if key not in OPTIONS}
 
 
-def _forge_graph(
-    gm: fx.GraphModule,
-    stats: Stats | str | os.PathLike,
-    ratio: Any = 2**-6,
-    include: Any = None,
-    exclude: Any = None,
-    strict: bool = True,
-) -> None:
-    stats = stats if isinstance(stats, Stats) else Stats.load(stats)
+def _forge_graph(gm: fx.GraphModule, options: dict[str, Any]) -> Frame:
+    """Put the thresholds into one of Dynamo's graphs."""
     callers = list(torch_internals.modules_on_stack())
     if not callers:
         raise ValueError("options={'stats': ...} needs a compiled module: torch.compile(model, ...), not a function")
-    root = _root(callers, stats)
-    wanted, _ = select(stats, include, exclude)
-    values = stats.thresholds(ratio, wanted)
-    shared = _thresholds.setdefault(root, {})
-    device = next((t.device for t in [*root.parameters(), *root.buffers()]), torch.device("cpu"))
-
-    def place(site: str) -> fx.Node | None:
-        if site not in values:
-            return None
-        buffer = shared.setdefault(site, torch.zeros((), device=device)).fill_(values[site])
-        name = f"forged_threshold_{len(list(gm.named_buffers(recurse=False)))}"
-        gm.register_buffer(name, buffer)
-        torch_internals.declare_buffer(gm, name)
-        return gm.graph.get_attr(name)
-
-    for function, opened in OPENED.items():
-        for node in gm.graph.find_nodes(op="call_function", target=function):
-            torch_internals.inline_opened(gm, node, opened)
+    compilation = _compilation(callers, options)
+    compilation.this_pass()  # from now on, the pass is checked when it is through
+    _open_compositions(gm)
+    root = compilation.root()
     names = names_of(root)
-    here = next((names[id(module)] for module in callers if id(module) in names), "")
-    calls = find_calls(gm.graph, lambda node: _module_of_node(node, names, here), set())
-    call_names = _resolve(calls, stats, root, wanted if strict else [])
-    insert_thresholds(gm.graph, calls, call_names, place, _source(root), ops.straight_through_enabled())
+    here = next((module for module in callers if id(module) in names), root)
+    calls = find_calls(gm.graph, lambda node: _module_of_node(node, names, names[id(here)]), set())
+    alike = sum(type(module) is type(here) for module in root.modules())
+    frame = Frame(gm, calls, compilation, shared=alike > 1)
+    insert_thresholds(gm.graph, calls, frame.names, frame.place, _source(root), ops.straight_through_enabled())
     gm.recompile()
-    torch_internals.guard_identity(gm)
-    if strict:
-        torch_internals.at_end_of_call(lambda: _check_reached(stats, wanted, shared))
+    if frame.bound:
+        torch_internals.guard_identity(gm)
+    return frame
 
 
-def _check_called(model: torch.nn.Module, backend: Callable, arguments: dict[str, Any]) -> None:
-    """Dynamo may give the whole model up without a graph; then the backend never hears of it."""
-    options = arguments.get("options", {})
-    if backend is not forged or "stats" not in options or not options.get("strict", True) or model in _seen:
-        return
-    if not any(module in _thresholds for module in model.modules()):
-        stats = options["stats"] if isinstance(options["stats"], Stats) else Stats.load(options["stats"])
-        _check_reached(stats, select(stats, options.get("include"), options.get("exclude"))[0], {})
-    _seen.add(model)
-
-
-torch_internals.after_calls_of_compiled_modules(_check_called)
-
-
-def _root(callers: list[torch.nn.Module], stats: Stats) -> torch.nn.Module:
-    """The module that the statistics belong to: the outermost running one that fits, or the first within it."""
+def _compilation(callers: list[torch.nn.Module], options: dict[str, Any]) -> Compilation:
+    """The one that these options have begun, or a new one, for the module that the statistics belong to: the outermost
+    running one that fits, or the first within it."""
     candidates = [*reversed(callers), *(m for m in callers[-1].modules() if m is not callers[-1])]
     for module in candidates:
-        if stats.fits(module):
-            return module
-    stats.check_model(callers[-1])
-    raise AssertionError("check_model raises where fits is False")
+        for before, compilation in _compilations.get(module, ()):
+            if before == options:
+                return compilation
+    stats = options["stats"]
+    stats = stats if isinstance(stats, Stats) else Stats.load(stats)
+    root = next((module for module in candidates if stats.fits(module)), None)
+    if root is None:
+        stats.check_model(callers[-1])
+    wanted, _ = select(stats, options.get("include"), options.get("exclude"))
+    ratio, strict = options.get("ratio", 2**-6), options.get("strict", True)
+    new = Compilation(root, stats, wanted, ratio, strict, repeats=root is not callers[-1])
+    _compilations.setdefault(root, []).append((options, new))
+    return new
 
 
-def _resolve(calls: list[CallNode], stats: Stats, root: torch.nn.Module, wanted: list[str]) -> list[str]:
-    """The names of the calls in one of the graphs that Dynamo has cut a forward pass into.
-
-    Where the graph holds all calls of a module, their order tells them apart, else the parameter that they read.
-    """
-    in_graph: dict[str, list[CallNode]] = {}
-    for call in calls:
-        in_graph.setdefault(call.module, []).append(call)
-    parameters = {id(value): name for name, value in root.named_parameters()}
-    names = {}
-    for module, group in in_graph.items():
-        sites = {call_of(name): site for name, site in stats.sites.items() if module_of(name) == module}
-        whole = len(group) == max((site.module_calls for site in sites.values()), default=-1)
-        for i, call in enumerate(group):
-            weight = _weight_name(call, parameters)
-            same = [k for k, s in sites.items() if (s.kind, s.weight) == (call.call.kind, weight)]
-            if whole:
-                k = i
-            elif len(same) == 1:
-                (k,) = same
-            elif ambiguous := [s for s in wanted if module_of(s) == module and call_of(s) in same]:
-                raise ValueError(
-                    f"sites {', '.join(map(repr, ambiguous))} cannot be told apart: a graph break lies between these "
-                    "calls on one weight. Forge the model with forged_fx.transform, or leave them out with exclude="
-                )
-            else:
-                k = -1
-            names[call.node] = module if k == 0 and module else f"{module}#{k}"
-    return [names[call.node] for call in calls]
+def _open_compositions(gm: fx.GraphModule) -> None:
+    for node in list(gm.graph.nodes):
+        if body := nested(node):
+            _open_compositions(body[0])
+            body[0].recompile()
+        elif node.target in OPENED:
+            torch_internals.inline_opened(gm, node, OPENED[node.target])
 
 
-def _weight_name(call: CallNode, parameters: dict[int, str]) -> str | None:
-    operands = call.call.operands(call.node.args, call.node.kwargs)
-    found = [parameters.get(id(torch_internals.lifted_value(v))) for _, _, v in operands if isinstance(v, fx.Node)]
-    return next((name for name in reversed(found) if name is not None), None)
+def _watch(model: torch.nn.Module, backend: Callable, arguments: dict[str, Any]) -> Callable[[], None] | None:
+    """Dynamo may give a whole pass up without a graph; then neither the backend nor a graph of its hears of it."""
+    ours, _ = _split(arguments.get("options", {})) if backend is forged else ({}, {})
+    if not ours.get("strict", bool(ours)):
+        return None
+    before = passes.ended
+
+    def check() -> None:
+        if passes.ended == before and (missed := (compilation := _compilation([model], ours)).always):
+            compilation.refuse(missed)
+
+    return check
 
 
-def _check_reached(stats: Stats, wanted: list[str], reached: dict[str, Tensor]) -> None:
-    """Every wanted site that calibration saw in each batch must be in some graph by the end of a forward pass."""
-    missed = [s for s in wanted if s not in reached and stats.sites[s].calls >= stats.batches]
-    if missed:
-        message = (
-            f"sites {', '.join(map(repr, missed))} are not in any graph that torch.compile made: their code runs "
-            "uncompiled, in attention's fused eval-mode kernel (torch.backends.mha.set_fastpath_enabled(False) opens "
-            "it), or beyond torch._dynamo.config.recompile_limit. Forge the model with forged_fx.transform, leave "
-            "them out with exclude=, or accept it with strict=False"
-        )
-
-        def refuse() -> None:
-            raise ValueError(message)
-
-        torch_internals.before_every_call(refuse)
-        refuse()
+torch_internals.around_calls_of_compiled_modules(_watch)
 
 
 def _module_of_node(node: fx.Node, names: dict[int, str], here: str) -> str:

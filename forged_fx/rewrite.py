@@ -27,15 +27,35 @@ class CallNode:
     module: str  # the module that runs it
 
 
+def nested(node: fx.Node) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]] | None:
+    """The graph that a node runs, as Dynamo keeps what is checkpointed: it, and its placeholders' values outside."""
+    if node.target is not torch.ops.higher_order.tag_activation_checkpoint:
+        return None
+    name, *operands = node.args
+    body = getattr(node.graph.owning_module, name.target)
+    return body, dict(zip(body.graph.find_nodes(op="placeholder"), operands, strict=True))
+
+
+def outermost(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Each placeholder of a nested graph, however deep -> the node of `graph` that it stands for."""
+    found: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if body := nested(node):
+            found |= body[1] | {inner: body[1].get(outer, outer) for inner, outer in outermost(body[0].graph).items()}
+    return found
+
+
 def find_calls(graph: fx.Graph, module: Callable[[fx.Node], str], layers: set[str]) -> list[CallNode]:
-    """The calls that could be sites, in execution order.
+    """The calls that could be sites, in execution order, those in nested graphs among them.
 
     module: node -> the name of the module that runs it. layers: names of modules that are a site as a whole, where the
     graph calls them as modules.
     """
     found = []
     for node in graph.nodes:
-        if node.op == "call_module" and node.target in layers:
+        if body := nested(node):
+            found += find_calls(body[0].graph, module, layers)
+        elif node.op == "call_module" and node.target in layers:
             found.append(CallNode(node, _LAYER, node.target))
         elif node.op in ("call_function", "call_method"):
             target = getattr(torch.Tensor, node.target, None) if node.op == "call_method" else node.target
@@ -64,9 +84,22 @@ def insert_thresholds(
         threshold, or None to leave the site alone.
     source: the origin of a placeholder or get_attr node.
     """
-    name_of = {call.node: (call.call, name) for call, name in zip(calls, names, strict=True)}
+    _insert(
+        graph, {c.node: (c.call, name) for c, name in zip(calls, names, strict=True)}, place, source, straight_through
+    )
+
+
+def _insert(
+    graph: fx.Graph,
+    name_of: dict[fx.Node, tuple[Call, str]],
+    place: Callable[[str], fx.Node | None],
+    source: Callable[[fx.Node], Origin],
+    straight_through: bool,
+) -> None:
     origins: dict[fx.Node, Origin] = {}
     for node in list(graph.nodes):
+        if body := nested(node):
+            _insert_nested(node, *body, name_of, place, origins, straight_through)
         for name, key in _operands(node, *name_of[node], origins) if node in name_of else ():
             with graph.inserting_before(node):
                 threshold = place(name)
@@ -82,6 +115,35 @@ def insert_thresholds(
             node.args, node.kwargs = replace(node.args, node.kwargs, key, new)
         origins[node] = _origin(node, origins, source)
     graph.lint()
+
+
+def _insert_nested(
+    node: fx.Node,
+    body: fx.GraphModule,
+    outside: dict[fx.Node, fx.Node],
+    name_of: dict[fx.Node, tuple[Call, str]],
+    place: Callable[[str], fx.Node | None],
+    origins: dict[fx.Node, Origin],
+    straight_through: bool,
+) -> None:
+    """The same in a nested graph: it gets each threshold from outside, as one more operand."""
+    after_inputs = next(n for n in body.graph.nodes if n.op != "placeholder")
+
+    def place_inside(site: str) -> fx.Node | None:
+        with node.graph.inserting_before(node):
+            threshold = place(site)
+        if threshold is None:
+            return None
+        origins[threshold] = Origin.CONSTANT
+        node.args = (*node.args, threshold)
+        with body.graph.inserting_before(after_inputs):
+            return body.graph.placeholder(f"forged_threshold_{len(node.args)}")
+
+    def source_inside(inner: fx.Node) -> Origin:
+        return origins[outside[inner]] if inner in outside else Origin.CONSTANT
+
+    _insert(body.graph, name_of, place_inside, source_inside, straight_through)
+    body.recompile()
 
 
 def _operands(node: fx.Node, call: Call, name: str, origins: dict[fx.Node, Origin]) -> list[tuple[str, tuple]]:

@@ -196,16 +196,25 @@ class Numbering:
     def call(self, module: str) -> str:
         k = self._calls.get(module, 0)
         self._calls[module] = k + 1
-        return module if k == 0 and module else f"{module}#{k}"
+        return call_name(module, k)
+
+    def restart(self, module: str) -> None:
+        """Count the module's calls from 0 again."""
+        self._calls[module] = 0
 
     def calls(self, module: str) -> int:
         """How many calls the module has made."""
         return self._calls.get(module, 0)
 
 
-def operand_name(call_name: str, index: int) -> str:
+def call_name(module: str, k: int) -> str:
+    """The name of the k-th call in a module."""
+    return module if k == 0 and module else f"{module}#{k}"
+
+
+def operand_name(call: str, index: int) -> str:
     """A call with several data inputs (bilinear) has a site for each: the later ones carry `:1`, `:2`."""
-    return call_name if index == 0 else f"{call_name}:{index}"
+    return call if index == 0 else f"{call}:{index}"
 
 
 def names_of(model: torch.nn.Module) -> dict[int, str]:

@@ -43,9 +43,14 @@ def buffer_name(site: str) -> str:
 
 def register(owner: torch.nn.Module, site: str, root: torch.nn.Module) -> str:
     """Give the module that runs the site a threshold of 0, on its own device; returns its qualified name."""
-    near = next((t for t in [*owner.parameters(), *owner.buffers(), *root.parameters()]), None)
-    owner.register_buffer(buffer_name(site), torch.zeros((), device=None if near is None else near.device))
+    owner.register_buffer(buffer_name(site), zero_beside(owner, root))
     return f"{module_of(site)}.{buffer_name(site)}".removeprefix(".")
+
+
+def zero_beside(owner: torch.nn.Module, root: torch.nn.Module) -> torch.Tensor:
+    """A threshold of 0 on the device of the module that runs the site."""
+    near = next((t for t in [*owner.parameters(), *owner.buffers(), *root.parameters()]), None)
+    return torch.zeros((), dtype=torch.float32, device=None if near is None else near.device)
 
 
 def thresholds_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -26,27 +26,22 @@ def modules_on_stack() -> Iterator[torch.nn.Module]:
             yield getattr(module, "_orig_mod", module)
 
 
-def at_end_of_call(check: Callable[[], None]) -> None:
-    """Run `check` when the compiled call that is in progress is through; what it raises, the call raises.
+def at_end_of_call() -> list[Callable[[], None]] | None:
+    """What will be run when the compiled call that is in progress is through; what one of them raises, the call raises.
 
-    Dynamo's wrapper of a compiled module keeps a list of functions to run at its end, for the state that it restores.
+    Dynamo's wrapper of a compiled callable keeps this list for the state that it restores; each call has its own.
     """
     for frame in _frames():
         if frame.f_code.co_name == "compile_wrapper" and "cleanups" in frame.f_locals:
-            frame.f_locals["cleanups"].append(check)
-            return
+            return frame.f_locals["cleanups"]
+    return None
 
 
-def before_every_call(check: Callable[[], None]) -> None:
-    """Run `check` ahead of each later call of the compiled module that is running now."""
-    for frame in _frames():
-        if frame.f_code.co_name == "compile_wrapper" and "cleanups" in frame.f_locals:
-            frame.f_locals["self"].enter_exit_hooks.append(lambda: check() or (lambda: None))
-            return
-
-
-def after_calls_of_compiled_modules(check: Callable[[torch.nn.Module, Callable, dict[str, Any]], None]) -> None:
-    """Run `check(module, backend, the backend's keyword arguments)` after each call of a compiled module.
+def around_calls_of_compiled_modules(
+    watch: Callable[[torch.nn.Module, Callable, dict[str, Any]], Callable[[], None] | None],
+) -> None:
+    """Call `watch(module, backend, the backend's keyword arguments)` ahead of each call of a compiled module, and what
+    it returns after the call.
 
     Where Dynamo gives a frame up before it has a graph, it runs it plain and never calls the backend: this is the only
     place left to notice.
@@ -57,10 +52,12 @@ def after_calls_of_compiled_modules(check: Callable[[torch.nn.Module, Callable, 
 
     @functools.wraps(plain)
     def call(self: OptimizedModule, *args: Any, **kwargs: Any) -> Any:
-        result = plain(self, *args, **kwargs)
         wrapper = innermost_backend(self.dynamo_ctx.callback)
-        if isinstance(wrapper, torch._TorchCompileWrapper):
-            check(self._orig_mod, wrapper.compiler_fn, wrapper.kwargs)
+        ours = isinstance(wrapper, torch._TorchCompileWrapper)
+        check = watch(self._orig_mod, wrapper.compiler_fn, wrapper.kwargs) if ours else None
+        result = plain(self, *args, **kwargs)
+        if check is not None:
+            check()
         return result
 
     OptimizedModule.__call__ = call
@@ -91,6 +88,30 @@ def declare_buffer(gm: fx.GraphModule, name: str) -> None:
     from torch._dynamo.source import ConstantSource
 
     gm._param_name_to_source[name] = ConstantSource(name)
+
+
+def twin(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of Dynamo's graph that may be given more inputs: Dynamo goes on to read its own."""
+    graph, known = fx.Graph(), {}
+    graph.output(graph.graph_copy(gm.graph, known))
+    for old, new in known.items():
+        if old.op == "placeholder":
+            new._dynamo_source = old._dynamo_source
+    copied = fx.GraphModule(gm, graph)
+    copied.meta.update(gm.meta)
+    for name, value in vars(gm).items():
+        vars(copied).setdefault(name, value)
+    return copied
+
+
+def add_input(gm: fx.GraphModule, name: str) -> fx.Node:
+    """One more input of Dynamo's graph, after the others. Whoever runs the compiled graph passes it."""
+    from torch._dynamo.source import ConstantSource
+
+    with gm.graph.inserting_after(gm.graph.find_nodes(op="placeholder")[-1]):
+        node = gm.graph.placeholder(name)
+    node._dynamo_source = ConstantSource(name)
+    return node
 
 
 def guard_identity(gm: fx.GraphModule) -> None:

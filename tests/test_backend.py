@@ -215,35 +215,183 @@ def test_attention_is_opened():
     assert not torch.allclose(model(leaf), expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("where", ["disabled", "break"])
-def test_sites_that_cannot_be_reached_raise(where):
-    """A layer in code that is never compiled; two calls of one layer with a graph break between them."""
+class Disabled(nn.Module):
+    """A layer in code that is never compiled."""
 
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
 
-        def forward(self, x):
-            x = self.a(x)
-            if where == "disabled":
-                return torch.compiler.disable(self.b)(x)
-            torch._dynamo.graph_break()
-            return self.b(self.a(x))
+    @torch.compiler.disable
+    def plain(self, x):
+        return self.b(x)
 
-    torch._dynamo.reset()
-    model, x = Net().eval(), torch.randn(5, 4)
+    def forward(self, x):
+        return self.plain(self.a(x))
+
+
+def test_sites_that_cannot_be_reached_raise():
+    model, x = Disabled().eval(), torch.randn(5, 4)
     stats = forged_fx.calibrate(model, [x])
-    message = "'b'" if where == "disabled" else "'a'"
-    with pytest.raises(Exception, match=message + r".*exclude"):
-        compiled(model, stats)(x)
-    torch._dynamo.reset()
-    excluded = "b" if where == "disabled" else "a*"
+    fast = compiled(model, stats)
+    for _ in range(2):  # not only where it is compiled
+        with pytest.raises(ValueError, match=r"'b' did not run in any graph.*exclude"):
+            fast(x)
     with torch.no_grad():
-        expected = forged_fx.transform(model, stats, 2**-3, exclude=excluded)(x)
-        assert torch.allclose(compiled(model, stats, exclude=excluded)(x), expected, atol=1e-6)
-        torch._dynamo.reset()
-        compiled(model, stats, strict=False)(x)
+        expected = forged_fx.transform(model, stats, 2**-3, exclude="b")(x)
+        assert torch.allclose(compiled(model, stats, exclude="b")(x), expected, atol=1e-6)
+        assert torch.allclose(compiled(model, stats, strict=False)(x), expected, atol=1e-6)
+
+
+def test_a_pass_that_runs_no_graph_raises(model, stats, x):
+    """As when Dynamo has compiled too often, and runs the model plain from then on."""
+    fast = compiled(model, stats)
+    fast(x)
+    with (
+        torch.compiler.set_stance("force_eager"),
+        pytest.raises(ValueError, match="'conv', 'fc', 'fc#1', '#1' did not run"),
+    ):
+        fast(x)
+    fast(x)
+
+
+def test_the_models_own_error_is_the_one_that_is_raised():
+    class Fails(Disabled):
+        @torch.compiler.disable
+        def plain(self, x):
+            raise KeyError("mine")
+
+    x = torch.randn(5, 4)
+    stats = forged_fx.calibrate(Disabled().eval(), [x])
+    with pytest.raises(KeyError, match="mine"):
+        compiled(Fails().eval(), stats)(x)
+
+
+class OnBothSides(nn.Module):
+    """One layer on both sides of graph breaks, as often as the data says, and in a frame that it shares."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        torch._dynamo.graph_break()
+        x = self.b(self.a(self.a(x)).relu())
+        if x.abs().max() > 0.4:
+            x = self.a(x)
+        if x.abs().max() >= 0:
+            x = self.a(x)
+        return self.b(x)
+
+
+def test_a_layer_on_both_sides_of_a_graph_break_is_told_apart_by_counting():
+    torch.manual_seed(0)
+    model, x = OnBothSides().eval(), torch.randn(5, 4)
+    with torch.no_grad():
+        for layer in (model.a, model.b):
+            layer.bias.zero_()
+    stats = forged_fx.calibrate(model, [x, 8 * x])
+    calls = [name for name in stats.sites if name.startswith("a")]
+    assert len(calls) == 5 and len({stats.sites[name].c_max for name in calls}) == 5
+    assert stats.sites["a#4"].calls == 1
+    forged, fast = forged_fx.transform(model, stats, 2**-3), compiled(model, stats)
+    with torch.no_grad():
+        for scale in (1, 8, 1):
+            expected = forged(scale * x)
+            assert torch.allclose(fast(scale * x), expected, atol=1e-6)
+            assert not torch.allclose(model(scale * x), expected, atol=1e-3)
+
+
+def test_a_call_that_calibration_never_saw_is_an_error():
+    torch.manual_seed(0)
+    model, x = OnBothSides().eval(), torch.randn(5, 4)
+    fast = compiled(model, forged_fx.calibrate(model, [x * 1e-3]))
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"'a' makes its call number 4 .*exclude='a\*'"):
+        fast(100 * x)
+
+
+class Blocks(nn.Module):
+    """More instances of one class with a graph break inside than Dynamo would compile one by one."""
+
+    def __init__(self, n=12):
+        super().__init__()
+        self.blocks = nn.ModuleList(BreakInside() for _ in range(n))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def test_instances_of_one_class_share_code_and_not_thresholds():
+    torch.manual_seed(0)
+    model, x = Blocks().eval(), torch.randn(5, 4)
+    stats = forged_fx.calibrate(model, [x])
+    forged = forged_fx.transform(model, stats, 2**-3)
+    fast, leaf = compiled(model, stats), x.clone().requires_grad_()
+    found = fast(leaf)
+    assert torch.allclose(found, forged(leaf), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found, model(x), rtol=1e-2)
+    assert graphs() < 8
+    gradients = [torch.autograd.grad(out.sum(), leaf)[0] for out in (fast(leaf), forged(leaf))]
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-4)
+
+
+class CheckpointedBlocks(nn.Module):
+    """Nested checkpoints, attention that is opened inside, and a product of the root's own."""
+
+    def __init__(self, checkpointed=True):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4)) for _ in range(3))
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.checkpointed = checkpointed
+
+    def run(self, function, x):
+        if not self.checkpointed:
+            return function(x)
+        return torch.utils.checkpoint.checkpoint(function, x, use_reentrant=False)
+
+    def inner(self, x):
+        x = self.run(self.blocks[1], x) @ (self.weight * 2)
+        return x + self.attention(x, x, x, need_weights=False)[0]
+
+    def forward(self, x):
+        return self.blocks[2](self.run(self.inner, self.run(self.blocks[0], x)))
+
+
+def test_what_is_checkpointed_is_forged_and_recomputed():
+    torch.manual_seed(0)
+    model, x = CheckpointedBlocks().train(), torch.randn(5, 3, 4)
+    plain = CheckpointedBlocks(checkpointed=False).train()
+    plain.load_state_dict(model.state_dict())
+    stats = forged_fx.calibrate(model, [x])
+    forged, fast = forged_fx.transform(plain, stats, 2**-2), compiled(model, stats, 2**-2)
+    for context in (torch.enable_grad, forged_fx.straight_through):
+        gradients = []
+        for module in (forged, fast):
+            leaf = x.clone().requires_grad_()
+            with context():
+                out = module(leaf)
+            gradients.append(torch.autograd.grad(out.square().sum(), leaf)[0])
+        assert torch.allclose(*gradients, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(fast(x), forged(x), atol=1e-6) and not torch.allclose(forged(x), model(x), atol=1e-3)
+
+
+def test_one_model_compiled_twice_at_two_ratios(model, stats, x):
+    fast = {ratio: compiled(model, stats, ratio) for ratio in (2**-3, 2**-1)}
+    for _ in range(2):
+        for ratio, module in fast.items():
+            with torch.no_grad():
+                assert torch.allclose(module(x), forged_fx.transform(model, stats, ratio)(x), atol=1e-6)
+
+
+def test_compiled_in_place(model, stats, x):
+    with torch.no_grad():
+        expected = forged_fx.transform(model, stats, 2**-3)(x)
+        model.compile(backend="forged", options={"stats": stats, "ratio": 2**-3})
+        assert torch.allclose(model(x), expected, atol=1e-6)
 
 
 def test_a_wrapper_around_the_calibrated_model(model, stats, x):
@@ -260,6 +408,13 @@ def test_a_wrapper_around_the_calibrated_model(model, stats, x):
                 return self.model(x * 2)
 
         assert torch.allclose(compiled(Doubled(), stats)(x), expected, atol=1e-6)
+
+        class Twice(Doubled):
+            def forward(self, x):
+                return self.model(x * 2) + self.model(x)
+
+        expected += forged_fx.transform(model, stats, 2**-3)(x)
+        assert torch.allclose(compiled(Twice(), stats)(x), expected, atol=1e-6)
 
 
 CHILD = """

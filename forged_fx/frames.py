@@ -1,0 +1,221 @@
+"""Which sites the calls in Dynamo's graphs are.
+
+Dynamo cuts a forward pass into graphs, one for each stretch of a frame that it can record, and lets all modules of one
+class share the graph of their code. Where a graph always runs the same call, its site is known when it is compiled.
+Elsewhere (a layer called on both sides of a graph break; a class with several instances) it is found each time that the
+graph runs: the weight which the graph is handed tells the module, and a count tells which of its calls this is.
+"""
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor
+
+from forged_fx import torch_internals
+from forged_fx.rewrite import CallNode, outermost
+from forged_fx.sites import Numbering, call_name, call_of, module_of, operand_name
+from forged_fx.stats import Ratio, Stats
+from forged_fx.thresholds import zero_beside
+
+
+class Compilation:
+    """What the graphs of one model share, compiled with one set of options: thresholds, and what has been reached.
+
+    repeats: the model runs inside another one, which may call it several times in a pass.
+    """
+
+    def __init__(
+        self, root: torch.nn.Module, stats: Stats, wanted: list[str], ratio: Ratio, strict: bool, repeats: bool
+    ) -> None:
+        self.root = weakref.ref(root)
+        self.stats, self.strict, self.repeats = stats, strict, repeats
+        self.values = stats.thresholds(ratio, wanted)
+        self.calls: dict[str, int] = {}  # how many calls of the table each module makes in a pass, at most
+        for name, site in stats.sites.items():
+            self.calls[module_of(name)] = max(self.calls.get(module_of(name), 0), site.module_calls)
+        # What every pass must run. A site that only some batches reached is not missed where a pass goes without it.
+        self.always = frozenset(s for s in wanted if stats.sites[s].calls >= stats.batches)
+        self.unreached = set(self.always)
+        self._thresholds: dict[str, Tensor] = {}
+        self._owners: dict[int, str] = {}
+
+    def threshold(self, site: str) -> Tensor:
+        """The threshold in force at a site; 0, the identity, at a call that is none."""
+        if site not in self._thresholds:
+            zero = zero_beside(self.root().get_submodule(module_of(site)), self.root())
+            self._thresholds[site] = zero.fill_(self.values.get(site, 0.0))
+        return self._thresholds[site]
+
+    def owner(self, weight: Tensor) -> str | None:
+        """The name of the module that a parameter belongs to; None where it belongs to several."""
+        if id(weight) not in self._owners:
+            self._owners.clear()  # parameters were exchanged
+            for name, module in self.root().named_modules():
+                for parameter in module.parameters(recurse=False):
+                    self._owners[id(parameter)] = None if id(parameter) in self._owners else name
+        return self._owners.get(id(weight))
+
+    def call(self, numbering: Numbering, module: str) -> str:
+        """The name of a module's next call in a pass."""
+        k, most = numbering.calls(module), self.calls.get(module)
+        if most is not None and k >= most:
+            if not self.repeats:
+                raise RuntimeError(
+                    f"{module or 'the model'!r} makes its call number {k} (counted from 0) of linear, convolution or "
+                    f"product, and calibration saw {most} at most: calibrate on data that reaches it, or forge "
+                    f"without this module (exclude={module + '*'!r})"
+                )
+            numbering.restart(module)
+        return numbering.call(module)
+
+    def this_pass(self) -> "Pass | None":
+        """The forward pass that is running now."""
+        at_end = torch_internals.at_end_of_call()
+        if at_end is None:
+            return None
+        for check in at_end:
+            if isinstance(check, Pass) and check.compilation is self:
+                return check
+        at_end.append(Pass(self))
+        return at_end[-1]
+
+    def refuse(self, missed: set[str]) -> None:
+        names = [site for site in self.stats.sites if site in missed]
+        raise ValueError(
+            f"sites {', '.join(map(repr, names))} did not run in any graph that torch.compile made: their code runs "
+            "uncompiled, in attention's fused eval-mode kernel (torch.backends.mha.set_fastpath_enabled(False) opens "
+            "it), or beyond torch._dynamo.config.recompile_limit. Forge the model with forged_fx.transform, leave "
+            "them out with exclude=, or accept it with strict=False"
+        )
+
+
+class Pass:
+    """One forward pass of a compiled model; Dynamo calls it when the pass is through."""
+
+    def __init__(self, compilation: Compilation) -> None:
+        self.compilation = compilation
+        self.numbering = Numbering()
+        self.reached: set[str] = set()
+        self._handled = sys.exc_info()[1]  # the caller may run the model while it handles an exception
+
+    def __call__(self) -> None:
+        passes.ended += 1
+        if not self.compilation.strict or sys.exc_info()[1] is not self._handled:
+            return
+        self.compilation.unreached -= self.reached
+        if missed := self.compilation.unreached or (set() if self.reached else self.compilation.always):
+            self.compilation.refuse(missed)
+
+
+class _Passes(threading.local):
+    ended = 0  # forward passes of compiled models that a graph ran in, on this thread
+
+
+passes = _Passes()
+
+
+@dataclass(frozen=True, eq=False)
+class Counted:
+    """A call that is counted when its graph runs.
+
+    module: the one that ran it when it was compiled. weight: which of the graph's inputs tells the module at run time,
+    None where none does.
+    """
+
+    module: str
+    weight: int | None
+
+
+class Frame:
+    """One of Dynamo's graphs: names for its calls, and a way to run it with the thresholds of whatever it runs as."""
+
+    def __init__(self, gm: fx.GraphModule, calls: list[CallNode], compilation: Compilation, shared: bool) -> None:
+        """shared: other modules of the same class may run this graph too."""
+        self.gm, self.compilation = gm, compilation
+        self.buffers: dict[str, str] = {}  # site that is known at compile time -> the buffer with its threshold
+        self.slots: list[tuple[int, int]] = []  # per threshold that is an input: which counted call, which operand
+        self.examples: list[Tensor] = []
+        self.counted: list[Counted] = []
+        self._index: dict[str, int] = {}  # label of a counted call -> its index
+        inputs = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+        inputs |= {inner: inputs[outer] for inner, outer in outermost(gm.graph).items() if outer in inputs}
+        in_graph: dict[str, list[CallNode]] = {}
+        for call in calls:
+            in_graph.setdefault(call.module, []).append(call)
+        self._lifted = [torch_internals.lifted_value(node) for node in gm.graph.find_nodes(op="placeholder")]
+        self.bound = False  # some call is known by the module that it was compiled for
+        self.names = [self._name(call, in_graph[call.module], inputs, shared) for call in calls]
+
+    def _name(self, call: CallNode, group: list[CallNode], inputs: dict[fx.Node, int], shared: bool) -> str:
+        weight = self._weight(call, inputs)
+        told = weight is not None and self.compilation.owner(self._lifted[weight]) == call.module
+        open_to_others = shared and told
+        self.bound |= not open_to_others
+        most = self.compilation.calls.get(call.module, len(group))
+        whole = len(group) == most or (self.compilation.repeats and len(group) % most == 0)
+        if whole and not open_to_others:  # no other graph makes calls of this module
+            return call_name(call.module, group.index(call) % most)
+        index = len(self.counted)
+        self.counted.append(Counted(call.module, weight if told else None))
+        k = None if open_to_others else self._told_by_weight(call, weight)
+        if k is not None:
+            return call_name(call.module, k)
+        self._index[label := f"{call.module}#?{index}"] = index
+        return label
+
+    def _told_by_weight(self, call: CallNode, weight: int | None) -> int | None:
+        """Which of its module's calls it is, where only one of them reads this parameter."""
+        parameter = None if weight is None else self._lifted[weight]
+        name = next((n for n, p in self.compilation.root().named_parameters() if p is parameter), None)
+        same = [
+            call_of(site)
+            for site, s in self.compilation.stats.sites.items()
+            if module_of(site) == call.module and (s.kind, s.weight) == (call.call.kind, name)
+        ]
+        return same[0] if len(same) == 1 and name is not None else None
+
+    def _weight(self, call: CallNode, inputs: dict[fx.Node, int]) -> int | None:
+        """Which of the graph's inputs is the call's weight, where it reads a parameter as it is."""
+        operands = (inputs.get(value) for _, _, value in call.call.operands(call.node.args, call.node.kwargs))
+        parameters = [i for i in operands if i is not None and isinstance(self._lifted[i], torch.nn.Parameter)]
+        return parameters[-1] if parameters else None
+
+    def place(self, site: str) -> fx.Node | None:
+        """The node that gives a threshold: a buffer, or an input where the site is known at run time only."""
+        label, _, operand = site.partition(":")
+        if label in self._index:
+            self.slots.append((self._index[label], int(operand or 0)))
+            root = self.compilation.root()
+            self.examples.append(zero_beside(root.get_submodule(module_of(site)), root))
+            return torch_internals.add_input(self.gm, f"forged_threshold_input_{len(self.slots)}")
+        if site not in self.compilation.values:
+            return None
+        if site not in self.buffers:
+            self.buffers[site] = name = f"forged_threshold_{len(self.buffers)}"
+            self.gm.register_buffer(name, self.compilation.threshold(site))
+            torch_internals.declare_buffer(self.gm, name)
+        return self.gm.graph.get_attr(self.buffers[site])
+
+    def bind(self, compiled: Callable) -> Callable:
+        """What runs in the graph's place."""
+        of, slots, counted, reached = self.compilation, self.slots, self.counted, set(self.buffers)
+        if not (counted or of.strict):
+            return compiled
+
+        def run(*args: Any) -> Any:
+            this = of.this_pass() or Pass(of)
+            this.reached |= reached
+            names = [
+                of.call(this.numbering, c.module if c.weight is None else of.owner(args[c.weight])) for c in counted
+            ]
+            sites = [operand_name(names[call], operand) for call, operand in slots]
+            this.reached.update(sites)
+            return compiled(*args, *(of.threshold(site) for site in sites))
+
+        return run
