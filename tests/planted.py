@@ -57,6 +57,51 @@ class Cut(Hidden):
         return self.inner(x.detach())
 
 
+class Changed(nn.Module):
+    """`after(inner(before(x)))`."""
+
+    def __init__(self, inner: nn.Module, before=lambda x: x, after=lambda logits: logits) -> None:
+        super().__init__()
+        self.inner, self.before, self.after = inner, before, after
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.inner(self.before(x)))
+
+
+def loud(inner: nn.Module) -> nn.Module:
+    """Logits so large that the cross-entropy and its gradient are 0."""
+    return Changed(inner, after=lambda logits: 1e4 * logits)
+
+
+def quantised(inner: nn.Module) -> nn.Module:
+    """Inputs in steps of 1/50: a gradient of 0 almost everywhere."""
+    return Changed(inner, before=lambda x: (x * 50).round() / 50)
+
+
+def randomised(inner: nn.Module) -> nn.Module:
+    return Changed(inner, before=lambda x: x + 0.01 * torch.randn_like(x))
+
+
+def strong_and_weak() -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
+    """Which quadrant is bright? Read off its mean, or off its mean and a checkerboard that cancels in clean images.
+
+    Margin 0.6. Within eps = 0.1 (Linf) an attack reaches 0.2 of the first model, and 1.16 of the second.
+    """
+    strong = linear(4, shape=(1, 8, 8))
+    quadrant = torch.zeros(4, 8, 8)
+    for k in range(4):
+        quadrant[k, 4 * (k // 2) : 4 * (k // 2) + 4, 4 * (k % 2) : 4 * (k % 2) + 4] = 1
+    checkers = torch.tensor([1.0, -1.0] * 4 + [-1.0, 1.0] * 4).repeat(4).view(8, 8)
+    with torch.no_grad():
+        strong[1].weight.copy_((quadrant / 16).flatten(1))
+        strong[1].bias.zero_()
+        weak = copy.deepcopy(strong)
+        weak[1].weight += 0.3 * (quadrant * checkers).flatten(1)
+    y = torch.arange(24) % 4
+    return strong, weak, 0.2 + 0.6 * quadrant[y].unsqueeze(1) + inputs(24, (1, 8, 8), -0.01, 0.01), y
+
+
 def linear(classes: int = 10, seed: int = 0, shape: tuple[int, ...] = (1, 6, 6)) -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -84,12 +129,12 @@ def small() -> tuple[nn.Module, Tensor, Tensor]:
     return copy.deepcopy(model), x[:45].clone(), y[:45].clone()
 
 
-def hurry(monkeypatch) -> None:
+def hurry(monkeypatch, queries: int = 100) -> None:
     """pyautoattack's standard attacks with fewer steps, whoever runs them."""
     standard = AutoAttack._set_version
 
     def shortened(self, version):
         standard(self, version)
-        self.square.n_queries, self.fab.n_iter, self.apgd.n_iter, self.apgd_targeted.n_iter = 100, 10, 25, 25
+        self.square.n_queries, self.fab.n_iter, self.apgd.n_iter, self.apgd_targeted.n_iter = queries, 10, 25, 25
 
     monkeypatch.setattr(AutoAttack, "_set_version", shortened)

@@ -1,6 +1,5 @@
 """The evaluator against answers known beforehand."""
 
-import copy
 import logging
 import sys
 from contextlib import contextmanager
@@ -170,20 +169,7 @@ def test_a_model_against_itself(small, hurried):
 
 
 def test_a_gain_a_loss_and_what_a_part_may_claim(hurried):
-    """Which quadrant is bright? Read off its mean, or off its mean and a checkerboard that cancels in clean images."""
-    strong = linear(4, shape=(1, 8, 8))
-    quadrant = torch.zeros(4, 8, 8)
-    for k in range(4):
-        quadrant[k, 4 * (k // 2) : 4 * (k // 2) + 4, 4 * (k % 2) : 4 * (k % 2) + 4] = 1
-    checkers = torch.tensor([1.0, -1.0] * 4 + [-1.0, 1.0] * 4).repeat(4).view(8, 8)
-    with torch.no_grad():
-        strong[1].weight.copy_((quadrant / 16).flatten(1))
-        strong[1].bias.zero_()
-        weak = copy.deepcopy(strong)
-        weak[1].weight += 0.3 * (quadrant * checkers).flatten(1)
-    y = torch.arange(24) % 4
-    x = 0.2 + 0.6 * quadrant[y].unsqueeze(1) + inputs(24, (1, 8, 8), -0.01, 0.01)
-    # margin 0.6; reach at eps = 0.1: 0.2, and 1.16
+    strong, weak, x, y = planted.strong_and_weak()
     options = {"x": x, "y": y, "eps": 0.1}
     loss = evaluate(weak, strong, attacks="quick", **options)
     assert (loss.verdict, loss.worst_case, loss.base_worst_case) == ("loss", 0, 1)

@@ -157,7 +157,9 @@ class Result:
     @cached_property
     def _judged(self) -> tuple[str, str]:
         base = self.base.right if self.base else None
-        return judge(weigh(self.model.right, base, self.compared(), self.complete, self.same, self.doubts))
+        after = [row for row in self.model.rows if row.kind not in KINDS[:2] and row.broken]
+        finders = [f"{row.attack}{' under BPDA' * (row.kind == 'BPDA')} ({row.broken})" for row in after]
+        return judge(weigh(self.model.right, base, self.compared(), self.complete, self.same, finders, self.doubts))
 
     @property
     def doubts(self) -> list[str]:

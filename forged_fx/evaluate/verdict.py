@@ -49,7 +49,7 @@ class Evidence:
     """Counts of n examples. `true` and `worst`: right under the true gradient's rows, and under all rows.
 
     taken: examples that the rows after the true gradient's took from the model but not from the base; spared: from
-    the base but not from the model. doubts: names of raised findings that forbid a gain.
+    the base but not from the model. finders: those rows, in words. doubts: names of raised findings that forbid a gain.
     """
 
     n: int
@@ -62,6 +62,7 @@ class Evidence:
     paired: Paired | None = None
     complete: bool = True
     same: bool = False
+    finders: Sequence[str] = ()
     doubts: Sequence[str] = ()
 
     @property
@@ -83,6 +84,7 @@ def weigh(
     paired: Paired | None,
     complete: bool,
     same: bool,
+    finders: Sequence[str] = (),
     doubts: Sequence[str] = (),
 ) -> Evidence:
     """`right(kind)`: (n,) bool, right under rows of that kind and before; `right()`: under all."""
@@ -90,7 +92,7 @@ def weigh(
     lost = true & ~worst
     if base_right is None:
         counts = (int(part.sum()) for part in (true, worst, lost))
-        return Evidence(len(true), *counts, complete=complete, doubts=doubts)
+        return Evidence(len(true), *counts, complete=complete, finders=finders, doubts=doubts)
     base_true, base_worst = base_right("true gradient"), base_right()
     base_lost = base_true & ~base_worst
     return Evidence(
@@ -104,6 +106,7 @@ def weigh(
         paired=paired,
         complete=complete,
         same=same,
+        finders=finders,
         doubts=doubts,
     )
 
@@ -126,8 +129,8 @@ def _masking(e: Evidence) -> str:
     beside = "" if e.base_true is None else f" against {e.base_true}"
     then = {-1: "; it is a measurable loss", 0: "", 1: "; the remainder is not shown to be safe"}[e.direction]
     return (
-        f"{_figures(e)}; the true gradient alone would show {e.true}{beside}: it hides adversarial examples that "
-        f"BPDA or transfer find{then}"
+        f"{_figures(e)}; the true gradient alone would show {e.true}{beside}: it hides adversarial examples, found by "
+        f"{', '.join(e.finders)}{then}"
     )
 
 

@@ -1,0 +1,213 @@
+"""Every check is raised by what it is for, and by nothing else; a raised one forbids a gain."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import planted
+import pytest
+import torch
+from planted import Changed, Cut, Hidden, evaluate
+
+from forged_fx.digits import EPS, one_thread
+from forged_fx.evaluate.findings import CHECKS, Case, examine
+from forged_fx.evaluate.probes import Probes
+from forged_fx.evaluate.result import STANDING, Row, Side
+
+MASKING = {check.name for check in CHECKS if check.masking}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    with one_thread():  # networks this small only lose by more
+        yield
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    planted.hurry(monkeypatch)
+
+
+def raised(result):
+    return {finding.name for finding in result.findings if finding.raised}
+
+
+# --- planted defences that fool attacks ---
+
+
+@pytest.mark.parametrize(
+    ("defence", "finding"),
+    [
+        (Hidden, "zero gradient"),
+        (Cut, "zero gradient"),
+        (planted.loud, "zero gradient"),
+        (planted.quantised, "zero gradient"),
+        (planted.randomised, "output randomised"),
+    ],
+)
+def test_a_defence_that_fools_attacks_is_found_and_never_gains(defence, finding, hurried):
+    """Even where the model inside is measurably better than its base, which is a gain without the defence."""
+    strong, weak, x, y = planted.strong_and_weak()
+    options = {"x": x, "y": y, "eps": 0.1}
+    result = evaluate(defence(strong), weak, **options)
+    assert finding in raised(result) and finding in result.doubts
+    assert result.compared().direction == 1  # the rule alone stands between it and a gain
+    assert result.verdict == "cannot say" and finding in result.sentence and result.exit_code == 6
+    # and around the weak model the defence is no gain over the weak model itself
+    assert evaluate(defence(weak), weak, **options).verdict != "gain"
+
+
+def test_a_plain_model_raises_nothing(hurried):
+    model, x, y = planted.small()
+    other = Changed(model[:-1], after=lambda hidden: hidden @ model[-1].weight.T)  # not the base: without a bias
+    assert raised(evaluate(other, model, x=x, y=y, eps=EPS)) == set()
+    assert raised(evaluate(model, x=x, y=y, eps=1.0, norm="L2", attacks="quick")) == set()
+    assert raised(evaluate(model, x=x, y=y, eps=4.0, norm="L1", attacks=["apgd-ce"])) == set()
+    assert raised(evaluate(model, model, x=x, y=y, eps=EPS, attacks="quick")) == {"base and model identical"}
+
+
+# --- a weakness that a single kind of row sees ---
+
+
+@pytest.mark.parametrize(
+    ("defence", "base", "kind", "attack", "finding"),
+    [
+        (Hidden, None, "BPDA", "apgd-ce", "true gradient above BPDA"),
+        (Cut, "itself", "transfer", "examples of the base", "white box above transfer"),
+        (Cut, None, "true gradient", "square", "white box above black box"),
+    ],
+)
+def test_the_row_that_finds_a_weakness_is_named(defence, base, kind, attack, finding, monkeypatch):
+    _, weak, x, y = planted.strong_and_weak()
+    planted.hurry(monkeypatch, queries=2000 if attack == "square" else 10)
+    result = evaluate(defence(weak), weak if base else None, x=x, y=y, eps=0.1)
+    rows = result.model.rows
+    assert {(rows[i].kind, rows[i].attack) for i in result.model.broken_by.tolist() if i >= 0} == {(kind, attack)}
+    assert result.worst_case == (0 if attack != "square" else pytest.approx(0, abs=0.3))
+    assert finding in raised(result)
+    if kind == "true gradient":
+        assert "found what the gradients had missed" in next(row.note for row in rows if row.attack == "square")
+    else:
+        assert result.verdict == "masking" and attack in result.sentence and result.exit_code == 5
+
+
+# --- what is wrong with an output ---
+
+
+def by_companions(x):
+    return x + 0.2 * (x.mean(0, keepdim=True) - 0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "finding"),
+    [
+        ({"after": lambda logits: logits.softmax(1)}, "output is a probability"),
+        ({"after": lambda logits: logits.clamp(-1, 1)}, "logits clipped"),
+        ({"before": by_companions}, "output depends on the batch"),
+        ({"before": lambda x: torch.where(x >= 1, torch.nan, x)}, "loss not finite"),
+    ],
+)
+def test_an_unfit_output_is_found(change, finding, hurried):
+    model, x, y = planted.small()
+    result = evaluate(Changed(model, **change), model, x=x.clamp(0.01, 0.99), y=y, eps=0.05, attacks=["apgd-ce"])
+    assert finding in raised(result) and finding in MASKING
+
+
+def test_train_mode_is_found_and_accuses_nobody(hurried):
+    model, x, y = planted.small()
+    with pytest.warns(UserWarning, match="train mode"):
+        result = evaluate(model.train(), x=x, y=y, eps=EPS, attacks=["apgd-ce"])
+    assert raised(result) == {"train mode"} and not result.doubts
+
+
+# --- each check at its bound ---
+
+FINE = Probes(64, 0, 0, 0.0, 0.0, [40, 39, 38], [50, 39, 20, 5, 0])
+
+
+def case(broken_by=(), base_broken_by=(), probes=FINE, **change):
+    rows = [
+        Row("model", "natural", "none"),
+        Row("model", "true gradient", "apgd-ce", attacked=100),
+        Row("model", "true gradient", "square", attacked=100),
+        Row("model", "BPDA", "apgd-ce", attacked=100),
+        Row("model", "transfer", "examples of the base", attacked=100),
+        Row("model", "further", "noise", attacked=100),
+        Row("model", "further", "apgd-ce, longer", attacked=100),
+    ]
+
+    def side(name, outcome):
+        broken = torch.tensor([*outcome, *[STANDING] * (200 - len(outcome))])
+        return Side(name, "", "", rows, broken, torch.zeros(len(outcome), 1))
+
+    fields = {"same": False, "logits": torch.randn(200, 10), "training": 0, "outside": 0} | change
+    return Case(side("model", broken_by), side("base", base_broken_by), probes=probes, **fields)
+
+
+def verdict_of(name, **change):
+    return next(finding for finding in examine(case(**change)) if finding.name == name)
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("white box above black box", 2),
+        ("white box above black box", 5),
+        ("true gradient above BPDA", 3),
+        ("white box above transfer", 4),
+        ("attack unfinished", 6),
+    ],
+)
+def test_what_rows_may_take(name, row):
+    assert not verdict_of(name, broken_by=[row] * 4).raised
+    assert verdict_of(name, broken_by=[row] * 5).raised
+    # where the base loses others to the same row it takes more, and where it loses the same ones nothing
+    assert not verdict_of(name, broken_by=[row] * 5, base_broken_by=[STANDING] * 5 + [row]).raised
+    assert not verdict_of(name, broken_by=[row] * 5, base_broken_by=[row] * 5).raised
+    others = {n for n, r in [("white box above black box", 2), ("true gradient above BPDA", 3)] if r != row} - {name}
+    assert not any(verdict_of(other, broken_by=[row] * 50).raised for other in others)
+
+
+@pytest.mark.parametrize(
+    ("name", "fine", "bad"),
+    [
+        ("zero gradient", {"flat": 0}, {"flat": 1}),
+        ("accuracy rises with iterations", {"by_steps": [40, 40, 43]}, {"by_steps": [40, 38, 42]}),
+        ("accuracy rises with eps", {"by_radius": [50, 40, 43, 3, 0]}, {"by_radius": [50, 40, 44, 3, 0]}),
+        ("unbounded attack fails", {"by_radius": [50, 40, 30, 9, 3]}, {"by_radius": [50, 40, 30, 9, 4]}),
+        ("loss not finite", {"sick": 0}, {"sick": 1}),
+        ("output randomised", {"drift": 9e-5}, {"drift": 1.1e-4}),
+        ("output depends on the batch", {"apart": 0.1}, {"apart": 0.11}),
+    ],
+)
+def test_probes_at_their_bounds(name, fine, bad):
+    assert not verdict_of(name, probes=replace(FINE, **fine)).raised
+    assert verdict_of(name, probes=replace(FINE, **bad)).raised
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("train mode", {"training": 3}),
+        ("inputs outside [0, 1]", {"outside": 1}),
+        ("base and model identical", {"same": True}),
+    ],
+)
+def test_what_accuses_nobody(name, change):
+    assert not verdict_of(name).raised
+    finding = verdict_of(name, **change)
+    assert finding.raised and not finding.masking
+
+
+def test_a_check_that_cannot_be_made_says_why():
+    nobody = examine(case(probes=Probes(0, 0, 0, 0.0, 0.0, [0] * 3, [0] * 5)))
+    idle = {finding.name for finding in nobody if finding.value is None}
+    assert idle == {check.name for check in CHECKS if check.probing}
+    assert all(finding.note for finding in nobody if finding.value is None)
+    assert all(math.isfinite(finding.value) for finding in nobody if finding.value is not None)
+
+
+def test_every_check_has_its_paragraph():
+    text = (Path(__file__).parents[1] / "docs" / "findings.md").read_text(encoding="utf-8")
+    headings = [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")]
+    assert headings[: len(CHECKS)] == [check.name for check in CHECKS]
