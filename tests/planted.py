@@ -129,12 +129,13 @@ def small() -> tuple[nn.Module, Tensor, Tensor]:
     return copy.deepcopy(model), x[:45].clone(), y[:45].clone()
 
 
-def hurry(monkeypatch, queries: int = 100) -> None:
+def hurry(monkeypatch, queries: int = 100, steps: int = 25) -> None:
     """pyautoattack's standard attacks with fewer steps, whoever runs them."""
     standard = AutoAttack._set_version
 
     def shortened(self, version):
         standard(self, version)
-        self.square.n_queries, self.fab.n_iter, self.apgd.n_iter, self.apgd_targeted.n_iter = queries, 10, 25, 25
+        self.square.n_queries, self.fab.n_iter = queries, min(steps, 10)
+        self.apgd.n_iter = self.apgd_targeted.n_iter = steps
 
     monkeypatch.setattr(AutoAttack, "_set_version", shortened)

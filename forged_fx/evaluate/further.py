@@ -58,7 +58,7 @@ def _draw(shape: tuple[int, ...], norm: str, generator: torch.Generator) -> Tens
 def lengthen(tools: Any) -> None:
     """`LONGER` times as many steps or queries for every attack in the toolbox."""
     for apgd in (tools.apgd, tools.apgd_targeted):
-        set_steps(apgd, LONGER * apgd.n_iter_orig)
+        set_steps(apgd, LONGER * apgd.n_iter)
     tools.fab.n_iter *= LONGER
     tools.square.n_queries *= LONGER
 
