@@ -7,7 +7,9 @@
 Each row says for one model: the sites that calibration saw and the kernels that an independent oracle saw
 (`dispatch_oracle.py`), whether their maxima agree, how many sites were rewritten or left out and why, how the model was
 captured, whether the result at ratio 0 is the model bit for bit, whether its forward at ratio 2^-6 is the oracle's bit
-for bit and its (straight-through) gradient to the input the oracle's, and whether all keys of the state_dict are kept.
+for bit and its (straight-through) gradient to the input the oracle's (to its embedding, where the input is
+tokens), and whether all keys of the state_dict are kept. `compiled` says in how many graphs of Dynamo's the backend
+forged the same sites of the plain model, if the result is the same (the graphs are run as they are, without Inductor).
 """
 
 import argparse
@@ -20,6 +22,7 @@ from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -50,6 +53,7 @@ class Row:
     equals_oracle: bool = False
     gradient: str = ""
     keys_kept: bool = False
+    compiled: str = ""
     seconds: float = 0.0
     error: str = ""
 
@@ -112,14 +116,45 @@ def _check(row: Row, model: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         row.exact_at_0 = _same(_seeded(lambda: forged(*args, **kwargs)), _seeded(lambda: model(*args, **kwargs)))
     forged_fx.set_ratio(forged, RATIO)
     row.gradient = _gradients_agree(model, forged, args, kwargs, measured.maxima)
+    row.compiled = _compiled(model, stats, forged, args, kwargs)
+
+
+def _compiled(
+    model: torch.nn.Module, stats: forged_fx.Stats, forged: torch.nn.Module, args: tuple, kwargs: dict
+) -> str:
+    """The backend's part alone: Dynamo's graphs of the plain model with thresholds, run without Inductor."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def as_it_is(gm: torch.fx.GraphModule, inputs: list, **_: Any) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    options = {"stats": stats, "ratio": RATIO}
+    try:
+        with torch.no_grad(), fast_path_off(), mock.patch("torch._inductor.compile_fx.compile_fx", as_it_is):
+            found = _seeded(lambda: torch.compile(model, backend="forged", options=options)(*args, **kwargs))
+            expected = _seeded(lambda: forged(*args, **kwargs))
+    except TimeoutError:
+        raise
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    verdict = "equal" if _same(found, expected) else f"within {_distance(found, expected):.1g}"
+    return f"{verdict}, {len(graphs)} graphs"
+
+
+def _distance(a: Any, b: Any) -> float:
+    """The largest difference, as a share of the largest value."""
+    pairs = [(x.double(), y.double()) for x, y in zip(tree_leaves(a), tree_leaves(b), strict=True) if _is_float(x)]
+    return max(((x - y).abs().max() / y.abs().max()).item() for x, y in pairs)
 
 
 def _gradients_agree(model: torch.nn.Module, forged: torch.nn.Module, args: tuple, kwargs: dict, maxima: list) -> str:
     """The oracle works below autograd, so that its gradient is the straight-through one."""
-    expected = _gradient(lambda a, k: DispatchOracle(RATIO, maxima).run(model, a, k), args, kwargs)
-    found = _gradient(lambda a, k: forged(*a, **k), args, kwargs)
+    expected = _gradient(lambda a, k: DispatchOracle(RATIO, maxima).run(model, a, k), model, args, kwargs)
+    found = _gradient(lambda a, k: forged(*a, **k), forged, args, kwargs)
     if not expected:
-        return "none: no floating-point input, or no output that depends on it differentiably"
+        return "none: no output that depends on an input differentiably"
     pairs = zip(expected, found, strict=True)
     return (
         "equal"
@@ -128,11 +163,20 @@ def _gradients_agree(model: torch.nn.Module, forged: torch.nn.Module, args: tupl
     )
 
 
-def _gradient(run: Any, args: tuple, kwargs: dict) -> list[Tensor]:
+def _gradient(run: Any, model: torch.nn.Module, args: tuple, kwargs: dict) -> list[Tensor]:
     args, kwargs = tree_map(lambda v: v.clone().requires_grad_() if _is_float(v) else v, (args, kwargs))
     leaves = [leaf for leaf in tree_leaves((args, kwargs)) if _is_float(leaf)]
+
+    def embedded(module: torch.nn.Module, args: tuple, result: Tensor) -> Tensor:
+        leaves.append(result.detach().requires_grad_())
+        return leaves[-1]
+
+    tables = [] if leaves else [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    handles = [module.register_forward_hook(embedded) for module in tables]
     with fast_path_off(), forged_fx.straight_through():
         outputs = [o for o in tree_leaves(_seeded(lambda: run(args, kwargs))) if _is_float(o) and o.requires_grad]
+    for handle in handles:
+        handle.remove()
     if not outputs or not leaves:
         return []
     total = sum(output.square().mean() for output in outputs)
