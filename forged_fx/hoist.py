@@ -9,7 +9,9 @@ gained: the threshold sits right behind the kernel that computes its input and b
 which that kernel writes. Behind a change of the memory layout it would be a kernel of its own, or a slow loop.
 
 A threshold moves past an operation only where everything that reads the operation's input wants the same threshold:
-else the raw value would have to be written beside it.
+else the raw value would have to be written beside it. And it ends behind a kernel that Inductor generates, or where it
+was: behind a library's (a convolution, a matrix product, attention) it would be a kernel of its own either way, and the
+layout that it writes may not be the one that is asked for.
 
 It runs on Inductor's graph of ATen calls, behind autograd. There every operation is a function: nothing is written in
 place, nothing aliases, and a value's readers are its users in the graph.
@@ -24,7 +26,7 @@ import torch.fx as fx
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from forged_fx import ops  # noqa: F401 (defines the op)
+from forged_fx import ops, torch_internals  # noqa: F401 (ops defines the op)
 
 aten = torch.ops.aten
 THRESHOLD = torch.ops.forged_fx.threshold.default
@@ -73,8 +75,21 @@ MOVES: dict[Any, Callable[[fx.Node], bool]] = {
     aten.split.Tensor: _always,
     aten.split_with_sizes.default: _always,
     aten.unbind.int: _always,
-    operator.getitem: _always,
+    operator.getitem: lambda node: node.args[0].target in MOVES,  # an item of a split
 }
+
+# Of these moves, those that copy: a threshold behind one is a part of the copy.
+COPIES = {
+    aten.clone.default, aten.repeat.default, aten.flip.default, aten.roll.default, aten.index.Tensor,
+    aten.index_select.default, aten.constant_pad_nd.default, aten.cat.default, aten.stack.default,
+}  # fmt: skip
+
+# And those that only name the dimensions anew: Inductor looks through them, so there is nothing to gain by passing them,
+# and a convolution's input had better be known by the convolution's own order.
+RENAMINGS = {
+    aten.permute.default, aten.transpose.int, aten.t.default, aten.squeeze.default, aten.squeeze.dim,
+    aten.squeeze.dims, aten.unsqueeze.default, aten.alias.default,
+}  # fmt: skip
 
 
 def hoist(graph: fx.Graph) -> None:
@@ -102,9 +117,9 @@ def hoist(graph: fx.Graph) -> None:
 
 def _merge(graph: fx.Graph) -> None:
     """Thresholds of one value by one t are one."""
-    made: dict[tuple[fx.Node, Demand], fx.Node] = {}
+    made: dict[tuple, fx.Node] = {}
     for node in graph.find_nodes(op="call_function", target=THRESHOLD):
-        same = made.setdefault((node.args[0], _demand_of(node)), node)
+        same = made.setdefault(node.args, node)
         if same is not node:
             node.replace_all_uses_with(same)
             graph.erase_node(node)
@@ -119,10 +134,20 @@ def _demands(graph: fx.Graph) -> tuple[dict[fx.Node, Demand], set[fx.Node]]:
             wants = {_wants(reader, node, demands, passable) for reader in node.users}
             if len(wants) == 1 and None not in wants and (node in passable or isinstance(node.meta["val"], Tensor)):
                 (demands[node],) = wants
-        blocked = [n for n in passable if n in demands and any(demands.get(x) != demands[n] for x in _data(n))]
+        blocked = [m for m in passable if m in demands and not _passes(m, demands, passable)]
         if not blocked:
             return demands, passable
         passable.difference_update(blocked)
+
+
+def _passes(move: fx.Node, demands: dict[fx.Node, Demand], passable: set[fx.Node]) -> bool:
+    """Whether the threshold behind the move may and should go ahead of it."""
+    for x in _data(move):
+        if demands.get(x) != demands[move]:
+            return False
+        if x not in passable and (move.target in RENAMINGS or not _generated(x)):
+            return False
+    return True
 
 
 def _wants(reader: fx.Node, x: fx.Node, demands: dict[fx.Node, Demand], passable: set[fx.Node]) -> Demand | None:
@@ -130,6 +155,15 @@ def _wants(reader: fx.Node, x: fx.Node, demands: dict[fx.Node, Demand], passable
     if reader.target is THRESHOLD and reader.args[0] is x:
         return _demand_of(reader)
     return demands.get(reader) if reader in passable and x in _data(reader) else None
+
+
+def _generated(node: fx.Node) -> bool:
+    """Whether a kernel that Inductor generates writes this value, so that a threshold can be a part of it."""
+    if node.target in COPIES:
+        return True
+    if node.target in MOVES:
+        return _generated(node.args[0])
+    return node.op == "call_function" and not torch_internals.is_library_call(node.target)
 
 
 def _demand_of(node: fx.Node) -> Demand | None:

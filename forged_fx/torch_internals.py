@@ -175,3 +175,12 @@ def graph_pass(run: Callable[[fx.Graph], None], version: bytes) -> Any:
             return version
 
     return Pass()
+
+
+def is_library_call(target: Any) -> bool:
+    """Whether Inductor leaves an ATen call to a library's kernel, or to one of PyTorch's own."""
+    from torch._inductor import lowering
+
+    aten = torch.ops.aten
+    products = (aten.convolution.default, aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
+    return target in products or target in lowering.fallbacks or target not in lowering.lowerings

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from forged_fx.hoist import MOVES, THRESHOLD, hoist
+from forged_fx.hoist import MOVES, RENAMINGS, THRESHOLD, hoist
 
 threshold = torch.ops.forged_fx.threshold
 X = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -21,7 +21,18 @@ def hoisted(f, *inputs):
     gm.graph.lint()
     gm.recompile()
     found = gm.graph.find_nodes(op="call_function", target=THRESHOLD)
-    return before, gm, [(str(node.args[0].target), [str(user.target) for user in node.users]) for node in found]
+    return (
+        before,
+        gm,
+        [(str(_source(node.args[0]).target), [str(user.target) for user in node.users]) for node in found],
+    )
+
+
+def _source(node):
+    """What made the value, whatever its dimensions are called now."""
+    while node.target in RENAMINGS:
+        node = node.args[0]
+    return node
 
 
 def same(a, b):
@@ -38,12 +49,10 @@ ONE = {
     "view": lambda x: x.view(2, -1),
     "flatten": lambda x: x.contiguous(memory_format=torch.channels_last).flatten(1),
     "reshape": lambda x: x.transpose(1, 2).reshape(2, -1),
-    "permute": lambda x: x.permute(0, 2, 3, 1),
-    "mT": lambda x: x[0, 0].relu().t(),
-    "squeeze": lambda x: x.unsqueeze(0).squeeze(),
-    "expand": lambda x: x.unsqueeze(1).expand(2, 3, 4, 6, 6),
+    "expand": lambda x: x.expand(3, 2, 4, 6, 6),
     "repeat": lambda x: x.repeat(1, 2, 1, 1),
     "contiguous": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "attention's heads": lambda x: x.permute(0, 2, 3, 1).reshape(2, 36, 4),
     "flip": lambda x: x.flip(2),
     "roll": lambda x: torch.roll(x, (-1, 2), (2, 3)),
     "permutation": lambda x: x[:, torch.tensor([2, 0, 3, 1])],
@@ -67,6 +76,7 @@ STAYS = {
     "arithmetic": lambda x: x + 1,
     "rounding": lambda x: x.half(),
     "a mean": lambda x: x.mean((2, 3)),
+    "a product": lambda x: (x @ x).view(2, -1),
 }
 
 
@@ -75,6 +85,12 @@ def test_a_threshold_stays(move):
     before, after, [(producer, _)] = hoisted(lambda x, t: threshold(move(x.relu()), t).sin(), X, T)
     assert same(before(X, T), after(X, T))
     assert producer != "aten.relu.default"
+
+
+def test_a_threshold_does_not_pass_a_mere_permutation():
+    _, after, _ = hoisted(lambda x, t: threshold(x.relu().permute(0, 2, 3, 1), t).sin(), X, T)
+    (node,) = after.graph.find_nodes(op="call_function", target=THRESHOLD)
+    assert node.args[0].target is torch.ops.aten.permute.default
 
 
 def test_branches_that_agree_are_passed():
@@ -87,7 +103,7 @@ def test_branches_that_agree_are_passed():
 
     def forked(x, t):
         x = x.relu()
-        return threshold(x.view(2, -1), t).sin(), threshold(x.permute(0, 2, 3, 1), t).cos()
+        return threshold(x.view(2, -1), t).sin(), threshold(x.flip(1), t).cos()
 
     for f, producers in (
         (split, ["aten.relu.default"]),
