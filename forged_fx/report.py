@@ -44,7 +44,7 @@ TERMS = {
     "transfer": "adversarial images made on one of the two models, shown to the other.",
     "masking": "the defence hides its gradient from attacks rather than resisting them. The gain that the true "
     "gradient shows is then not one.",
-    "interval, p": "Tango's 95 % interval of a paired difference; exact McNemar test.",
+    "interval, p": "Tango's 95 % interval of a paired difference, and the paired bootstrap's; exact McNemar test.",
 }
 
 
@@ -76,11 +76,12 @@ def _figures(run: Run) -> str:
     rows = []
     for name, kind in run.result.figures.items():
         cells = [name, *(_share(side.accuracy(kind), run.result.n) for side in run.result.sides)]
-        if paired := run.result.compared(kind):
-            difference, low, high = (f"{100 * share:+.1f}" for share in (paired.difference, paired.low, paired.high))
-            cells += [f"{difference} ({low} to {high})", f"{paired.p:.2g}"]
+        if p := run.result.compared(kind):
+            difference, *limits = (100 * s for s in (p.difference, p.low, p.high, p.boot_low, p.boot_high))
+            interval, bootstrap = (f"{low:+.1f} to {high:+.1f}" for low, high in (limits[:2], limits[2:]))
+            cells += [f"{difference:+.1f} ({interval})", bootstrap, f"{p.p:.2g}"]
         rows.append(cells)
-    headings = ["right under", "model", "base", "difference in points (95 % interval)", "p"]
+    headings = ["right under", "model", "base", "difference in points (95 % interval)", "bootstrap", "p"]
     return _section("What stands", _table(headings[: len(rows[0])], rows, first=True))
 
 
@@ -98,13 +99,25 @@ def _pictures(run: Run) -> str:
     return f'<section class="pictures">{"".join(drawn)}</section>'
 
 
+def _findings(run: Run) -> str:
+    findings = run.result.findings
+    raised = [f for f in findings if f.raised]
+    quiet = ", ".join(f.name for f in findings if not f.raised and f.value is not None)
+    headings = ["raised", "value", "bound", "a number of", "forbids a gain"]
+    rows = [[f.name, f"{f.value:.4g}", f"{f.bound:.4g}", f.unit, "yes" if f.masking else "no"] for f in raised]
+    note = f"Checked, and not raised: {html.escape(quiet)}." if quiet else "No check was made."
+    return _section(
+        "Signs that attacks failed", (_table(headings, rows) if rows else "") + f'<p class="soft">{note}</p>'
+    )
+
+
 def _rows(run: Run) -> str:
     headings = ["kind", "attack", "attacked", "broken", "standing", "rejected", "seconds", "note"]
     tables = []
     for side in run.result.sides:
         rows = [
             [r.kind, r.attack, r.attacked, r.broken, r.standing, r.rejected, f"{r.seconds:.1f}", r.note]
-            for r in side.rows
+            for r in side.listed
         ]
         tables.append(f"<h3>{html.escape(side.name)}</h3>{_table(headings, rows)}")
     note = "Each row attacks only what the rows above it left standing."
@@ -166,6 +179,7 @@ SECTIONS: tuple[Callable[[Run], str], ...] = (
     _verdict,
     _figures,
     _pictures,
+    _findings,
     _rows,
     _sites,
     _speed,

@@ -37,6 +37,7 @@ class Probes:
     apart: float
     by_steps: list[int]
     by_radius: list[int]
+    seconds: float = 0.0
 
 
 def probe(side: Subject, setting: Setting, bpda: Context) -> Probes:
@@ -67,7 +68,8 @@ def probe(side: Subject, setting: Setting, bpda: Context) -> Probes:
 
     for _, found in side.blocks.run(f"{side.name} probes", right, ask):  # one block, or none
         flat, sick, drift, apart = (found[key].item() for key in ("flat", "sick", "drift", "apart"))
-        return Probes(len(right), flat, sick, drift, apart, found["steps"].tolist(), found["radii"].tolist())
+        sweeps, seconds = (found["steps"].tolist(), found["radii"].tolist()), found["seconds"].item()
+        return Probes(len(right), flat, sick, drift, apart, *sweeps, seconds)
     return Probes(0, 0, 0, 0.0, 0.0, [0] * len(STEPS), [0] * (len(RADII) + 1))
 
 

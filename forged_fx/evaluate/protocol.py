@@ -169,6 +169,7 @@ def evaluate(
             versions=versions,
             notes=notes,
             findings=examine(case),
+            probe_seconds=case.probes.seconds,
         )
     if folder is not None:
         result.save(folder)

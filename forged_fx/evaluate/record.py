@@ -23,7 +23,7 @@ from forged_fx.evaluate.threat import Threat
 FORMAT = 1
 RECORD, EXAMPLES = "result.json", "examples.safetensors"
 # fields of a Result that are written as they are
-PLAIN = ("n", "attacks", "complete", "seed", "batch_size", "same", "data", "versions", "notes")
+PLAIN = ("n", "attacks", "complete", "seed", "batch_size", "same", "data", "versions", "notes", "probe_seconds")
 
 
 def vacant(folder: str | os.PathLike[str]) -> None:

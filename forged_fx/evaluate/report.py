@@ -15,14 +15,18 @@ def _share(share: float | None, n: int) -> str:
 
 def _figures(result: Result) -> Any:
     table = need("rich.table").Table(title=f"right, of {result.n} inputs", title_justify="left")
-    for heading in ("", "model", "base", "difference, 95 % interval, points", "p"):
+    headings = ["", "model"]
+    if result.base is not None:
+        headings += ["base", "points", "95 % interval", "bootstrap", "McNemar p"]
+    for heading in headings:
         table.add_column(heading, justify="left" if not heading else "right")
     for name, kind in result.figures.items():
-        shares = [_share(side.accuracy(kind), result.n) for side in result.sides]
-        paired = result.compared(kind)
-        difference = paired and f"{100 * paired.difference:+.2f} [{100 * paired.low:+.2f}, {100 * paired.high:+.2f}]"
-        cells = [name, *shares, *([""] if result.base is None else []), difference or ""]
-        table.add_row(*cells, f"{paired.p:.2g}" if paired else "", style="bold" if kind == result.kinds[-1] else "")
+        cells = [name, *(_share(side.accuracy(kind), result.n) for side in result.sides)]
+        if p := result.compared(kind):
+            intervals = ((p.low, p.high), (p.boot_low, p.boot_high))
+            cells += [f"{100 * p.difference:+.2f}", *(f"{100 * low:+.2f} {100 * high:+.2f}" for low, high in intervals)]
+            cells.append(f"{p.p:.2g}")
+        table.add_row(*cells, style="bold" if kind == result.kinds[-1] else "")
     return table
 
 
@@ -34,7 +38,7 @@ def _rows(result: Result) -> Any:
         table.add_column(heading, justify="right")
     table.add_column("note", overflow="fold")
     for side in result.sides:
-        for row in side.rows:
+        for row in side.listed:
             counts = (row.attacked, row.broken, row.standing)
             alone = "" if row.alone is None else f"{round(row.alone * result.n)}"
             table.add_row(row.side, row.kind, row.attack, *map(str, counts), alone, f"{row.seconds:.1f}", row.note)
@@ -57,13 +61,15 @@ def _findings(result: Result) -> Any:
 
 
 def _small_print(result: Result) -> str:
-    spent = sum(row.seconds for row in result.rows)
+    spent = sum(row.seconds for row in result.rows) + result.probe_seconds
     alone = sum(row.seconds for row in result.model.rows if row.kind == "true gradient")
     versions = ", ".join(f"{name} {number}" for name, number in result.versions.items())
     lines = [
         f"{result.threat.norm} ball of radius {result.threat.eps:.6g}, seed {result.seed}, batch {result.batch_size}; "
         f"attacks: {', '.join(result.attacks)}",
-        f"{spent:.1f} s" + (f", {spent / alone:.2f} x the model's true-gradient rows alone" if alone else ""),
+        f"{spent:.1f} s"
+        + (f", {spent / alone:.2f} x the model's true-gradient rows alone" if alone else "")
+        + f"; of these {result.probe_seconds:.1f} s for findings",
         versions,
         *result.notes,
     ]

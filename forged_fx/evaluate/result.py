@@ -1,8 +1,9 @@
 """What an evaluation found: rows, outcome by example, adversarial examples, and the figures that follow."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -66,6 +67,16 @@ class Side:
     examples: Tensor
 
     @property
+    def listed(self) -> list[Row]:
+        """The rows as a table shows them: those left out one after the other for one reason are one."""
+
+        def same(row: Row) -> tuple[str, str] | int:
+            return (row.kind, row.note) if row.note.startswith("left out") else id(row)
+
+        groups = [list(group) for _, group in groupby(self.rows, same)]
+        return [replace(first, attack=", ".join(row.attack for row in (first, *more))) for first, *more in groups]
+
+    @property
     def broken(self) -> Tensor:
         """Indices of the broken inputs, (k,) int64, ascending."""
         return (self.broken_by != STANDING).nonzero().flatten()
@@ -102,7 +113,7 @@ class Result:
 
     attacks: names, as asked for; complete: all four of AutoAttack's standard attacks are among them. same: model and
     base gave the same logits, bit for bit, on every input. data: shape and SHA-256 of x and y. findings: every check
-    of the model, raised or not.
+    of the model, raised or not; probe_seconds: what those took that ask the model.
     """
 
     n: int
@@ -118,6 +129,7 @@ class Result:
     versions: dict[str, str]
     notes: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    probe_seconds: float = 0.0
 
     @property
     def sides(self) -> list[Side]:
