@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from forged_fx.modes import eval_mode, fast_path_off
 from forged_fx.observe import Observer
+from forged_fx.ops import THRESHOLD_OPS
 from forged_fx.thresholds import thresholds_of
 
 
@@ -31,16 +32,24 @@ class _CountThresholds(TorchDispatchMode):
         self.seen: Counter[int] = Counter()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if function is torch.ops.forged_fx.threshold.default:
+        if function in THRESHOLD_OPS:
             self.seen[id(args[1])] += 1
         return function(*args, **(kwargs or {}))
 
 
-def audit(model: torch.nn.Module, forged: torch.nn.Module, wanted: list[str], args: tuple, kwargs: dict) -> list[str]:
+def audit(
+    model: torch.nn.Module,
+    forged: torch.nn.Module,
+    wanted: list[str],
+    args: tuple,
+    kwargs: dict,
+    agree: Callable[[Any, Any], bool] | None = None,
+) -> list[str]:
     """Compare `forged`, its thresholds at 0, with `model` on one input, in eval mode.
 
     Returns the wanted sites whose threshold did not run exactly as often as the site runs in `model`. Raises
-    AuditFailed where the outputs differ in a bit. Randomness is repeated, and the random generators' state restored.
+    AuditFailed where the outputs do not agree, by default where they differ in a bit. Randomness is repeated, and the
+    random generators' state restored.
     """
     runs: Counter[str] = Counter()
     observer = Observer(model, lambda seen: runs.update([seen.name]))
@@ -55,7 +64,7 @@ def audit(model: torch.nn.Module, forged: torch.nn.Module, wanted: list[str], ar
                 _repeatably(forged, args, kwargs)
         else:
             as_used = on_slow_path
-    if not same(expected, found):
+    if not (agree or same)(expected, found):
         raise AuditFailed("audit: with every threshold at 0 the result differs from the model")
     counts = {site: {c.seen[id(thresholds[site])] for c in (on_slow_path, as_used)} for site in wanted}
     return [site for site in wanted if counts[site] != {runs[site]}]
@@ -72,6 +81,22 @@ def same(a: Any, b: Any) -> bool:
     """Bit-for-bit equality of nested outputs."""
     left, right = tree_leaves(a), tree_leaves(b)
     return len(left) == len(right) and all(map(_same_leaf, left, right))
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Equality of nested outputs within rounding: up to the root of the dtype's epsilon, as a share of the largest."""
+    left, right = tree_leaves(a), tree_leaves(b)
+    return len(left) == len(right) and all(map(_alike_leaf, left, right))
+
+
+def _alike_leaf(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or not a.is_floating_point():
+        return _same_leaf(a, b)
+    if a.shape != b.shape or a.dtype != b.dtype or not torch.equal(a.isfinite(), b.isfinite()):
+        return False
+    eps = torch.finfo(a.dtype).eps
+    a, b = (torch.where(value.isfinite(), value, 0).double() for value in (a, b))
+    return not a.numel() or bool((a - b).abs().max() <= eps**0.5 * a.abs().max())
 
 
 def _same_leaf(a: Any, b: Any) -> bool:

@@ -56,7 +56,7 @@ def capture(
     for name in sorted(opened & contexts):
         raise Untraceable(f"{name or 'the model'!r} makes calls under autocast, another grad mode or checkpointing")
     for name in sorted(opened):
-        if _has_hooks(model.get_submodule(name)):
+        if has_hooks(model.get_submodule(name)):
             raise Untraceable(f"{name or 'the model'!r} has hooks, which a graph does not run")
     graph, constants = _trace(model, opened, given, training=False)
     if _text(graph) != _text(_trace(model, opened, given, training=True)[0]):
@@ -95,7 +95,7 @@ def _trace(
     return graph, {name: getattr(model, name) for name in literals}
 
 
-def _has_hooks(module: torch.nn.Module) -> bool:
+def has_hooks(module: torch.nn.Module) -> bool:
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(module, kind, None) for kind in kinds)
 

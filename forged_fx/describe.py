@@ -59,6 +59,9 @@ def describe(model: torch.nn.Module) -> Description:
             reached, left_out = record.reached.get(name), record.left_out.get(name)
             rows.append(Row(name, site.kind, site.shape, site.c_max, t, share, left_out, reached))
         whole = "one graph" if record.not_whole is None else f"module by module ({record.not_whole})"
+        if record.fused is not None:
+            why = f" ({record.not_fused})" if record.not_fused else ""
+            whole += f"; {record.fused or 'no'} thresholds fused with what produces their inputs{why}"
         rows.notes.append(whole + ("" if record.audited else "; not audited: pass transform an example"))
     return rows
 

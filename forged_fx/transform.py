@@ -9,8 +9,9 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from forged_fx.audit import AuditFailed, audit
+from forged_fx.audit import AuditFailed, alike, audit, same
 from forged_fx.capture import Untraceable, capture, opened_modules
+from forged_fx.fuse import fuse as fuse_producers
 from forged_fx.regions import forge_regions
 from forged_fx.rewrite import find_calls, insert_thresholds, number
 from forged_fx.sites import FIXED_FILTER, Origin, module_of
@@ -25,7 +26,8 @@ class Forging:
     """The record of what was done to a model.
 
     reached: site name -> how its threshold is placed. left_out: site name -> why it has none. not_whole: why the model
-    is not one graph, or None. audited: the result was compared with the model on a batch.
+    is not one graph, or None. audited: the result was compared with the model on a batch. fused: how many thresholds
+    share a call with their producer, None where that was not asked for; not_fused: why none could.
     """
 
     stats: Stats
@@ -33,6 +35,8 @@ class Forging:
     left_out: dict[str, str]
     not_whole: str | None = None
     audited: bool = False
+    fused: int | None = None
+    not_fused: str | None = None
 
 
 class ForgedModule(HoldsThresholds, fx.GraphModule):
@@ -65,8 +69,13 @@ class ForgedModule(HoldsThresholds, fx.GraphModule):
 def _rebuild(body: dict, imports: str, class_name: str, meta: dict) -> ForgedModule:
     from torch.fx.graph_module import reduce_graph_module
 
+    pickled = torch.nn.Module()
+    pickled.__dict__.update({key: body[key] for key in ("_modules", "_parameters", "_buffers")})
+    keys = pickled.state_dict().keys()
     plain = reduce_graph_module(body, imports)
     forged = ForgedModule(plain, plain.graph, class_name)
+    for key in sorted(keys - forged.state_dict().keys()):  # those that the graph does not use
+        _keep(forged, pickled, key)
     forged.meta = meta
     return forged
 
@@ -80,6 +89,7 @@ def transform(
     exclude: Globs | None = None,
     strict: bool = True,
     example: tuple[tuple, dict] | None = None,
+    fuse: bool | None = None,
 ) -> torch.nn.Module:
     """A copy of `model` in which every site's small inputs are set to zero; `model` itself is left untouched.
 
@@ -99,6 +109,10 @@ def transform(
         strict: raise if a site cannot be reached. False: leave it out; `describe` says so.
         example: (args, kwargs) for an audit of the result; by default the first calibration batch, where it is at hand.
             The audit runs model and result at ratio 0, compares them bit for bit and counts the thresholds that ran.
+        fuse: run thresholds and what produces their inputs (BatchNorm, residual addition, activation, LayerNorm,
+            RMSNorm) as one kernel each, in eager mode; see `forged_fx/fuse.py`. By default where the model is on a
+            GPU. On a CPU it changes nothing. Needs the whole model as one graph. A second audit compares the result
+            with the model, on a GPU within rounding.
 
     Raises:
         ValueError: the statistics are another model's; a glob or ratio matches no site; the model is forged already.
@@ -129,8 +143,32 @@ def transform(
             del record.reached[site]
             record.left_out[site] = "the audit did not see its threshold run"
     record.audited = example is not None
+    on_gpu = any(value.is_cuda for value in (*model.parameters(), *model.buffers()))
+    if on_gpu if fuse is None else fuse:
+        _fuse(model, forged, wanted, example, exact=not on_gpu)
     set_ratio(forged, ratio)
     return forged
+
+
+def _fuse(model: torch.nn.Module, forged: torch.nn.Module, wanted: list[str], example: Any, exact: bool) -> None:
+    """Fuse in place, thresholds at 0, and say so in the record; or leave it, and say why."""
+    record = forging_of(forged)
+    record.fused = 0
+    if not isinstance(forged, ForgedModule):
+        record.not_fused = "only one graph can be"
+        return
+    unfused = copy.deepcopy(forged.graph)
+    fused = fuse_producers(forged)
+    try:
+        missed = audit(model, forged, wanted, *example, agree=same if exact else alike) if example else []
+        record.not_fused = f"the audit did not see the thresholds of {', '.join(missed)} run" if missed else None
+    except AuditFailed as error:
+        record.not_fused = str(error)
+    if record.not_fused:
+        forged.graph = unfused
+        return
+    record.fused = len(fused)
+    record.reached |= {site: f"in the graph, in one call with {producer}" for site, producer in fused.items()}
 
 
 def select(stats: Stats, include: Globs | None, exclude: Globs | None) -> tuple[list[str], dict[str, str]]:

@@ -1,0 +1,384 @@
+"""The pass: a threshold and the producer ahead of it become one call, which is one kernel on a GPU in eager mode.
+
+    x ─ bn ─ relu ─ threshold ─ conv       becomes       x ─ producer_threshold(·, t, [bn, relu]) ─ conv
+
+The producer is what `forged_fx/fused_ops.py` can compute: an addition, a norm or another affine map, an addition, an
+activation. Each step has a row in `MODULES` or `FUNCTIONS`. A value on the way that others read too, such as a residual
+stream, becomes a second result.
+
+The call holds the modules themselves, and asks them each time: in train mode, with hooks, replaced by another module
+or under autocast they run one by one, as written. So nothing is frozen, and every name stays in the checkpoint. A
+compiler too gets them one by one, and fuses them by itself.
+"""
+
+import functools
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx as fx
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from forged_fx import fused_ops  # noqa: F401 (defines the operators)
+from forged_fx.capture import has_hooks
+from forged_fx.sites import CALLS
+
+THRESHOLD = torch.ops.forged_fx.threshold.default
+
+Arguments = dict[str, Any]  # of a fused operator
+
+
+# ---- the table of producers
+
+
+@dataclass(frozen=True)
+class Producer:
+    """A row. role: its place in the chain, see `ROLES`. arguments: what a fused operator takes in its place, from the
+    module, or from the function's other arguments; None where it has to run by itself now."""
+
+    role: str
+    arguments: Callable[..., Arguments | None]
+
+
+def _batch_norm(m: Any) -> Arguments | None:
+    if m.training or m.running_mean is None:
+        return None
+    return {"mean": m.running_mean, "var": m.running_var, "weight": m.weight, "bias": m.bias, "eps": m.eps}
+
+
+def _layer_norm(shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Arguments:
+    return {"shape": shape, "weight": weight, "bias": bias, "eps": eps}
+
+
+def _rms_norm(shape: Any, weight: Any = None, eps: float | None = None) -> Arguments:
+    return {"shape": shape, "weight": weight, "eps": eps, "rms": True}
+
+
+def _gelu(approximate: str = "none") -> Arguments:
+    return {"activation": "gelu_tanh" if approximate == "tanh" else "gelu"}
+
+
+def _activation(name: str) -> Producer:
+    return Producer("activation", lambda *_, **__: {"activation": name})
+
+
+def _random(share: str) -> Producer:
+    """The identity, but in train mode, for a share of its input."""
+    return Producer("pass", lambda m: None if m.training and getattr(m, share) else {})
+
+
+_AFFINE = Producer("affine", _batch_norm)
+_LAYER_NORM = Producer("norm", lambda m: _layer_norm(m.normalized_shape, m.weight, m.bias, m.eps))
+_ADD = Producer("add", lambda residual: {"residual": residual})  # or a bias, where that is a parameter
+_SCALE = Producer("scale", lambda weight: {"weight": weight})
+
+# By the full name of the class, so that no library is imported for it. A class derived from one of them is another one.
+MODULES: dict[str, Producer] = {
+    "torch.nn.modules.batchnorm.BatchNorm1d": _AFFINE,
+    "torch.nn.modules.batchnorm.BatchNorm2d": _AFFINE,
+    "torch.nn.modules.batchnorm.BatchNorm3d": _AFFINE,
+    "torch.nn.modules.normalization.LayerNorm": _LAYER_NORM,
+    "timm.layers.norm.LayerNorm": Producer("norm", lambda m: None if m._fast_norm else _LAYER_NORM.arguments(m)),
+    "torch.nn.modules.normalization.RMSNorm": Producer(
+        "norm", lambda m: _rms_norm(m.normalized_shape, m.weight, m.eps)
+    ),
+    "torch.nn.modules.activation.ReLU": _activation("relu"),
+    "torch.nn.modules.activation.ReLU6": _activation("relu6"),
+    "torch.nn.modules.activation.GELU": Producer("activation", lambda m: _gelu(m.approximate)),
+    "timm.layers.activations.GELU": _activation("gelu"),
+    "timm.layers.activations.GELUTanh": _activation("gelu_tanh"),
+    "torch.nn.modules.activation.SiLU": _activation("silu"),
+    "torch.nn.modules.activation.Hardswish": _activation("hardswish"),
+    "torch.nn.modules.linear.Identity": Producer("pass", lambda m: {}),
+    "torch.nn.modules.dropout.Dropout": _random("p"),
+    "timm.layers.drop.DropPath": _random("drop_prob"),
+    "torchvision.ops.stochastic_depth.StochasticDepth": _random("p"),
+}
+
+# By a name that the graph can hold. A method is listed as the function that `torch.Tensor` holds.
+FUNCTIONS: dict[str, tuple[Callable, Producer]] = {
+    "operator.add": (operator.add, _ADD),
+    "operator.iadd": (operator.iadd, _ADD),
+    "torch.add": (torch.add, _ADD),
+    "Tensor.add": (Tensor.add, _ADD),
+    "Tensor.add_": (Tensor.add_, _ADD),
+    "operator.mul": (operator.mul, _SCALE),
+    "torch.mul": (torch.mul, _SCALE),
+    "Tensor.mul": (Tensor.mul, _SCALE),
+    "F.layer_norm": (F.layer_norm, Producer("norm", _layer_norm)),
+    "F.rms_norm": (F.rms_norm, Producer("norm", _rms_norm)),
+    "F.relu": (F.relu, _activation("relu")),
+    "torch.relu": (torch.relu, _activation("relu")),
+    "torch.relu_": (torch.relu_, _activation("relu")),
+    "Tensor.relu": (Tensor.relu, _activation("relu")),
+    "Tensor.relu_": (Tensor.relu_, _activation("relu")),
+    "F.relu6": (F.relu6, _activation("relu6")),
+    "F.gelu": (F.gelu, Producer("activation", _gelu)),
+    "F.silu": (F.silu, _activation("silu")),
+    "F.hardswish": (F.hardswish, _activation("hardswish")),
+}
+_NAMES = {function: name for name, (function, _) in FUNCTIONS.items()}
+
+# From the threshold upwards, the roles of the steps that one operator computes; each may be missing, "first" is an
+# addition ahead of the affine map or norm. And for each role, those behind it that it cannot be combined with.
+ROLES = {
+    "activation": set(),
+    "add": set(),
+    "scale": set(),
+    "affine": {"scale"},  # it has a scale itself
+    "norm": {"activation", "add", "scale", "affine"},  # a kernel of its own
+    "first": {"add"},  # there is one residual
+}
+
+
+# ---- what runs
+
+Step = tuple[nn.Module | str, int, tuple, dict]  # module, or name of a function; where x goes; its other arguments
+
+
+def producer_threshold(x: Tensor, t: Tensor, steps: list[Step], keep: int | None = None) -> Any:
+    """The steps, one after the other, and the threshold: as one operator if that can be, else one by one.
+
+    keep: the index of the step whose result is returned too.
+    """
+    if isinstance(x, fx.Proxy):  # a graph is unpickled by tracing it again: the call is to stay one
+        return x.tracer.create_proxy("call_function", producer_threshold, (x, t, steps, keep), {})
+    one = None if torch.compiler.is_compiling() else _as_one(x, steps, keep)
+    if one is not None:
+        op, arguments = one
+        return op(x, t, **arguments)
+    kept = None
+    for i, (what, position, args, kwargs) in enumerate(steps):
+        function = FUNCTIONS[what][0] if isinstance(what, str) else what
+        x = function(*args[:position], x, *args[position:], **kwargs)
+        kept = x if i == keep else kept
+    y = THRESHOLD(x, t)
+    return y if keep is None else (y, kept)
+
+
+def _as_one(x: Tensor, steps: list[Step], keep: int | None) -> tuple[Callable, Arguments] | None:
+    """The fused operator and its arguments; None where the steps have to run one by one now."""
+    if _has_any_global_hook() or torch.is_autocast_enabled(x.device.type):
+        return None
+    found: Arguments = {}
+    roles = []
+    for what, _, args, kwargs in steps:
+        row, more = _row(what), None
+        if row is not None and isinstance(what, str):
+            more = row.arguments(*args, **kwargs)
+        elif row is not None and not has_hooks(what) and "forward" not in vars(what):
+            more = row.arguments(what)
+        if more is not None and row.role in ("add", "scale"):
+            more = _operand(x, row.role, *more.values())
+        if more is None or not _goes_with(found, more):
+            return None
+        if row.role in ("scale", "affine") and "residual" in found:
+            found["add_first"] = True
+        found |= more
+        roles.append(row.role)
+    norm = "shape" in found
+    op = torch.ops.forged_fx.norm_threshold if norm else torch.ops.forged_fx.elementwise_threshold
+    if keep is None:
+        return op, found
+    first = roles[keep] == "add" and (norm or "add_first" in found)
+    return op.keep, {**found, "keep": "sum" if first else "value"}
+
+
+def _goes_with(found: Arguments, more: Arguments) -> bool:
+    """One operator takes one of each, along one dimension, and a scale ahead of a bias."""
+    same_channel = "channel" not in more or found.get("channel", more["channel"]) == more["channel"]
+    return same_channel and found.keys() & more.keys() <= {"channel"} and not ("weight" in more and "bias" in found)
+
+
+def _operand(x: Tensor, role: str, value: Tensor) -> Arguments | None:
+    """The other operand of an addition or a product: of x's shape, or one element per channel."""
+    if value.dtype != x.dtype or value.device != x.device:
+        return None
+    if role == "add" and value.shape == x.shape:
+        return {"residual": value}
+    wide = [d for d, size in enumerate(value.shape) if size > 1]
+    channel = x.dim() - value.dim() + wide[0] if len(wide) == 1 else -1
+    if channel < 0 or value.numel() != x.shape[channel]:
+        return None
+    return {"weight" if role == "scale" else "bias": value.reshape(-1), "channel": channel}
+
+
+def _row(what: nn.Module | str) -> Producer | None:
+    return FUNCTIONS[what][1] if isinstance(what, str) else _row_of_class(type(what))
+
+
+@functools.cache
+def _row_of_class(kind: type) -> Producer | None:
+    return MODULES.get(f"{kind.__module__}.{kind.__qualname__}")
+
+
+# ---- the pass
+
+# Calls whose result is a tensor of its own: a step may write into it where nothing else reads it.
+_FRESH = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.Linear, nn.LayerNorm)
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """A step in the graph: its node, the node of x, and the rest of `Step`."""
+
+    node: fx.Node
+    x: fx.Node
+    row: Producer
+    what: nn.Module | str
+    position: int
+    args: tuple
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return self.what.rpartition(".")[2].strip("_") if isinstance(self.what, str) else type(self.what).__name__
+
+
+def fuse(forged: fx.GraphModule) -> dict[str, str]:
+    """Replace each threshold that has a producer ahead of it, and the producer, by one call; in place.
+
+    Returns site -> what its kernel computes besides, for each of them.
+    """
+    done = {}
+    for threshold in forged.graph.find_nodes(op="call_function", target=THRESHOLD):
+        steps, keep = _chain(threshold, forged)
+        if any(step.row.role != "pass" for step in steps):
+            _replace(threshold, steps, keep)
+            done[threshold.meta["site"]] = " + ".join(step.label for step in steps if step.row.role != "pass")
+    forged.graph.lint()
+    forged.recompile()
+    return done
+
+
+def _chain(threshold: fx.Node, root: nn.Module) -> tuple[list[_Found], int | None]:
+    """The steps ahead of a threshold, first to last, and the index of the one whose result others read too."""
+    order = {node: i for i, node in enumerate(threshold.graph.nodes)}
+    steps: list[_Found] = []
+    roles: list[str] = []
+    shared = None
+    node = threshold.args[0]
+    while (step := _step(node, root)) is not None:
+        role = step.row.role
+        if role == "add" and {"scale", "affine", "norm"}.intersection(roles):
+            role = "first"
+        if role != "pass":
+            below = [*ROLES].index(role)
+            if any([*ROLES].index(r) >= below or r in ROLES[role] for r in roles):
+                break
+        others = set(node.users) - {steps[0].node if steps else threshold}
+        if others and (shared is not None or (roles and role != "first")):
+            break
+        if role == "first" and any(order[reader] < order[threshold.args[0]] for reader in others):
+            break  # it would have to be there before the call that makes it
+        if not _may_move([step, *steps], threshold, order, root):
+            break
+        shared = step if others else shared
+        steps.insert(0, step)
+        roles += [role] * (role != "pass")
+        node = step.x
+    return steps, None if shared is None else steps.index(shared)
+
+
+def _step(node: Any, root: nn.Module) -> _Found | None:
+    """What the node does to one of its inputs, if there is a row for it."""
+    if not isinstance(node, fx.Node):
+        return None
+    if node.op == "call_module":
+        module = root.get_submodule(node.target)
+        row = _row(module)
+        plain = len(node.args) == 1 and isinstance(node.args[0], fx.Node) and not node.kwargs
+        if row is None or not plain or has_hooks(module):
+            return None
+        return _Found(node, node.args[0], row, module, 0, ())
+    function = getattr(Tensor, node.target, None) if node.op == "call_method" else node.target
+    name = _NAMES.get(function) if node.op in ("call_function", "call_method") else None
+    if name is None:
+        return None
+    row, position = FUNCTIONS[name][1], 0
+    if row.role in ("add", "scale"):
+        if len(node.args) != 2 or node.kwargs or not all(isinstance(arg, fx.Node) for arg in node.args):
+            return None
+        if (position := _data(node, root, row.role)) is None:
+            return None
+    if not node.args or not isinstance(node.args[position], fx.Node):
+        return None
+    x, rest = node.args[position], (*node.args[:position], *node.args[position + 1 :])
+    return None if x in rest else _Found(node, x, row, name, position, rest)
+
+
+def _data(node: fx.Node, root: nn.Module, role: str) -> int | None:
+    """Which operand of a product or an addition the chain goes on with: the one that is not a parameter, and of two
+    such that are added, the one whose own maker can join it."""
+    parameters = [_parameter(arg, root) for arg in node.args]
+    if any(p is not None for p in parameters) or role == "scale":
+        position = 0 if parameters[0] is None else 1
+        per_channel = parameters[1 - position] is not None and sum(n > 1 for n in parameters[1 - position].shape) == 1
+        return position if per_channel and parameters[position] is None else None
+    if not _writes(node, root):
+        makers = [_step(arg, root) if len(arg.users) == 1 else None for arg in node.args]
+        if [maker is not None and maker.row.role in ("affine", "scale") for maker in makers] == [False, True]:
+            return 1
+    return 0
+
+
+def _parameter(node: fx.Node, root: nn.Module) -> Tensor | None:
+    """The parameter or buffer that the node reads, reshaped or not."""
+    while node.op == "call_method" and node.target in ("reshape", "view"):
+        node = node.args[0]
+    value = operator.attrgetter(node.target)(root) if node.op == "get_attr" else None
+    return value if isinstance(value, Tensor) else None
+
+
+def _may_move(steps: list[_Found], threshold: fx.Node, order: dict[fx.Node, int], root: nn.Module) -> bool:
+    """Whether the steps may run together, where the last of them is: nothing in between may write, and what the first
+    one writes into must be nobody else's."""
+    first, chain = steps[0], {step.node for step in steps}
+    if _writes(first.node, root) and not (len(first.x.users) == 1 and first.position == 0 and _is_fresh(first.x, root)):
+        return False
+    between = [node for node in order if order[first.node] < order[node] < order[threshold] and node not in chain]
+    return not any(_writes(node, root) for node in between)
+
+
+def _writes(node: fx.Node, root: nn.Module) -> bool:
+    """Whether the node may write into its input."""
+    if node.op == "call_module":
+        return any(getattr(module, "inplace", False) for module in root.get_submodule(node.target).modules())
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    in_place = (name.endswith("_") and not name.endswith("__")) or name in ("setitem", "__setitem__")
+    operators = node.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+    return in_place or operators or bool(node.kwargs.get("inplace")) or "out" in node.kwargs or True in node.args[1:]
+
+
+def _is_fresh(node: fx.Node, root: nn.Module) -> bool:
+    step = _step(node, root)
+    if step is not None and step.row.role == "pass":
+        return len(step.x.users) == 1 and _is_fresh(step.x, root)
+    if node.op == "call_module":
+        return isinstance(root.get_submodule(node.target), _FRESH)
+    return node.op == "call_function" and (node.target in CALLS or node.target in (operator.add, operator.mul))
+
+
+def _replace(threshold: fx.Node, steps: list[_Found], keep: int | None) -> None:
+    graph, last = threshold.graph, threshold.args[0]
+    with graph.inserting_before(last):
+        t = graph.get_attr(threshold.args[1].target)
+        written = []
+        for step in steps:
+            what = step.what if isinstance(step.what, str) else graph.get_attr(step.node.target)
+            written.append((what, step.position, step.args, dict(step.node.kwargs)))
+        new = graph.call_function(producer_threshold, (steps[0].x, t, written, keep))
+        new.meta = dict(threshold.meta)
+        y = new if keep is None else graph.call_function(operator.getitem, (new, 0))
+        kept = None if keep is None else graph.call_function(operator.getitem, (new, 1))
+    threshold.replace_all_uses_with(y)
+    for node in (threshold, *(step.node for step in reversed(steps))):
+        if node.users:
+            node.replace_all_uses_with(kept)
+        graph.erase_node(node)

@@ -1,0 +1,309 @@
+"""transform(fuse=True): which producers join their threshold, and that nothing else changes."""
+
+import copy
+import io
+import sys
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from interpreted import arithmetic_of_a_gpu, kernels  # noqa: F401 (a fixture)
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import forged_fx
+from forged_fx import fused_ops
+from forged_fx.audit import alike
+from forged_fx.thresholds import thresholds_of
+from forged_fx.transform import ForgedModule
+
+RATIO = 2**-3
+
+
+class Net(nn.Module):
+    """Two convolutions with `between` in the middle. Its layers are there for it to use, or not."""
+
+    def __init__(self, between: Callable) -> None:
+        super().__init__()
+        self.between = between
+        self.first, self.last = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.bn, self.relu, self.relu_, self.gelu = nn.BatchNorm2d(6), nn.ReLU(), nn.ReLU(inplace=True), nn.GELU("tanh")
+        self.ln, self.rms, self.drop, self.same = nn.LayerNorm(8), nn.RMSNorm(8), nn.Dropout(0.5), nn.Identity()
+        self.gamma = nn.Parameter(torch.full((6, 1, 1), 0.7))
+        self.position = nn.Parameter(torch.randn(6, 8, 8))
+        self.bn.running_mean.uniform_(-1, 1)
+        self.bn.running_var.uniform_(0.5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.between(self, self.first(x), self.last)
+
+
+def residual_stream(m: Net, x: Tensor, last: nn.Module) -> Tensor:
+    y = m.relu(m.bn(x) + x)
+    return last(y) + y
+
+
+def pre_activation(m: Net, x: Tensor, last: nn.Module) -> Tensor:
+    s = x + x.flip(0)
+    return last(torch.relu(m.bn(s))) + s
+
+
+def two_readers(m: Net, x: Tensor, last: nn.Module) -> Tensor:
+    y = m.bn(x)
+    return last(F.relu(y)) + y
+
+
+def sum_read_early(m: Net, x: Tensor, last: nn.Module) -> Tensor:
+    s = x + x.flip(0)
+    r = s.exp()
+    return last(m.relu(m.bn(s))) + r
+
+
+def written_in_between(m: Net, x: Tensor, last: nn.Module) -> Tensor:
+    y = x + x.flip(0)
+    x.mul_(2)
+    return last(m.relu(y)) + x
+
+
+def written_into_x(m: Net, x: Tensor, last: nn.Module) -> Tensor:
+    view = x.view(-1)
+    return last(m.relu_(x)) + view.view_as(x)
+
+
+def in_place_sum(m: Net, x: Tensor, last: nn.Module) -> Tensor:
+    out = m.bn(x)
+    out += x
+    return last(m.relu_(out))
+
+
+# What is between the convolutions -> what its kernel computes besides the threshold (None: the site is not fused).
+CASES: dict[str, tuple[Callable, str | None]] = {
+    "bn": (lambda m, x, last: last(m.bn(x)), "BatchNorm2d"),
+    "bn, relu": (lambda m, x, last: last(m.relu_(m.bn(x))), "BatchNorm2d + ReLU"),
+    "with identities": (lambda m, x, last: last(m.drop(m.relu_(m.same(m.bn(x))))), "BatchNorm2d + ReLU"),
+    "functional": (lambda m, x, last: last(F.relu(m.bn(x), inplace=True)), "BatchNorm2d + relu"),
+    "method": (lambda m, x, last: last(m.bn(x).relu_()), "BatchNorm2d + relu"),
+    "gelu": (lambda m, x, last: last(F.gelu(m.gelu(x))), "gelu"),
+    "residual": (lambda m, x, last: last(m.gelu(x + m.bn(x))), "BatchNorm2d + add + GELU"),
+    "residual in place": (in_place_sum, "BatchNorm2d + add + ReLU"),
+    "residual stream": (residual_stream, "BatchNorm2d + add + ReLU"),
+    "pre-activation": (pre_activation, "add + BatchNorm2d + relu"),
+    "layer scale": (lambda m, x, last: last(m.gamma * x + x.flip(0)), "mul + add"),
+    "reshaped scale": (lambda m, x, last: last(F.silu(x.mul(m.gamma.reshape(1, -1, 1, 1)))), "mul + silu"),
+    "bias": (lambda m, x, last: last(F.relu6(x + m.gamma)), "add + relu6"),
+    "layer norm": (lambda m, x, last: last(m.ln(x)), "LayerNorm"),
+    "residual, rms norm": (lambda m, x, last: last(m.rms(s := x + x.flip(0))) + s, "add + RMSNorm"),
+    "functional norm": (lambda m, x, last: last(F.layer_norm(x, (8, 8), eps=1e-4)), "layer_norm"),
+    "relu alone": (two_readers, "relu"),
+    "sum is needed early": (sum_read_early, "BatchNorm2d + ReLU"),
+    "added behind the norm": (lambda m, x, last: last(m.ln(x) + x), "add"),
+    "written in between": (written_in_between, "ReLU"),
+    "nothing": (lambda m, x, last: last(x), None),
+    "unknown": (lambda m, x, last: last(x.sigmoid()), None),
+    "no parameter per channel": (lambda m, x, last: last(x * m.position), None),
+    "two activations": (lambda m, x, last: last(x * x.flip(0)), None),
+    "alpha": (lambda m, x, last: last(torch.add(x, x.flip(0), alpha=2)), None),
+    "written into what others read": (written_into_x, None),
+}
+
+
+class Counted(TorchDispatchMode):
+    """Which of the library's operators run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "forged_fx":
+            self.ran[str(function).split(".")[1]] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def ran(forged: nn.Module, x: Tensor) -> dict[str, int]:
+    with torch.no_grad(), Counted() as counted:
+        forged(x)
+    return dict(counted.ran)
+
+
+def pair(between: Callable) -> tuple[ForgedModule, ForgedModule, Tensor]:
+    """The same model, forged without and with fusion, and an input."""
+    torch.manual_seed(0)
+    model, x = Net(between).eval(), torch.randn(4, 3, 8, 8)
+    stats = forged_fx.calibrate(model, [x])
+    plain, fused = (forged_fx.transform(model, stats, RATIO, fuse=fuse) for fuse in (False, True))
+    return plain, fused, x
+
+
+@pytest.fixture
+def resnet() -> tuple[ForgedModule, ForgedModule, Tensor]:
+    return pair(residual_stream)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fused_is_unfused(name: str) -> None:
+    between, expected = CASES[name]
+    plain, fused, x = pair(between)
+    assert isinstance(fused, ForgedModule)
+    reached = {row.site: row.reached for row in forged_fx.describe(fused)}
+    together = "" if expected is None else f", in one call with {expected}"
+    assert reached == {"first": "in the graph", "last": "in the graph" + together}
+    kernel = "norm_threshold" if "orm" in (expected or "").replace("BatchNorm", "") else "elementwise_threshold"
+    assert ran(fused, x) == ({"threshold": 2} if expected is None else {"threshold": 1, kernel: 1})
+    assert fused.state_dict().keys() == plain.state_dict().keys()
+    assert torch.equal(fused(x), plain(x))
+    for mode in (torch.enable_grad, forged_fx.straight_through):
+        grads = []
+        for model in (plain, fused):
+            leaf = x.clone().requires_grad_()
+            with mode():
+                grads.append(torch.autograd.grad(model(leaf).sin().sum(), [leaf, *model.first.parameters()]))
+        assert all(map(torch.equal, *grads))
+    fused.train(), plain.train()
+    torch.manual_seed(1)
+    result = fused(x)
+    torch.manual_seed(1)
+    assert torch.equal(result, plain(x))
+    assert all(torch.equal(a, b) for a, b in zip(fused.state_dict().values(), plain.state_dict().values(), strict=True))
+    fused.eval(), plain.eval()
+    assert torch.equal(fused(x), plain(x))
+
+
+def test_train_mode_is_not_fused(resnet) -> None:
+    _, fused, x = resnet
+    fused.bn.train()
+    assert ran(fused, x) == {"threshold": 2}
+    fused.eval()
+    assert ran(fused, x) == {"threshold": 1, "elementwise_threshold": 1}
+
+
+def test_a_hook_runs_and_so_prevents_fusion(resnet) -> None:
+    _, fused, x = resnet
+    seen = []
+    handle = fused.relu.register_forward_hook(lambda module, args, result: seen.append(result))
+    assert ran(fused, x) == {"threshold": 2} and len(seen) == 1
+    handle.remove()
+    assert ran(fused, x) == {"threshold": 1, "elementwise_threshold": 1} and len(seen) == 1
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: seen.append(0))
+    try:
+        assert ran(fused, x) == {"threshold": 2} and len(seen) > 3
+    finally:
+        handle.remove()
+    model = Net(residual_stream).eval()
+    model.bn.register_forward_hook(lambda *_: None)
+    hooked = forged_fx.transform(model, forged_fx.calibrate(model, [x]), RATIO, fuse=True)
+    assert {row.reached for row in forged_fx.describe(hooked)} == {
+        "in the graph",
+        "in the graph, in one call with add + ReLU",
+    }
+
+
+def test_a_module_that_is_replaced_runs(resnet) -> None:
+    _, fused, x = resnet
+    before = fused(x)
+    fused.relu = nn.Tanh()
+    assert ran(fused, x) == {"threshold": 2} and not torch.equal(fused(x), before)
+    fused.relu = nn.GELU()
+    assert ran(fused, x) == {"threshold": 1, "elementwise_threshold": 1}
+
+
+def test_autocast_is_not_fused(resnet) -> None:
+    plain, fused, x = resnet
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ran(fused, x) == {"threshold": 2}
+        assert torch.equal(fused(x), plain(x))
+
+
+def test_thresholds_stay_in_reach(resnet) -> None:
+    plain, fused, x = resnet
+    results = [fused(x)]
+    for ratio in (0, {"last": 0.5, "*": 0.1}):
+        forged_fx.set_ratio(fused, ratio)
+        forged_fx.set_ratio(plain, ratio)
+        assert torch.equal(fused(x), plain(x)) and not torch.equal(fused(x), results[-1])
+        results.append(fused(x))
+    assert thresholds_of(fused) == thresholds_of(plain)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_are_fused_and_their_own(resnet, how: str) -> None:
+    plain, fused, x = resnet
+    if how == "deepcopy":
+        twin = copy.deepcopy(fused)
+    else:
+        fused.between = plain.between = None
+        buffer = io.BytesIO()
+        torch.save(fused, buffer)
+        buffer.seek(0)
+        twin = torch.load(buffer, weights_only=False)
+    assert ran(twin, x) == {"threshold": 1, "elementwise_threshold": 1}
+    assert torch.equal(twin(x), fused(x)) and twin.state_dict().keys() == fused.state_dict().keys()
+    forged_fx.set_ratio(twin, 0)
+    with torch.no_grad():
+        twin.bn.weight.zero_()
+    assert not torch.equal(twin(x), fused(x)) and torch.equal(fused(x), plain(x))
+
+
+def test_a_compiler_gets_the_steps(resnet) -> None:
+    plain, fused, x = resnet
+    graphs = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list) -> Callable:
+        graphs.append(gm)
+        return gm
+
+    assert torch.equal(torch.compile(fused, backend=backend, fullgraph=True)(x), plain(x))
+    assert [str(n.target) for n in graphs[0].graph.nodes].count("forged_fx.threshold.default") == 2
+    assert not any("elementwise" in str(n.target) for n in graphs[0].graph.nodes)
+    exported = torch.export.export(fused, (x,))
+    assert torch.equal(exported.module()(x), plain(x))
+
+
+def test_off_on_a_cpu_unless_asked(resnet) -> None:
+    plain, fused, _ = resnet
+    stats = plain.forging.stats
+    torch.manual_seed(0)
+    default = forged_fx.transform(Net(residual_stream).eval(), stats, RATIO)
+    assert default.forging.fused is None and default.code == plain.code != fused.code
+    assert "fused" not in str(forged_fx.describe(default))
+    assert str(forged_fx.describe(fused)).endswith("one graph; 1 thresholds fused with what produces their inputs")
+
+
+def test_region_by_region_says_that_nothing_was_fused() -> None:
+    class Branches(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.relu(self.bn(self.first(x)))) if x.sum() > -1e9 else x
+
+    model, x = Branches(None).eval(), torch.randn(2, 3, 8, 8)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), RATIO, fuse=True)
+    assert not isinstance(forged, ForgedModule)
+    assert "no thresholds fused with what produces their inputs (only one graph can be)" in str(
+        forged_fx.describe(forged)
+    )
+
+
+def test_a_fused_graph_that_differs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = fused_ops.CHAINS["elementwise_threshold"]
+    monkeypatch.setitem(fused_ops.CHAINS, "elementwise_threshold", lambda **a: chain(**{**a, "eps": 1.0}))
+    plain, fused, _ = pair(lambda m, x, last: last(m.bn(x)))
+    assert fused.code == plain.code and fused.forging.fused == 0
+    assert "with every threshold at 0 the result differs" in str(forged_fx.describe(fused))
+
+
+def test_a_model_on_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: every producer that has a kernel runs it, here in the interpreter."""
+    for name, file in (("elementwise_threshold", "fused"), ("norm_threshold", "norm")):
+        launch = getattr(kernels(file), f"launch_{name}")
+
+        def run(*, launch: Callable = launch, straight_through: bool = False, **arguments):
+            return fused_ops._with_kept(*launch(**arguments))
+
+        monkeypatch.setitem(fused_ops.CHAINS, name, run)
+    monkeypatch.setattr(sys.modules["forged_fx.transform"], "same", alike)  # bit for bit they are not
+    for name in ("residual stream", "pre-activation", "layer scale", "residual, rms norm"):
+        plain, fused, x = pair(CASES[name][0])
+        assert fused.forging.fused == 1
+        with torch.no_grad():
+            torch.testing.assert_close(fused(x), plain(x), atol=1e-5, rtol=1e-5)
