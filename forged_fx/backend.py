@@ -25,6 +25,7 @@ from forged_fx import ops, torch_internals
 from forged_fx.frames import Compilation, Frame, passes
 from forged_fx.hoist import hoist
 from forged_fx.rewrite import find_calls, insert_thresholds, nested
+from forged_fx.share import share
 from forged_fx.sites import OPENED, Origin, names_of
 from forged_fx.stats import Stats
 from forged_fx.transform import select
@@ -57,6 +58,7 @@ def forged(
     hoisting = [torch_internals.graph_pass(hoist, _version()), *(theirs if isinstance(theirs, list) else [theirs])]
     patches = {**patches, "post_grad_custom_pre_pass": hoisting}
     if not ours:
+        share(gm.graph)
         return compile_fx(gm, inputs, config_patches=patches)
     frame = _forge_graph(torch_internals.twin(gm), ours)
     return frame.bind(compile_fx(frame.gm, [*inputs, *frame.examples], config_patches=patches))

@@ -197,9 +197,12 @@ class Frame:
         if site not in self.compilation.values:
             return None
         if site not in self.buffers:
-            self.buffers[site] = name = f"forged_threshold_{len(self.buffers)}"
-            self.gm.register_buffer(name, self.compilation.threshold(site))
-            torch_internals.declare_buffer(self.gm, name)
+            value = self.compilation.values[site]
+            known = (name for other, name in self.buffers.items() if self.compilation.values[other] == value)
+            self.buffers[site] = name = next(known, f"forged_threshold_{len(self.buffers)}")
+            if name not in self.gm._buffers:  # equal ones are one here, so that sites with one input share one result
+                self.gm.register_buffer(name, self.compilation.threshold(site))
+                torch_internals.declare_buffer(self.gm, name)
         return self.gm.graph.get_attr(self.buffers[site])
 
     def bind(self, compiled: Callable) -> Callable:

@@ -84,7 +84,7 @@ COPIES = {
     aten.index_select.default, aten.constant_pad_nd.default, aten.cat.default, aten.stack.default,
 }  # fmt: skip
 
-# And those that only name the dimensions anew: Inductor looks through them, so there is nothing to gain by passing them,
+# And those that only name the dimensions anew: Inductor looks through them, so that nothing is gained by passing them,
 # and a convolution's input had better be known by the convolution's own order.
 RENAMINGS = {
     aten.permute.default, aten.transpose.int, aten.t.default, aten.squeeze.default, aten.squeeze.dim,

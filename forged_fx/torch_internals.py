@@ -6,6 +6,7 @@ What a new release of PyTorch moves breaks here; tests/test_backend.py runs each
 import functools
 import sys
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -130,6 +131,37 @@ def guard_identity(gm: fx.GraphModule) -> None:
             owners[source.name] = source
     for source in owners.values():
         install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+
+
+def guard_equal(a: fx.Node, b: fx.Node) -> None:
+    """Compile the frame anew once two scalar tensors, inputs of Dynamo's graph, no longer hold the same number.
+
+    On a device, which a look would have to wait for, their values are looked at after they were written to only.
+    """
+    from torch._dynamo.guards import install_guard
+
+    first, second = (weakref.ref(lifted_value(node)) for node in (a, b))
+    on_cpu = lifted_value(a).device.type == "cpu"
+    known: dict[tuple[int, int], bool] = {}
+
+    def equal() -> bool:
+        one, two = first(), second()
+        if on_cpu:
+            return one.item() == two.item()
+        versions = (one._version, two._version)
+        if versions not in known:
+            known.clear()
+            known[versions] = one.item() == two.item()
+        return known[versions]
+
+    for node, tensor in ((a, first), (b, second)):
+
+        def create(builder: Any, guard: Any, tensor: weakref.ref = tensor) -> None:
+            text = f"two thresholds are equal: {guard.name} is one of them"
+            manager = builder.get_guard_manager(guard)
+            manager.add_lambda_guard(lambda value: value is tensor() and equal(), [text], guard.user_stack)
+
+        install_guard(node.meta["grapharg"].source.make_guard(create))
 
 
 def inline_opened(gm: fx.GraphModule, node: fx.Node, opened: Callable) -> None:

@@ -202,8 +202,9 @@ def set_ratio(forged: torch.nn.Module, ratio: Ratio) -> None:
         raise ValueError(f"this {type(forged).__name__} is not forged: set_ratio takes what transform returned")
     for module, record in found:
         buffers = thresholds_of(module)
-        for site, value in record.stats.thresholds(ratio, list(record.reached)).items():
-            buffers[site].data.fill_(value)
+        with torch.no_grad():
+            for site, value in record.stats.thresholds(ratio, list(record.reached)).items():
+                buffers[site].fill_(value)
 
 
 def _forge_whole(model: torch.nn.Module, stats: Stats, wanted: list[str]) -> ForgedModule:
