@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from forged_fx import torch_internals
 from forged_fx.modes import fast_path_off, module_hooks
 from forged_fx.sites import (
     CALLS,
@@ -209,7 +209,7 @@ def _checkpointed() -> bool:
     frame = sys._getframe(2)
     forwards = 0  # the innermost _call_impl runs the hook that asks; the next one is the caller's
     while frame is not None and forwards < 2:
-        if frame.f_code is torch.utils.checkpoint.checkpoint.__code__:
+        if frame.f_code is torch_internals.CHECKPOINT:
             return True
         forwards += frame.f_code is torch.nn.Module._call_impl.__code__
         frame = frame.f_back

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from forged_fx import ops  # noqa: F401 (defines the op)
+from forged_fx import ops, torch_internals  # noqa: F401 (ops defines the op)
 from forged_fx.modes import module_hooks
 from forged_fx.sites import CALLS, OPENED, Key, call_of, get, module_of, replace
 from forged_fx.stats import Stats
@@ -47,7 +47,7 @@ class Plan:
             self.so_far = 0
 
     def next(self) -> list[tuple[Key, str]]:
-        k, self.so_far = self.so_far, self.so_far + 1
+        k = self._count()
         if k >= self.calls:
             raise RuntimeError(
                 f"{self.module or 'the model'!r} makes its call number {k} (counted from 0) of linear, convolution or "
@@ -55,6 +55,19 @@ class Plan:
                 f"without this module (exclude={self.module + '*'!r})"
             )
         return self.operands.get(k, [])
+
+    def _count(self) -> int:
+        """The number of this call. What a backward recomputes has the numbers that it had when it ran first."""
+        first, again = ([], None) if self.once else torch_internals.checkpoints()
+        key, run = id(self), (id(self), torch._C._current_graph_task_id())
+        if again is not None and key in again:
+            k = again.get(run, again[key])
+            again[run] = k + 1
+        else:
+            k, self.so_far = self.so_far, self.so_far + 1
+        for notes in first:
+            notes.setdefault(key, k)
+        return k
 
 
 class _Region(HoldsThresholds):

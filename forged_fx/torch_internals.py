@@ -12,10 +12,38 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+import torch.utils.checkpoint
 from torch import Tensor
 
 # Eval-mode kernels of attention that run past the modules within them; Dynamo puts them into its graph as one call.
 FUSED_ATTENTION = (torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd)
+
+CHECKPOINT = torch.utils.checkpoint._checkpoint_impl.__code__  # runs whatever is checkpointed, in both variants
+
+
+def checkpoints() -> tuple[list[dict], dict | None]:
+    """The activation checkpoints that are running this code, innermost first, as a place for notes each.
+
+    Those in their first run, up to the first that is recomputed in a backward, and that one. A checkpoint finds its
+    notes again when it is recomputed, and keeps one more place for each backward.
+    """
+    from torch.utils.checkpoint import CheckpointFunction
+
+    first: list[dict] = []
+    for frame in _frames():
+        code, owner = frame.f_code, None
+        if code is CheckpointFunction.forward.__code__:
+            owner = frame.f_locals["ctx"]
+        elif code is CHECKPOINT and "gen" in frame.f_locals:
+            generator = frame.f_locals["gen"].gi_frame
+            owner = generator and generator.f_locals.get("new_frame")  # without gradients there is none
+        elif code is CheckpointFunction.backward.__code__:
+            return first, vars(frame.f_locals["ctx"]).setdefault("forged_fx", {})
+        elif code.co_qualname == "_checkpoint_hook.__init__.<locals>.unpack_hook":
+            return first, vars(frame.f_locals["frame"]).setdefault("forged_fx", {})
+        if owner is not None:
+            first.append(vars(owner).setdefault("forged_fx", {}))
+    return first, None
 
 
 def modules_on_stack() -> Iterator[torch.nn.Module]:

@@ -243,6 +243,47 @@ def test_checkpointing_repeats_the_forward(x):
     assert torch.equal(leaves[0].grad, leaves[1].grad)
 
 
+class SharedUnderCheckpoints(nn.Module):
+    """A shared block in checkpoints, in a nested one and in none: a backward recomputes some of its calls."""
+
+    def __init__(self, reentrant=None):
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4))
+        self.reentrant = reentrant
+
+    def run(self, function, x):
+        if self.reentrant is None:
+            return function(x)
+        return torch.utils.checkpoint.checkpoint(function, x, use_reentrant=self.reentrant)
+
+    def twice(self, x):
+        return self.run(self.block, self.block(x))
+
+    def forward(self, x):
+        return self.block(self.run(self.twice, self.run(self.block, self.block(x) if x.sum() < 1e9 else x)))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_a_backward_recomputes_has_the_thresholds_of_its_first_run(x, reentrant):
+    torch.manual_seed(0)
+    models = [SharedUnderCheckpoints(), SharedUnderCheckpoints(reentrant)]
+    models[1].load_state_dict(models[0].state_dict())
+    stats = forged_fx.calibrate(models[0], [x])
+    assert list(stats.sites)[-1] == "block.2#4"
+    gradients = []
+    for model in models:
+        forged, leaf = forged_fx.transform(model, stats, 2**-2), x.clone().requires_grad_()
+        for _ in range(2):
+            leaf.grad = None  # (a reentrant checkpoint knows .backward() only)
+            out = forged(leaf).square().sum()
+            out.backward(retain_graph=not reentrant)
+            gradients.append(leaf.grad.clone())
+            if not reentrant:
+                out.backward()
+                gradients.append(leaf.grad / 2)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+
+
 class Quoted(nn.Module):
     def __init__(self):
         super().__init__()

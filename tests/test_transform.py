@@ -161,6 +161,24 @@ def test_thresholds_stay_float32(model, stats, x, dtype):
     assert forged(x.to(dtype))["logits"].dtype == dtype
 
 
+def test_channels_last(model, stats, x):
+    """Set before or after the transform: the same layout at every site's call, and the same bits."""
+    last = torch.channels_last
+    x = x.to(memory_format=last)
+    layouts, ratio = [], {"fc*": 0, "#0": 0, "*": 2**-3}
+    thresholds = {name: t for name, t in stats.thresholds(ratio).items() if t}
+    before = forged_fx.transform(copy.deepcopy(model).to(memory_format=last), stats, ratio)
+    after = forged_fx.transform(model, stats, ratio).to(memory_format=last)
+    with torch.no_grad(), oracle.forged(copy.deepcopy(model).to(memory_format=last), thresholds) as expected:
+        for module in (before, after, expected):
+            handle = module.blocks.get_submodule("2").register_forward_pre_hook(
+                lambda _, args: layouts.append(args[0].is_contiguous(memory_format=last))
+            )
+            assert torch.equal(module(x)["logits"], expected(x)["logits"])
+            handle.remove()
+    assert all(layouts) and len(layouts) == 4
+
+
 def test_the_model_is_untouched(stats, x):
     torch.manual_seed(0)
     model = Net().train()
