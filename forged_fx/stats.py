@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from forged_fx.files import whole
 from forged_fx.histogram import BINS, share_below
 
 FORMAT = 1
@@ -199,7 +200,7 @@ class Stats:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file, whole or not at all."""
-        from safetensors.numpy import save
+        from safetensors.numpy import save_file
 
         rows = list(self.sites.values())
         arrays = {
@@ -215,7 +216,8 @@ class Stats:
             "modules": self.modules,
             "sites": {name: {key: getattr(site, key) for key in _TEXT_FIELDS} for name, site in self.sites.items()},
         }
-        write_whole(Path(path), save(arrays, metadata={"forged_fx.stats": json.dumps(header)}))
+        with whole(Path(path)) as part:
+            save_file(arrays, part, metadata={"forged_fx.stats": json.dumps(header)})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Stats":
@@ -271,19 +273,6 @@ _TEXT_FIELDS = ("kind", "shape", "weight_shape", "weight", "key", "layer", "once
 
 def _shape(value: Any) -> tuple[int, ...] | None:
     return None if value is None else tuple(int(size) for size in value)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that a reader finds the old one or the new one, never a part."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def parameter_shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import forged_fx
 from forged_fx.digits import one_thread
-from forged_fx.evaluate import Result, fingerprint, protocol, report
+from forged_fx.evaluate import Result, fingerprint, report
+from forged_fx.evaluate.harness import Subject
 from forged_fx.evaluate.threat import Threat
 
 
@@ -37,14 +38,18 @@ def test_saved_and_loaded_is_the_same(judged, tmp_path):
     result.save(tmp_path / "a")
     loaded = Result.load(tmp_path / "a")
     loaded.save(tmp_path / "b")
-    for name in ("result.json", "examples.safetensors"):
+    for name in ("result.json", "examples.safetensors", "timing.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert str(loaded) == str(result) and loaded.verdict == result.verdict
     assert loaded.rows == result.rows and loaded.worst_case == result.worst_case
     for ours, theirs in zip(result.sides, loaded.sides, strict=True):
         assert torch.equal(ours.broken_by, theirs.broken_by) and torch.equal(ours.examples, theirs.examples)
     loaded.verify(model, x, y, base)
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["examples.safetensors", "result.json"]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
+        "examples.safetensors",
+        "result.json",
+        "timing.json",
+    ]
 
 
 def test_the_json_says_everything(judged, tmp_path):
@@ -72,20 +77,23 @@ def test_the_json_says_everything(judged, tmp_path):
     assert ((examples["model.x"] - x[wrong]).abs() <= 0.01 + 1e-6).all()
 
 
-def test_evaluate_writes_its_folder_and_refuses_one_that_is_taken(judged, tmp_path, monkeypatch):
+def test_evaluate_writes_its_folder_and_returns_what_it_holds(judged, tmp_path, monkeypatch):
     _, model, base, x, y = judged
     call = {"x": x, "y": y, "eps": 0.01, "attacks": ["apgd-ce"], "bpda": straight_through, "folder": tmp_path}
     result = forged_fx.evaluate(model, base=base, **call)
-    assert Result.load(tmp_path).verdict == result.verdict
-    with pytest.raises(FileExistsError):
-        result.save(tmp_path)
-    monkeypatch.setattr(protocol, "Subject", None)  # refused before any attack is run
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert sorted(files) == ["examples.safetensors", "log.txt", "result.json", "timing.json"]
+    assert str(Result.load(tmp_path)) == str(result)
     with pytest.raises(FileExistsError, match="another folder"):
-        forged_fx.evaluate(model, base=base, **call)
+        result.save(tmp_path)
+    monkeypatch.setattr(Subject, "natural", None)  # no attack is run again
+    again = forged_fx.evaluate(model, base=base, **call)
+    assert str(again) == str(result) and torch.equal(again.model.examples, result.model.examples)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
     result.save(tmp_path, overwrite=True)
 
 
-@pytest.mark.parametrize("file", [1, 2])
+@pytest.mark.parametrize("file", [1, 3, 5])  # in between the folder itself is brought to the disk
 def test_a_failed_save_leaves_nothing_half_written(judged, tmp_path, monkeypatch, file):
     result = judged[0]
     result.save(tmp_path)
@@ -119,7 +127,7 @@ def swap(folder):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda f: edit(f, lambda r: r.update(format=2)), "format 2"),
+        (lambda f: edit(f, lambda r: r.update(format=99)), "format 99"),
         (swap, "is not the file"),
         (lambda f: edit(f, lambda r: r["sides"][0]["broken_by"].pop()), "do not agree"),
         (lambda f: edit(f, lambda r: r["sides"][0]["broken_by"].__setitem__(0, 99)), "do not agree"),

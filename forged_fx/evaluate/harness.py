@@ -14,6 +14,7 @@ from forged_fx.evaluate.blocks import Blocks, Outcome
 from forged_fx.evaluate.gradients import Context, Logits, differ
 from forged_fx.evaluate.report import Progress
 from forged_fx.evaluate.result import STANDING, Row, Side
+from forged_fx.evaluate.threat import Threat
 
 UNRELIABLE = 0.002  # share of n that Square may take after the others; auto-attack's check_square_sr
 
@@ -39,11 +40,20 @@ class Subject:
     """One side under attack: the rows run so far, and what they left standing."""
 
     def __init__(
-        self, name: str, model: nn.Module, x: Tensor, y: Tensor, batch_size: int, blocks: Blocks, progress: Progress
+        self,
+        name: str,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat: Threat,
+        batch_size: int,
+        blocks: Blocks,
+        progress: Progress,
     ) -> None:
-        self.name, self.model, self.x, self.y = name, model, x, y
+        self.name, self.model, self.x, self.y, self.threat = name, model, x, y, threat
         self.batch_size, self.blocks, self.progress = batch_size, blocks, progress
         self.device = checks.device_of(model, x.device)
+        self.identity = {"class": type(model).__name__, "fingerprint": fingerprint.of_model(model)}
         self.rows: list[Row] = []
         self.broken_by = torch.full((len(x),), STANDING)
         self.examples = torch.zeros_like(x)  # of the broken inputs
@@ -61,16 +71,23 @@ class Subject:
         self.rows.append(row)
         return row
 
-    def _run(self, row: Row, indices: Tensor, work: Callable[[Tensor], Outcome]) -> Iterator[tuple[Tensor, Outcome]]:
+    def _run(
+        self, row: Row, indices: Tensor, work: Callable[[Tensor], Outcome], keep: bool = True
+    ) -> Iterator[tuple[Tensor, Outcome]]:
         """`work` on every block of `indices`; see `Blocks.run`."""
         self.progress.begin(f"{self.name}: {row.attack}, {row.kind}", len(indices))
         name = f"{self.name} {len(self.rows) - 1} {row.kind} {row.attack}"
-        for block, outcome in self.blocks.run(name, indices, work):
+        for block, outcome in self.blocks.run(name, indices, work, keep):
             row.seconds += float(outcome["seconds"])
             yield block, outcome
             self.progress.advance(len(block))
 
     def _take(self, row: Row, indices: Tensor, examples: Tensor) -> None:
+        # asked again, because an outcome may come from the file of an unfinished run
+        if not bool(torch.isin(indices, self.standing()).all()) or examples.shape != (len(indices), *self.x.shape[1:]):
+            raise ValueError(f"{row.attack} on the {self.name}: breaks other inputs than those that stand")
+        if not bool(self.threat.allows(self.x[indices.to(self.x.device)].cpu(), examples.cpu()).all()):
+            raise ValueError(f"{row.attack} on the {self.name}: examples outside the ball or the box")
         self.broken_by[indices] = len(self.rows) - 1
         self.examples[indices.to(self.x.device)] = examples.to(self.x.device)
         row.broken += len(indices)
@@ -89,10 +106,16 @@ class Subject:
                     width = logits[0].shape[1]
             return {"logits": torch.cat(logits).cpu()}
 
-        logits = torch.cat([outcome["logits"] for _, outcome in self._run(row, every, answer)])
+        logits = torch.cat([outcome["logits"] for _, outcome in self._run(row, every, answer, keep=False)])
+        if not self.blocks.unchanged(f"{self.name} logits", logits):
+            raise ValueError(
+                f"the {self.name} gives other logits than when the unfinished run began, and has the same state: "
+                "its code has changed; choose another folder"
+            )
         wrong = (logits.max(1)[1] != self.y.cpu()).nonzero().flatten()
         self._take(row, wrong, self.x[wrong.to(self.x.device)])
         row.alone = row.standing / len(self.x)
+        self.progress.end(row)
         return logits
 
     def sees_through(self, bpda: Context, name: str = "BPDA") -> bool:
@@ -137,6 +160,7 @@ class Subject:
         gradients_tried = any(r.attacked for r in self.rows if r.kind == kind and r is not row)
         missed = not attack.gradient and gradients_tried and row.broken > UNRELIABLE * len(self.x)
         row.note = _note(reason, row.rejected, missed)
+        self.progress.end(row)
         return row
 
     def share(self, attack: Attack, setting: Setting, context: Context, sides: "Sequence[Subject]") -> None:
@@ -162,6 +186,7 @@ class Subject:
                 row.rejected += int(found[f"{side.name} rejected"])
         for row in rows:
             row.note = _note(reason, row.rejected)
+            self.progress.end(row)
 
     def judge(self, setting: Setting, indices: Tensor, examples: Tensor) -> Outcome:
         """Which of the examples that an attack claims for these inputs count.
@@ -199,14 +224,15 @@ class Subject:
             broken = block[outcome["fooled"] & stands[block]]
             self._take(row, broken, other.examples[broken.to(self.x.device)])
         row.alone = (int((self.broken_by != 0).sum()) - fooled) / len(self.x)
+        self.progress.end(row)
 
     def side(self) -> Side:
         """The outcome. All rows must have been run."""
         broken = (self.broken_by != STANDING).nonzero().flatten()
         return Side(
             self.name,
-            type(self.model).__name__,
-            fingerprint.of_model(self.model),
+            self.identity["class"],
+            self.identity["fingerprint"],
             self.rows,
             self.broken_by,
             self.examples[broken.to(self.x.device)].cpu(),

@@ -1,16 +1,19 @@
 """The public call: which rows are run, in which order, and why."""
 
+import json
 import os
 import platform
+import sys
 import warnings
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 
 import torch
 from torch import Tensor, nn
 
+from forged_fx.evaluate import blocks as unit
 from forged_fx.evaluate import checks, fingerprint, further, gradients, surrogate
 from forged_fx.evaluate.attacks import ATTACKS, STRONGEST, Attack, Plan, Setting, choose
 from forged_fx.evaluate.blocks import Blocks
@@ -18,8 +21,10 @@ from forged_fx.evaluate.extras import need
 from forged_fx.evaluate.findings import Case, examine
 from forged_fx.evaluate.gradients import Context
 from forged_fx.evaluate.harness import Subject
+from forged_fx.evaluate.journal import agree
 from forged_fx.evaluate.probes import probe
-from forged_fx.evaluate.record import vacant
+from forged_fx.evaluate.processes import joined
+from forged_fx.evaluate.record import begin, call, finish
 from forged_fx.evaluate.report import Progress
 from forged_fx.evaluate.result import Result, Row
 
@@ -44,6 +49,7 @@ def evaluate(
     folder: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
     bpda: Context | None = None,
+    shard: bool | None = None,
 ) -> Result:
     """Judge `model` by its worst case under attack, beside that of `base`, the model that it was made from.
 
@@ -60,10 +66,15 @@ def evaluate(
         batch_size: how many inputs the models are fed at a time, which bounds the memory. Below 250 each attack step
             costs one more forward pass, because the backward runs it again. The outcome is the same, as far as a
             model's arithmetic for one input does not depend on how many others there are.
-        folder: where to save the result; refused if it holds one.
+        folder: where the run is recorded, block by block, and at last its result. Killed at any moment, the same call
+            goes on and ends with the same result. If the folder holds that result already, its examples are verified
+            and it is returned. If it holds anything of another call, the error says what differs.
         progress: on standard error. None: if that is a terminal.
         bpda: a context manager under which the model's backward is the straight-through one, decided when the
             forward runs. None: `forged_fx.straight_through`. For defences that are not this library's own.
+        shard: share the blocks among the processes that torchrun started, or that torch.distributed has. All of them
+            must make the same call, each with its own copy of the models, and get the same result, that of one
+            process; process 0 alone prints and writes. None: if there are any. False: this process alone.
 
     The rows, each run only on what the rows before it left standing:
         1. natural: what is wrong without attack;
@@ -83,7 +94,8 @@ def evaluate(
 
     Raises:
         TypeError, ValueError: the input cannot be judged; the message says why and what to do.
-        FileExistsError: `folder` holds a result. ImportError: `pip install forged_fx[eval]`.
+        FileExistsError: `folder` holds the run of another call. BlockingIOError: another process works on it.
+        ImportError: `pip install forged_fx[eval]`.
     """
     threat = checks.threat(eps, norm)
     x, y = checks.inputs(x, y)
@@ -96,9 +108,11 @@ def evaluate(
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    if folder is not None:
-        vacant(folder)
-        need("safetensors.torch")
+    data = {
+        "x_shape": list(x.shape),
+        "x_sha256": fingerprint.of_tensors([("x", x)]),
+        "y_sha256": fingerprint.of_tensors([("y", y)]),
+    }
     bpda = bpda or gradients.straight_through()
 
     with ExitStack() as stack:
@@ -110,13 +124,34 @@ def evaluate(
         notes = enter(checks.borrowed(model, "model"))
         if base is not None:
             notes = notes + enter(checks.borrowed(base, "base"))
-        for note in notes:
+        processes = enter(joined(shard))
+        for note in notes if processes.rank == 0 else ():
             warnings.warn(note, stacklevel=2)
-        shown = enter(Progress(progress))
+        blocks, shown = Blocks(seed, processes), Progress(progress if processes.rank == 0 else False)
+        subject = Subject("model", model, x, y, threat, batch_size, blocks, shown)
+        rival = Subject("base", base, x, y, threat, batch_size, blocks, shown) if base is not None else None
+        asked = {
+            "plan": {kind: list(names) for kind, names in asdict(plan).items()},
+            "seed": seed,
+            "block": unit.BLOCK,
+            "bpda": getattr(bpda, "__qualname__", type(bpda).__name__),
+            "data": data,
+            "versions": versions,
+        }
+        whole = call(threat, **asked, model=subject.identity, base=rival and rival.identity)
+        agree(processes, whole)
+        command = list(sys.argv)
+        if folder is not None:
+            journal, finished = begin(folder, whole | {"command": command}, processes)
+            if finished:
+                finished.verify(model, x, y, base)
+                return finished
+            command = json.loads(processes.first(lambda: json.dumps(journal.command).encode()))
+            if journal:
+                blocks.journal, shown.log = enter(journal), journal.log_once
+                journal.log(f"{journal.resumed} blocks are finished" if journal.resumed else f"began: {len(x)} inputs")
+        enter(shown)
 
-        blocks = Blocks(seed)
-        subject = Subject("model", model, x, y, batch_size, blocks, shown)
-        rival = Subject("base", base, x, y, batch_size, blocks, shown) if base is not None else None
         logits = subject.natural()
         classes = logits.shape[1]
         same = rival is not None and torch.equal(rival.natural(classes), logits)
@@ -156,23 +191,23 @@ def evaluate(
             threat=threat,
             attacks=plan.names,
             complete=plan.complete,
-            seed=seed,
             batch_size=batch_size,
             model=case.model,
             base=case.base,
             same=same,
-            data={
-                "x_shape": list(x.shape),
-                "x_sha256": fingerprint.of_tensors([("x", x)]),
-                "y_sha256": fingerprint.of_tensors([("y", y)]),
+            command=command,
+            machine={
+                "device": _device(subject.device),
+                "threads": torch.get_num_threads(),
+                "processes": processes.size,
             },
-            versions=versions,
+            **asked,
             notes=notes,
             findings=examine(case),
             probe_seconds=case.probes.seconds,
         )
-    if folder is not None:
-        result.save(folder)
+        if folder is not None:
+            processes.first(lambda: finish(result, folder, journal))
     return result
 
 
@@ -213,3 +248,7 @@ def furthermore(
                 row, attack, context = entry
                 label = f"{attack.name} ({row.kind}), {further.LONGER} times as long"
                 side.attack(replace(attack, name=label, prepare=further.lengthen), "further", setting, context)
+
+
+def _device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

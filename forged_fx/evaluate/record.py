@@ -1,13 +1,16 @@
-"""A result as a folder of two files, of which nothing is executed on loading.
+"""A result as a folder, of which nothing is executed on loading.
 
-result.json            rows, outcome by example, seeds, versions, fingerprints, headline
+result.json            rows, outcome by example, seeds, versions, fingerprints, command, headline
 examples.safetensors   for the model and the base: the broken inputs' indices, and what broke each
+timing.json            how long each row took, and on what; apart, because it is all that differs when a run is repeated
 """
 
+import hashlib
 import json
 import os
-from collections.abc import Callable
+import shutil
 from dataclasses import asdict
+from math import isclose
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +19,72 @@ from torch import Tensor, nn
 
 from forged_fx.evaluate import checks, fingerprint
 from forged_fx.evaluate.extras import need
-from forged_fx.evaluate.harness import predict
+from forged_fx.evaluate.journal import UNFINISHED, Call, Journal, check
+from forged_fx.evaluate.processes import Processes
 from forged_fx.evaluate.result import KINDS, STANDING, Finding, Result, Row, Side
 from forged_fx.evaluate.threat import Threat
+from forged_fx.files import whole
 
-FORMAT = 1
-RECORD, EXAMPLES = "result.json", "examples.safetensors"
+FORMAT = 2
+RECORD, EXAMPLES, TIMING = "result.json", "examples.safetensors", "timing.json"
+BOUNDARY = 1e-4  # a lead of the right class by this share of the largest logit is rounding
 # fields of a Result that are written as they are
-PLAIN = ("n", "attacks", "complete", "seed", "batch_size", "same", "data", "versions", "notes", "probe_seconds")
+PLAIN = (
+    *("n", "attacks", "plan", "complete", "seed", "batch_size", "block", "bpda", "same"),
+    *("data", "versions", "command", "notes"),
+)
 
 
 def vacant(folder: str | os.PathLike[str]) -> None:
-    """FileExistsError if the folder holds a result."""
+    """FileExistsError if the folder holds a result, or an unfinished run."""
     if (Path(folder) / RECORD).exists():
         raise FileExistsError(f"{folder} holds a result; choose another folder, or save(folder, overwrite=True)")
+    if (Path(folder) / UNFINISHED).exists():
+        raise FileExistsError(f"{folder} holds an unfinished run; choose another folder")
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file, bring it to the disk, and only then give it its name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def call(threat: Threat, **rest: Any) -> Call:
+    """What is asked of `evaluate`. rest: model, base (identities), seed, plan, block, bpda, data, versions."""
+    return {"threat": asdict(threat), **rest}
+
+
+def call_of(result: Result) -> Call:
+    """The call that the result answers."""
+    fields = {name: getattr(result, name) for name in ("threat", "plan", "seed", "block", "bpda", "data", "versions")}
+    return call(**fields, model=result.model.identity, base=result.base.identity if result.base else None)
+
+
+def begin(folder: str | os.PathLike[str], asked: Call, processes: Processes) -> tuple[Journal | None, Result | None]:
+    """The journal to work with, in process 0; or the result, in every process, if the folder holds it already.
+
+    FileExistsError if the folder holds the run of another call.
+    """
+    journal = None
+
+    def open_folder() -> bytes:
+        nonlocal journal
+        if not (Path(folder) / RECORD).exists():
+            journal = Journal(folder, asked)
+            return b""
+        check(call_of(load(folder)), asked, Path(folder))
+        shutil.rmtree(Path(folder) / UNFINISHED, ignore_errors=True)  # killed when all was written
+        files = {name: (Path(folder) / name) for name in (RECORD, EXAMPLES, TIMING)}
+        data = {name: bytearray(path.read_bytes()) for name, path in files.items() if path.exists()}
+        return need("safetensors.torch").save({k: torch.frombuffer(v, dtype=torch.uint8) for k, v in data.items()})
+
+    packed = processes.first(open_folder)
+    if not packed:
+        return journal, None
+    files = need("safetensors.torch").load(packed)
+    return journal, parse({name: data.numpy().tobytes() for name, data in files.items()}, str(folder))
+
+
+def finish(result: Result, folder: str | os.PathLike[str], journal: Journal) -> bytes:
+    """The result takes the unfinished run's place. (Returns nothing that counts: see `Processes.first`.)"""
+    save(result, folder, overwrite=True)
+    journal.log(f"finished: {result.verdict}: {result.sentence}")
+    journal.finish()
+    return b""
 
 
 def headline(result: Result) -> dict[str, Any]:
@@ -57,20 +100,32 @@ def headline(result: Result) -> dict[str, Any]:
 def robustbench(result: Result) -> dict[str, str]:
     """RobustBench's fields, in percent: AutoAttack as its standard has it, and the lower figure found beside it."""
     percent = {kind: f"{100 * result.model.accuracy(kind):.2f}" for kind in KINDS}
-    fields = {"eps": f"{result.threat.eps:.6g}", "clean_acc": percent["natural"], "external": percent[KINDS[-1]]}
+    fields = {"eps": _eps(result.threat), "clean_acc": percent["natural"], "external": percent[KINDS[-1]]}
     return fields | ({"autoattack_acc": percent["true gradient"]} if result.complete else {})
 
 
-def save(result: Result, folder: str | os.PathLike[str], overwrite: bool) -> None:
+def _eps(threat: Threat) -> str:
+    """As RobustBench writes it: grey levels as fractions of 255."""
+    levels = 255 * threat.eps
+    return f"{round(levels)}/255" if threat.norm == "Linf" and isclose(levels, round(levels)) else f"{threat.eps:.6g}"
+
+
+def save(result: Result, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
     if not overwrite:
         vacant(folder)
-    save_file = need("safetensors.torch").save_file
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     for side in result.sides:
         tensors |= {f"{side.name}.index": side.broken, f"{side.name}.x": side.examples.contiguous()}
-    _replace(folder / EXAMPLES, lambda path: save_file(tensors, path, {"format": str(FORMAT)}))
+    with whole(folder / EXAMPLES) as path:
+        need("safetensors.torch").save_file(tensors, path, {"format": str(FORMAT)})
+    timing = {
+        "seconds": {side.name: [row.seconds for row in side.rows] for side in result.sides},
+        "probe_seconds": result.probe_seconds,
+        "machine": result.machine,
+    }
+    _write(folder / TIMING, timing)
     record = {
         "format": FORMAT,
         "headline": headline(result),
@@ -82,7 +137,7 @@ def save(result: Result, folder: str | os.PathLike[str], overwrite: bool) -> Non
                 "name": side.name,
                 "description": side.description,
                 "fingerprint": side.fingerprint,
-                "rows": [asdict(row) for row in side.rows],
+                "rows": [{k: v for k, v in asdict(row).items() if k != "seconds"} for row in side.rows],
                 "broken_by": side.broken_by.tolist(),
             }
             for side in result.sides
@@ -90,18 +145,21 @@ def save(result: Result, folder: str | os.PathLike[str], overwrite: bool) -> Non
         "findings": [asdict(finding) for finding in result.findings],
         "examples_sha256": fingerprint.of_file(folder / EXAMPLES),
     }
-    # last, so that a folder with a result.json has its examples
-    content = json.dumps(record, indent=1) + "\n"
-    _replace(folder / RECORD, lambda path: path.write_text(content, encoding="utf-8"))
+    _write(folder / RECORD, record)  # last, so that a folder with a result.json has its examples
 
 
-def _side(record: dict[str, Any], tensors: dict[str, Tensor], n: int, shape: list[int]) -> Side:
+def _write(path: Path, content: dict[str, Any]) -> None:
+    with whole(path) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _side(record: dict[str, Any], tensors: dict[str, Tensor], seconds: list[float], n: int, shape: list[int]) -> Side:
     name = record["name"]
     side = Side(
         name,
         record["description"],
         record["fingerprint"],
-        [Row(**row) for row in record["rows"]],
+        [Row(**row, seconds=float(spent)) for row, spent in zip(record["rows"], seconds, strict=True)],
         torch.tensor(record["broken_by"], dtype=torch.int64),
         tensors[f"{name}.x"],
     )
@@ -119,49 +177,78 @@ def _side(record: dict[str, Any], tensors: dict[str, Tensor], n: int, shape: lis
 
 
 def load(folder: str | os.PathLike[str]) -> Result:
-    load_file = need("safetensors.torch").load_file
     folder = Path(folder)
-    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    if not (folder / RECORD).exists() and (folder / UNFINISHED).exists():
+        raise FileNotFoundError(f"{folder} holds an unfinished run: the same call of evaluate finishes it")
+    files = {name: (folder / name).read_bytes() for name in (RECORD, EXAMPLES)}
+    if (folder / TIMING).exists():  # a result stands without it
+        files[TIMING] = (folder / TIMING).read_bytes()
+    return parse(files, str(folder))
+
+
+def parse(files: dict[str, bytes], where: str) -> Result:
+    """The result in these files; ValueError if they hold none. where: what to call them in an error."""
+    st = need("safetensors.torch")
+    try:
+        record = json.loads(files[RECORD])
+    except ValueError as error:
+        raise ValueError(f"{where}: {RECORD} is no JSON: {error}") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         found = record.get("format") if isinstance(record, dict) else None
-        raise ValueError(f"{folder} is of format {found!r}, and this version reads {FORMAT}: evaluate anew")
+        raise ValueError(f"{where} is of format {found!r}, and this version reads {FORMAT}: evaluate anew")
     try:
-        if fingerprint.of_file(folder / EXAMPLES) != record["examples_sha256"]:
-            raise ValueError(f"{folder / EXAMPLES} is not the file that {RECORD} was written with")
-        tensors = load_file(folder / EXAMPLES)
+        if hashlib.sha256(files[EXAMPLES]).hexdigest() != record["examples_sha256"]:
+            raise ValueError(f"{where}: {EXAMPLES} is not the file that {RECORD} was written with")
+        tensors = st.load(files[EXAMPLES])
         n, shape = record["n"], record["data"]["x_shape"][1:]
-        sides = {side["name"]: _side(side, tensors, n, shape) for side in record["sides"]}
+        timing = json.loads(files.get(TIMING, b"{}"))
+        seconds = timing.get("seconds") or {side["name"]: [0.0] * len(side["rows"]) for side in record["sides"]}
+        sides = {s["name"]: _side(s, tensors, seconds[s["name"]], n, shape) for s in record["sides"]}
         return Result(
             threat=Threat(**record["threat"]),
             model=sides["model"],
             base=sides.get("base"),
             findings=[Finding(**finding) for finding in record["findings"]],
+            machine=timing.get("machine", {}),
+            probe_seconds=float(timing.get("probe_seconds", 0)),
             **{name: record[name] for name in PLAIN},
         )
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder} is no complete result: {error!r}") from error
+    except (KeyError, TypeError, AttributeError, need("safetensors").SafetensorError) as error:
+        raise ValueError(f"{where} is no complete result: {error!r}") from error
 
 
-def verify(result: Result, model: nn.Module, x: Tensor, y: Tensor, base: nn.Module | None) -> None:
+def verify(result: Result, model: nn.Module, x: Tensor, y: Tensor, base: nn.Module | None) -> int:
     """Check every example again: inside the ball and the box, and classified wrongly by its side.
 
-    ValueError says how many fail. (An example on the boundary between two classes, to the last bit, may fall to the
-    other side of it on other hardware or at another batch size.)
+    Returns how many lie on the boundary between two classes, to rounding (`BOUNDARY`), and fell to the right side
+    of it this time: other hardware, or other company in the batch, suffices for that. ValueError says how many fail.
     """
     x, y = checks.inputs(x, y)
     if {"x_sha256": fingerprint.of_tensors([("x", x)]), "y_sha256": fingerprint.of_tensors([("y", y)])} != {
         name: result.data[name] for name in ("x_sha256", "y_sha256")
     }:
         raise ValueError("x and y are not the data of this result")
+    boundary = 0
     for side, module in ((result.model, model), (result.base, base)):
         if side is None or module is None:
             continue
-        broken = side.broken.to(x.device)
-        with checks.borrowed(module, side.name):
-            right = predict(module, side.examples, result.batch_size) == y[broken].cpu()
-        astray = ~result.threat.allows(x[broken].cpu(), side.examples)
-        if bool((right | astray).any()):
+        right, close, astray = 0, 0, 0
+        device = checks.device_of(module, x.device)
+        with checks.borrowed(module, side.name), torch.no_grad():
+            for part, examples in zip(
+                side.broken.split(result.batch_size), side.examples.split(result.batch_size), strict=True
+            ):
+                logits, classes = module(examples.to(device)).float().cpu(), y[part.to(y.device)].cpu()
+                of_class = logits.gather(1, classes[:, None]).squeeze(1)
+                lead = of_class - logits.scatter(1, classes[:, None], -torch.inf).amax(1)
+                is_right = logits.max(1)[1] == classes
+                is_close = is_right & (lead <= BOUNDARY * logits.abs().amax(1))
+                right, close = right + int((is_right & ~is_close).sum()), close + int(is_close.sum())
+                astray += int((~result.threat.allows(x[part.to(x.device)].cpu(), examples)).sum())
+        if right or astray:
             raise ValueError(
-                f"the {side.name}: of {len(broken)} examples {int(right.sum())} are classified rightly, and "
-                f"{int(astray.sum())} lie outside the ball or the box"
+                f"the {side.name}: of {len(side.broken)} examples {right} are classified rightly, and "
+                f"{astray} lie outside the ball or the box"
             )
+        boundary += close
+    return boundary

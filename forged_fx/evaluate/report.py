@@ -2,11 +2,12 @@
 
 import shutil
 import sys
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 from forged_fx.evaluate.extras import need
-from forged_fx.evaluate.result import Result
+from forged_fx.evaluate.result import Result, Row
 
 
 def _share(share: float | None, n: int) -> str:
@@ -92,11 +93,15 @@ def text(result: Result) -> str:
 
 
 class Progress:
-    """Progress by row and by example on standard error; silent where that is no terminal, or if told so."""
+    """Progress by row and by example on standard error; silent where that is no terminal, or if told so.
+
+    log: is told, in a line, of each row that ended.
+    """
 
     def __init__(self, shown: bool | None = None) -> None:
         self._bar: Any = None
         self._task: Any = None
+        self.log: Callable[[str], object] = lambda line: None
         if sys.stderr.isatty() if shown is None else shown:
             rich, console = need("rich.progress"), need("rich.console").Console(stderr=True)
             columns = (
@@ -117,6 +122,12 @@ class Progress:
     def advance(self, examples: int) -> None:
         if self._bar:
             self._bar.advance(self._task, examples)
+
+    def end(self, row: Row) -> None:
+        self.log(
+            f"{row.side}: {row.kind}, {row.attack}: {row.attacked} attacked, {row.broken} broken, {row.standing} "
+            f"standing, {row.seconds:.1f} s" + (f" ({row.note})" if row.note else "")
+        )
 
     def __enter__(self) -> "Progress":
         if self._bar:

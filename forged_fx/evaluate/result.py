@@ -35,7 +35,7 @@ class Row:
     side: "model" or "base". kind: one of `KINDS`. attacked: inputs still standing on which it was run. broken: of
     these. standing: inputs left after it. rejected: examples that it offered and that fool the side but lie outside
     the ball or the box; they do not count. alone: accuracy under this row alone, where it was tried on every input.
-    note: why it was left out, or what is remarkable.
+    seconds: of computing, of all processes together. note: why it was left out, or what is remarkable.
     """
 
     side: str
@@ -65,6 +65,10 @@ class Side:
     rows: list[Row]
     broken_by: Tensor
     examples: Tensor
+
+    @property
+    def identity(self) -> dict[str, str]:
+        return {"class": self.description, "fingerprint": self.fingerprint}
 
     @property
     def listed(self) -> list[Row]:
@@ -111,25 +115,32 @@ class Finding:
 class Result:
     """What `evaluate` found. Accuracies are shares of `n` in [0, 1]. `print` shows a table.
 
-    attacks: names, as asked for; complete: all four of AutoAttack's standard attacks are among them. same: model and
-    base gave the same logits, bit for bit, on every input. data: shape and SHA-256 of x and y. findings: every check
-    of the model, raised or not; probe_seconds: what those took that ask the model.
+    attacks: names; plan: which of them are shown what, see `attacks.Plan`; complete: all four of AutoAttack's standard
+    attacks are among them. same: model and base gave the same logits, bit for bit, on every input. block: see
+    `blocks.py`. bpda: name of the context. data: shape and SHA-256 of x and y. command: the program and its
+    arguments. machine: device, threads, processes. findings: every
+    check of the model, raised or not; probe_seconds: what those took that ask the model.
     """
 
     n: int
     threat: Threat
     attacks: list[str]
+    plan: dict[str, list[str]]
     complete: bool
     seed: int
     batch_size: int
+    block: int
+    bpda: str
     model: Side
     base: Side | None
     same: bool
     data: dict[str, Any]
     versions: dict[str, str]
+    command: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     probe_seconds: float = 0.0
+    machine: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sides(self) -> list[Side]:
@@ -193,16 +204,16 @@ class Result:
         """For scripts: `verdict.EXIT_CODES`. 0 for a gain only."""
         return EXIT_CODES[self.verdict]
 
-    def verify(self, model: nn.Module, x: Tensor, y: Tensor, base: nn.Module | None = None) -> None:
+    def verify(self, model: nn.Module, x: Tensor, y: Tensor, base: nn.Module | None = None) -> int:
         """Check every example again, against the model (and the base); see `record.verify`."""
         from forged_fx.evaluate.record import verify
 
-        verify(self, model, x, y, base)
+        return verify(self, model, x, y, base)
 
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write result.json and examples.safetensors; each file appears whole or not at all.
+        """Write result.json, examples.safetensors and timing.json; each appears whole or not at all.
 
-        FileExistsError if the folder holds a result already, unless `overwrite`.
+        FileExistsError if the folder holds a result or an unfinished run already, unless `overwrite`.
         """
         from forged_fx.evaluate.record import save
 
@@ -210,7 +221,10 @@ class Result:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Result":
-        """Read what `save` wrote. ValueError if it is of another format version, incomplete or inconsistent."""
+        """Read what `save` wrote. ValueError if it is of another format version, incomplete or inconsistent.
+
+        That its examples do break the model is checked with the model: `verify`.
+        """
         from forged_fx.evaluate.record import load
 
         return load(folder)

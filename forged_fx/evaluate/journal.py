@@ -1,0 +1,155 @@
+"""An unfinished run in the folder that its result will be in. Killed at any moment, the same call goes on from here.
+
+unfinished/call.json              what was asked
+unfinished/<work>.<block>.safetensors    what each finished block found
+unfinished/lock                   held while a process works on the run; the system frees it when the process ends
+log.txt                           what happened when; it stays
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from forged_fx.evaluate.extras import need
+from forged_fx.evaluate.processes import Processes
+from forged_fx.files import whole
+
+UNFINISHED, LOG = "unfinished", "log.txt"
+STAMP = "%Y-%m-%d %H:%M:%SZ"
+
+Call = dict[str, Any]  # what was asked, as JSON has it: two runs of equal calls have equal results
+
+
+class Journal:
+    """Blocks of the run that `call` makes in `folder`: those of an earlier attempt, and those that are added.
+
+    FileExistsError if an unfinished run of another call is there. BlockingIOError if another process works on it.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], call: Call) -> None:
+        self.folder = Path(folder) / UNFINISHED
+        self.folder.mkdir(parents=True, exist_ok=True)
+        filelock = need("filelock")
+        self._lock = filelock.FileLock(self.folder / "lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise BlockingIOError(f"another process works on {folder}; wait for it, or choose another folder") from None
+        try:
+            self.resumed = self._open(call)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _open(self, call: Call) -> int:
+        for folder in (self.folder, self.folder.parent):
+            for part in folder.glob(".*.part"):  # of a process that was killed while it wrote
+                part.unlink()
+        log = self.folder.parent / LOG
+        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+        self._said = {line.partition("  ")[2] for line in lines}
+        asked, blocks = self.folder / "call.json", len(list(self.folder.glob("*.safetensors")))
+        if blocks:
+            check(json.loads(asked.read_text(encoding="utf-8")), call, self.folder.parent)
+        else:
+            with whole(asked) as path:
+                path.write_text(json.dumps(call, indent=1) + "\n", encoding="utf-8")
+        return blocks
+
+    @property
+    def command(self) -> list[str]:
+        """How the run was first started."""
+        return json.loads((self.folder / "call.json").read_text(encoding="utf-8"))["command"]
+
+    def _path(self, name: str, number: int) -> Path:
+        return self.folder / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', name)}.{number:04d}.safetensors"
+
+    def keep(self, name: str, number: int, data: bytes) -> None:
+        with whole(self._path(name, number)) as path:
+            path.write_bytes(data)
+
+    def recall(self, name: str, count: int) -> dict[int, bytes]:
+        """Of the blocks 0 ... count - 1 of this work those that are finished. A damaged file counts as none."""
+        st, found = need("safetensors"), {}
+        for number in range(count):
+            path = self._path(name, number)
+            if not path.exists():
+                continue
+            data = path.read_bytes()
+            try:
+                st.deserialize(data)
+                found[number] = data
+            except st.SafetensorError as error:
+                self.log(f"{path.name} is damaged, and its block done anew: {error}")
+        return found
+
+    def log(self, text: str) -> None:
+        with open(self.folder.parent / LOG, "a", encoding="utf-8") as file:
+            file.write(f"{datetime.now(UTC):{STAMP}}  {text}\n")
+
+    def log_once(self, text: str) -> None:
+        """Not again, if an earlier attempt has said it."""
+        if text not in self._said:
+            self.log(text)
+
+    def finish(self) -> None:
+        """The result is written: the blocks have served."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind:
+            self.log(f"stopped by {kind.__name__}: {error}; the same call goes on from here")
+        self._lock.release()
+
+
+def check(there: Call, here: Call, folder: Path) -> None:
+    """FileExistsError, with every difference, unless both calls ask for the same."""
+    different = list(differences(there, here))
+    if different:
+        raise FileExistsError(
+            f"{folder} holds a run of another call; choose another folder. "
+            + "; ".join(f"{name}: {old} there, {new} here" for name, old, new in different)
+        )
+
+
+def agree(processes: Processes, call: Call) -> None:
+    """ValueError, with every difference, unless all processes make the same call."""
+    calls = [json.loads(data) for data in processes.gather(json.dumps(call).encode())]
+    different = {
+        f"{name} is {mine} in process {rank}, {first} in process 0"
+        for rank, one in enumerate(calls)
+        for name, first, mine in differences(calls[0], one)
+    }
+    if different:
+        raise ValueError(f"the processes that share an evaluation make different calls: {'; '.join(sorted(different))}")
+
+
+def differences(there: Any, here: Any, name: str = "") -> Iterator[tuple[str, str, str]]:
+    """(field, there, here) for each field that counts; `IGNORED` ones do not."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in dict.fromkeys((*there, *here)):
+            inner = f"{name}.{key}" if name else key
+            if inner not in IGNORED:
+                yield from differences(there.get(key), here.get(key), inner)
+    elif json.dumps(there) != json.dumps(here):
+        yield name, _short(there), _short(here)
+
+
+IGNORED = ("command", "versions.python")
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
+        return f"{value[:12]}..."
+    return "none" if value is None else str(value)

@@ -1,0 +1,109 @@
+"""A program that starts an evaluation, kills it, and starts it again; run by test_evaluate_resume.py.
+
+Usage: python killed.py FOLDER KILLS. Prints JSON. Each attempt is a fork of this process, which has imported torch
+already; a kill is a SIGKILL, at a moment when the attempt is about to change something on the disk.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from planted import Hidden, inputs, linear, straight_through
+
+import forged_fx
+from forged_fx.evaluate import blocks
+from forged_fx.evaluate.attacks import ATTACKS, Attack
+
+
+def step(tools, x, y):
+    """A step that is mostly chance, so that an attack at other random numbers would find other examples."""
+    leaf = x.clone().requires_grad_()
+    with torch.enable_grad():
+        (grad,) = torch.autograd.grad(torch.nn.functional.cross_entropy(tools.model(leaf), y), leaf)
+    return (x + 0.1 * (grad.sign() + 3 * torch.randn_like(x)).sign()).clamp(0, 1)
+
+
+def evaluate(folder):
+    blocks.BLOCK = 6
+    ATTACKS["step"], ATTACKS["again"] = Attack("step", step), Attack("again", step)
+    base, x = linear(classes=4), inputs(24)
+    y = base(x).argmax(1)
+    y[:3] = (y[:3] + 1) % 4
+    attacks = ["step", "again"]
+    return forged_fx.evaluate(
+        Hidden(base), base, x=x, y=y, eps=0.1, attacks=attacks, bpda=straight_through, folder=folder, progress=False
+    )
+
+
+def count_changes(limit=None, on_change=None):
+    """Calls `on_change` at each change of the disk, until `limit` changes were made: then the process dies."""
+    made = 0
+
+    def audit(event, args):
+        nonlocal made
+        writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+        changes = writes or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
+        if changes and (str(args[0]).startswith(FOLDER) or not os.path.isabs(args[0])):  # rmtree's are relative
+            made += 1
+            if made == limit:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if on_change:
+                on_change(str(args[1] if event == "os.rename" else args[0]))
+
+    sys.addaudithook(audit)
+
+
+def attempt(folder, limit=None):
+    """[how it ended: 0 or the signal; changes made; blocks done; the changes] of one attempt in its own process."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        done, changed = [], []
+        count_changes(limit, changed.append)
+        before = blocks.Blocks._do
+        blocks.Blocks._do = lambda self, block, work: done.append(1) or before(self, block, work)
+        evaluate(folder)
+        os.write(write, json.dumps([len(changed), len(done), changed]).encode())
+        os._exit(0)
+    os.close(write)
+    with open(read) as pipe:
+        said = pipe.read()
+    status = os.waitpid(child, 0)[1]
+    return [os.WTERMSIG(status), *(json.loads(said) if said else [None, None, None])]
+
+
+def content(folder):
+    """Every file that must not depend on how often the run was killed."""
+    return {p.name: p.read_bytes().hex() for p in sorted(folder.iterdir()) if p.name not in ("log.txt", "timing.json")}
+
+
+if __name__ == "__main__":
+    FOLDER, kills = sys.argv[1], int(sys.argv[2])
+    sys.argv = sys.argv[:1]
+    torch.set_num_threads(1)
+    folder = Path(FOLDER)
+    folder.mkdir(exist_ok=True)
+    evaluate(folder / "first")  # so that everything is imported here, and not in each fork
+    whole = attempt(folder / "whole")
+    expected = content(folder / "whole")
+    changes = whole[1]
+    result = next(i for i, name in enumerate(whole[3]) if name.endswith("result.json"))
+    # spread over all, and around the moment when the result is there and the journal still is
+    moments = sorted(
+        {result, result + 1, result + 2, *(1 + k * (changes - 1) // (kills - 4) for k in range(kills - 3))}
+    )
+    once = []
+    for moment in moments:
+        where = folder / f"at-{moment}"
+        killed, resumed = attempt(where, moment), attempt(where)
+        once.append([moment, killed[0], resumed[0], resumed[2], content(where) == expected])
+    # one run, killed again and again
+    where, ends, chance = folder / "often", [], random.Random(0)
+    while not ends or ends[-1]:
+        ends.append(attempt(where, chance.randint(1, changes // 4))[0])
+    often = [ends, content(where) == expected]
+    print(json.dumps({"changes": changes, "blocks": whole[2], "once": once, "often": often}))

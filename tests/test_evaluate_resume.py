@@ -1,0 +1,217 @@
+"""An unfinished run goes on, and nothing else does."""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import planted
+import pytest
+import torch
+from planted import Hidden, inputs, linear
+from safetensors.torch import load_file, save_file
+
+from forged_fx.digits import one_thread
+from forged_fx.evaluate import Result, blocks
+from forged_fx.evaluate.harness import Subject
+from forged_fx.evaluate.journal import Journal
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    with one_thread():  # networks this small only lose by more
+        yield
+
+
+def test_killed_at_any_moment_the_same_call_ends_with_the_same_result(tmp_path):
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("killed.py"), tmp_path, "23"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert len(told["once"]) >= 20 and told["changes"] > 100
+    redone = []
+    for moment, killed, resumed, blocks_done, same in told["once"]:
+        assert (killed, resumed, same) == (9, 0, True), f"killed at change {moment} of {told['changes']}"
+        redone.append(blocks_done)
+    # and what was finished is not done again
+    assert redone == sorted(redone, reverse=True)
+    assert redone[0] == told["blocks"] and redone[-1] == 0 and len(set(redone)) > 10
+    ends, same = told["often"]
+    assert len(ends) > 4 and set(ends[:-1]) == {9} and ends[-1] == 0 and same
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK", 10)
+    base, x = linear(classes=4), inputs(30)
+    y = base(x).argmax(1)
+    return {
+        "model": Hidden(base),
+        "base": base,
+        "x": x,
+        "y": y,
+        "eps": 0.05,
+        "attacks": ["apgd-ce"],
+        "folder": tmp_path,
+    }
+
+
+@pytest.fixture
+def unfinished(call, monkeypatch):
+    """A folder with three finished blocks: those of the base's first row."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Subject, "sees_through", lambda *args: (_ for _ in ()).throw(Stop("enough")))
+        with pytest.raises(Stop):
+            planted.evaluate(**call)
+    assert len(list((call["folder"] / "unfinished").glob("*.safetensors"))) == 5  # and both sides' logits
+    return call
+
+
+def snapshot(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+OTHER = {
+    "threat.eps: 0.05 there, 0.06 here": {"eps": 0.06},
+    "threat.norm: Linf there, L2 here": {"norm": "L2"},
+    "seed: 0 there, 1 here": {"seed": 1},
+    r"plan.true: \['apgd-ce'\] there, \['apgd-t'\] here": {"attacks": ["apgd-t"]},
+    "bpda: straight_through there, nullcontext here": {"bpda": nullcontext},
+    r"model.fingerprint: \w{12}... there, \w{12}... here": {"model": Hidden(linear(classes=4, seed=1))},
+    "model.class: Hidden there, Sequential here": {"model": linear(classes=4)},
+    "base: {.*} there, none here": {"base": None},
+    r"data.x_shape: \[30, 1, 6, 6\] there, \[29, 1, 6, 6\] here": {"x": inputs(30)[:29], "y": torch.zeros(29).long()},
+    r"data.x_sha256: \w{12}... there": {"x": inputs(30).flip(0)},
+    r"data.y_sha256: \w{12}... there": {"y": torch.zeros(30).long()},
+}
+OTHER["bpda: straight_through there, nullcontext here"] = OTHER.pop("bpda: straight_through there, nullcontext here")
+
+
+@pytest.mark.parametrize("words", OTHER)
+@pytest.mark.parametrize("state", ["unfinished", "finished"])
+def test_another_call_is_refused_with_the_difference(request, call, state, words):
+    if state == "finished":
+        planted.evaluate(**call)
+    else:
+        request.getfixturevalue("unfinished")
+    before = snapshot(call["folder"])
+    with pytest.raises(FileExistsError, match=f"another call; choose another folder. .*{words}"):
+        planted.evaluate(**(call | OTHER[words]))
+    assert snapshot(call["folder"]) == before
+
+
+def test_another_version_is_refused(unfinished, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    with pytest.raises(FileExistsError, match=r"versions.torch: 2.* there, 9.9 here"):
+        planted.evaluate(**unfinished)
+
+
+def test_other_memory_goes_on_where_it_was(unfinished):
+    """Killed for memory, the run goes on at a smaller batch size."""
+    result = planted.evaluate(**unfinished, batch_size=5)
+    again = planted.evaluate(**(unfinished | {"folder": None}))
+    assert torch.equal(result.model.broken_by, again.model.broken_by)
+    log = (unfinished["folder"] / "log.txt").read_text()
+    for words in ("began: 30 inputs", "stopped by Stop: enough", "5 blocks are finished", "finished: "):
+        assert words in log
+    assert log.count("base: true gradient, apgd-ce") == 1  # said once, though it was run through twice
+
+
+def test_where_nothing_is_finished_another_call_may_begin(call, monkeypatch):
+    with pytest.raises(ValueError, match="classes"):
+        planted.evaluate(**(call | {"y": call["y"] + 9}))
+    assert planted.evaluate(**call).n == 30
+
+
+def test_an_unfinished_run_is_no_result(unfinished):
+    with pytest.raises(FileNotFoundError, match="the same call of evaluate finishes it"):
+        Result.load(unfinished["folder"])
+    with pytest.raises(FileExistsError, match="unfinished"):
+        planted.evaluate(**(unfinished | {"folder": None})).save(unfinished["folder"])
+
+
+def test_two_processes_do_not_share_a_folder(unfinished, call):
+    holder = (
+        "import sys; from forged_fx.evaluate.journal import Journal; from pathlib import Path; import json;"
+        "folder = Path(sys.argv[1]); call = json.loads((folder / 'unfinished' / 'call.json').read_text());"
+        "journal = Journal(folder, call); print('held', flush=True); input()"
+    )
+    command = [sys.executable, "-c", holder, str(call["folder"])]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(BlockingIOError, match="another process works on"):
+            planted.evaluate(**call)
+        process.kill()
+    assert planted.evaluate(**call).n == 30  # a killed process holds nothing
+
+
+def test_a_damaged_block_is_done_anew(unfinished):
+    victim = next((unfinished["folder"] / "unfinished").glob("base_1*0001.safetensors"))
+    victim.write_bytes(victim.read_bytes()[:-1])
+    result = planted.evaluate(**unfinished)
+    assert "is damaged, and its block done anew" in (unfinished["folder"] / "log.txt").read_text()
+    assert torch.equal(result.base.broken_by, planted.evaluate(**(unfinished | {"folder": None})).base.broken_by)
+
+
+def test_a_block_that_breaks_the_rules_is_refused(unfinished):
+    victim = next((unfinished["folder"] / "unfinished").glob("base_1*0001.safetensors"))
+    tensors = load_file(victim)
+    save_file(tensors | {"examples": tensors["examples"] + 0.06}, victim)
+    with pytest.raises(ValueError, match="outside the ball or the box"):
+        planted.evaluate(**unfinished)
+    save_file(tensors | {"broken": tensors["broken"] - 10}, victim)
+    with pytest.raises(ValueError, match="other inputs than those that stand"):
+        planted.evaluate(**unfinished)
+    save_file(tensors | {"block": tensors["block"] - 10}, victim)
+    with pytest.raises(ValueError, match="other inputs stand"):
+        planted.evaluate(**unfinished)
+
+
+class Scaled(Hidden):
+    factor = 1
+
+    def forward(self, x):
+        return super().forward(x) * self.factor
+
+
+def test_a_model_whose_code_has_changed_is_refused(call, monkeypatch):
+    """The state is the same, and so is every prediction."""
+    call["model"] = Scaled(call["base"])
+    with monkeypatch.context() as patch:
+        patch.setattr(Subject, "replay", lambda *args: (_ for _ in ()).throw(Stop("enough")))
+        with pytest.raises(Stop):
+            planted.evaluate(**call)
+    monkeypatch.setattr(Scaled, "factor", 1.01)
+    with pytest.raises(ValueError, match="the model gives other logits"):
+        planted.evaluate(**call)
+    monkeypatch.setattr(Scaled, "factor", 1 + 1e-6)  # rounding
+    assert planted.evaluate(**call).n == 30
+
+
+def test_a_finished_folder_is_verified_before_it_is_returned(call, monkeypatch):
+    assert len(planted.evaluate(**call).model.broken)
+    monkeypatch.setattr(Hidden, "forward", lambda self, x: self.inner(x).roll(1, dims=1))
+    with pytest.raises(ValueError, match="are classified rightly"):
+        planted.evaluate(**call)
+
+
+def test_the_journal_keeps_what_is_written_whole(tmp_path):
+    with Journal(tmp_path, {"command": []}) as journal:
+        assert journal.resumed == 0 and journal.recall("a b", 3) == {}
+        data = blocks.Blocks(0)._do(torch.arange(3), lambda block: {"found": block * 2})
+        journal.keep("a b", 1, data)
+        (journal.folder / ".a_b.0002.safetensors.1.part").write_bytes(data)
+        assert journal.recall("a b", 3) == {1: data}
+    with Journal(tmp_path, {"command": []}) as journal:
+        assert journal.resumed == 1 and journal.recall("a b", 3) == {1: data}
+        assert not list(journal.folder.glob(".*.part"))
