@@ -4,7 +4,7 @@ Trains a small CNN against attacks on real handwritten digits, forges it, compil
 it any more robust. Writes into the folder `--out`:
 
     report.html            the page to read
-    result.json            every figure of the evaluation, and examples.safetensors the adversarial images
+    result.json            every figure of the evaluation, examples.safetensors the adversarial images, timing.json the times
     stats.safetensors      what calibration measured
 """
 

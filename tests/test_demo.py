@@ -59,6 +59,7 @@ def test_it_writes_what_it_says(folder):
         "report.html",
         "result.json",
         "examples.safetensors",
+        "timing.json",
         "stats.safetensors",
     }
     assert Result.load(folder).n == 8
