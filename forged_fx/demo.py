@@ -4,7 +4,8 @@ Trains a small CNN against attacks on real handwritten digits, forges it, compil
 it any more robust. Writes into the folder `--out`:
 
     report.html            the page to read
-    result.json            every figure of the evaluation, examples.safetensors the adversarial images, timing.json the times
+    result.json            every figure of the evaluation; beside it examples.safetensors, the adversarial images, and
+                           timing.json, how long it took
     stats.safetensors      what calibration measured
 """
 
