@@ -148,6 +148,25 @@ def test_a_smooth_surrogate_changes_the_gradient_and_no_value():
     assert torch.equal(after, plain) and torch.equal(again, true)
 
 
+def test_a_smooth_surrogate_sees_into_fused_thresholds():
+    """One operator for BatchNorm, activation and threshold: the gradient is that of the three, one by one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.Conv2d(4, 10, 6), nn.Flatten()).eval()
+    x = torch.rand(5, 1, 8, 8)
+    stats = forged_fx.calibrate(model, [x])
+    gradients = []
+    for fused in (False, True):
+        forged, leaf = forged_fx.transform(model, stats, ratio=0.1, fuse=fused), x.clone().requires_grad_()
+        assert bool(forged.forging.fused) == fused
+        with surrogate.smooth(0.3):
+            out = forged(leaf)
+        gradients.append(torch.autograd.grad(out.square().sum(), leaf)[0])
+    torch.testing.assert_close(*gradients)
+    with forged_fx.straight_through():
+        out = forged(leaf)
+    assert not torch.allclose(torch.autograd.grad(out.square().sum(), leaf)[0], gradients[1], rtol=1e-2)
+
+
 # --- the thorough plan ---
 
 

@@ -30,7 +30,7 @@ from forged_fx.evaluate.result import Result, Row
 
 NO_BASE = "there is no base to make its examples on"
 REPEAT = "no gradient changes: the same row again"
-COSTLY = "APGD under BPDA finds more in a third of the time; attacks='thorough' runs it"
+COSTLY = "APGD under BPDA finds more in less time; attacks='thorough' runs it"
 
 Tried = list[tuple[Row, Attack, Context]]
 

@@ -47,7 +47,12 @@ class smooth(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        from forged_fx.ops import DECOMPOSITIONS, THRESHOLD_OPS
+
         kwargs = kwargs or {}
-        if func is torch.ops.forged_fx.threshold.default or func is torch.ops.forged_fx.threshold:
+        if func in (torch.ops.forged_fx.threshold, torch.ops.forged_fx.threshold.default):
             return _Gate.apply(*args[:2], self.temperature)
+        if func in THRESHOLD_OPS:  # a producer and its threshold: their chain, which comes here for the threshold
+            with self:
+                return DECOMPOSITIONS[getattr(func, "default", func)](*args, **kwargs)
         return func(*args, **kwargs)
