@@ -3,14 +3,19 @@
 Triton ships the assembler and disassembler that this needs. Nothing is executed, so nothing here is a time.
 """
 
+import contextlib
 import functools
+import math
 import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -47,17 +52,17 @@ def compile_for(
     kernel: triton.JITFunction,
     signature: dict[str, str],
     num_warps: int,
-    aligned: bool = True,
+    aligned: bool | Collection[str] = True,
     **constants: Any,
 ) -> CompiledKernel:
     """Compile for compute capability `arch` (90 means sm_90).
 
     signature: argument name -> Triton type (`"*fp16"`, `"i32"`), in any order, without the constants.
-    aligned: pointers and integers are multiples of 16, as a launch with such arguments finds out by itself.
+    aligned: which pointers and integers are multiples of 16, as a launch with such arguments finds out by itself.
     constants: the kernel's compile-time constants.
     """
     types = signature | dict.fromkeys(constants, "constexpr")
-    multiples = signature if aligned else ()
+    multiples = aligned if isinstance(aligned, Collection) else signature if aligned else ()
     source = ASTSource(
         fn=kernel,
         signature={name: types[name] for name in kernel.arg_names},
@@ -65,6 +70,64 @@ def compile_for(
         attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in multiples},
     )
     return triton.compile(source, target=GPUTarget("cuda", arch, WARP), options={"num_warps": num_warps})
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that was about to happen: the kernel, compiled for its arguments as Triton would, and its grid."""
+
+    kernel: triton.JITFunction
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    aligned: frozenset[str]
+    num_warps: int
+    programs: int
+    tensors: dict[str, torch.Tensor]
+
+    def compiled_for(self, arch: int) -> CompiledKernel:
+        return compile_for(
+            arch, self.kernel, self.signature, num_warps=self.num_warps, aligned=self.aligned, **self.constants
+        )
+
+
+def launches(module: ModuleType, call: Callable[[], Any]) -> list[Launch]:
+    """What `call` would launch of the kernels that `module` defines. Nothing is: its tensors may be on "meta"."""
+    found: list[Launch] = []
+
+    class Recorder:
+        def __init__(self, kernel: triton.JITFunction) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable:
+            return lambda *args, **kwargs: found.append(_specialise(self.kernel, math.prod(grid), args, kwargs))
+
+    kernels = {n: k for n, k in vars(module).items() if isinstance(k, triton.JITFunction) and n.endswith("_kernel")}
+    with contextlib.ExitStack() as stack:
+        for name, kernel in kernels.items():
+            stack.enter_context(mock.patch.object(module, name, Recorder(kernel)))
+        call()
+    return found
+
+
+def _specialise(kernel: triton.JITFunction, programs: int, args: tuple, kwargs: dict[str, Any]) -> Launch:
+    """As Triton does: None and 1 are constants, multiples of 16 are known to be such."""
+    num_warps = kwargs.pop("num_warps")
+    values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
+    constexprs = {p.name for p in kernel.params if p.is_constexpr}
+    constant = {n for n, v in values.items() if n in constexprs or v is None or (type(v) is int and v == 1)}
+    signature = {name: _type_of(value) for name, value in values.items() if name not in constant}
+    aligned = {
+        n for n in signature if isinstance(values[n], torch.Tensor) or (type(values[n]) is int and not values[n] % 16)
+    }
+    tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+    constants = {name: values[name] for name in constant}
+    return Launch(kernel, signature, constants, frozenset(aligned), num_warps, programs, tensors)
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return POINTER[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
 def figures(compiled: CompiledKernel) -> Figures:

@@ -103,12 +103,14 @@ def affine(v, channel, mask, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, DTYPE
 def elementwise_threshold_kernel(
     x_ptr, t_ptr, y_ptr, raw_ptr, residual_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps,
     rows, columns, channels,
-    ADD_FIRST: tl.constexpr, RAW_SUM: tl.constexpr, CHANNEL_IN_ROW: tl.constexpr, ACTIVATION: tl.constexpr,
+    CHANNEL: tl.constexpr, INNER: tl.constexpr, CHANNELS: tl.constexpr,
+    ADD_FIRST: tl.constexpr, RAW_SUM: tl.constexpr, ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """A matrix of `rows` x `columns`, in storage order; a tile per program.
 
-    The channel is the column where CHANNEL_IN_ROW, else the row modulo the number of channels.
+    The channel is the "column", or the "row" modulo `channels`, or, where neither is wide enough for 128-bit accesses,
+    found from the offset ("flat"): compiled for INNER elements in a row and CHANNELS channels, as division is slow.
     """
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     across = (columns + COLUMNS - 1) // COLUMNS
@@ -123,10 +125,13 @@ def elementwise_threshold_kernel(
         v = rounded(v + tl.load(residual_ptr + offsets, mask=mask).to(tl.float32), DTYPE)
         if RAW_SUM:
             tl.store(raw_ptr + offsets, v.to(DTYPE), mask=mask)
-    if CHANNEL_IN_ROW:
-        v = affine(v, column, column < columns, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, DTYPE)
-    else:
+    if CHANNEL == "row":
         v = affine(v, row % channels, row < rows, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, DTYPE)
+    elif CHANNEL == "column":
+        v = affine(v, column, column < columns, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, DTYPE)
+    elif CHANNEL == "flat":
+        channel = (offsets // INNER) % CHANNELS
+        v = affine(v, channel, mask, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, DTYPE)
     if not ADD_FIRST:
         if residual_ptr is not None:
             v = rounded(v + tl.load(residual_ptr + offsets, mask=mask).to(tl.float32), DTYPE)
@@ -154,14 +159,17 @@ def tile_rule(dtype: torch.dtype, rows: int, columns: int) -> dict:
     return {"ROWS": down, "COLUMNS": across, "INDEX": index, "num_warps": NUM_WARPS}
 
 
-def as_matrix(y: Tensor, channel: int | None) -> tuple[int, int, int, bool]:
-    """A dense tensor in storage order: rows, columns, channels, and whether a row runs through the channels."""
-    channels = 1 if channel is None else y.shape[channel]
-    if channels == 1:
-        return 1, y.numel(), 1, False
-    inner = y.stride(channel)
+def as_matrix(y: Tensor, channel: int | None) -> tuple[int, int, int, dict]:
+    """A dense tensor in storage order: rows, columns, channels, and the kernel's arguments that say where these are."""
+    if channel is None or y.shape[channel] == 1:
+        return 1, y.numel(), 1, {"CHANNEL": "none" if channel is None else "row", "INNER": 1, "CHANNELS": 1}
+    channels, inner = y.shape[channel], y.stride(channel)
     rows = y.numel() // (channels * inner)
-    return (rows, channels, channels, True) if inner == 1 else (rows * channels, inner, channels, False)
+    if (channels if inner == 1 else inner) % 16:  # a multiple that the compiler knows of: see Triton's specialisation
+        return 1, y.numel(), 1, {"CHANNEL": "flat", "INNER": inner, "CHANNELS": channels}
+    if inner == 1:
+        return rows, channels, 1, {"CHANNEL": "column", "INNER": 1, "CHANNELS": 1}
+    return rows * channels, inner, channels, {"CHANNEL": "row", "INNER": 1, "CHANNELS": 1}
 
 
 def launch_elementwise_threshold(
@@ -190,12 +198,12 @@ def launch_elementwise_threshold(
     if y.numel():
         parameters = [p if p is None else p.contiguous() for p in (mean, var, weight, bias)]
         has_channels = any(p is not None for p in parameters)
-        rows, columns, channels, in_row = as_matrix(y, channel if has_channels else None)
+        rows, columns, channels, where = as_matrix(y, channel if has_channels else None)
         rule = tile_rule(y.dtype, rows, columns)
         grid = (triton.cdiv(rows, rule["ROWS"]) * triton.cdiv(columns, rule["COLUMNS"]),)
         with torch.cuda.device_of(y):  # Triton launches on the current device
             elementwise_threshold_kernel[grid](
                 x, t, y, raw, residual, *parameters, eps, rows, columns, channels,
-                ADD_FIRST=add_first, RAW_SUM=keep == "sum", CHANNEL_IN_ROW=in_row, ACTIVATION=activation, **rule,
+                **where, ADD_FIRST=add_first, RAW_SUM=keep == "sum", ACTIVATION=activation, **rule,
             )  # fmt: skip
     return y, raw

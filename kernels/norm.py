@@ -16,7 +16,7 @@ from .fused import rounded
 from .threshold import threshold
 
 LONGEST = 2**14  # elements of a row that fit into the registers of a block
-PER_THREAD = 16  # elements that a thread holds, at most, where the row is not too long for it
+PER_THREAD = 32  # elements that a thread holds, so that a short row is one warp's, which needs no shared memory
 FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 
@@ -28,10 +28,13 @@ def mean_of_rows(v, columns):
 
 @triton.jit
 def norm_threshold_kernel(
-    x_ptr, t_ptr, y_ptr, raw_ptr, residual_ptr, weight_ptr, bias_ptr, eps, rows, columns,
+    x_ptr, t_ptr, y_ptr, raw_ptr, residual_ptr, weight_ptr, bias_ptr, eps, rows, columns: tl.constexpr,
     RMS: tl.constexpr, RAW_SUM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """A matrix of `rows` x `columns`; a program takes ROWS whole rows."""
+    """A matrix of `rows` x `columns`; a program takes ROWS whole rows.
+
+    Compiled for each number of columns, of which a model has few: then what lies beyond it costs nothing.
+    """
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
@@ -72,8 +75,8 @@ def row_rule(rows: int, columns: int) -> dict:
     if columns > LONGEST:
         raise ValueError(f"norm_threshold: a row of {columns} elements does not fit into registers ({LONGEST} do)")
     across = max(16, triton.next_power_of_2(columns))
-    down = max(1, 1024 // across)  # short rows share a program
-    warps = min(32, max(4, across * down // (32 * PER_THREAD)))
+    down = max(1, 32 * PER_THREAD // across)  # short rows share a program
+    warps = min(16, across * down // (32 * PER_THREAD))
     last = triton.cdiv(rows, down) * down * columns + across  # at least the last offset, idle threads included
     index = tl.int64 if last > 2**31 else tl.int32
     return {"ROWS": down, "COLUMNS": across, "INDEX": index, "num_warps": warps}

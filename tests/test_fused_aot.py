@@ -1,0 +1,54 @@
+"""What the fused kernels become on an A100, H100 and B200, read off the machine code."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton.backends.nvidia")
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import kernels_static
+import torch
+
+# One of each kind, on one architecture each; `python benchmarks/kernels_static.py` has them all.
+SOME = [
+    ("batch norm, relu", torch.float16, 80),
+    ("batch norm, relu", torch.float16, 90),
+    ("batch norm, relu", torch.float16, 100),
+    ("batch norm, residual, relu; kept", torch.bfloat16, 90),
+    ("batch norm, relu; contiguous", torch.float32, 80),
+    ("batch norm, relu; 7x7 contiguous", torch.float16, 100),
+    ("gelu", torch.float32, 100),
+    ("residual, layer norm 768; kept", torch.float16, 80),
+    ("residual, layer norm 768; kept", torch.bfloat16, 100),
+    ("residual, rms norm 4096; kept", torch.float32, 90),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "arch"), SOME, ids=str)
+def test_machine_code(name: str, dtype: torch.dtype, arch: int) -> None:
+    row = kernels_static.ours(name, dtype, arch)
+    assert row.spills == 0 and row.store_bits == row.load_bits == 128
+    assert row.limits == "0 spills, 128 bits" and not row.missed
+    assert row.instructions <= 90 and row.least_bytes < row.bytes < 5 * row.least_bytes
+
+
+def test_the_limits_can_be_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of 49 elements, as 7x7 images have, leave no room for 128 bits in a tile of several rows."""
+
+    def rows_of_49(y: torch.Tensor, channel: int) -> tuple:
+        return 32 * 512, 49, 512, {"CHANNEL": "row", "INNER": 1, "CHANNELS": 1}
+
+    monkeypatch.setattr(kernels_static.fused, "as_matrix", rows_of_49)
+    row = kernels_static.ours("batch norm, relu; 7x7 contiguous", torch.float16, 90)
+    assert row.store_bits == 16 and row.missed == "128 bits"
+
+
+def test_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["--arch", "90", "--dtype", "float16", "--no-inductor", "--csv", str(tmp_path / "rows.csv")]
+    assert kernels_static.main([*arguments, "--only", "threshold"]) == 0
+    printed = capsys.readouterr().out
+    assert "threshold, backward" in printed and "asserted limits missed in 0" in printed
+    assert len((tmp_path / "rows.csv").read_text().splitlines()) == 3
+    assert kernels_static.main([*arguments, "--only", "softmax"]) == 2
