@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import count
 from typing import Any
 
 import torch
@@ -75,6 +76,20 @@ def result(answer: bytes, who: str) -> bytes:
     raise kind(f"{who}: {text}")
 
 
+def _initialise() -> None:
+    """A process group of torchrun's processes.
+
+    torchrun's store outlives the group, and has the addresses of every group that this program has made. Each of ours
+    keeps its own under another name, so that it finds no other's, and no later one of the caller's finds ours.
+    """
+    store, rank, size = next(iter(dist.rendezvous("env://")))
+    own = dist.PrefixStore(f"forged_fx.evaluate {next(_groups)}", store)
+    dist.init_process_group("gloo", store=own, rank=rank, world_size=size, timeout=FOREVER)
+
+
+_groups = count()
+
+
 @contextmanager
 def joined(shard: bool | None) -> Iterator[Processes]:
     """All processes of the caller's process group or of torchrun's; this one alone if there is but one, or not `shard`.
@@ -87,7 +102,7 @@ def joined(shard: bool | None) -> Iterator[Processes]:
         yield Processes()
         return
     if not initialised:
-        dist.init_process_group("gloo", timeout=FOREVER)
+        _initialise()
     try:
         group = dist.new_group(backend="gloo", timeout=FOREVER)
         try:

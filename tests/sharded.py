@@ -1,0 +1,82 @@
+"""What each process of test_evaluate_sharded.py does: `torchrun --nproc-per-node 2 sharded.py FOLDER`.
+
+Process k writes what it saw to FOLDER/k.json.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from killed import step
+from planted import Hidden, inputs, linear, straight_through
+
+import forged_fx
+from forged_fx.evaluate import blocks, fingerprint
+from forged_fx.evaluate.attacks import ATTACKS, Attack
+
+
+class Failing(Hidden):
+    """In process 1 it fails when it is attacked, after the base was: as a process that is out of memory does."""
+
+    rank = -1
+
+    def forward(self, x):
+        if self.rank == 1 and torch.is_grad_enabled() and x.requires_grad:
+            raise MemoryError("no memory left")
+        return super().forward(x)
+
+
+def case():
+    blocks.BLOCK = 7
+    ATTACKS["step"] = Attack("step", step)
+    base, x = linear(classes=4), inputs(45)
+    y = base(x).argmax(1)
+    y[:3] = (y[:3] + 1) % 4
+    call = {"x": x, "y": y, "eps": 0.05, "attacks": ["step", "mi-fgsm"], "bpda": straight_through}
+    return Failing(base), base, call
+
+
+def digest(result):
+    tensors = [(str(i), t) for i, side in enumerate(result.sides) for t in (side.broken_by, side.examples)]
+    rows = [[row.attacked, row.broken, row.standing, row.rejected, row.alone, row.note] for row in result.rows]
+    return [fingerprint.of_tensors(tensors), rows, [str(finding) for finding in result.findings]]
+
+
+def fails(model, base, call):
+    try:
+        forged_fx.evaluate(model, base, **call)
+    except Exception as error:
+        return [type(error).__name__, str(error)]
+
+
+if __name__ == "__main__":
+    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    torch.set_num_threads(1)
+    model, base, call = case()
+    seen = {"done": 0}
+    do = blocks.Blocks._do
+
+    def counted(self, block, work):
+        seen["done"] += 1
+        return do(self, block, work)
+
+    blocks.Blocks._do = counted
+    seen["result"] = digest(forged_fx.evaluate(model, base, folder=folder / "shared", **call))
+    seen["blocks"] = seen["done"]
+    seen["initialised"] = torch.distributed.is_initialized()
+    seen["other seed"] = fails(model, base, call | {"seed": rank})
+    Failing.rank = rank
+    seen["failed"] = fails(model, base, call | {"folder": folder / "failed"})
+    Failing.rank = -1
+    seen["done"] = 0
+    # the caller's own group, as data-parallel training has it
+    torch.distributed.init_process_group("gloo")
+    seen["resumed"] = digest(forged_fx.evaluate(model, base, **call, folder=folder / "failed"))
+    seen["finished"] = digest(forged_fx.evaluate(model, base, **call, folder=folder / "failed"))
+    if rank == 1:  # not all of the processes
+        seen["alone"] = digest(forged_fx.evaluate(model, base, **call, shard=False))
+    seen["still initialised"] = torch.distributed.is_initialized()
+    torch.distributed.destroy_process_group()
+    (folder / f"{rank}.json").write_text(json.dumps(seen))

@@ -1,0 +1,102 @@
+"""Two processes end with the result of one, bit for bit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sharded
+
+import forged_fx
+from forged_fx.digits import one_thread
+from forged_fx.evaluate import blocks
+from forged_fx.evaluate.attacks import ATTACKS
+from forged_fx.evaluate.processes import attempt, result
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """(the folder, what process 0 and process 1 saw, what they printed)"""
+    folder = tmp_path_factory.mktemp("sharded")
+    worker = Path(__file__).with_name("sharded.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", worker, folder],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, *(json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)), done
+
+
+@pytest.fixture(scope="module")
+def alone(ran):
+    with one_thread(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "BLOCK", blocks.BLOCK)  # the case sets it
+        patch.setitem(ATTACKS, "step", None)
+        patch.setattr(sys, "argv", [str(Path(__file__).with_name("sharded.py")), str(ran[0])])
+        model, base, call = sharded.case()
+        return forged_fx.evaluate(model, base, **call, folder=ran[0] / "alone")
+
+
+def test_every_process_has_the_result_of_one(ran, alone):
+    _, first, second, _ = ran
+    expected = json.loads(json.dumps(sharded.digest(alone)))
+    assert first["result"] == second["result"] == expected
+    assert second["alone"] == expected  # shard=False
+
+
+def test_the_folder_is_that_of_one_process(ran, alone):
+    folder = ran[0]
+    assert {path.name for path in (folder / "shared").iterdir()} == {path.name for path in (folder / "alone").iterdir()}
+    for name in ("result.json", "examples.safetensors"):
+        for other in ("shared", "failed"):
+            assert (folder / other / name).read_bytes() == (folder / "alone" / name).read_bytes()
+    assert json.loads((folder / "shared" / "timing.json").read_text())["machine"]["processes"] == 2
+
+
+def test_they_share_the_work(ran):
+    first, second = ran[1]["blocks"], ran[2]["blocks"]
+    assert first >= second > 0.6 * first  # a row's last block may have no companion
+
+
+def test_only_process_0_prints_and_process_groups_are_left_as_found(ran):
+    _, first, second, done = ran
+    assert done.stdout == ""
+    assert not first["initialised"] and not second["initialised"]
+    assert first["still initialised"] and second["still initialised"]
+
+
+def test_different_calls_are_refused_everywhere(ran):
+    for seen in ran[1:3]:
+        name, text = seen["other seed"]
+        assert name == "ValueError" and "seed is 1 in process 1, 0 in process 0" in text
+
+
+def test_a_failure_in_one_process_is_raised_in_all_and_what_was_done_is_kept(ran):
+    folder, first, second, _ = ran
+    assert second["failed"] == ["MemoryError", "no memory left"]
+    name, text = first["failed"]
+    assert name == "MemoryError" and text.startswith("process 1 of 2, ") and text.endswith(": no memory left")
+    log = (folder / "failed" / "log.txt").read_text()
+    assert "stopped by MemoryError: process 1 of 2" in log and "blocks are finished" in log
+    assert first["resumed"] == second["resumed"] == first["result"] == first["finished"] == second["finished"]
+    assert first["done"] < first["blocks"]
+
+
+def test_errors_travel_as_text():
+    assert result(attempt(lambda: b"x")[1], "process 1") == b"x"
+    for error, kind, words in (
+        (ValueError("odd"), ValueError, "process 1: odd"),
+        (type("Own", (Exception,), {})("odd"), RuntimeError, "process 1: Own: odd"),
+    ):
+
+        def act(error=error):
+            raise error
+
+        raised, answer = attempt(act)
+        assert raised is error
+        with pytest.raises(kind, match=words):
+            result(answer, "process 1")
