@@ -20,6 +20,7 @@ _PUBLIC = {
     "decompositions": "ops",
     "evaluate": "evaluate",
     "describe": "describe",
+    "cost": "cost",
 }
 
 __all__ = [*_PUBLIC, "__version__"]

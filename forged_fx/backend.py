@@ -24,6 +24,7 @@ from torch import Tensor
 from forged_fx import ops, torch_internals
 from forged_fx.frames import Compilation, Frame, passes
 from forged_fx.hoist import hoist
+from forged_fx.prologue import offer
 from forged_fx.rewrite import find_calls, insert_thresholds, nested
 from forged_fx.share import share
 from forged_fx.sites import OPENED, Origin, names_of
@@ -55,13 +56,19 @@ def forged(
     ops.register_lowerings()
     patches = {**list_mode_options(mode), **inductor} if mode else inductor
     theirs = patches.get("post_grad_custom_pre_pass") or []
-    hoisting = [torch_internals.graph_pass(hoist, _version()), *(theirs if isinstance(theirs, list) else [theirs])]
-    patches = {**patches, "post_grad_custom_pre_pass": hoisting}
+    place = [torch_internals.graph_pass(_place, _version()), *(theirs if isinstance(theirs, list) else [theirs])]
+    patches = {**patches, "post_grad_custom_pre_pass": place}
     if not ours:
         share(gm.graph)
         return compile_fx(gm, inputs, config_patches=patches)
     frame = _forge_graph(torch_internals.twin(gm), ours)
     return frame.bind(compile_fx(frame.gm, [*inputs, *frame.examples], config_patches=patches))
+
+
+def _place(graph: fx.Graph) -> None:
+    """Where in Inductor's graph the thresholds sit."""
+    hoist(graph)
+    offer(graph)
 
 
 @functools.cache

@@ -4,13 +4,16 @@ from dataclasses import dataclass
 
 import torch
 
+from forged_fx.cost import Cost
+from forged_fx.cost import cost as site_costs
 from forged_fx.thresholds import thresholds_of
 from forged_fx.transform import forging_of
 
 
 @dataclass(frozen=True)
 class Row:
-    """One site. threshold, share_zeroed (in [0, 1]) and reached are None where it was left out."""
+    """One site. threshold, share_zeroed (in [0, 1]) and reached are None where it was left out; cost also where it was
+    not asked for."""
 
     site: str
     kind: str
@@ -20,6 +23,7 @@ class Row:
     share_zeroed: float | None
     left_out: str | None
     reached: str | None
+    cost: Cost | None = None
 
 
 class Description(list[Row]):
@@ -40,12 +44,15 @@ class Description(list[Row]):
         return "\n".join(line.rstrip() for line in lines)
 
 
-def describe(model: torch.nn.Module) -> Description:
+def describe(model: torch.nn.Module, *, cost: bool = False, example: tuple[tuple, dict] | None = None) -> Description:
     """Every site of a forged model, in the order in which they run.
 
     A row holds the site's name, its kind, the shape of its input as seen in calibration (-1, printed `*`: it varied),
     c_max, the threshold in force now, the share of its inputs that this threshold would have zeroed in calibration,
-    or why it was left out. Raises ValueError for a model that is not forged.
+    or why it was left out. With `cost`, also what the threshold costs in compiled code (see `forged_fx.cost`), for
+    `example` = (args, kwargs) or the first calibration batch, where it is at hand.
+
+    Raises ValueError for a model that is not forged, or where `cost` has no example.
     """
     found = [(module, record) for module in model.modules() if (record := forging_of(module))]
     if not found:
@@ -53,11 +60,15 @@ def describe(model: torch.nn.Module) -> Description:
     rows = Description()
     for owner, record in found:
         thresholds = thresholds_of(owner)
+        input = example or record.stats.example
+        if cost and input is None:
+            raise ValueError("describe(cost=True) looks at a forward pass: pass example=(args, kwargs)")
+        costs = site_costs(owner, *input) if cost else {}
         for name, site in record.stats.sites.items():
             t = float(thresholds[name]) if name in record.reached else None
             share = None if t is None else site.share_zeroed(t)
             reached, left_out = record.reached.get(name), record.left_out.get(name)
-            rows.append(Row(name, site.kind, site.shape, site.c_max, t, share, left_out, reached))
+            rows.append(Row(name, site.kind, site.shape, site.c_max, t, share, left_out, reached, costs.get(name)))
         whole = "one graph" if record.not_whole is None else f"module by module ({record.not_whole})"
         if record.fused is not None:
             why = f" ({record.not_fused})" if record.not_fused else ""
@@ -71,4 +82,5 @@ def _cells(row: Row) -> tuple[str, ...]:
     start = (row.site, row.kind, shape, f"{row.c_max:.4g}")
     if row.threshold is None:
         return (*start, "-", f"left out: {row.left_out}")
-    return (*start, f"{row.threshold:.4g}", f"{row.share_zeroed:6.1%}  {row.reached}")
+    placed = row.reached if row.cost is None else str(row.cost)
+    return (*start, f"{row.threshold:.4g}", f"{row.share_zeroed:6.1%}  {placed}")

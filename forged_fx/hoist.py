@@ -4,9 +4,9 @@
               └── threshold ─ mm                                             └──── mm
 
 The forged function works element by element and f(0) = 0, so it commutes with every operation that only moves elements
-about, repeats them or fills in zeros: those of `MOVES`. Values and gradients stay what they are, bit for bit. What is
-gained: the threshold sits right behind the kernel that computes its input and becomes a part of it, in the order in
-which that kernel writes. Behind a change of the memory layout it would be a kernel of its own, or a slow loop.
+about, selects or repeats them, or fills in zeros: those of `MOVES`. Values and gradients stay what they are, bit for
+bit. What is gained: the threshold sits right behind the kernel that computes its input and becomes a part of it, in the
+order in which that kernel writes. Behind a change of the memory layout it would be a kernel of its own, or a slow loop.
 
 A threshold moves past an operation only where everything that reads the operation's input wants the same threshold:
 else the raw value would have to be written beside it. And it ends behind a kernel that Inductor generates, or where it
@@ -24,7 +24,6 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from forged_fx import ops, torch_internals  # noqa: F401 (ops defines the op)
 
@@ -40,12 +39,6 @@ def _always(node: fx.Node) -> bool:
 
 def _pads_with_zeros(node: fx.Node) -> bool:
     return len(node.args) < 3 or node.args[2] == 0
-
-
-def _keeps_every_element(node: fx.Node) -> bool:
-    """Ahead of a selection there may be more elements to threshold than behind it. A roll keeps them all."""
-    before, after = node.args[0].meta["val"].numel(), node.meta["val"].numel()
-    return statically_known_true(before == after)
 
 
 # Operations that the forged function commutes with -> on which condition. Data comes in as their first argument.
@@ -66,8 +59,10 @@ MOVES: dict[Any, Callable[[fx.Node], bool]] = {
     aten.alias.default: _always,
     aten.flip.default: _always,
     aten.roll.default: _always,
-    aten.index.Tensor: _keeps_every_element,
-    aten.index_select.default: _keeps_every_element,
+    aten.select.int: _always,
+    aten.slice.Tensor: _always,
+    aten.index.Tensor: _always,
+    aten.index_select.default: _always,
     aten.constant_pad_nd.default: _pads_with_zeros,
     aten.pixel_shuffle.default: _always,
     aten.cat.default: _always,
@@ -145,7 +140,7 @@ def _passes(move: fx.Node, demands: dict[fx.Node, Demand], passable: set[fx.Node
     for x in _data(move):
         if demands.get(x) != demands[move]:
             return False
-        if x not in passable and (move.target in RENAMINGS or not _generated(x)):
+        if x not in passable and (move.target in RENAMINGS or not written_by_inductor(x)):
             return False
     return True
 
@@ -157,13 +152,13 @@ def _wants(reader: fx.Node, x: fx.Node, demands: dict[fx.Node, Demand], passable
     return demands.get(reader) if reader in passable and x in _data(reader) else None
 
 
-def _generated(node: fx.Node) -> bool:
+def written_by_inductor(node: fx.Node) -> bool:
     """Whether a kernel that Inductor generates writes this value, so that a threshold can be a part of it."""
     if node.target in COPIES:
         return True
     if node.target in MOVES:
-        return _generated(node.args[0])
-    return node.op == "call_function" and not torch_internals.is_library_call(node.target)
+        return written_by_inductor(node.args[0])
+    return node.op == "call_function" and not torch_internals.is_library_call(node)
 
 
 def _demand_of(node: fx.Node) -> Demand | None:

@@ -267,8 +267,10 @@ def register_lowerings() -> None:
 
     A backend calls it. Under plain `torch.compile` it happens by itself: see `_lower_if_inductor_runs`.
     """
+    from torch._inductor import config
     from torch._inductor.ir import Pointwise, TensorBox
     from torch._inductor.lowering import register_lowering
+    from torch._inductor.virtualized import V
     from torch._inductor.virtualized import ops as inner
 
     def where_kept(value: TensorBox, x: TensorBox, t: TensorBox) -> TensorBox:
@@ -283,7 +285,14 @@ def register_lowerings() -> None:
         return Pointwise.create(device=x.get_device(), dtype=x.get_dtype(), inner_fn=at, ranges=x.get_size())
 
     def threshold(x: TensorBox, t: TensorBox, straight_through: bool = False) -> TensorBox:
-        return where_kept(x, x, t)
+        tunes = config.max_autotune or config.max_autotune_gemm
+        if not (tunes and config.prologue_fusion and V.graph.current_node.meta.get("prologue")):
+            return where_kept(x, x, t)
+        x.realize()  # the product shall compute the threshold, not everything ahead of it as well
+        result = where_kept(x, x, t)
+        result.realize()
+        V.graph.invoke_quant_ops.add(result.get_operation_name())  # Inductor's list of prologues worth a try
+        return result
 
     register_lowering(_threshold, type_promotion_kind=None)(threshold)
     register_lowering(_threshold_backward, type_promotion_kind=None)(where_kept)

@@ -21,7 +21,7 @@ from forged_fx import torch_internals
 def share(graph: fx.Graph) -> None:
     """Let thresholds of one value that are equal now be one, for as long as they are equal."""
     known: dict[fx.Node, list[fx.Node]] = {}  # a value -> the different thresholds that it is read with
-    for node in graph.find_nodes(op="call_function", target=torch.ops.forged_fx.threshold.default):
+    for node in thresholds_in(graph):
         x, t, *straight_through = node.args
         same = next((other for other in known.setdefault(x, []) if _equal(other, t)), None)
         if same is None:
@@ -29,6 +29,12 @@ def share(graph: fx.Graph) -> None:
         elif same is not t:
             torch_internals.guard_equal(same, t)
             node.args = (x, same, *straight_through)
+
+
+def thresholds_in(graph: fx.Graph) -> list[fx.Node]:
+    """The thresholds in one of Dynamo's graphs: those that a graph calls, and those that Python code does."""
+    op = torch.ops.forged_fx.threshold
+    return [node for node in graph.nodes if node.target in (op, op.default)]
 
 
 def _equal(a: fx.Node, b: fx.Node) -> bool:

@@ -237,10 +237,26 @@ def graph_pass(run: Callable[[fx.Graph], None], version: bytes) -> Any:
     return Pass()
 
 
-def is_library_call(target: Any) -> bool:
+def on_inductors_graph(gm: fx.GraphModule, inputs: list[Any], read: Callable[[fx.Graph], None]) -> Callable:
+    """Show `read` the graph of ATen calls that Inductor would get for Dynamo's graph; what runs it, as it is."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
+    from torch._inductor.decomposition import select_decomp_table
+
+    def compiler(graph: fx.GraphModule, inputs: list[Any]) -> Callable:
+        read(graph.graph)
+        graph.recompile()
+        return make_boxed_func(graph.forward)
+
+    return aot_autograd(fw_compiler=compiler, decompositions=select_decomp_table())(gm, inputs)
+
+
+def is_library_call(node: fx.Node) -> bool:
     """Whether Inductor leaves an ATen call to a library's kernel, or to one of PyTorch's own."""
     from torch._inductor import lowering
 
     aten = torch.ops.aten
     products = (aten.convolution.default, aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
-    return target in products or target in lowering.fallbacks or target not in lowering.lowerings
+    if node.target is aten.convolution.default and node.args[2] is not None:
+        return node.meta["val"].device.type == "cpu"  # on a GPU, a bias is added by a kernel of Inductor's
+    return node.target in products or node.target in lowering.fallbacks or node.target not in lowering.lowerings

@@ -90,6 +90,7 @@ def transform(
     strict: bool = True,
     example: tuple[tuple, dict] | None = None,
     fuse: bool | None = None,
+    only: str | None = None,
 ) -> torch.nn.Module:
     """A copy of `model` in which every site's small inputs are set to zero; `model` itself is left untouched.
 
@@ -113,6 +114,8 @@ def transform(
             RMSNorm) as one kernel each, in eager mode; see `forged_fx/fuse.py`. By default where the model is on a
             GPU. On a CPU it changes nothing. Needs the whole model as one graph. A second audit compares the result
             with the model, on a GPU within rounding.
+        only: "free" forges only the sites whose threshold costs nothing in compiled code, by `forged_fx.cost`, which
+            needs an example; the others are left out, each with what it would cost.
 
     Raises:
         ValueError: the statistics are another model's; a glob or ratio matches no site; the model is forged already.
@@ -125,6 +128,9 @@ def transform(
     stats.check_model(model)
     wanted, left_out = select(stats, include, exclude)
     example = example or stats.example
+    if only is not None:
+        costly = _costly(model, stats, wanted, strict, example, only)
+        wanted, left_out = [site for site in wanted if site not in costly], left_out | costly
     try:
         forged = _forge_whole(model, stats, wanted)
         forged.meta["forged_fx"] = record = Forging(stats, dict.fromkeys(wanted, "in the graph"), left_out)
@@ -148,6 +154,21 @@ def transform(
         _fuse(model, forged, wanted, example, exact=not on_gpu)
     set_ratio(forged, ratio)
     return forged
+
+
+def _costly(
+    model: torch.nn.Module, stats: Stats, wanted: list[str], strict: bool, example: Any, only: str
+) -> dict[str, str]:
+    """The sites whose threshold is not free -> what it costs."""
+    from forged_fx.cost import cost  # late: it needs the compiler
+
+    if only != "free":
+        raise ValueError(f"only={only!r}: 'free' is the one choice; to name sites, take include= or exclude=")
+    if example is None:
+        raise ValueError("only='free' runs the model to see what costs: pass example=(args, kwargs)")
+    forged = transform(model, stats, include=wanted, strict=strict, example=example, fuse=False)
+    costs = cost(forged, *example)
+    return {site: f"not free: {price}" for site, price in costs.items() if not price.free}
 
 
 def _fuse(model: torch.nn.Module, forged: torch.nn.Module, wanted: list[str], example: Any, exact: bool) -> None:

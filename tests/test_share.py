@@ -49,12 +49,18 @@ def selections(module, x):
 def test_one_result_for_two_sites(x):
     model, stats = made(x)
     forged = forged_fx.transform(model, stats, 2**-3)
+    model.register_forward_hook(lambda *_: None)
+    one_by_one = forged_fx.transform(model, stats, 2**-3)
+    assert "module by module" in str(forged_fx.describe(one_by_one))
     for ratio, count in ((2**-3, 2), ({"a": 2**-2, "*": 2**-3}, 3)):
         torch._dynamo.reset()
         forged.set_ratio(ratio)
         assert selections(torch.compile(forged, backend="forged"), x) == count
         torch._dynamo.reset()
         assert selections(torch.compile(model, backend="forged", options={"stats": stats, "ratio": ratio}), x) == count
+        torch._dynamo.reset()
+        forged_fx.set_ratio(one_by_one, ratio)
+        assert selections(torch.compile(one_by_one, backend="forged"), x) == count
 
 
 @pytest.mark.parametrize("changes", [False, True])

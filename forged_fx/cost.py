@@ -1,0 +1,155 @@
+"""What each threshold costs in compiled code, read off the graph that Inductor gets.
+
+A threshold is free where it becomes a part of the kernel that writes its input anyway. It costs one write more where
+something else reads the input too and needs it raw: a residual stream. And it costs a kernel of its own, which reads
+and writes the input once more, where no kernel of Inductor's makes the input: the network's input, what attention's
+kernel or a matrix product returns.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from forged_fx import ops, torch_internals
+from forged_fx.hoist import COPIES, MOVES, THRESHOLD, hoist, written_by_inductor
+from forged_fx.modes import eval_mode
+from forged_fx.share import share, thresholds_in
+from forged_fx.thresholds import thresholds_of
+
+aten = torch.ops.aten
+FREE, SHARED, WRITE, LAUNCH = "free", "shared", "one more write", "a kernel of its own"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one site's threshold costs.
+
+    kind: `FREE`, `SHARED` (another site's threshold on the same tensor serves it too), `WRITE` or `LAUNCH`. bytes: what
+    is read and written beyond the plain model's. why: what makes the site's input, and who else reads it. prologue: a
+    matrix product on a GPU can apply the threshold as it loads: under mode="max-autotune" it may cost nothing.
+    """
+
+    kind: str
+    bytes: int
+    why: str
+    prologue: bool = False
+
+    @property
+    def free(self) -> bool:
+        return self.kind in (FREE, SHARED)
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.why}" + (f" ({self.bytes / 1e6:.3g} MB)" if self.bytes else "")
+
+
+def cost(forged: torch.nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> dict[str, Cost]:
+    """Site -> what its threshold costs in a forward pass of `torch.compile(forged, backend="forged")`, in eval mode.
+
+    args, kwargs: an input, on the model's device. The pass is run once, uncompiled. It is an estimate by rule, on the
+    graph that Inductor gets; `benchmarks/gpu_static.py` holds it against what Inductor generates.
+    """
+    sites = {id(t): site for site, t in thresholds_of(forged).items()}
+    found: dict[str, Cost] = {}
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable:
+        return torch_internals.on_inductors_graph(gm, inputs, _reader(gm, sites, found))
+
+    ops.register_lowerings()
+    tensors = {id(tensor): tensor for tensor in (*forged.parameters(), *forged.buffers())}
+    twin = copy.deepcopy(forged, tensors)  # what is compiled here must not count against the user's own compilations
+    with torch.no_grad(), eval_mode(twin):
+        torch.compile(twin, backend=backend)(*args, **(kwargs or {}))
+    unseen = Cost(LAUNCH, 0, "it runs uncompiled")
+    return {site: found.get(site, unseen) for site in sites.values()}
+
+
+def _reader(gm: fx.GraphModule, sites: dict[int, str], found: dict[str, Cost]) -> Callable[[fx.Graph], None]:
+    """What reads the costs off one graph; `gm` is Dynamo's, in which the thresholds are known."""
+    calls = thresholds_in(gm.graph)
+    own = {node: sites.get(id(torch_internals.lifted_value(node.args[1]))) for node in calls}
+    share(gm.graph)
+    inputs = gm.graph.find_nodes(op="placeholder")
+    served: dict[int, list[str]] = {}  # which of the graph's inputs is the threshold -> the sites
+    for node, site in own.items():
+        if site is not None:
+            served.setdefault(inputs.index(node.args[1]) - len(inputs), []).append(site)
+
+    def read(graph: fx.Graph) -> None:
+        hoist(graph)
+        placeholders = graph.find_nodes(op="placeholder")
+        for position, (first, *others) in served.items():
+            results = [node for node in placeholders[position].users if node.target is THRESHOLD]
+            costs = [price(node) for node in results]
+            found[first] = max(costs, key=lambda c: c.bytes, default=Cost(FREE, 0, "no one reads it"))
+            found.update(dict.fromkeys(others, Cost(SHARED, 0, f"with {first}")))
+
+    return read
+
+
+def price(threshold: fx.Node) -> Cost:
+    """The cost of one threshold in a graph of ATen calls that `hoist` went over."""
+    x = threshold.args[0]
+    size = x.meta["val"].numel() * x.meta["val"].element_size()
+    size = size if isinstance(size, int) else size.node.hint
+    maker, prologue = _maker(x), _read_by_products(threshold)
+    if not written_by_inductor(x):
+        if all(reader.target in COPIES for reader in threshold.users):
+            return Cost(FREE, 0, "a part of the copy behind it")
+        return Cost(LAUNCH, 2 * size, f"its input comes from {maker}", prologue)
+    behind = _behind(threshold)
+    for reader in x.users:
+        if reader is not threshold and (reader in behind or _needs_memory(reader)):
+            return Cost(WRITE, size, f"{_name(reader)} reads the raw result of {maker}", prologue)
+    return Cost(FREE, 0, f"a part of {maker}")
+
+
+def _read_by_products(node: fx.Node) -> bool:
+    """Whether one kernel reads the value, and it could apply a threshold as it loads: a matrix product on a GPU."""
+    if node.meta["val"].device.type == "cpu" or len(node.users) != 1:
+        return False
+    (reader,) = node.users
+    if reader.target in MOVES and reader.target not in COPIES:
+        return _read_by_products(reader)
+    if reader.target is aten.convolution.default and reader.args[0] is node:
+        _, weight, _, stride, padding, dilation, transposed, _, groups = reader.args
+        window = {*weight.meta["val"].shape[2:], *stride, *dilation}
+        return window == {1} and len(stride) == 2 and not any(padding) and not transposed and groups == 1
+    return reader.target in (aten.mm.default, aten.addmm.default)
+
+
+def _maker(x: fx.Node) -> str:
+    while x.target in MOVES and x.target not in COPIES:
+        x = x.args[0]
+    return "the network's input" if x.op == "placeholder" else _name(x)
+
+
+def _name(node: fx.Node) -> str:
+    if node.op == "output":
+        return "the caller"
+    if node.target.__name__ == "getitem":
+        node = node.args[0]
+    return str(node.target).removeprefix("aten.").removeprefix("prims.").partition(".")[0].lstrip("_")
+
+
+def _needs_memory(reader: fx.Node) -> bool:
+    """Whether the reader cannot be in the kernel that makes the value."""
+    if reader.op == "output":
+        return True
+    if reader.target in MOVES and reader.target not in COPIES:
+        return any(_needs_memory(next_reader) for next_reader in reader.users)
+    return torch_internals.is_library_call(reader)
+
+
+def _behind(node: fx.Node) -> set[fx.Node]:
+    """Everything that depends on the node."""
+    found, waiting = set(), [node]
+    while waiting:
+        for user in waiting.pop().users:
+            if user not in found:
+                found.add(user)
+                waiting.append(user)
+    return found

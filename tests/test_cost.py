@@ -1,0 +1,94 @@
+"""cost: which thresholds are free, and why the others are not."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import forged_fx
+from forged_fx.cost import FREE, LAUNCH, SHARED, WRITE
+
+
+class Net(nn.Module):
+    """One site of each kind: the network's input, a residual stream, a fork, attention, and what rides along."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.body, self.left, self.right = (nn.Conv2d(c, 8, 3, padding=1) for c in (3, 8, 8, 8))
+        self.qkv, self.proj, self.head = nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(8, 2)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x):
+        x = F.gelu(self.stem(x))
+        x = F.gelu(x + self.body(x))
+        x = F.gelu(self.left(x) + self.right(x)).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(self.norm(x)).view(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        return self.head(F.gelu(self.proj(x)).mean(1))
+
+
+EXPECTED = {
+    "stem": (LAUNCH, "network's input"), "body": (WRITE, "add reads the raw result of mul"), "left": (FREE, "mul"),
+    "right": (SHARED, "left"), "qkv": (FREE, "add"), "proj": (LAUNCH, "attention"), "head": (FREE, "mean"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made():
+    torch.manual_seed(0)
+    model, x = Net().eval(), torch.randn(2, 3, 8, 8)
+    return model, forged_fx.calibrate(model, [x]), x
+
+
+def test_costs_site_by_site(made):
+    model, stats, x = made
+    forged = forged_fx.transform(model, stats)
+    costs = forged_fx.cost(forged, (x,))
+    assert list(costs) == list(EXPECTED)
+    for site, (kind, why) in EXPECTED.items():
+        assert costs[site].kind == kind and why in costs[site].why, (site, costs[site])
+    assert costs["stem"].bytes == 2 * x.numel() * 4 and costs["body"].bytes == 2 * 8 * 64 * 4
+    rows = {row.site: row for row in forged_fx.describe(forged, cost=True)}
+    assert {site: row.cost for site, row in rows.items()} == costs
+    assert "one more write: add reads the raw result of mul (0.0041 MB)" in str(forged_fx.describe(forged, cost=True))
+    assert forged_fx.describe(forged)[0].cost is None
+
+
+def test_thresholds_that_part_are_not_shared(made):
+    model, stats, x = made
+    forged = forged_fx.transform(model, stats, {"left": 2**-3, "*": 2**-4})
+    assert forged_fx.cost(forged, (x,))["right"].kind == FREE
+
+
+def test_only_what_is_free(made, tmp_path):
+    model, stats, x = made
+    forged = forged_fx.transform(model, stats, only="free")
+    reached = {row.site for row in forged_fx.describe(forged) if row.left_out is None}
+    assert reached == {"left", "right", "qkv", "head"}
+    assert "not free: a kernel of its own: its input comes from the network's input" in str(forged_fx.describe(forged))
+    assert all(price.free for price in forged_fx.cost(forged, (x,)).values())
+    with pytest.raises(ValueError, match=r"only='fre'.*'free'"):
+        forged_fx.transform(model, stats, only="fre")
+    stats.save(tmp_path / "s")
+    with pytest.raises(ValueError, match="pass example"):
+        forged_fx.transform(model, tmp_path / "s", only="free")
+
+
+def test_it_leaves_no_trace_in_the_model(made):
+    model, stats, x = made
+    forged = forged_fx.transform(model, stats).train()
+    forged_fx.cost(forged, (x,))
+    assert forged.training
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad():
+        torch.compile(forged, backend="eager")(x)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_modules_that_no_compiler_enters():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)).eval()
+    x = torch.randn(2, 5, 8)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]))
+    costs = forged_fx.cost(forged, (x,))
+    assert {cost.why for cost in costs.values()} == {"it runs uncompiled"} and not any(c.free for c in costs.values())
