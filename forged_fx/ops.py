@@ -215,7 +215,18 @@ def _record(function: type[_Masked], op: Callable, *args: Any) -> Tensor:
     if tracked or forward_ad._current_level >= 0:
         with enable_single_level_autograd_function():
             return function.apply(*args)
+    if op in _CPU and torch._C._dispatch_keys(args[0]) == _PLAIN and not _modes_listen():
+        return _CPU[op](*args)  # what the dispatcher would come to, without another round of it: a third of the call
     return _run(op, *args)
+
+
+def _modes_listen() -> bool:
+    """Whether a dispatch mode or a torch.func transform is to see what runs below autograd."""
+    return bool(torch._C._len_torch_dispatch_stack()) or torch._C._functorch.maybe_current_level() is not None
+
+
+_PLAIN = torch._C._dispatch_keys(torch.empty(0))  # of an ordinary CPU tensor
+_CPU = {_threshold: _threshold_cpu, _threshold_backward: _threshold_backward_cpu}
 
 
 def _run(op: Callable, *args: Any) -> Tensor:
