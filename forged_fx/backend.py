@@ -148,9 +148,10 @@ def _open_compositions(gm: fx.GraphModule) -> None:
 
 def _watch(model: torch.nn.Module, backend: Callable, arguments: dict[str, Any]) -> Callable[[], None] | None:
     """Dynamo may give a whole pass up without a graph; then neither the backend nor a graph of its hears of it."""
-    ours, _ = _split(arguments.get("options", {})) if backend is forged else ({}, {})
-    if not ours.get("strict", bool(ours)):
+    options = arguments.get("options", {})
+    if backend is not forged or "stats" not in options or not options.get("strict", True):
         return None
+    ours = {key: value for key, value in options.items() if key in OPTIONS}
     before = passes.ended
 
     def check() -> None:

@@ -72,11 +72,15 @@ def text(speeds: Iterable[Speed]) -> str:
 
 
 def interleave(
-    variants: Mapping[Key, Callable[[], object]], rounds: int, wait: Callable[[], object] = lambda: None
+    variants: Mapping[Key, Callable[[], object]],
+    rounds: int,
+    wait: Callable[[], object] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Key, np.ndarray]:
     """Seconds per call of each variant, one figure per round: arrays of shape (rounds,).
 
-    wait: returns when the device has finished what was asked of it.
+    wait: returns when the device has finished what was asked of it. clock: `time.process_time` leaves out the time in
+    which other processes had the CPU; it adds up the threads'.
     """
     if rounds < 1:
         raise ValueError(f"rounds={rounds}: at least 1")
@@ -84,23 +88,23 @@ def interleave(
     for key, call in variants.items():
         for _ in range(3):  # compile, and fill caches
             call()
-        calls[key] = max(1, round(LEAST / _time(call, 1, wait)))
+        calls[key] = max(1, round(LEAST / max(_time(call, 1, wait, clock), 1e-6)))
     seconds = {key: np.empty(rounds) for key in variants}
     order = list(variants)
     for i in track(range(rounds), "timing"):
         for key in order:
-            seconds[key][i] = _time(variants[key], calls[key], wait)
+            seconds[key][i] = _time(variants[key], calls[key], wait, clock)
         order.reverse()  # what runs after what is not always the same
     return seconds
 
 
-def _time(call: Callable[[], object], times: int, wait: Callable[[], object]) -> float:
+def _time(call: Callable[[], object], times: int, wait: Callable[[], object], clock: Callable[[], float]) -> float:
     wait()
-    began = time.perf_counter()
+    began = clock()
     for _ in range(times):
         call()
     wait()
-    return (time.perf_counter() - began) / times
+    return (clock() - began) / times
 
 
 def _speed(mode: str, plain: np.ndarray, forged: np.ndarray) -> Speed:

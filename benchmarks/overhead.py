@@ -1,0 +1,211 @@
+"""What forging costs on the CPU, beside what people would write by hand: a table, and rows in a CSV file.
+
+    python benchmarks/overhead.py                                  the six models, batch 1 and 8, float32 and bfloat16
+    python benchmarks/overhead.py torchvision:resnet18 --batch 8 --dtype float32
+    python benchmarks/overhead.py --what calibration compile-time  these instead of throughput
+
+Throughput as a share of the plain model's in the same mode (1: free), the median over rounds in turn, and its
+quartiles. With one thread what is measured is CPU time, so that other processes do not count:
+
+    eager     plain, forged, and each layer wrapped by hand: torch.where(x.abs() < t, 0, x)
+    compiled  plain (Inductor), forged (backend="forged"), the wrapper, and a custom op that Inductor cannot look into
+    frozen    plain and forged, compiled with freezing=True (parameters are constants)
+
+Calibration is set against forward passes of the same batches; compile time, from empty caches, against Inductor's.
+"""
+
+import argparse
+import copy
+import datetime
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from models import load
+from throughput import DTYPES, append, device_name, triton_version
+from torch import Tensor, nn
+
+import forged_fx
+from forged_fx.throughput import interleave
+
+MODELS = (
+    "torchvision:resnet18",
+    "torchvision:resnet50",
+    "preact:28-4",
+    "timm:convnext_tiny",
+    "timm:vit_small_patch16_224",
+    "timm:swin_tiny_patch4_window7_224",
+)
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+RATIO = 2**-6
+
+
+@torch.library.custom_op("forged_fx_overhead::opaque", mutates_args=())
+def opaque(x: Tensor, t: Tensor) -> Tensor:
+    return torch.where(x.abs() < t, 0, x)
+
+
+@opaque.register_fake
+def _(x: Tensor, t: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class ByHand(nn.Module):
+    """A layer and the threshold ahead of it, as a wrapper."""
+
+    def __init__(self, layer: nn.Module, t: float, cut: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.cut = layer, cut
+        self.register_buffer("t", torch.tensor(t))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.cut(x, self.t))
+
+
+def where(x: Tensor, t: Tensor) -> Tensor:
+    return torch.where(x.abs() < t, 0, x)
+
+
+def by_hand(model: nn.Module, thresholds: dict[str, float], cut: Callable[[Tensor, Tensor], Tensor]) -> nn.Module:
+    """A copy with every layer that has a threshold wrapped. (Sites that are no layers are out of a wrapper's reach.)"""
+    model = copy.deepcopy(model)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LAYERS) and name in thresholds:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, ByHand(layer, thresholds[name], cut))
+    return model
+
+
+Variants = dict[tuple[str, str], Callable[[], object]]
+frozen = {"options": {"freezing": True}}
+
+
+def throughput(model: nn.Module, forged: nn.Module, stats: forged_fx.Stats, x: Tensor) -> Variants:
+    thresholds = stats.thresholds(RATIO)
+    wrapped = by_hand(model, thresholds, where)
+    ours = functools.partial(torch.compile, backend="forged")
+    modules = {
+        ("eager", "plain"): model,
+        ("eager", "forged"): forged,
+        ("eager", "where by hand"): wrapped,
+        ("compiled", "plain"): torch.compile(model),
+        ("compiled", "forged"): ours(forged),
+        ("compiled", "where by hand"): torch.compile(wrapped),
+        ("compiled", "opaque op"): torch.compile(by_hand(model, thresholds, opaque)),
+        ("frozen", "plain"): torch.compile(copy.deepcopy(model), **frozen),
+        ("frozen", "forged"): ours(copy.deepcopy(forged), **frozen),
+    }
+    return {key: functools.partial(module, x) for key, module in modules.items()}
+
+
+def calibration(model: nn.Module, forged: nn.Module, stats: forged_fx.Stats, x: Tensor) -> Variants:
+    batches = [x] * 4
+
+    def forward() -> None:
+        for batch in batches:
+            model(batch)
+
+    return {
+        ("calibration", "plain"): forward,
+        ("calibration", "calibrate"): functools.partial(forged_fx.calibrate, model, batches),
+    }
+
+
+def compile_time(model: nn.Module, forged: nn.Module, x: Tensor, rounds: int) -> dict[tuple[str, str], np.ndarray]:
+    """Seconds of the first call, from empty caches."""
+    from torch._inductor.utils import fresh_cache
+
+    ways = {"plain": (model, {}), "forged": (forged, {"backend": "forged"})}
+    seconds: dict[tuple[str, str], list[float]] = {("compile-time", name): [] for name in ways}
+    for i in range(rounds):
+        for name, (module, how) in list(ways.items())[:: -1 if i % 2 else 1]:
+            torch._dynamo.reset()
+            with fresh_cache():
+                began = time.perf_counter()
+                torch.compile(module, **how)(x)
+                seconds["compile-time", name].append(time.perf_counter() - began)
+    return {key: np.array(values) for key, values in seconds.items()}
+
+
+TIMED = {"throughput": throughput, "calibration": calibration}
+
+
+def measure(name: str, batch: int, dtype: str, what: list[str], rounds: int) -> Iterator[dict[str, Any]]:
+    """Rows for one model: each variant as a share of the plain one in the same rounds."""
+    torch._dynamo.reset()
+    model, shape = load(name)
+    model = model.to(DTYPES[dtype])
+    x = torch.rand(batch, *shape, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
+    stats = forged_fx.calibrate(model, [x])
+    forged = forged_fx.transform(model, stats, RATIO)
+    seconds: dict[tuple[str, str], np.ndarray] = {}
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    with torch.no_grad():
+        for key in what:
+            if key in TIMED:
+                seconds |= interleave(TIMED[key](model, forged, stats, x), rounds, clock=clock)
+            else:
+                seconds |= compile_time(model, forged, x, max(2, rounds // 5))
+    for (mode, variant), taken in seconds.items():
+        low, ratio, high = np.quantile(seconds[mode, "plain"] / taken, (0.25, 0.5, 0.75))
+        yield {
+            "model": name, "batch": batch, "dtype": dtype, "mode": mode, "variant": variant,
+            "ms": 1e3 * taken.min(), "ratio": ratio, "low": low, "high": high, "rounds": len(taken),
+        }  # fmt: skip
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """Over all models, batches and dtypes: the geometric mean of each variant's ratios, and the worst."""
+    lines = []
+    for mode, variant in dict.fromkeys((r["mode"], r["variant"]) for r in rows if r["variant"] != "plain"):
+        these = [r for r in rows if (r["mode"], r["variant"]) == (mode, variant)]
+        worst = min(these, key=lambda row: row["ratio"])
+        mean = float(np.exp(np.mean([np.log(row["ratio"]) for row in these])))
+        at = f"{worst['model']}, batch {worst['batch']}, {worst['dtype']}"
+        lines.append(f"{mode:12} {variant:14} geometric mean {mean:.3f}, worst {worst['ratio']:.3f} ({at})")
+    return "\n".join(lines)
+
+
+def options(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=MODELS, metavar="MODEL", help="see benchmarks/models.py")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
+    parser.add_argument("--what", nargs="+", choices=[*TIMED, "compile-time"], default=["throughput", "calibration"])
+    parser.add_argument("--rounds", type=int, default=15, help="default: %(default)s")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--csv", type=Path, default=Path(__file__).with_suffix(".csv"), help="default: %(default)s")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = options(argv)
+    torch.set_num_threads(args.threads)
+    taken_on = {
+        "threads": args.threads, "device": device_name("cpu"), "torch": torch.__version__, "triton": triton_version(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+    print(f"{taken_on['device']}, {args.threads} threads, torch {torch.__version__}, {args.rounds} rounds in turn")
+    print("ms: the fastest round; ratio: throughput as a share of the plain model's, median and quartiles")
+    rows = []
+    for name in args.models:
+        for batch in args.batch:
+            for dtype in args.dtype:
+                for row in measure(name, batch, dtype, args.what, args.rounds):
+                    rows.append(row)
+                    label = f"{name:34} batch {batch:<3} {dtype:9} {row['mode']:12} {row['variant']:14}"
+                    spread = f"{row['ratio']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+                    print(f"{label} {row['ms']:10.3f} ms  {spread}", flush=True)
+                    rounded = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()}
+                    append(args.csv, [rounded | taken_on])
+    print(summary(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
