@@ -19,6 +19,7 @@ _PUBLIC = {
     "straight_through": "ops",
     "decompositions": "ops",
     "evaluate": "evaluate",
+    "compare": "evaluate",
     "describe": "describe",
     "cost": "cost",
 }

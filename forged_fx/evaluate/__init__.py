@@ -7,7 +7,9 @@
     transfer.py     attacks made on one model for another; further.py: what the thorough plan adds
     surrogate.py    BPDA with a smooth stand-in for the threshold
     gradients.py    the two backwards an attack may see: the true one and the straight-through one (BPDA)
-    blocks.py       the unit of work, and of what is random
+    blocks.py       the unit of work, and of what is random: done here, recalled, or done by another process
+    journal.py      an unfinished run, which the same call continues
+    processes.py    those that torchrun started, if it did
     harness.py      runs rows on what still stands, and believes no claim that it has not checked
     threat.py       what an attacker may do: the ball and the box
     checks.py       what is asked of the caller's input, and the model handed back as it was found
@@ -15,13 +17,16 @@
     findings.py     the table of checks: a figure, a bound, raised or not
     statistics.py   paired comparison of two accuracies
     verdict.py      from figures to one word
-    result.py       the record: rows, outcomes by example, adversarial examples; save and load
+    result.py       what was found: rows, outcomes by example, adversarial examples
+    record.py       the same as a folder
+    comparison.py   two results on the same examples, side by side
     report.py       the table, and progress on a terminal
 
 Importing this package needs torch only; pyautoattack, rich and safetensors are imported when first used.
 """
 
+from forged_fx.evaluate.comparison import Comparison, compare
 from forged_fx.evaluate.protocol import evaluate
 from forged_fx.evaluate.result import Result
 
-__all__ = ["Result", "evaluate"]
+__all__ = ["Comparison", "Result", "compare", "evaluate"]

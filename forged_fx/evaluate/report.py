@@ -83,12 +83,12 @@ def render(result: Result) -> Any:
     return need("rich.console").Group(bold, _figures(result), _findings(result), _rows(result), _small_print(result))
 
 
-def text(result: Result) -> str:
-    """The same as plain text."""
+def text(printed: Any) -> str:
+    """What rich would print, as plain text."""
     width = max(100, shutil.get_terminal_size((120, 50)).columns)
     console = need("rich.console").Console(width=width, color_system=None, force_terminal=False)
     with console.capture() as capture:
-        console.print(render(result), highlight=False)
+        console.print(printed, highlight=False)
     return str(capture.get())
 
 

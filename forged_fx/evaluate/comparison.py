@@ -1,0 +1,159 @@
+"""Two results on the same examples, side by side."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from forged_fx.evaluate import report, statistics
+from forged_fx.evaluate.extras import need
+from forged_fx.evaluate.journal import differences
+from forged_fx.evaluate.record import call_of
+from forged_fx.evaluate.result import FIGURES, KINDS, Result, Side
+from forged_fx.evaluate.statistics import Paired
+
+WORST = KINDS[-1]
+LISTED = 20  # of the examples that flip, in the printed table
+
+
+@dataclass(frozen=True)
+class Flip:
+    """An example that one of the two gets right in the worst case; `broken` says which row broke it in the other."""
+
+    index: int
+    right_in: str
+    broken: str
+
+
+@dataclass(eq=False, repr=False)
+class Comparison:
+    """`a` and `b`, results on the same examples under the same threat. `print` shows a table.
+
+    Differences are b minus a, as shares of n. cautions: what may make the difference, beside the models.
+    """
+
+    a: Result
+    b: Result
+    names: tuple[str, str]
+    cautions: list[str]
+
+    @property
+    def figures(self) -> dict[str, str]:
+        """What a figure is called -> the last kind of row that it counts; the worst case first."""
+        both = [kind for kind in reversed(KINDS) if kind in self.a.kinds and kind in self.b.kinds]
+        return {"worst case": WORST} | {FIGURES[kind]: kind for kind in both if kind in FIGURES}
+
+    def paired(self, under: str = WORST, side: str = "model") -> Paired | None:
+        """The models (or the "base"s), under rows of kind `under` and of the kinds before it; None without a base."""
+        a, b = getattr(self.a, side), getattr(self.b, side)
+        return statistics.compare(b.right(under), a.right(under)) if a and b else None
+
+    @property
+    def flips(self) -> list[Flip]:
+        """The examples on which the models differ in the worst case."""
+        a, b = self.a.model, self.b.model
+        found = []
+        for index in (a.right() != b.right()).nonzero().flatten().tolist():
+            loser, winner = (b, 0) if bool(a.right()[index]) else (a, 1)
+            row = loser.rows[int(loser.broken_by[index])]
+            found.append(Flip(index, self.names[winner], f"{row.kind}, {row.attack}"))
+        return found
+
+    def __str__(self) -> str:
+        return report.text(self)
+
+    def __rich__(self) -> Any:
+        bold = need("rich.text").Text(_sentence(self), style="bold")
+        return need("rich.console").Group(bold, _table(self), *_listed(self), "\n".join(self.cautions))
+
+    def __repr__(self) -> str:
+        return f"<Comparison: {_sentence(self)}>"
+
+
+def compare(a: Result | str | os.PathLike[str], b: Result | str | os.PathLike[str]) -> Comparison:
+    """Compare two results, or the folders that hold them, example by example.
+
+    ValueError, with every difference, if they are not of the same examples (x and y, by SHA-256) under the same threat:
+    their figures then say nothing about each other. What else differs is listed in `Comparison.cautions`.
+    """
+    names = _name(a, "a"), _name(b, "b")
+    if names[0] == names[1]:
+        names = str(a), str(b)
+    first, second = (one if isinstance(one, Result) else Result.load(one) for one in (a, b))
+    different = [
+        f"{field}: {old} in {names[0]}, {new} in {names[1]}" for field, old, new in _differences(first, second, True)
+    ]
+    if different:
+        raise ValueError(f"{names[0]} and {names[1]} are not of the same examples and threat: " + "; ".join(different))
+    return Comparison(first, second, names, list(_cautions(first, second, names)))
+
+
+def _name(one: Result | str | os.PathLike[str], otherwise: str) -> str:
+    return otherwise if isinstance(one, Result) else Path(one).resolve().name
+
+
+def _differences(a: Result, b: Result, decisive: bool) -> Iterator[tuple[str, str, str]]:
+    for field, old, new in differences(call_of(a), call_of(b)):
+        if (field.partition(".")[0] in ("data", "threat")) is decisive:
+            yield field, old, new
+
+
+def _cautions(a: Result, b: Result, names: tuple[str, str]) -> Iterator[str]:
+    """What a reader has to know beside the figures."""
+    if a.plan != b.plan:
+        yield (
+            f"Attacked by different rows ({names[0]}: {', '.join(a.attacks)}; {names[1]}: {', '.join(b.attacks)}): "
+            "whoever was attacked less looks better."
+        )
+    if a.model.identity == b.model.identity:
+        yield "Both are of the same model, by its state and class: what differs is the attacks' chance, or the code."
+    if a.base and b.base and a.base.identity == b.base.identity:
+        flips = int((a.base.right() != b.base.right()).sum())
+        yield (
+            f"The base is the same in both. Its worst case differs on {flips} examples: so much comes of the attacks' "
+            "chance, and of the examples that the other side lends."
+        )
+    for field, old, new in _differences(a, b, False):
+        if field.partition(".")[0] in ("seed", "block", "bpda", "versions"):
+            yield f"{field}: {old} in {names[0]}, {new} in {names[1]}"
+
+
+def _sentence(c: Comparison) -> str:
+    p = c.paired()
+    words = {1: "measurably above", 0: "not measurably different from", -1: "measurably below"}[p.direction]
+    return (
+        f"in the worst case {c.names[1]} is right on {int(c.b.model.right().sum())} of {p.n} inputs, {c.names[0]} on "
+        f"{int(c.a.model.right().sum())}: {words} it"
+    )
+
+
+def _table(c: Comparison) -> Any:
+    table = need("rich.table").Table(title=f"right, of {c.a.n} inputs", title_justify="left")
+    headings = ("", *c.names, "points", "95 % interval", "McNemar p", f"{c.names[0]} alone", f"{c.names[1]} alone")
+    for heading in headings:
+        table.add_column(heading, justify="left" if not heading else "right")
+    for side in ("model", "base"):
+        for name, kind in c.figures.items():
+            p = c.paired(kind, side)
+            if p is None:
+                continue
+            sides: list[Side] = [getattr(result, side) for result in (c.a, c.b)]
+            shares = [f"{100 * one.accuracy(kind):.2f} % ({int(one.right(kind).sum())})" for one in sides]
+            difference = (f"{100 * p.difference:+.2f}", f"{100 * p.low:+.2f} {100 * p.high:+.2f}", f"{p.p:.2g}")
+            cells = (f"{side}: {name}", *shares, *difference, str(p.base_only), str(p.model_only))
+            table.add_row(*cells, style="bold" if (side, kind) == ("model", WORST) else "")
+        table.add_section()
+    return table
+
+
+def _listed(c: Comparison) -> list[Any]:
+    flips = c.flips
+    if not flips:
+        return []
+    table = need("rich.table").Table(title=f"{len(flips)} inputs that only one gets right", title_justify="left")
+    for heading in ("input", "right in", "broken in the other by"):
+        table.add_column(heading)
+    for flip in flips[:LISTED]:
+        table.add_row(str(flip.index), flip.right_in, flip.broken)
+    return [table, *([f"and {len(flips) - LISTED} more: .flips"] if len(flips) > LISTED else [])]

@@ -1,0 +1,92 @@
+"""Two results side by side."""
+
+import planted
+import pytest
+import torch
+from planted import Hidden, inputs, linear
+
+import forged_fx
+from forged_fx.digits import one_thread
+
+
+@pytest.fixture(scope="module")
+def case():
+    base, x = linear(classes=4), inputs(40)
+    y = base(x).argmax(1)
+    y[:3] = (y[:3] + 1) % 4
+    return base, {"x": x, "y": y, "eps": 0.04, "attacks": ["apgd-ce"]}
+
+
+@pytest.fixture(scope="module")
+def runs(case, tmp_path_factory):
+    """Folders of a model whose second half breaks more easily, and of its base alone under another seed."""
+    folder = tmp_path_factory.mktemp("runs")
+    base, call = case
+    weaker = linear(classes=4)
+    with torch.no_grad():
+        weaker[1].bias += torch.tensor([0.0, 0.0, 0.2, 0.0])
+    with one_thread():
+        planted.evaluate(base, base, **call, folder=folder / "plain")
+        planted.evaluate(weaker, base, **call, folder=folder / "biased", seed=1)
+    return folder
+
+
+def test_example_by_example(runs):
+    result = forged_fx.compare(runs / "plain", runs / "biased")
+    a, b = result.a.model.right(), result.b.model.right()
+    paired = result.paired()
+    assert paired.n == 40 and paired.difference == pytest.approx((int(b.sum()) - int(a.sum())) / 40)
+    assert (paired.base_only, paired.model_only) == (int((a & ~b).sum()), int((b & ~a).sum()))
+    assert [flip.index for flip in result.flips] == (a != b).nonzero().flatten().tolist() and result.flips
+    for flip in result.flips:
+        assert flip.right_in == ("plain" if a[flip.index] else "biased")
+        loser = result.b.model if a[flip.index] else result.a.model
+        row = loser.rows[int(loser.broken_by[flip.index])]
+        assert flip.broken == f"{row.kind}, {row.attack}"
+    turned = forged_fx.compare(runs / "biased", runs / "plain").paired()
+    assert turned.difference == -paired.difference and (turned.low, turned.high) == pytest.approx(
+        (-paired.high, -paired.low)
+    )
+
+
+def test_it_prints_every_figure_and_what_else_differs(runs):
+    result = forged_fx.compare(runs / "plain", runs / "biased")
+    shown = str(result)
+    for words in ("plain", "biased", "model: worst case", "model: no attack", "base: worst case", "McNemar p"):
+        assert words in shown
+    for index, flip in enumerate(result.flips):
+        assert index >= 20 or flip.broken in shown
+    assert "seed: 0 in plain, 1 in biased" in shown and "so much comes of the attacks' chance" in " ".join(
+        shown.split()
+    )
+    assert "\x1b" not in shown and shown.startswith("in the worst case biased is right on")
+
+
+def test_against_itself(runs):
+    result = forged_fx.compare(runs / "plain", runs / "plain")
+    assert result.flips == [] and result.paired().difference == 0 and result.paired().p == 1
+    assert any("same model" in caution for caution in result.cautions)
+    assert "not measurably different" in str(result)
+
+
+def test_results_as_well_as_folders_and_without_a_base(case, runs):
+    base, call = case
+    with one_thread():
+        alone = planted.evaluate(Hidden(base), **(call | {"attacks": "quick"}))
+    result = forged_fx.compare(runs / "plain", alone)
+    assert result.names == ("plain", "b") and result.paired(side="base") is None
+    assert "Attacked by different rows" in result.cautions[0]
+    assert "base:" not in str(result)
+
+
+def test_other_examples_or_another_threat_are_refused(case, runs):
+    base, call = case
+    with one_thread():
+        other = planted.evaluate(base, **(call | {"x": call["x"].flip(0), "eps": 0.05}))
+        fewer = planted.evaluate(base, **(call | {"x": call["x"][:30], "y": call["y"][:30]}))
+    with pytest.raises(ValueError, match=r"threat.eps: 0.04 in plain, 0.05 in b; data.x_sha256: \w{12}... in plain, "):
+        forged_fx.compare(runs / "plain", other)
+    with pytest.raises(ValueError, match=r"data.x_shape: \[40, 1, 6, 6\] in plain, \[30, 1, 6, 6\] in b"):
+        forged_fx.compare(runs / "plain", fewer)
+    with pytest.raises(FileNotFoundError):
+        forged_fx.compare(runs / "plain", runs / "nowhere")
