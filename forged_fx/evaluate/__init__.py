@@ -11,6 +11,7 @@
     journal.py      an unfinished run, which the same call continues
     processes.py    those that torchrun started, if it did
     harness.py      runs rows on what still stands, and believes no claim that it has not checked
+    compiled.py     compiled models, and what they are eagerly
     threat.py       what an attacker may do: the ball and the box
     checks.py       what is asked of the caller's input, and the model handed back as it was found
     probes.py       what is measured on a model to find out whether attacks on it can be trusted

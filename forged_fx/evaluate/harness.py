@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from forged_fx.evaluate import checks, fingerprint
 from forged_fx.evaluate.attacks import Attack, Setting, toolbox
 from forged_fx.evaluate.blocks import Blocks, Outcome
+from forged_fx.evaluate.compiled import Eager, agree, is_compiled
 from forged_fx.evaluate.gradients import Context, Logits, differ
 from forged_fx.evaluate.report import Progress
 from forged_fx.evaluate.result import STANDING, Row, Side
@@ -52,6 +53,8 @@ class Subject:
     ) -> None:
         self.name, self.model, self.x, self.y, self.threat = name, model, x, y, threat
         self.batch_size, self.blocks, self.progress = batch_size, blocks, progress
+        self.attacked = model  # or, if it is compiled, what it is eagerly
+        self.notes: list[str] = []
         self.device = checks.device_of(model, x.device)
         self.identity = {"class": type(model).__name__, "fingerprint": fingerprint.of_model(model)}
         self.rows: list[Row] = []
@@ -98,15 +101,27 @@ class Subject:
         every = torch.arange(len(self.x))
         row = self._begin("natural", "none", len(every))
 
+        eager = Eager(self.model) if is_compiled(self.model) else None
+
         def answer(indices: Tensor) -> Outcome:
-            logits, width = [], classes
+            logits, eagerly, width = [], [], classes
             with torch.no_grad():
                 for x, y in zip(*(part.split(self.batch_size) for part in self.inputs(indices)), strict=True):
                     logits.append(checks.logits(self.model(x), x, y, self.name, width))
                     width = logits[0].shape[1]
-            return {"logits": torch.cat(logits).cpu()}
+                    eagerly += [eager(x)] if eager else []
+            outcome = {"logits": torch.cat(logits).cpu()}
+            return outcome | ({"eagerly": torch.cat(eagerly).cpu()} if eager else {})
 
-        logits = torch.cat([outcome["logits"] for _, outcome in self._run(row, every, answer, keep=False)])
+        found = [outcome for _, outcome in self._run(row, every, answer, keep=False)]
+        logits = torch.cat([outcome["logits"] for outcome in found])
+        if eager and agree(logits, torch.cat([outcome["eagerly"] for outcome in found])):
+            self.attacked = eager
+            self.notes.append(
+                f"the {self.name} is compiled; attacked eagerly, and what breaks it breaks it compiled too"
+            )
+        elif eager:
+            self.notes.append(f"the {self.name} is compiled, and another function eagerly; attacked as it is, compiled")
         if not self.blocks.unchanged(f"{self.name} logits", logits):
             raise ValueError(
                 f"the {self.name} gives other logits than when the unfinished run began, and has the same state: "
@@ -122,7 +137,7 @@ class Subject:
         """Does BPDA change any gradient on x? See `gradients.differ`."""
 
         def compare(indices: Tensor) -> Outcome:
-            return {"differ": torch.tensor(differ(self.model, self.inputs(indices)[0], bpda, self.batch_size))}
+            return {"differ": torch.tensor(differ(self.attacked, self.inputs(indices)[0], bpda, self.batch_size))}
 
         every = torch.arange(len(self.x))
         return any(outcome["differ"] for _, outcome in self.blocks.run(f"{self.name} gradients {name}", every, compare))
@@ -146,7 +161,7 @@ class Subject:
         if attack.starts and other is not None:
             todo = todo[other.broken_by[todo] > 0]  # 0: wrong without attack
         row = self._begin(kind, attack.name, len(todo))
-        tools = toolbox(Logits(self.model, self.batch_size, context), setting)
+        tools = toolbox(Logits(self.attacked, self.batch_size, context), setting)
         attack.prepare(tools)
 
         def search(indices: Tensor) -> Outcome:
@@ -168,7 +183,7 @@ class Subject:
         name, reason = f"{attack.name} on the {self.name}", attack.unfit(setting)
         rows = [side._begin("transfer", name, 0 if reason else len(side.standing())) for side in sides]
         stands = torch.stack([side.broken_by == STANDING for side in sides]).any(0)
-        tools = toolbox(Logits(self.model, self.batch_size, context), setting)
+        tools = toolbox(Logits(self.attacked, self.batch_size, context), setting)
 
         def search(indices: Tensor) -> Outcome:
             x, y = self.inputs(indices)

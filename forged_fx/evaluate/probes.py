@@ -46,12 +46,12 @@ def probe(side: Subject, setting: Setting, bpda: Context) -> Probes:
 
     def ask(indices: Tensor) -> Outcome:
         x, y = side.inputs(indices)
-        logits = Logits(side.model, side.batch_size)
+        logits = Logits(side.attacked, side.batch_size)
         gradient = _gradient(logits, x, y)
         together = _scaled(logits(x))
         again = [_scaled(logits(x)) for _ in range(REPEATS - 1)]
-        smaller = Logits(side.model, max(1, min(side.batch_size, len(x)) // 2))
-        watched = _Watched(Logits(side.model, side.batch_size, bpda))
+        smaller = Logits(side.attacked, max(1, min(side.batch_size, len(x)) // 2))
+        watched = _Watched(Logits(side.attacked, side.batch_size, bpda))
         steps = [_apgd(watched, x, y, setting, 1.0, n) for n in STEPS]
         whole = setting.threat.diameter(x[0].numel()) / setting.threat.eps
         reach = [*(min(r, whole) for r in RADII), whole]

@@ -55,7 +55,8 @@ def evaluate(
 
     Args:
         model, base: classifiers; x -> logits (n, classes). Judged in eval mode, and handed back as they were. They
-            may be on any device, each on one.
+            may be on any device, each on one. A compiled one is attacked eagerly, if that is the same function, and
+            what is found is asked of the compiled one; otherwise compiled (`compiled.py`); the notes say which.
         x: inputs, (n, channels, height, width) or another shape that the models take, float32 in [0, 1].
         y: classes, (n,), integer.
         eps, norm: the attacker's ball, in units of x; "Linf", "L2" or "L1".
@@ -202,7 +203,7 @@ def evaluate(
                 "processes": processes.size,
             },
             **asked,
-            notes=notes,
+            notes=notes + [note for side in sides for note in side.notes],
             findings=examine(case),
             probe_seconds=case.probes.seconds,
         )
