@@ -371,6 +371,17 @@ def test_compiled_from_the_plain_model(case):
     assert all(torch.allclose(a, b, atol=tolerance) for a, b in zip(found, expected, strict=True))
 
 
+@torch._dynamo.config.patch(allow_rnn=True)
+def test_recurrent_layers_compile_where_dynamo_is_let_in():
+    torch.manual_seed(0)
+    model, x = Recurrent().eval(), vector()
+    stats = forged_fx.calibrate(model, [x])
+    fast = torch.compile(model, backend="forged", options={"stats": stats, "ratio": 2**-2})
+    with torch.no_grad():
+        expected = forged_fx.transform(model, stats, 2**-2)(x)
+        assert torch.allclose(fast(x), expected, atol=1e-6) and not torch.allclose(model(x), expected, atol=1e-3)
+
+
 def test_a_fixed_filter_can_be_asked_for():
     model, x = FixedFilter().eval(), vector()
     forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-1, include="*")
