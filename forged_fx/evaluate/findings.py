@@ -85,21 +85,26 @@ def _flat(case: Case) -> Measured:
     return case.probes.flat / max(case.probes.probed, 1), 0.01
 
 
+def _few(case: Case) -> int:
+    """One probed input in twenty, and one where they are fewer: what a few steps may miss."""
+    return max(case.probes.probed // 20, 1)
+
+
 def _rising(right: list[int]) -> int:
     """The largest rise from any entry to a later one, where each should be no larger than those before it."""
     return max(later - earlier for i, earlier in enumerate(right) for later in right[i:])
 
 
 def _iterations(case: Case) -> Measured:
-    return _rising(case.probes.by_steps), case.probes.probed // 20
+    return _rising(case.probes.by_steps), _few(case)
 
 
 def _radii(case: Case) -> Measured:
-    return _rising(case.probes.by_radius), case.probes.probed // 20
+    return _rising(case.probes.by_radius), _few(case)
 
 
 def _whole_box(case: Case) -> Measured:
-    return case.probes.by_radius[-1], case.probes.probed // 20
+    return case.probes.by_radius[-1], _few(case)
 
 
 def _probabilities(case: Case) -> Measured:
