@@ -6,8 +6,8 @@ The model is forged at ratio 2**-7. In each round pyautoattack's own run loop at
 then `forged_fx.evaluate` judges it beside its base with attacks="standard": in turn and in one process, so that both
 meet the same machine. The ratio counts everything that `evaluate` does: both sides, BPDA, transfer, findings.
 
-One thread. Two ratios: of wall time, which other processes disturb, and of the CPU time of this process, which they do
-not. On an idle machine they agree.
+One thread. Three ratios: of wall time; of this process's CPU time, which others disturb less; and of passes, which
+nothing disturbs: inputs sent forward through a network, and gradients sent back, counted alike for model and base.
 
 Networks of the folder FORGED_FX_ASSETS are named zoo:NAME; "digits" is the demo's, trained here in some seconds.
 """
@@ -68,27 +68,40 @@ def contained() -> Iterator[None]:
         checks.funcs.update(counts)
 
 
-def timed(work: Callable[[], Any]) -> tuple[Any, float, float]:
-    """What it returns, and its seconds of wall and of CPU time."""
-    wall, cpu = time.perf_counter(), time.process_time()
+class Passes:
+    """Counts what goes through some networks."""
+
+    def __init__(self, *networks: nn.Module) -> None:
+        self.count = 0
+        for network in networks:
+            network.register_forward_pre_hook(self._see)
+
+    def _see(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        (x,) = args
+        self.count += len(x) * (2 if torch.is_grad_enabled() and x.requires_grad else 1)
+
+
+def timed(work: Callable[[], Any], passes: Passes) -> tuple[Any, tuple[float, float, int]]:
+    """What it returns; its seconds of wall and of CPU time, and its passes."""
+    wall, cpu, count = time.perf_counter(), time.process_time(), passes.count
     result = work()
-    return result, time.perf_counter() - wall, time.process_time() - cpu
+    return result, (time.perf_counter() - wall, time.process_time() - cpu, passes.count - count)
 
 
-def measure(name: str, n: int, rounds: int) -> list[tuple[float, float]]:
-    """evaluate / AutoAttack, wall and CPU, one pair of ratios a round."""
+def measure(name: str, n: int, rounds: int) -> list[tuple[float, ...]]:
+    """evaluate / AutoAttack, one triple of ratios a round: wall time, CPU time, passes."""
     base, x_train, x, y, eps = subject(name, n)
     forged = forged_fx.transform(base, forged_fx.calibrate(base, x_train.split(250)), ratio=RATIO)
     for parameter in forged.parameters():
         parameter.requires_grad_(False)  # as `evaluate` does: neither pays for gradients that no attack wants
-    ratios = []
+    ratios, passes = [], Passes(base, forged)
     for i in range(rounds):
         with contained():
             attack = AutoAttack(forged, norm="Linf", eps=eps, seed=0, version="standard")
-            _, alone, alone_cpu = timed(lambda: attack.run_standard_evaluation(x, y))  # noqa: B023
+            _, alone = timed(lambda: attack.run_standard_evaluation(x, y), passes)  # noqa: B023
         options = {"base": base, "x": x, "y": y, "eps": eps, "progress": False}
-        result, both, both_cpu = timed(lambda: forged_fx.evaluate(forged, **options))  # noqa: B023
-        ratios.append((both / alone, both_cpu / alone_cpu))
+        result, both = timed(lambda: forged_fx.evaluate(forged, **options), passes)  # noqa: B023
+        ratios.append(tuple(b / a for a, b in zip(alone, both, strict=True)))
         rows = {
             "model, true gradient": [r for r in result.model.rows if r.kind == "true gradient"],
             "model, BPDA": [r for r in result.model.rows if r.kind == "BPDA"],
@@ -96,9 +109,9 @@ def measure(name: str, n: int, rounds: int) -> list[tuple[float, float]]:
             "transfer": [r for r in result.rows if r.kind == "transfer"],
         }
         parts = {part: sum(row.seconds for row in some) for part, some in rows.items()}
-        parts["findings and the rest"] = both - sum(parts.values())
-        shares = ", ".join(f"{part} {seconds / both:.1%}" for part, seconds in parts.items())
-        print(f"  round {i + 1}: AutoAttack alone {alone:.1f} s, evaluate {both:.1f} s ({shares})", flush=True)
+        parts["findings and the rest"] = both[0] - sum(parts.values())
+        shares = ", ".join(f"{part} {seconds / both[0]:.1%}" for part, seconds in parts.items())
+        print(f"  round {i + 1}: AutoAttack alone {alone[0]:.1f} s, evaluate {both[0]:.1f} s ({shares})", flush=True)
     return ratios
 
 
@@ -111,9 +124,10 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     for name in args.models:
         print(name, flush=True)
-        for what, ratios in zip(("wall", "CPU"), zip(*measure(name, args.n, args.rounds), strict=True), strict=True):
+        rounds = measure(name, args.n, args.rounds)
+        for what, ratios in zip(("wall time", "CPU time", "passes"), zip(*rounds, strict=True), strict=True):
             middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
-            print(f"  {name}, {args.n} inputs, {what} time: {middle:.2f} x ({low:.2f} to {high:.2f})", flush=True)
+            print(f"  {name}, {args.n} inputs, {what}: {middle:.2f} x ({low:.2f} to {high:.2f})", flush=True)
     return 0
 
 
