@@ -11,7 +11,7 @@ import sharded
 
 import forged_fx
 from forged_fx.digits import one_thread
-from forged_fx.evaluate import blocks
+from forged_fx.evaluate import blocks, probes
 from forged_fx.evaluate.attacks import ATTACKS
 from forged_fx.evaluate.processes import attempt, result
 
@@ -34,8 +34,10 @@ def ran(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(ran):
     with one_thread(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "BLOCK", blocks.BLOCK)  # the case sets it
-        patch.setitem(ATTACKS, "step", None)
+        for module, name in ((blocks, "BLOCK"), (probes, "STEPS"), (probes, "RADII")):  # the case sets them
+            patch.setattr(module, name, getattr(module, name))
+        for name in ("step", "again"):
+            patch.setitem(ATTACKS, name, None)
         patch.setattr(sys, "argv", [str(Path(__file__).with_name("sharded.py")), str(ran[0])])
         model, base, call = sharded.case()
         return forged_fx.evaluate(model, base, **call, folder=ran[0] / "alone")
