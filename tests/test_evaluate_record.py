@@ -161,7 +161,16 @@ def test_verify_finds_what_does_not_hold(judged, tmp_path):
 def test_the_table(judged):
     result = judged[0]
     shown = str(result)
-    for words in (result.verdict, "worst case", "true gradient alone", "apgd-t", "BPDA", "seed 0", "95 % interval"):
+    for words in (
+        result.verdict,
+        "worst case",
+        "true gradient alone",
+        "apgd-t",
+        "BPDA",
+        "seed 0",
+        "95 % interval",
+        "bootstrap",
+    ):
         assert words in shown
     assert shown.index("worst case") < shown.index("no attack")  # the least flattering leads
     assert "\x1b" not in shown

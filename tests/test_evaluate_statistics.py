@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from forged_fx.evaluate.statistics import compare, mcnemar, sign_tail, tango
+from forged_fx.evaluate.statistics import bootstrap, compare, mcnemar, paired, sign_tail, tango
 
 
 @pytest.mark.parametrize(
@@ -102,3 +102,27 @@ def test_how_many_would_decide():
     wrong[0] = False
     assert compare(right, wrong).needed() == 1200  # 6 against none, at 1 of 200
     assert compare(right, right).needed() is None
+
+
+def test_the_bootstrap_is_the_limit_of_drawing():
+    for n, model_only, base_only in ((200, 12, 4), (50, 1, 9), (300, 0, 6)):
+        examples = torch.tensor([1.0] * model_only + [-1.0] * base_only + [0.0] * (n - model_only - base_only))
+        draws = torch.randint(n, (20_000, n), generator=torch.Generator().manual_seed(0))
+        drawn = examples[draws].mean(1).quantile(torch.tensor([0.025, 0.975]))
+        assert bootstrap(model_only, base_only, n) == pytest.approx(drawn.tolist(), abs=1.01 / n)
+
+
+def test_the_bootstrap_by_hand():
+    # two examples, one better and one equal: 0, 1 or 2 times the better one, with 1/4, 1/2, 1/4
+    assert bootstrap(1, 0, 2, level=0.4) == (0.5, 0.5) and bootstrap(1, 0, 2, level=0.6) == (0.0, 1.0)
+    assert bootstrap(0, 0, 9) == (0, 0) and bootstrap(9, 0, 9) == (1, 1) and bootstrap(0, 9, 9) == (-1, -1)
+    low, high = bootstrap(700, 650, 20_000)
+    assert low < 0.0025 < high and (low, high) == tuple(-limit for limit in reversed(bootstrap(650, 700, 20_000)))
+
+
+def test_how_many_would_rule_a_gain_out():
+    # none differs: z² / (n + z²) <= 0.05 from 73 on
+    assert paired(20, 0, 0).needed(0.05) == 73 and tango(0, 0, 73)[1] <= 0.05 < tango(0, 0, 72)[1]
+    few = paired(100, 3, 0)
+    needed = few.needed(0.05)
+    assert few.high > 0.05 and needed == few.needed() == 200  # 6 against none come before the interval shrinks

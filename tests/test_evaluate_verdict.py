@@ -1,12 +1,13 @@
 """The truth table of the verdict, written out independently of the rules."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 
 from forged_fx.evaluate.statistics import paired
-from forged_fx.evaluate.verdict import RULES, VERDICTS, Evidence, judge, weigh
+from forged_fx.evaluate.verdict import EXIT_CODES, RULES, VERDICTS, Evidence, judge, weigh
 
 N = 200
 UP, LEVEL, DOWN = (12, 0), (3, 3), (0, 12)  # examples that only the model, only the base gets right
@@ -98,3 +99,36 @@ def test_one_example_that_vanishes_is_no_masking():
 
 def test_the_sentence_says_how_many_inputs_would_decide():
     assert "inputs would show it" in judge(Evidence(N, 122, 122, 0, 120, 120, 0, paired(N, 3, 1)))[1]
+
+
+def test_a_raised_finding_forbids_a_gain_and_nothing_else():
+    up, level, down = (
+        Evidence(N, 120, 118, 0, 120, 118, 0, paired(N, *d), doubts=["zero gradient"]) for d in (UP, LEVEL, DOWN)
+    )
+    verdict, sentence = judge(up)
+    assert verdict == "cannot say" and "zero gradient" in sentence
+    assert judge(replace(up, doubts=[]))[0] == "gain"
+    assert judge(level)[0] == "no measurable gain" and judge(down)[0] == "loss"
+    assert judge(replace(up, taken=9, true=130, finders=["apgd-t under BPDA (9)"]))[0] == "masking"
+
+
+@pytest.mark.parametrize(
+    ("n", "differs", "verdict", "needed"),
+    [
+        (72, (0, 0), "cannot say", "about 73 would decide"),
+        (73, (0, 0), "no measurable gain", None),
+        (100, (3, 0), "cannot say", "about 200 would decide"),
+        (100, (0, 3), "no measurable gain", None),
+        (20, (6, 0), "gain", None),
+    ],
+)
+def test_too_few_inputs_to_rule_a_gain_out(n, differs, verdict, needed):
+    found, sentence = judge(Evidence(n, n, n, 0, n, n, 0, paired(n, *differs)))
+    assert found == verdict and (needed is None or needed in sentence)
+    assert judge(Evidence(n, n, n, 0, n, n, 0, paired(n, 0, 0, same=True), same=True))[0] == "no measurable gain"
+
+
+def test_exit_codes_tell_verdicts_apart():
+    assert set(EXIT_CODES) == set(VERDICTS) and len(set(EXIT_CODES.values())) == len(VERDICTS)
+    assert [verdict for verdict, code in EXIT_CODES.items() if code == 0] == ["gain"]
+    assert not {1, 2} & set(EXIT_CODES.values())
