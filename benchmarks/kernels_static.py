@@ -3,8 +3,8 @@
     python benchmarks/kernels_static.py
     python benchmarks/kernels_static.py --arch 90 --dtype float16 --only "batch norm"
 
-A row per kernel, dtype and architecture, and beside it one for what Inductor generates for the same chain. registers: per
-thread; shared: bytes per block; load_bits, store_bits: the narrowest access to a whole tensor (not to parameters);
+A row per kernel, dtype and architecture, and beside it one for what Inductor generates for the same chain. registers:
+per thread; shared: bytes per block; load_bits, store_bits: the narrowest access to a whole tensor (not to parameters);
 instructions: per element, each counted once, the rare branches of a division among them; bytes: what the accesses move
 per element, parameters, which a cache holds, included; least_bytes: each whole tensor once. nan: the code has a loop.
 limits: those that are asserted. MISSED: those of them that do not hold; the exit status is then 1.
@@ -21,99 +21,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import aot
 import torch
 import triton
+from kernel_cases import DTYPES, cases
 from torch import Tensor
 
-from forged_fx import fused_ops, ops
-from forged_fx.kernels import fused, norm, threshold
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-IMAGE = (32, 64, 56, 56)  # a ResNet's first stage
-TOKENS = (32, 197, 768)  # a ViT's
-
-
-@dataclass(frozen=True)
-class Case:
-    """A row of the table. make: (dtype, device) -> the tensors. call: the launcher, as a function of them; chain: the
-    same by PyTorch's operators, which Inductor is given. most: instructions per element, where there is a limit."""
-
-    module: ModuleType
-    call: Callable[..., Any]
-    chain: Callable[..., Any]
-    make: Callable[[torch.dtype, str], dict[str, Tensor]]
-    most: int | None = None
-
-
-def tensors(
-    shape: tuple[int, ...], *more: str, channels: int | None = None, last: bool = True
-) -> Callable[[torch.dtype, str], dict[str, Tensor]]:
-    """x, t, and whole tensors and parameters by name. last: channels_last."""
-
-    def make(dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-        layout = torch.channels_last if last and len(shape) == 4 else torch.contiguous_format
-        found = {"x": torch.empty(shape, dtype=dtype, device=device, memory_format=layout)}
-        found["t"] = torch.empty((), device=device)
-        for name in more:
-            whole = name in ("residual", "grad")
-            statistic = dtype if name in ("weight", "bias") else torch.float32
-            found[name] = (
-                torch.empty_like(found["x"]) if whole else torch.empty(channels, dtype=statistic, device=device)
-            )
-        return found
-
-    return make
-
-
-def elementwise(shape: tuple[int, ...], *more: str, last: bool = True, **fixed: Any) -> Case:
-    def chain(**given: Any) -> Any:
-        return fused_ops.elementwise_threshold(**given, **fixed)
-
-    def call(**given: Any) -> Any:
-        return fused.launch_elementwise_threshold(**given, **fixed)
-
-    return Case(fused, call, chain, tensors(shape, *more, channels=shape[1], last=last))
-
-
-def normalise(shape: tuple[int, ...], *more: str, **fixed: Any) -> Case:
-    def chain(**given: Any) -> Any:
-        return fused_ops.norm_threshold(**given, shape=[shape[-1]], **fixed)
-
-    def call(**given: Any) -> Any:
-        return norm.launch_norm_threshold(**given, shape=[shape[-1]], **fixed)
-
-    return Case(norm, call, chain, tensors(shape, *more, channels=shape[-1]))
-
-
-BN = ("mean", "var", "weight", "bias")
-CASES = {
-    "threshold": Case(
-        threshold, lambda x, t: threshold.launch_threshold(x, t), lambda x, t: ops._threshold(x, t),
-        tensors(IMAGE), most=8,
-    ),
-    "threshold, backward": Case(
-        threshold, lambda x, t, grad: threshold.launch_threshold_backward(grad, x, t),
-        lambda x, t, grad: ops._threshold_backward(grad, x, t), tensors(IMAGE, "grad"), most=8,
-    ),
-    "batch norm, relu": elementwise(IMAGE, *BN, activation="relu"),
-    "batch norm, relu; contiguous": elementwise(IMAGE, *BN, activation="relu", last=False),
-    "batch norm, relu; 7x7 contiguous": elementwise((32, 512, 7, 7), *BN, activation="relu", last=False),
-    "batch norm, residual, relu; kept": elementwise(IMAGE, *BN, "residual", activation="relu", keep="value"),
-    "residual, batch norm, relu; kept": elementwise(
-        IMAGE, *BN, "residual", activation="relu", add_first=True, keep="sum"
-    ),
-    **{name: elementwise(TOKENS, activation=name) for name in fused.ACTIVATIONS[1:]},
-    "residual; kept": elementwise(TOKENS, "residual", keep="value"),
-    "layer norm 768": normalise(TOKENS, "weight", "bias"),
-    "residual, layer norm 768; kept": normalise(TOKENS, "residual", "weight", "bias", keep="sum"),
-    "residual, layer norm 384; kept": normalise((32, 197, 384), "residual", "weight", "bias", keep="sum"),
-    "residual, rms norm 4096; kept": normalise((4, 512, 4096), "residual", "weight", rms=True, keep="sum"),
-}  # fmt: skip
+CASES = cases()
 
 
 @dataclass(frozen=True)
@@ -137,7 +54,7 @@ class Row:
 def ours(name: str, dtype: torch.dtype, arch: int) -> Row:
     case = CASES[name]
     given = case.make(dtype, "meta")
-    (launch,) = aot.launches(case.module, lambda: case.call(**given))
+    (launch,) = aot.launches(case.module, lambda: case.launch(**given))
     figures = aot.figures(launch.compiled_for(arch))
     whole = [value for value in launch.tensors.values() if value.numel() == given["x"].numel()]
     read = sum(any(value is g for g in given.values()) for value in whole)

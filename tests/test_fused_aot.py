@@ -11,6 +11,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import kernels_static
 import torch
 
+from forged_fx.kernels import fused
+
 # One of each kind, on one architecture each; `python benchmarks/kernels_static.py` has them all.
 SOME = [
     ("batch norm, relu", torch.float16, 80),
@@ -40,7 +42,7 @@ def test_the_limits_can_be_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     def rows_of_49(y: torch.Tensor, channel: int) -> tuple:
         return 32 * 512, 49, 512, {"CHANNEL": "row", "INNER": 1, "CHANNELS": 1}
 
-    monkeypatch.setattr(kernels_static.fused, "as_matrix", rows_of_49)
+    monkeypatch.setattr(fused, "as_matrix", rows_of_49)
     row = kernels_static.ours("batch norm, relu; 7x7 contiguous", torch.float16, 90)
     assert row.store_bits == 16 and row.missed == "128 bits"
 

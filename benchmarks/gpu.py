@@ -1,0 +1,298 @@
+"""What needs a GPU, in one command and under 5 minutes: tables, and rows in two CSV files.
+
+    python benchmarks/gpu.py
+    python benchmarks/gpu.py --models torchvision:resnet50 timm:vit_small_patch16_224 --budget 1200
+
+1. Every kernel beside its specification (kernels/reference.py), on the device. differ: elements that are not equal;
+   decide: that one zeroes and the other does not; error: the largest difference, as a share of the largest value, in
+   the dtype's epsilons. More than 8, or more decisions than one in 100,000, is WRONG, and the exit status 1.
+2. Every kernel's time: median and quartiles, the cache flushed ahead of each run; the bytes that it has to move, per
+   second, as a share of what a copy reaches in the same run; and how often faster it is than the same chain by
+   PyTorch's operators, one by one.
+3. Models, plain and forged, in turn: throughput forged / plain, median and quartiles. What does not fit into --budget
+   is listed, not dropped. "eager, unfused" is the forged model with a kernel for each threshold alone.
+
+Without a GPU it says so, and that is all. A rehearsal of every step, whose times mean nothing:
+    TRITON_INTERPRET=1 python benchmarks/gpu.py --device cpu --dtype float16 --models digits --modes eager
+"""
+
+import argparse
+import csv
+import datetime
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from kernel_cases import DTYPES, Case, cases
+from models import load
+from throughput import device_name, triton_version
+from torch import Tensor, nn
+
+import forged_fx
+from forged_fx.throughput import interleave
+
+COPY_BYTES = 2**28  # of the tensor whose copy is timed: more than any cache holds
+MODELS = ("torchvision:resnet18", "preact:28-4", "timm:vit_tiny_patch16_224")
+BACKENDS = {"plain": "inductor", "forged": "forged"}
+
+
+# ---- kernels
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """us, low, high: microseconds, median and quartiles. share: of the bandwidth of a copy. gain: the chain's time over
+    the kernel's."""
+
+    kernel: str
+    dtype: str
+    differ: int
+    decide: int
+    error: float
+    verdict: str
+    us: float
+    low: float
+    high: float
+    share: float
+    gain: float
+
+
+def filled(case: Case, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """The case's tensors with random values; a threshold that drops about a third of them."""
+    generator = torch.Generator(device).manual_seed(0)
+    given = case.make(dtype, device)
+    for name, tensor in given.items():
+        tensor.normal_(generator=generator)
+        if name == "var":
+            tensor.abs_().add_(0.5)
+    given["t"].fill_(0.4)
+    return given
+
+
+def check(case: Case, given: dict[str, Tensor]) -> tuple[int, int, float, str]:
+    """differ, decide, error, verdict: see the head of this file."""
+    pairs = list(zip(*(_results(f(**given)) for f in (case.launch, case.reference)), strict=True))
+    differ = sum((found != expected).sum().item() for found, expected in pairs)
+    decide = sum(((found == 0) != (expected == 0)).sum().item() for found, expected in pairs[:1])
+    error = 0.0
+    for found, expected in pairs:
+        same = (found == 0) == (expected == 0)
+        largest = expected.abs().max().double() * torch.finfo(found.dtype).eps
+        error = max(error, ((found.double() - expected.double())[same].abs().max() / largest).item())
+    same_layout = all(found.stride() == expected.stride() for found, expected in pairs)
+    right = same_layout and error <= 8 and decide <= given["x"].numel() / 1e5
+    return differ, decide, error, "ok" if right else "WRONG"
+
+
+def _results(result: Any) -> list[Tensor]:
+    """What a launcher, or the reference, returns: a tensor, or two of which the second may be None."""
+    return [v for v in (result if isinstance(result, tuple) else (result,)) if v is not None]
+
+
+def seconds(call: Callable[[], Any], device: str) -> tuple[float, float, float]:
+    """Median and quartiles of one call's time."""
+    if device == "cuda":
+        from triton.testing import do_bench
+
+        low, median, high = (t / 1e3 for t in do_bench(call, quantiles=[0.25, 0.5, 0.75], warmup=10, rep=40))
+        return median, low, high
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return sorted(times)[1], min(times), max(times)
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes per second, read and written."""
+    x = torch.empty(COPY_BYTES if device == "cuda" else 2**20, dtype=torch.uint8, device=device)
+    y = torch.empty_like(x)
+    return 2 * x.numel() / seconds(lambda: y.copy_(x), device)[0]
+
+
+def kernel_rows(args: argparse.Namespace, bandwidth: float) -> Iterator[KernelRow]:
+    device = args.device
+    shapes = cases(args.batch) if device == "cuda" else cases(1, side=4, length=3)
+    for name, case in ((name, case) for name, case in shapes.items() if args.only in name):
+        for key in args.dtype:
+            given = filled(case, DTYPES[key], device)
+            results = _results(case.launch(**given))
+            whole = [v for v in (*given.values(), *results) if v.numel() == given["x"].numel()]
+            least = sum(v.numel() * v.element_size() for v in whole)
+            with torch.no_grad():
+                median, low, high = seconds(functools.partial(case.launch, **given), device)
+                chain, *_ = seconds(functools.partial(case.chain, **given), device)
+            times = [1e6 * t for t in (median, low, high)]
+            yield KernelRow(
+                name, key, *check(case, given), *times, share=least / median / bandwidth, gain=chain / median
+            )
+
+
+# ---- models
+
+
+@dataclass(frozen=True)
+class Mode:
+    """mode: torch.compile's, None for eager. fuse: as in forged_fx.transform. cost: the seconds that it is expected to
+    take, until this run knows better."""
+
+    mode: str | None
+    fuse: bool
+    cost: float
+
+
+MODES = {
+    "eager": Mode(None, True, 8),
+    "eager, unfused": Mode(None, False, 8),
+    "compiled": Mode("default", False, 30),
+    "reduce-overhead": Mode("reduce-overhead", False, 30),
+    "max-autotune": Mode("max-autotune", False, 90),
+}
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """plain_ms, forged_ms: the fastest round. ratio, low, high: throughput forged / plain, median and quartiles.
+    fused: how many of the thresholds run in a kernel with their producer. left_out: why there is no figure."""
+
+    model: str
+    dtype: str
+    mode: str
+    batch: int
+    plain_ms: float
+    forged_ms: float
+    ratio: float
+    low: float
+    high: float
+    fused: int
+    left_out: str = ""
+
+
+def measure(name: str, dtype: torch.dtype, mode: Mode, args: argparse.Namespace) -> dict[str, Any]:
+    torch._dynamo.reset()
+    model, shape = load(name)
+    model = model.to(args.device, dtype, memory_format=torch.channels_last)
+    x = torch.rand(args.batch, *shape, generator=torch.Generator().manual_seed(0)).to(args.device, dtype)
+    x = x.to(memory_format=torch.channels_last)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-6, fuse=mode.fuse)
+    models: dict[str, Callable] = {"plain": model, "forged": forged}
+    if mode.mode is not None:
+        options = {} if mode.mode == "default" else {"mode": mode.mode}
+        models = {key: torch.compile(m, backend=BACKENDS[key], **options) for key, m in models.items()}
+    calls = {("", key): functools.partial(m, x) for key, m in models.items()}
+    with torch.no_grad():
+        times = interleave(calls, args.runs, torch.cuda.synchronize if args.device == "cuda" else lambda: None)
+    plain, ours = times["", "plain"], times["", "forged"]
+    low, ratio, high = np.quantile(plain / ours, (0.25, 0.5, 0.75))
+    fastest = {"plain_ms": 1e3 * plain.min(), "forged_ms": 1e3 * ours.min()}
+    return {**fastest, "ratio": ratio, "low": low, "high": high, "fused": getattr(_record(forged), "fused", None) or 0}
+
+
+def _record(forged: nn.Module) -> Any:
+    from forged_fx.transform import forging_of
+
+    return forging_of(forged)
+
+
+def model_rows(args: argparse.Namespace, ends: float) -> Iterator[ModelRow]:
+    """The cheapest modes of all models first, so that what has no time left is what takes most."""
+    costs = {name: mode.cost for name, mode in MODES.items()}
+    nothing = dict.fromkeys(("plain_ms", "forged_ms", "ratio", "low", "high"), float("nan"))
+    for mode in (name for name in MODES if name in args.modes):
+        for model in args.models:
+            for dtype in (key for key in args.dtype if key != "float32" or args.dtype == ["float32"]):
+                row = {"model": model, "dtype": dtype, "mode": mode, "batch": args.batch}
+                began = time.monotonic()
+                if began + costs[mode] > ends:
+                    yield ModelRow(**row, **nothing, fused=0, left_out=f"no time left in --budget {args.budget}")
+                    continue
+                try:
+                    yield ModelRow(**row, **measure(model, DTYPES[dtype], MODES[mode], args))
+                except Exception as error:  # one model's failure is a row, and the others' figures are kept
+                    first = next(iter(str(error).splitlines()), "")
+                    yield ModelRow(**row, **nothing, fused=0, left_out=f"{type(error).__name__}: {first}")
+                costs[mode] = time.monotonic() - began
+
+
+# ---- the tables
+
+# in the order printed: how wide, and how a figure is written
+KERNEL_COLUMNS = {
+    "kernel": ("<34", ""), "dtype": ("<8", ""), "differ": (">8", "d"), "decide": (">6", "d"), "error": (">6", ".2f"),
+    "verdict": ("<7", ""), "us": (">9", ".1f"), "low": (">9", ".1f"), "high": (">9", ".1f"), "share": (">6", ".3f"),
+    "gain": (">6", ".2f"),
+}  # fmt: skip
+MODEL_COLUMNS = {
+    "model": ("<32", ""), "dtype": ("<8", ""), "mode": ("<15", ""), "batch": (">5", "d"), "plain_ms": (">9", ".3f"),
+    "forged_ms": (">9", ".3f"), "ratio": (">6", ".3f"), "low": (">6", ".3f"), "high": (">6", ".3f"),
+    "fused": (">5", "d"), "left_out": ("", ""),
+}  # fmt: skip
+
+
+def report(rows: Iterator[Any], columns: dict[str, tuple[str, str]], path: Path, where: dict[str, Any]) -> list[Any]:
+    """Print the rows and write them as they come: what was measured is not lost with what fails later."""
+    print(" ".join(f"{key:{width}}" for key, (width, _) in columns.items()))
+    done = []
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*columns, *where])
+        writer.writeheader()
+        for row in rows:
+            cells = asdict(row)
+            print(" ".join(f"{cells[k]:{width}{form}}" for k, (width, form) in columns.items()).rstrip(), flush=True)
+            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in {**cells, **where}.items()})
+            file.flush()
+            done.append(row)
+    print(f"{len(done)} rows written to {path}\n")
+    return done
+
+
+def options(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", default=list(MODELS), metavar="MODEL", help="see benchmarks/models.py")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="of models, float32 if alone")
+    parser.add_argument("--only", default="", help="of the kernels, those whose name contains this")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--batch", type=int, default=32, help="inputs per forward pass (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=15, help="rounds (default: %(default)s)")
+    parser.add_argument("--budget", type=float, default=280, help="seconds for all of it (default: %(default)s)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--csv", type=Path, default=Path(__file__).parent, help="the folder (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = options(argv)
+    ends = time.monotonic() + args.budget
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("gpu.py: this machine has no GPU that PyTorch can use, so there is nothing to time; see --help")
+        return 0
+    where = {
+        "device": device_name(args.device),
+        "torch": torch.__version__,
+        "triton": triton_version(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    print(f"{where['device']}, torch {where['torch']}, triton {where['triton']}")
+    if args.device == "cpu":
+        print("a rehearsal on the CPU: the times mean nothing")
+    bandwidth = copy_bandwidth(args.device)
+    print(f"a copy moves {bandwidth / 1e9:.0f} GB/s, read and written; share is of that\n")
+    rows = kernel_rows(args, bandwidth)
+    kernels = report(rows, KERNEL_COLUMNS, args.csv / "gpu_kernels.csv", {"copy_gb_s": bandwidth / 1e9, **where})
+    if args.models:
+        report(model_rows(args, ends), MODEL_COLUMNS, args.csv / "gpu_models.csv", {"runs": args.runs, **where})
+    wrong = [f"{row.kernel} ({row.dtype})" for row in kernels if row.verdict != "ok"]
+    if wrong:
+        print(f"WRONG: {', '.join(wrong)}", file=sys.stderr)
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
