@@ -21,6 +21,7 @@ from forged_fx.share import share, thresholds_in
 from forged_fx.thresholds import thresholds_of
 
 aten = torch.ops.aten
+SELECTIONS = (aten.select.int, aten.slice.Tensor)
 FREE, SHARED, WRITE, LAUNCH = "free", "shared", "one more write", "a kernel of its own"
 
 
@@ -100,6 +101,8 @@ def price(threshold: fx.Node) -> Cost:
         if all(reader.target in COPIES for reader in threshold.users):
             return Cost(FREE, 0, "a part of the copy behind it")
         return Cost(LAUNCH, 2 * size, f"its input comes from {maker}", prologue)
+    if x.target in SELECTIONS:
+        return Cost(LAUNCH, 2 * size, f"its input is a part of what {_maker(x.args[0])} makes", prologue)
     behind = _behind(threshold)
     for reader in x.users:
         if reader is not threshold and (reader in behind or _needs_memory(reader)):

@@ -4,7 +4,7 @@
               └── threshold ─ mm                                             └──── mm
 
 The forged function works element by element and f(0) = 0, so it commutes with every operation that only moves elements
-about, selects or repeats them, or fills in zeros: those of `MOVES`. Values and gradients stay what they are, bit for
+about, repeats them or fills in zeros: those of `MOVES`. Values and gradients stay what they are, bit for
 bit. What is gained: the threshold sits right behind the kernel that computes its input and becomes a part of it, in the
 order in which that kernel writes. Behind a change of the memory layout it would be a kernel of its own, or a slow loop.
 
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from forged_fx import ops, torch_internals  # noqa: F401 (ops defines the op)
 
@@ -39,6 +40,12 @@ def _always(node: fx.Node) -> bool:
 
 def _pads_with_zeros(node: fx.Node) -> bool:
     return len(node.args) < 3 or node.args[2] == 0
+
+
+def _keeps_every_element(node: fx.Node) -> bool:
+    """A roll keeps them all. Ahead of a selection, more elements would be computed and written than behind it."""
+    before, after = node.args[0].meta["val"].numel(), node.meta["val"].numel()
+    return statically_known_true(before == after)
 
 
 # Operations that the forged function commutes with -> on which condition. Data comes in as their first argument.
@@ -59,10 +66,8 @@ MOVES: dict[Any, Callable[[fx.Node], bool]] = {
     aten.alias.default: _always,
     aten.flip.default: _always,
     aten.roll.default: _always,
-    aten.select.int: _always,
-    aten.slice.Tensor: _always,
-    aten.index.Tensor: _always,
-    aten.index_select.default: _always,
+    aten.index.Tensor: _keeps_every_element,
+    aten.index_select.default: _keeps_every_element,
     aten.constant_pad_nd.default: _pads_with_zeros,
     aten.pixel_shuffle.default: _always,
     aten.cat.default: _always,
