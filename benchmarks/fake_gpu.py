@@ -144,7 +144,10 @@ def _tell_inductor(capability: tuple[int, int]) -> None:
     UniformValueConstantFolder.run_node = fold_on_cpu
 
     # Where a GPU would time all ways to compute a product, take Triton's: the one that a neighbour can be a part of.
+    from torch._inductor import select_algorithm
     from torch._inductor.select_algorithm import AlgorithmSelectorCache, TritonTemplateCaller
+
+    select_algorithm.PRINT_AUTOTUNE = False
 
     def autotune(self: Any, name: str, input_nodes: Any, layout: Any, input_gen_fns: Any, choices: Any, *_: Any,
                  **__: Any) -> dict:  # fmt: skip

@@ -1,7 +1,10 @@
 """torch.compile(backend="forged"): forged models and plain ones, one result."""
 
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -425,25 +428,75 @@ model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144
 x = torch.randn(2, 3, 8, 8)
 fast = torch.compile(model, backend="forged", options={"stats": sys.argv[1], "ratio": 0.25})
 with torch.no_grad():
-    print((fast(x) - model(x)).abs().max().item() > 0)
-print(torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"])
+    print(fast(x).sum().item(), model(x).sum().item())
+counters = torch._dynamo.utils.counters
+print(counters["inductor"]["fxgraph_cache_hit"], counters["aot_autograd"]["autograd_cache_hit"])
 """
 
 
-def test_it_is_found_without_an_import_and_hits_the_cache_in_a_second_process(tmp_path):
-    import os
-
+def test_it_is_found_without_an_import_and_caches_serve_a_second_process_but_no_other_version(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
     forged_fx.calibrate(model, [torch.randn(2, 3, 8, 8)]).save(tmp_path / "s")
-    outputs = []
-    for _ in range(2):
-        run = subprocess.run(
+    changed = tmp_path / "changed"
+    own = Path(forged_fx.__file__).parent
+    shutil.copytree(own, changed / "forged_fx", ignore=shutil.ignore_patterns("__pycache__"))
+    source = (changed / "forged_fx/ops.py").read_text()
+    assert "inner.constant(0, " in source
+    (changed / "forged_fx/ops.py").write_text(source.replace("inner.constant(0, ", "inner.constant(7, "))
+
+    def run(path):
+        child = subprocess.run(
             [sys.executable, "-c", CHILD, str(tmp_path / "s")],
-            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")},
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(path)},
+            cwd=tmp_path,  # Python looks there first
             capture_output=True,
             text=True,
         )
-        assert run.returncode == 0, run.stderr
-        outputs.append(run.stdout.split())
-    assert outputs == [["True", "0"], ["True", "1"]]
+        assert child.returncode == 0, child.stderr
+        forged, plain, graph_hits, autograd_hits = map(float, child.stdout.split())
+        assert forged != plain
+        return forged, graph_hits + autograd_hits
+
+    (first, missed), (second, hits), (other, hits_of_other) = run(own.parent), run(own.parent), run(changed)
+    assert first == second and missed == 0 and hits > 0
+    assert other != first and hits_of_other == 0
+
+
+# ---- the modes, the caches, and what must not happen at run time
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
+def test_every_mode(model, stats, x, mode):
+    forged = forged_fx.transform(model, stats, 2**-3)
+    with torch.no_grad():
+        assert torch.allclose(torch.compile(forged, backend="forged", mode=mode)(x), forged(x), atol=1e-6)
+
+
+def test_the_short_last_batch_does_not_recompile_twice(model, stats, x):
+    """Without `dynamic=True`: the second size makes the batch dynamic, as with Inductor alone; no third compilation."""
+    fast = compiled(model, stats)
+    with torch.no_grad():
+        for n in (6, 4, 5, 6, 3):
+            fast(x[:n].clone())
+    assert graphs() == 2
+
+
+def test_thresholds_can_be_moved_in_frozen_code(model, stats, x):
+    forged = forged_fx.transform(model, stats, 2**-3)
+    fast = torch.compile(forged, backend="forged", options={"freezing": True})
+    with torch.no_grad():
+        for ratio in (2**-3, 2**-1, 0):
+            forged.set_ratio(ratio)
+            assert torch.allclose(fast(x), forged(x), atol=1e-6), ratio
+
+
+def test_nothing_waits_for_a_threshold(model, stats, x):
+    """No host read in the generated code: CUDA graphs can hold it."""
+    from torch._inductor.utils import run_and_get_code
+
+    forged = forged_fx.transform(model, stats, 2**-3)
+    with torch.no_grad():
+        _, (code,) = run_and_get_code(torch.compile(forged, backend="forged"), x)
+    runner = code.partition("class Runner")[2].partition("def get_args")[0]
+    assert "call(self, args)" in runner and ".item()" not in runner and "_local_scalar_dense" not in runner

@@ -1,0 +1,49 @@
+"""In half precision, how many elements a compiled threshold decides differently from an eager one.
+
+    python benchmarks/low_precision.py
+
+Inductor keeps a value in float32 between the operations of one kernel, so a threshold that rides on a producer compares
+the value before it is rounded; eager code rounds after every operation. `emulate_precision_casts=True`, an option of
+Inductor's that backend="forged" passes on, rounds as eager code does. One million inputs each; zeroed on one side only.
+"""
+
+import torch
+import torch.nn.functional as F
+
+import forged_fx.ops  # noqa: F401 (defines the op)
+
+N = 1024
+T = 0.0123
+
+PRODUCERS = {
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "bias, relu": lambda x: (x + x[:1]).relu(),
+    "layer norm": lambda x: F.layer_norm(x, x.shape[-1:]),
+}
+
+
+def main() -> None:
+    x = torch.randn(N, N, generator=torch.Generator().manual_seed(0))
+    print(f"torch {torch.__version__}, {N * N} elements, threshold {T}, inputs from a normal distribution")
+    print(f"{'producer':12} {'dtype':8}  {'default':>8}  {'emulate_precision_casts':>23}")
+    for name, producer in PRODUCERS.items():
+        for dtype in (torch.bfloat16, torch.float16):
+            counts = [differing(producer, x.to(dtype), emulate) for emulate in (False, True)]
+            print(f"{name:12} {str(dtype)[6:]:8}  {counts[0]:8}  {counts[1]:23}", flush=True)
+
+
+def differing(producer, x: torch.Tensor, emulate: bool) -> int:
+    t = torch.tensor(T)
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.forged_fx.threshold(producer(x), t)
+
+    torch._dynamo.reset()
+    fast = torch.compile(f, backend="forged", options={"emulate_precision_casts": emulate})
+    with torch.no_grad():
+        return int(((f(x) == 0) != (fast(x) == 0)).sum())
+
+
+if __name__ == "__main__":
+    main()
