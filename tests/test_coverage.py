@@ -47,7 +47,11 @@ def test_every_site_is_forged_and_the_oracle_agrees(coverage, name):
     row = coverage.check(name)
     assert not row.error, row
     assert row.sites == row.oracle_sites == row.rewritten > 0 and row.maxima_agree, row
-    assert row.exact_at_0 and row.equals_oracle and row.keys_kept and row.gradient != "differs", row
+    assert row.exact_at_0 and row.equals_oracle and row.keys_kept and row.gradient == "equal", row
+    # Dynamo makes no graph of Mixtral's loop over its experts: the backend must say so.
+    assert row.compiled.startswith(
+        "ValueError: sites 'model.layers.0.mlp.experts'" if "mixtral" in name else "equal"
+    ), row
 
 
 def test_the_run_resumes_and_sums_up(coverage, tmp_path, monkeypatch, capsys):
