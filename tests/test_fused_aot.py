@@ -1,5 +1,7 @@
 """What the fused kernels become on an A100, H100 and B200, read off the machine code."""
 
+import csv
+import subprocess
 import sys
 from pathlib import Path
 
@@ -54,3 +56,14 @@ def test_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "threshold, backward" in printed and "asserted limits missed in 0" in printed
     assert len((tmp_path / "rows.csv").read_text().splitlines()) == 3
     assert kernels_static.main([*arguments, "--only", "softmax"]) == 2
+
+
+def test_inductor_is_beside_ours(tmp_path: Path) -> None:
+    """In a process of its own, which is made to believe that it has a GPU."""
+    script = Path(__file__).parents[1] / "benchmarks" / "kernels_static.py"
+    arguments = ["--arch", "90", "--dtype", "float16", "--only", "residual; kept", "--csv", str(tmp_path / "rows.csv")]
+    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = {row["by"]: row for row in csv.DictReader((tmp_path / "rows.csv").open())}
+    assert {row["store_bits"] for row in rows.values()} == {"128"}
+    assert float(rows["Inductor"]["instructions"]) == pytest.approx(float(rows["forged_fx"]["instructions"]), rel=0.5)

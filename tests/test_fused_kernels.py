@@ -1,5 +1,6 @@
 """The fused kernels in Triton's interpreter: beside the reference, PyTorch's own chain, and float64."""
 
+import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
@@ -170,6 +171,7 @@ def test_tiles_leave_few_threads_idle(columns: int) -> None:
 # ---- beside PyTorch's own chain, and the truth
 
 
+@functools.cache
 def beside(activation: str, kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Results at threshold 0: float64's, PyTorch's, the kernel's; and the size of the largest term on the way."""
     shape, t = (2, 32, 8, 6), torch.tensor(0.0)
