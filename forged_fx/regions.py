@@ -59,8 +59,9 @@ class Plan:
     def _count(self) -> int:
         """The number of this call. What a backward recomputes has the numbers that it had when it ran first."""
         first, again = ([], None) if self.once else torch_internals.checkpoints()
-        key, run = id(self), (id(self), torch._C._current_graph_task_id())
+        key = id(self)
         if again is not None and key in again:
+            run = (key, torch._C._current_graph_task_id())  # asked for here only: Dynamo does not record it
             k = again.get(run, again[key])
             again[run] = k + 1
         else:
