@@ -111,7 +111,7 @@ def _scripted(model: torch.nn.Module) -> list[str]:
     """The outermost TorchScript modules with parameters: what they compute is out of an observer's sight."""
     found: list[str] = []
     for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in found)
+        inside = any(not outer or name.startswith(f"{outer}.") for outer in found)
         if isinstance(module, torch.jit.ScriptModule) and not inside and any(True for _ in module.parameters()):
             found.append(name)
     return found

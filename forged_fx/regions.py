@@ -170,7 +170,8 @@ def forge_regions(model: torch.nn.Module, stats: Stats, wanted: list[str]) -> di
     for site in wanted:
         sites_of.setdefault(module_of(site), []).append(site)
     for name, module in model.named_modules():
-        if isinstance(module, _FUSES_CHILDREN) and any(m.startswith(f"{name}.") for m in sites_of):
+        inside = f"{name}." if name else ""
+        if isinstance(module, _FUSES_CHILDREN) and any(m.startswith(inside) for m in sites_of):
             sites_of.setdefault(name, [])
     reached = {}
     for name, sites in sites_of.items():

@@ -284,6 +284,17 @@ def test_what_a_backward_recomputes_has_the_thresholds_of_its_first_run(x, reent
     assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
 
 
+def test_attentions_fused_kernel_gives_way_where_its_layer_is_the_whole_model(x):
+    model = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).eval()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-3)
+    assert [row.site for row in forged_fx.describe(forged)] == ["self_attn", "self_attn#1", "linear1", "linear2"]
+    with torch.no_grad(), fast_path_off():
+        expected = forged(x)
+        assert not torch.equal(expected, model(x))
+    with torch.no_grad():
+        assert torch.equal(forged(x), expected)
+
+
 class Quoted(nn.Module):
     def __init__(self):
         super().__init__()
