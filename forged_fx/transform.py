@@ -123,6 +123,8 @@ def transform(
     """
     stats = stats if isinstance(stats, Stats) else Stats.load(stats)
     model = getattr(model, "_orig_mod", model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("this model is TorchScript, which cannot be opened: forge the model that it was made from")
     if thresholds_of(model):
         raise ValueError("this model is forged already: move its thresholds with set_ratio, or forge the plain model")
     stats.check_model(model)

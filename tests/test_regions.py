@@ -295,6 +295,14 @@ def test_attentions_fused_kernel_gives_way_where_its_layer_is_the_whole_model(x)
         assert torch.equal(forged(x), expected)
 
 
+def test_a_scripted_model_is_an_error(x):
+    model = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval())
+    stats = forged_fx.calibrate(model, [x])
+    assert list(stats.sites) == [""]
+    with pytest.raises(ValueError, match="forge the model that it was made from"):
+        forged_fx.transform(model, stats)
+
+
 class Quoted(nn.Module):
     def __init__(self):
         super().__init__()
