@@ -1,5 +1,6 @@
 """What is printed and what is kept."""
 
+import dataclasses
 import io
 import json
 import subprocess
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import forged_fx
 from forged_fx.digits import one_thread
-from forged_fx.evaluate import Result, fingerprint, report
+from forged_fx.evaluate import Result, fingerprint, record, report
 from forged_fx.evaluate.harness import Subject
 from forged_fx.evaluate.threat import Threat
 
@@ -192,6 +193,33 @@ def test_progress_is_silent_unless_on_a_terminal(judged, monkeypatch):
     assert written["file"] == "" and "apgd-ce" in written["terminal"]
     monkeypatch.setattr(sys, "stderr", Terminal())
     assert report.Progress(False)._bar is None
+
+
+def test_progress_and_its_estimate_begin_within_the_first_block(judged, monkeypatch):
+    _, model, _, x, y = judged
+    shown = report.Progress(True)
+    shown.begin("a row", total=20, passes=100)
+    for _ in range(50):
+        shown.fed(10)  # a block of 10, half done
+    assert shown._bar.tasks[0].completed == pytest.approx(5)
+    shown.advance(10)
+    assert shown._bar.tasks[0].completed == 10
+    shown.fed(10**6)  # no more than there are
+    assert shown._bar.tasks[0].completed == 20
+
+    fed = []
+    monkeypatch.setattr(report.Progress, "fed", lambda self, inputs: fed.append(inputs))
+    forged_fx.evaluate(model, x=x, y=y, eps=1e-4, attacks=["apgd-ce"], bpda=straight_through)
+    assert sum(fed) == pytest.approx(2 * 27 * 102, rel=0.02)  # the true gradient and BPDA, 27 inputs, 102 passes
+
+
+def test_robustbench_writes_grey_levels_as_fractions(judged):
+    result = judged[0]
+    for eps, norm, written in ((8 / 255, "Linf", "8/255"), (0.5, "L2", "0.5"), (0.3, "Linf", "0.3")):
+        changed = dataclasses.replace(result, threat=Threat(eps, norm), complete=True)
+        fields = record.robustbench(changed)
+        assert fields["eps"] == written
+        assert float(fields["external"]) <= float(fields["autoattack_acc"]) <= float(fields["clean_acc"]) == 90
 
 
 def test_importing_needs_torch_only():

@@ -39,7 +39,8 @@ class Attack:
     `unfit(setting)` is the reason why it cannot be run, or "". gradient: it uses one, so BPDA makes a second row.
     stage: the kind of its first row, which says what it is shown. "transfer": its examples are made on each side and
     shown to both. starts: `run` takes a fourth argument, an adversarial example of the other side for each input, and
-    the attack is run where there is one. prepare: sets the toolbox, before all.
+    the attack is run where there is one. prepare: sets the toolbox, before all. passes: about how often, at most, an
+    input goes forward through the model, for the progress bar; 0: not known.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Attack:
     stage: str = "true gradient"
     starts: bool = False
     prepare: Callable[[Any], None] = lambda tools: None
+    passes: Callable[[Any], int] = lambda tools: 0
 
 
 def toolbox(logits: Logits, setting: Setting) -> Any:
@@ -119,13 +121,29 @@ def _unfit_di(setting: Setting) -> str:
     return _unfit_mi(setting)
 
 
+def _passes_apgd_ce(tools: Any) -> int:
+    return tools.apgd.n_restarts * (tools.apgd.n_iter + 2)
+
+
+def _passes_apgd_t(tools: Any) -> int:
+    return tools.apgd_targeted.n_target_classes * (tools.apgd_targeted.n_iter + 2)
+
+
+def _passes_fab_t(tools: Any) -> int:
+    return 2 * tools.fab.n_target_classes * tools.fab.n_iter
+
+
+def _passes_square(tools: Any) -> int:
+    return tools.square.n_queries + 2
+
+
 ATTACKS = {
     attack.name: attack
     for attack in (
-        Attack("apgd-ce", _apgd_ce),
-        Attack("apgd-t", _apgd_t, _unfit_apgd_t),
-        Attack("fab-t", _fab_t),
-        Attack("square", _square, _unfit_square, gradient=False),
+        Attack("apgd-ce", _apgd_ce, passes=_passes_apgd_ce),
+        Attack("apgd-t", _apgd_t, _unfit_apgd_t, passes=_passes_apgd_t),
+        Attack("fab-t", _fab_t, passes=_passes_fab_t),
+        Attack("square", _square, _unfit_square, gradient=False, passes=_passes_square),
         Attack("mi-fgsm", transfer.mi_fgsm, _unfit_mi, stage="transfer"),
         Attack("di-fgsm", transfer.di_fgsm, _unfit_di, stage="transfer"),
         Attack("apgd-restart", further.restart, stage="further", starts=True),

@@ -27,16 +27,23 @@ class Logits:
     """A model as attacks call it: float32 logits (n, classes) that they may write into.
 
     context: entered for each forward; it decides which backward the attack sees. batch_size: the model is fed no more
-    inputs at a time, and memory holds the graph of no more: see `_InBatches`.
+    inputs at a time, and memory holds the graph of no more: see `_InBatches`. fed: told how many inputs each call has.
 
     The Square attack does write into the logits, which may be the model's own memory or a view of its input. A
     model that cuts the graph altogether gets a zero gradient, as one that rounds does: autograd would raise.
     """
 
-    def __init__(self, model: nn.Module, batch_size: int | None = None, context: Context = nullcontext) -> None:
-        self.model, self.batch_size, self.context = model, batch_size, context
+    def __init__(
+        self,
+        model: nn.Module,
+        batch_size: int | None = None,
+        context: Context = nullcontext,
+        fed: Callable[[int], object] = lambda inputs: None,
+    ) -> None:
+        self.model, self.batch_size, self.context, self.fed = model, batch_size, context, fed
 
     def __call__(self, x: Tensor) -> Tensor:
+        self.fed(len(x))
         if self.batch_size is None or len(x) <= self.batch_size:
             return self.batch(x)
         if torch.is_grad_enabled() and x.requires_grad:

@@ -75,10 +75,10 @@ class Subject:
         return row
 
     def _run(
-        self, row: Row, indices: Tensor, work: Callable[[Tensor], Outcome], keep: bool = True
+        self, row: Row, indices: Tensor, work: Callable[[Tensor], Outcome], keep: bool = True, passes: int = 0
     ) -> Iterator[tuple[Tensor, Outcome]]:
-        """`work` on every block of `indices`; see `Blocks.run`."""
-        self.progress.begin(f"{self.name}: {row.attack}, {row.kind}", len(indices))
+        """`work` on every block of `indices`; see `Blocks.run`. passes: see `Attack.passes`."""
+        self.progress.begin(f"{self.name}: {row.attack}, {row.kind}", len(indices), passes)
         name = f"{self.name} {len(self.rows) - 1} {row.kind} {row.attack}"
         for block, outcome in self.blocks.run(name, indices, work, keep):
             row.seconds += float(outcome["seconds"])
@@ -161,7 +161,7 @@ class Subject:
         if attack.starts and other is not None:
             todo = todo[other.broken_by[todo] > 0]  # 0: wrong without attack
         row = self._begin(kind, attack.name, len(todo))
-        tools = toolbox(Logits(self.attacked, self.batch_size, context), setting)
+        tools = toolbox(Logits(self.attacked, self.batch_size, context, self.progress.fed), setting)
         attack.prepare(tools)
 
         def search(indices: Tensor) -> Outcome:
@@ -169,7 +169,7 @@ class Subject:
             starts = [other.examples[indices.to(self.x.device)].to(x.device)] if attack.starts and other else []
             return self.judge(setting, indices, attack.run(tools, x.clone(), y.clone(), *starts).detach())
 
-        for _, found in self._run(row, todo, search):
+        for _, found in self._run(row, todo, search, passes=attack.passes(tools)):
             self._take(row, found["broken"], found["examples"])
             row.rejected += int(found["rejected"])
         gradients_tried = any(r.attacked for r in self.rows if r.kind == kind and r is not row)

@@ -111,17 +111,27 @@ class Progress:
                 rich.TimeElapsedColumn(),
                 rich.TimeRemainingColumn(),
             )
-            self._bar = rich.Progress(*columns, console=console, transient=True)
+            # attacks slow down and speed up: the whole row's pace says more than the last half minute's
+            self._bar = rich.Progress(*columns, console=console, transient=True, speed_estimate_period=3600)
 
-    def begin(self, label: str, total: int) -> None:
+    def begin(self, label: str, total: int, passes: int = 0) -> None:
+        """passes: at most so many times will each input be fed to the model; 0: not known."""
+        self._passes, self._done, self._part, self._total = passes, 0, 0.0, total
         if self._bar:
             if self._task is not None:
                 self._bar.remove_task(self._task)
             self._task = self._bar.add_task(label, total=total)
 
+    def fed(self, inputs: int) -> None:
+        """So many inputs went through the model: for an estimate before the first block ends."""
+        if self._bar and self._passes:
+            self._part += inputs / self._passes
+            self._bar.update(self._task, completed=min(self._done + self._part, self._total))
+
     def advance(self, examples: int) -> None:
+        self._done, self._part = self._done + examples, 0.0
         if self._bar:
-            self._bar.advance(self._task, examples)
+            self._bar.update(self._task, completed=self._done)
 
     def end(self, row: Row) -> None:
         self.log(
