@@ -273,7 +273,7 @@ _library = torch.library.Library("forged_fx", "FRAGMENT")
 for _name, _schema in SCHEMAS.items():
     for _overload, _rest in OVERLOADS.items():
         _full = _name if _overload == "default" else f"{_name}.{_overload}"
-        _library.define(f"{_full}({_schema}, {_rest}", tags=(torch.Tag.pt2_compliant_tag,))
+        _library.define(f"{_full}({_schema}, {_rest}", tags=ops.TAGS)
         _op = getattr(getattr(torch.ops.forged_fx, _name), _overload)
         _chain = functools.partial(_elsewhere, _name)
         _library.impl(_full, _chain, "CompositeExplicitAutograd")

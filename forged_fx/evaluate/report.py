@@ -85,7 +85,7 @@ def render(result: Result) -> Any:
 
 def text(printed: Any) -> str:
     """What rich would print, as plain text."""
-    width = max(100, shutil.get_terminal_size((120, 50)).columns)
+    width = max(120, shutil.get_terminal_size((120, 50)).columns)
     console = need("rich.console").Console(width=width, color_system=None, force_terminal=False)
     with console.capture() as capture:
         console.print(printed, highlight=False)
