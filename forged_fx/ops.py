@@ -45,8 +45,8 @@ except RuntimeError as error:
         f"{__file__} was imported a second time, now as {__name__!r}, and operators are defined only once: "
         "import it as forged_fx.ops everywhere, and keep its folder itself off sys.path"
     ) from error
-# flexible_layout: any layout will do. Without it, Inductor would hold inputs to the strides that they had in eager mode,
-# once it has met an op before its lowering was registered.
+# flexible_layout: any layout will do. Without it Inductor, once it has met an op before its lowering was registered,
+# would hold its inputs to the strides that they had in eager mode.
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pointwise, *TAGS))
