@@ -12,6 +12,7 @@ The second forges Dynamo's graphs on their way to Inductor, at the same sites an
 import difflib
 import functools
 import hashlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from forged_fx.rewrite import find_calls, insert_thresholds, nested
 from forged_fx.share import share
 from forged_fx.sites import OPENED, Origin, names_of
 from forged_fx.stats import Stats
+from forged_fx.thresholds import thresholds_of
 from forged_fx.transform import select
 
 OPTIONS = ("stats", "ratio", "include", "exclude", "strict")
@@ -59,6 +61,11 @@ def forged(
     place = [torch_internals.graph_pass(_place, _version()), *(theirs if isinstance(theirs, list) else [theirs])]
     patches = {**patches, "post_grad_custom_pre_pass": place}
     if not ours:
+        callers = list(torch_internals.modules_on_stack())
+        if callers and not thresholds_of(callers[-1]):
+            warnings.warn(
+                "this model is not forged, and there is no options={'stats': ...}: compiled as it is", stacklevel=2
+            )
         share(gm.graph)
         return compile_fx(gm, inputs, config_patches=patches)
     frame = _forge_graph(torch_internals.twin(gm), ours)
@@ -128,6 +135,10 @@ def _compilation(callers: list[torch.nn.Module], options: dict[str, Any]) -> Com
     stats = options["stats"]
     stats = stats if isinstance(stats, Stats) else Stats.load(stats)
     root = next((module for module in candidates if stats.fits(module)), None)
+    if any(thresholds_of(module) for module in callers):
+        raise ValueError(
+            "this model is forged already: compile it without options={'stats': ...}, or compile the plain model"
+        )
     if root is None:
         stats.check_model(callers[-1])
     wanted, _ = select(stats, options.get("include"), options.get("exclude"))

@@ -37,6 +37,8 @@ def calibrate(model: torch.nn.Module, batches: Iterable[Any], *, max_batches: in
         ValueError: no batch, a batch of another form, or an input of a site that holds NaN or infinity (it names the
             site and the batch).
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"calibrate takes the model first, then the batches; the model is {type(model).__name__}")
     model = getattr(model, "_orig_mod", model)  # a compiled model hides its calls; the model inside it does not
     scan = _Scan(model)
     example, n = None, 0
@@ -51,6 +53,8 @@ def calibrate(model: torch.nn.Module, batches: Iterable[Any], *, max_batches: in
         scan.sites[name] = SiteStats("scripted", None, (), None, (), layer=False, left_out=SCRIPTED)
     if n == 0:
         raise ValueError("calibrate got no batch: an iterator that was already used up gives none a second time")
+    if scan.sites and not any(site.elements or site.kind == "scripted" for site in scan.sites.values()):
+        raise ValueError("calibrate saw no element: every batch was empty")
     return Stats(scan.sites, scan.modules, n, scan.observer.contexts, given, example)
 
 

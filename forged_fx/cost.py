@@ -54,6 +54,10 @@ def cost(forged: torch.nn.Module, args: tuple, kwargs: dict[str, Any] | None = N
     graph that Inductor gets; `benchmarks/gpu_static.py` holds it against what Inductor generates.
     """
     sites = {id(t): site for site, t in thresholds_of(forged).items()}
+    if not sites:
+        raise ValueError(f"this {type(forged).__name__} is not forged: cost takes what forged_fx.transform returned")
+    if not isinstance(args, tuple):
+        raise TypeError(f"args is {type(args).__name__}: pass the forward's arguments as a tuple, (x,)")
     found: dict[str, Cost] = {}
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable:

@@ -58,7 +58,8 @@ class Plan:
 
     def _count(self) -> int:
         """The number of this call. What a backward recomputes has the numbers that it had when it ran first."""
-        first, again = ([], None) if self.once else torch_internals.checkpoints()
+        looks = not self.once and not torch.compiler.is_compiling()  # (Dynamo cannot look at the stack)
+        first, again = torch_internals.checkpoints() if looks else ([], None)
         key = id(self)
         if again is not None and key in again:
             run = (key, torch._C._current_graph_task_id())  # asked for here only: Dynamo does not record it

@@ -286,7 +286,7 @@ def threshold(c_max: float, ratio: float) -> float:
 
 
 def check_ratio(ratio: Any, what: str = "ratio") -> float:
-    if not isinstance(ratio, int | float) or not math.isfinite(ratio) or not 0 <= ratio <= 1:
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not math.isfinite(ratio) or not 0 <= ratio <= 1:
         raise ValueError(f"{what} must be a number in [0, 1], inputs below that share of c_max become 0; got {ratio!r}")
     return float(ratio)
 

@@ -59,14 +59,16 @@ class ForgedModule(HoldsThresholds, fx.GraphModule):
         for name, module in self._modules.items():  # torch.fx copies a module once, under its first name
             if name not in twin._modules:
                 twin.add_module(name, copy.deepcopy(module, memo))
+        type(twin).__name__ = type(self).__name__  # (a class of its own, as every graph module has)
         return twin
 
     def __reduce__(self) -> tuple:
         _, (body, imports) = super().__reduce__()
-        return _rebuild, (body, imports, type(self).__name__, self.meta)
+        modes = {name: module.training for name, module in self.named_modules()}
+        return _rebuild, (body, imports, type(self).__name__, self.meta, modes)
 
 
-def _rebuild(body: dict, imports: str, class_name: str, meta: dict) -> ForgedModule:
+def _rebuild(body: dict, imports: str, class_name: str, meta: dict, modes: dict[str, bool]) -> ForgedModule:
     from torch.fx.graph_module import reduce_graph_module
 
     pickled = torch.nn.Module()
@@ -77,6 +79,8 @@ def _rebuild(body: dict, imports: str, class_name: str, meta: dict) -> ForgedMod
     for key in sorted(keys - forged.state_dict().keys()):  # those that the graph does not use
         _keep(forged, pickled, key)
     forged.meta = meta
+    for name, module in forged.named_modules():
+        module.training = modes.get(name, module.training)
     return forged
 
 
@@ -123,6 +127,8 @@ def transform(
     """
     stats = stats if isinstance(stats, Stats) else Stats.load(stats)
     model = getattr(model, "_orig_mod", model)
+    if fuse not in (None, True, False):
+        raise ValueError(f"fuse={fuse!r}: True, False, or None to decide by the model's device")
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError("this model is TorchScript, which cannot be opened: forge the model that it was made from")
     if thresholds_of(model):
@@ -196,6 +202,8 @@ def _fuse(model: torch.nn.Module, forged: torch.nn.Module, wanted: list[str], ex
 
 def select(stats: Stats, include: Globs | None, exclude: Globs | None) -> tuple[list[str], dict[str, str]]:
     """The sites to forge, and for each of the others why it is left out."""
+    if include is not None and not _globs(include):
+        raise ValueError("include names no site: leave it out to forge all of them")
     names = list(stats.sites)
     by_default = [name for name in names if stats.sites[name].left_out is None]
     chosen = match_sites(_globs(include), names, "include") if include is not None else by_default

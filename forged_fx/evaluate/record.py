@@ -217,8 +217,17 @@ def parse(files: dict[str, bytes], where: str) -> Result:
         raise ValueError(f"{where} is no complete result: {error!r}") from error
 
 
+def _right(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Per input: whether it is classified rightly, and whether that is a matter of rounding."""
+    logits, classes = logits.float().cpu(), classes.cpu()
+    of_class = logits.gather(1, classes[:, None]).squeeze(1)
+    lead = of_class - logits.scatter(1, classes[:, None], -torch.inf).amax(1)
+    return logits.max(1)[1] == classes, lead.abs() <= BOUNDARY * logits.abs().amax(1)
+
+
 def verify(result: Result, model: nn.Module, x: Tensor, y: Tensor, base: nn.Module | None) -> int:
-    """Check every example again: inside the ball and the box, and classified wrongly by its side.
+    """Check every example again: inside the ball and the box, and classified wrongly by its side. And every input: it
+    is right without attack where it was when the result was made, or the model's code is another.
 
     Returns how many lie on the boundary between two classes, to rounding (`BOUNDARY`), and fell to the right side
     of it this time: other hardware, or other company in the batch, suffices for that. ValueError says how many fail.
@@ -232,19 +241,26 @@ def verify(result: Result, model: nn.Module, x: Tensor, y: Tensor, base: nn.Modu
     for side, module in ((result.model, model), (result.base, base)):
         if side is None or module is None:
             continue
-        right, close, astray = 0, 0, 0
+        right, close, astray, changed = 0, 0, 0, 0
+        natural = side.broken_by == 0  # row 0: wrong without attack
         device = checks.device_of(module, x.device)
         with checks.borrowed(module, side.name), torch.no_grad():
             for part, examples in zip(
                 side.broken.split(result.batch_size), side.examples.split(result.batch_size), strict=True
             ):
-                logits, classes = module(examples.to(device)).float().cpu(), y[part.to(y.device)].cpu()
-                of_class = logits.gather(1, classes[:, None]).squeeze(1)
-                lead = of_class - logits.scatter(1, classes[:, None], -torch.inf).amax(1)
-                is_right = logits.max(1)[1] == classes
-                is_close = is_right & (lead <= BOUNDARY * logits.abs().amax(1))
+                is_right, is_close = _right(module(examples.to(device)), y[part.to(y.device)])
+                is_close &= is_right
                 right, close = right + int((is_right & ~is_close).sum()), close + int(is_close.sum())
                 astray += int((~result.threat.allows(x[part.to(x.device)].cpu(), examples)).sum())
+            size = result.batch_size
+            for inputs, classes, was_wrong in zip(x.split(size), y.split(size), natural.split(size), strict=True):
+                is_right, is_close = _right(module(inputs.to(device)), classes)
+                changed += int(((is_right == was_wrong) & ~is_close).sum())
+        if changed:
+            raise ValueError(
+                f"the {side.name}: {changed} of {len(x)} inputs are classified otherwise without attack than when the "
+                "result was made, so its code has changed since; choose another folder"
+            )
         if right or astray:
             raise ValueError(
                 f"the {side.name}: of {len(side.broken)} examples {right} are classified rightly, and "
