@@ -256,15 +256,15 @@ def verify(result: Result, model: nn.Module, x: Tensor, y: Tensor, base: nn.Modu
             for inputs, classes, was_wrong in zip(x.split(size), y.split(size), natural.split(size), strict=True):
                 is_right, is_close = _right(module(inputs.to(device)), classes)
                 changed += int(((is_right == was_wrong) & ~is_close).sum())
-        if changed:
-            raise ValueError(
-                f"the {side.name}: {changed} of {len(x)} inputs are classified otherwise without attack than when the "
-                "result was made, so its code has changed since; choose another folder"
-            )
         if right or astray:
             raise ValueError(
                 f"the {side.name}: of {len(side.broken)} examples {right} are classified rightly, and "
                 f"{astray} lie outside the ball or the box"
+            )
+        if changed:
+            raise ValueError(
+                f"the {side.name}: {changed} of {len(x)} inputs are classified otherwise without attack than when the "
+                "result was made, so its code has changed since; choose another folder"
             )
         boundary += close
     return boundary
