@@ -49,7 +49,7 @@ def forged(
         a plain model; `strict=False` to compile it although some sites cannot be reached; every other key must be one
         of Inductor's own options.
     Raises ValueError for an unknown option (it offers the nearest known one), statistics of another model, or a site
-    that no graph reaches; the last one at the end of the first forward pass.
+    that no graph reaches; the last one at the end of each forward pass.
     """
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from forged_fx import torch_internals
 from forged_fx.rewrite import CallNode, outermost
-from forged_fx.sites import Numbering, call_name, call_of, module_of, operand_name
+from forged_fx.sites import Numbering, call_name, call_of, module_of, operand_name, unseen_call
 from forged_fx.stats import Ratio, Stats
 from forged_fx.thresholds import zero_beside
 
@@ -66,11 +66,7 @@ class Compilation:
         k, most = numbering.calls(module), self.calls.get(module)
         if most is not None and k >= most:
             if not self.repeats:
-                raise RuntimeError(
-                    f"{module or 'the model'!r} makes its call number {k} (counted from 0) of linear, convolution or "
-                    f"product, and calibration saw {most} at most: calibrate on data that reaches it, or forge "
-                    f"without this module (exclude={module + '*'!r})"
-                )
+                raise unseen_call(module, k, most)
             numbering.restart(module)
         return numbering.call(module)
 

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from forged_fx import ops, torch_internals  # noqa: F401 (ops defines the op)
 from forged_fx.modes import module_hooks
-from forged_fx.sites import CALLS, OPENED, Key, call_of, get, module_of, replace
+from forged_fx.sites import CALLS, OPENED, Key, call_of, get, module_of, replace, unseen_call
 from forged_fx.stats import Stats
 from forged_fx.thresholds import HoldsThresholds, buffer_name, register
 
@@ -49,11 +49,7 @@ class Plan:
     def next(self) -> list[tuple[Key, str]]:
         k = self._count()
         if k >= self.calls:
-            raise RuntimeError(
-                f"{self.module or 'the model'!r} makes its call number {k} (counted from 0) of linear, convolution or "
-                f"product, and calibration saw {self.calls} at most: calibrate on data that reaches it, or forge "
-                f"without this module (exclude={self.module + '*'!r})"
-            )
+            raise unseen_call(self.module, k, self.calls)
         return self.operands.get(k, [])
 
     def _count(self) -> int:

@@ -212,6 +212,15 @@ def call_name(module: str, k: int) -> str:
     return module if k == 0 and module else f"{module}#{k}"
 
 
+def unseen_call(module: str, k: int, most: int) -> RuntimeError:
+    """What is raised where a module makes more calls than calibration saw."""
+    return RuntimeError(
+        f"{module or 'the model'!r} makes its call number {k} (counted from 0) of linear, convolution or "
+        f"product, and calibration saw {most} at most: calibrate on data that reaches it, or forge "
+        f"without this module (exclude={module + '*'!r})"
+    )
+
+
 def operand_name(call: str, index: int) -> str:
     """A call with several data inputs (bilinear) has a site for each: the later ones carry `:1`, `:2`."""
     return call if index == 0 else f"{call}:{index}"
