@@ -37,7 +37,7 @@ from forged_fx.modes import fast_path_off
 from forged_fx.transform import forging_of
 
 RATIO = 2**-6
-SECONDS = 300  # a model that takes longer counts as failed
+SECONDS = 600  # a model that takes longer counts as failed
 
 
 @dataclass
