@@ -95,6 +95,11 @@ class _Scan:
             name = self.parameters.get(id(weight))
             site = SiteStats(seen.kind, tuple(x.shape), weight_shape, name, key, layer=True, left_out=left_out)
             self.sites[seen.name] = site
+            if module_of(seen.name) != seen.module:
+                raise ValueError(
+                    f"the module {seen.module!r} is named like the call of another one (see forged_fx/sites.py): give "
+                    "it a name that does not end with # or : and a number"
+                )
             self.modules[seen.module] = parameter_shapes(self.observer.model.get_submodule(seen.module))
         site.shape = merge_shapes(site.shape, tuple(x.shape))
         site.layer &= seen.reads_module_input

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from forged_fx.checked import visible
 from forged_fx.cost import Cost
 from forged_fx.cost import cost as site_costs
 from forged_fx.thresholds import thresholds_of
@@ -41,7 +42,7 @@ class Description(list[Row]):
         lines.insert(1, "-" * max(map(len, lines)))
         forged = sum(row.left_out is None for row in self)
         lines.append(f"{forged} of {len(self)} sites forged, as {'; '.join(self.notes)}")
-        return "\n".join(line.rstrip() for line in lines)
+        return visible("\n".join(line.rstrip() for line in lines))
 
 
 def describe(model: torch.nn.Module, *, cost: bool = False, example: tuple[tuple, dict] | None = None) -> Description:

@@ -13,6 +13,7 @@ To add a kind of layer, add a row to `CALLS`.
 """
 
 import operator
+import re
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -226,16 +227,37 @@ def operand_name(call: str, index: int) -> str:
     return call if index == 0 else f"{call}:{index}"
 
 
+def has_input(kind: str, key: Key) -> bool:
+    """Whether some function of that kind takes an operand at that place that may be data."""
+    rows = {call for call in CALLS.values() if call.kind == kind}
+    if any(isinstance(call, Einsum) for call in rows):
+        return key[:1] != (0,) and all(type(part) is int for part in key) and len(key) in (1, 2)
+    return any(role != "w" and key in ((p,), (k,)) for c in rows for role, (p, k) in zip(c.roles, c.keys, strict=True))
+
+
 def names_of(model: torch.nn.Module) -> dict[int, str]:
     """id of each submodule -> its first name: a module that is registered twice has one name here."""
     return {id(module): name for name, module in model.named_modules()}
 
 
+# A site's name: its module, which of the module's calls, which of the call's data inputs. See above.
+_NAME = re.compile(r"(?P<module>.*?)(#(?P<call>[0-9]+))?(:(?P<operand>[0-9]+))?", re.DOTALL)
+
+
+def _part(site: str, part: str) -> str | None:
+    return _NAME.fullmatch(site)[part]
+
+
 def module_of(site: str) -> str:
     """The name of the module that runs the site's call."""
-    return site.partition("#")[0].partition(":")[0]
+    return _part(site, "module")
 
 
 def call_of(site: str) -> int:
     """Which of its module's calls the site is, counted from 0."""
-    return int(site.partition("#")[2].partition(":")[0] or 0)
+    return int(_part(site, "call") or 0)
+
+
+def operand_of(site: str) -> int:
+    """Which of its call's data inputs the site is, counted from 0."""
+    return int(_part(site, "operand") or 0)

@@ -11,13 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
 
+from forged_fx import checked
 from forged_fx.files import whole
 from forged_fx.histogram import BINS, share_below
+from forged_fx.sites import call_of, has_input, module_of
 
 FORMAT = 1
 
@@ -205,7 +207,9 @@ class Stats:
         rows = list(self.sites.values())
         arrays = {
             "c_max": np.array([row.c_max for row in rows], np.float32),
-            "counts": np.array([[r.calls, r.elements, r.sampled, r.zeros] for r in rows], np.int64).reshape(-1, 4),
+            "counts": np.array([[getattr(r, key) for key in _COUNTS] for r in rows], np.int64).reshape(
+                -1, len(_COUNTS)
+            ),
             "histogram": np.array([row.histogram for row in rows], np.int64).reshape(-1, BINS),
         }
         header = {
@@ -225,54 +229,68 @@ class Stats:
         from safetensors import SafetensorError, safe_open
 
         try:
+            checked.regular(Path(path))
             with safe_open(path, framework="np") as file:
-                header = json.loads((file.metadata() or {})["forged_fx.stats"])
+                header = checked.parse((file.metadata() or {})["forged_fx.stats"])
                 if header["format"] != FORMAT:
-                    raise ValueError(f"its format is {header['format']}, and this version reads {FORMAT}")
-                c_max, counts, histogram = (file.get_tensor(key) for key in ("c_max", "counts", "histogram"))
-            n = len(header["sites"])
-            for array, shape in ((c_max, (n,)), (counts, (n, 4)), (histogram, (n, BINS))):
-                if array.shape != shape:
-                    raise ValueError(f"an array of shape {array.shape} where {shape} belongs")
-            if not np.isfinite(c_max).all() or (c_max < 0).any() or (counts < 0).any() or (histogram < 0).any():
+                    raise ValueError(
+                        f"its format is {checked.short(header['format'])}, and this version reads {FORMAT}"
+                    )
+                n = len(header["sites"])
+                shapes = {"c_max": (n,), "counts": (n, len(_COUNTS)), "histogram": (n, BINS)}
+                c_max, counts, bins = (_array(file, key, shape) for key, shape in shapes.items())
+            if not np.isfinite(c_max).all() or any((a < 0).any() for a in (c_max, counts, bins)):
                 raise ValueError("a maximum or a count is negative or not finite")
-            sites = {
-                name: SiteStats(
-                    kind=str(text["kind"]),
-                    shape=_shape(text["shape"]),
-                    weight_shape=_shape(text["weight_shape"]) or (),
-                    weight=None if text["weight"] is None else str(text["weight"]),
-                    key=tuple(text["key"]),
-                    layer=bool(text["layer"]),
-                    once=bool(text["once"]),
-                    module_calls=int(text["module_calls"]),
-                    left_out=None if text["left_out"] is None else str(text["left_out"]),
-                    calls=int(counts[i, 0]),
-                    c_max=float(c_max[i]),
-                    elements=int(counts[i, 1]),
-                    sampled=int(counts[i, 2]),
-                    zeros=int(counts[i, 3]),
-                    histogram=histogram[i],
-                )
-                for i, (name, text) in enumerate(header["sites"].items())
-            }
-            modules = {
-                name: {key: _shape(shape) or () for key, shape in shapes.items()}
-                for name, shapes in header["modules"].items()
-            }
-            sets = (set(map(str, header[key])) for key in ("contexts", "given"))
-            return cls(sites, modules, int(header["batches"]), *sets)
+            if max(counts.max(initial=0), bins.max(initial=0)) >= _MOST:
+                raise ValueError(f"a count is {_MOST} or larger")
+            sites = {}
+            for i, (name, text) in enumerate(header["sites"].items()):
+                where = f"site {checked.short(name)}"
+                values = {key: checked.fit(text[key], _HINTS[key], f"{where}: {key}") for key in _TEXT_FIELDS}
+                numbers = {key: int(counts[i, k]) for k, key in enumerate(_COUNTS)}
+                sites[name] = SiteStats(**values, **numbers, c_max=float(c_max[i]), histogram=bins[i])
+            modules = checked.fit(header["modules"], dict[str, dict[str, tuple[int, ...]]], "modules")
+            for name, site in sites.items():
+                _check_site(name, site, modules)
+            sets = (set(checked.fit(header[key], list[str], key)) for key in ("contexts", "given"))
+            return cls(sites, modules, checked.fit(header["batches"], int, "batches"), *sets)
         except FileNotFoundError:
             raise
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError, OSError) as error:
-            raise ValueError(f"{os.fspath(path)} is not a file of calibration statistics: {error}") from error
+            raise ValueError(
+                f"{os.fspath(path)} is not a file of calibration statistics ({error}): write one with "
+                "forged_fx.calibrate(model, batches).save(path)"
+            ) from error
 
 
 _TEXT_FIELDS = ("kind", "shape", "weight_shape", "weight", "key", "layer", "once", "module_calls", "left_out")
+_COUNTS = ("calls", "elements", "sampled", "zeros")
+_HINTS = get_type_hints(SiteStats)
+_MOST = 2**50  # of anything counted: sums of it fit into 64 bits
 
 
-def _shape(value: Any) -> tuple[int, ...] | None:
-    return None if value is None else tuple(int(size) for size in value)
+def _array(file: Any, key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """An array of a file, looked at before it is read."""
+    found, dtype = file.get_slice(key), "F32" if key == "c_max" else "I64"
+    if (tuple(found.get_shape()), found.get_dtype()) != (shape, dtype):
+        raise ValueError(
+            f"{key} is an array of shape {tuple(found.get_shape())} and dtype {found.get_dtype()}, where {shape} and "
+            f"{dtype} belong"
+        )
+    return file.get_tensor(key)
+
+
+def _check_site(name: str, site: SiteStats, modules: Mapping[str, Any]) -> None:
+    """ValueError for what calibration cannot have seen."""
+    where = f"site {checked.short(name)}"
+    if site.zeros + int(site.histogram.sum()) != site.sampled or site.sampled > site.elements:
+        raise ValueError(f"{where}: its counts do not agree")
+    if site.left_out is not None:
+        return
+    if not has_input(site.kind, site.key):
+        raise ValueError(f"{where}: no call of kind {checked.short(site.kind)} has an input {checked.short(site.key)}")
+    if module_of(name) not in modules or call_of(name) >= site.module_calls:
+        raise ValueError(f"{where}: its module is not listed, or makes fewer calls")
 
 
 def parameter_shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:

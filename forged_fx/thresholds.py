@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from forged_fx.sites import module_of
+from forged_fx.sites import call_of, module_of, operand_of
 
 
 class HoldsThresholds(torch.nn.Module):
@@ -36,9 +36,8 @@ class HoldsThresholds(torch.nn.Module):
 
 def buffer_name(site: str) -> str:
     """The threshold's name beside its module's own parameters: `forged_threshold`, `forged_threshold_1`, ..."""
-    call, _, operand = site.partition(":")
-    k = call.partition("#")[2]
-    return "forged_threshold" + (f"_{k}" if k not in ("", "0") else "") + (f"_input{operand}" if operand else "")
+    k, operand = call_of(site), operand_of(site)
+    return "forged_threshold" + (f"_{k}" if k else "") + (f"_input{operand}" if operand else "")
 
 
 def register(owner: torch.nn.Module, site: str, root: torch.nn.Module) -> str:

@@ -259,9 +259,12 @@ def _forge_whole(model: torch.nn.Module, stats: Stats, wanted: list[str]) -> For
     insert_thresholds(graph, calls, number(calls), place, _source(model))
     if missed := [name for name in wanted if name not in buffers]:
         raise Untraceable(f"the graph lacks the sites {', '.join(missed)}")
+    # torch.fx writes Python with the modules' names in it
+    if odd := [name for name, _ in model.named_modules() if set(name) & {'"', "\\", "\n", "\r", "\0"}]:
+        raise Untraceable(f"its graph cannot be written as Python: a module is called {odd[0]!r}")
     try:
         forged = ForgedModule(model, graph, class_name=f"Forged{type(model).__name__}")
-    except SyntaxError as error:  # torch.fx writes Python, and some module names do not go into it (a quote)
+    except SyntaxError as error:
         raise Untraceable(f"its graph cannot be written as Python: {error}") from error
     for key in sorted(keys - forged.state_dict().keys()):
         _keep(forged, model, key)

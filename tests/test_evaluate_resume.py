@@ -11,12 +11,12 @@ import planted
 import pytest
 import torch
 from planted import Hidden, inputs, linear
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from forged_fx.digits import one_thread
 from forged_fx.evaluate import Result, blocks
 from forged_fx.evaluate.harness import Subject
-from forged_fx.evaluate.journal import Journal
+from forged_fx.evaluate.journal import Journal, pack
 
 
 @pytest.fixture(autouse=True)
@@ -166,15 +166,17 @@ def test_a_damaged_block_is_done_anew(unfinished):
 def test_a_block_that_breaks_the_rules_is_refused(unfinished):
     victim = next((unfinished["folder"] / "unfinished").glob("base_1*0001.safetensors"))
     tensors = load_file(victim)
-    save_file(tensors | {"examples": tensors["examples"] + 0.06}, victim)
-    with pytest.raises(ValueError, match="outside the ball or the box"):
-        planted.evaluate(**unfinished)
-    save_file(tensors | {"broken": tensors["broken"] - 10}, victim)
-    with pytest.raises(ValueError, match="other inputs than those that stand"):
-        planted.evaluate(**unfinished)
-    save_file(tensors | {"block": tensors["block"] - 10}, victim)
-    with pytest.raises(ValueError, match="other inputs stand"):
-        planted.evaluate(**unfinished)
+    broken = tensors["broken"]
+    for change, words in (
+        ({"examples": tensors["examples"] + 0.06}, "outside the ball or the box"),
+        ({"broken": broken - 10}, "other inputs than those that stand"),
+        ({"broken": broken[:1].expand(len(broken))}, "other inputs than those that stand"),
+        ({"block": tensors["block"] - 10}, "other inputs stand"),
+        ({"broken": broken.float(), "extra": broken}, "holds broken, extra"),
+    ):
+        victim.write_bytes(pack(tensors | change))  # else it is damaged, and done anew
+        with pytest.raises(ValueError, match=words):
+            planted.evaluate(**unfinished)
 
 
 class Scaled(Hidden):

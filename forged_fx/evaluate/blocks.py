@@ -12,13 +12,27 @@ import torch
 from torch import Tensor
 
 from forged_fx.evaluate.extras import need
-from forged_fx.evaluate.journal import Journal
+from forged_fx.evaluate.journal import Journal, pack
 from forged_fx.evaluate.processes import Processes, attempt, result
 
 BLOCK = 250  # inputs; pyautoattack's own batch size, so that a row equals its figure
 ROUNDING = 1e-3  # share of the largest logit by which two runs of one model may differ: TF32 keeps 10 bits
 
 Outcome = dict[str, Tensor]  # what a block's work found, on the CPU
+Fields = dict[str, tuple[torch.dtype, int | None]]  # what an outcome holds: dtype, number of dimensions (None: any)
+OWN: Fields = {"block": (torch.int64, 1), "seconds": (torch.float64, 0)}
+
+
+def misfits(outcome: Outcome, fields: Fields) -> str:
+    """The fields that an outcome lacks, has beside those, or has of another dtype or number of dimensions."""
+
+    def fits(key: str) -> bool:
+        if key not in outcome or key not in fields:
+            return False
+        dtype, dim = fields[key]
+        return outcome[key].dtype == dtype and dim in (None, outcome[key].dim())
+
+    return ", ".join(sorted(key for key in outcome.keys() | fields.keys() if not fits(key)))
 
 
 class Blocks:
@@ -28,16 +42,17 @@ class Blocks:
         self.seed, self.processes, self.journal = seed, processes or Processes(), journal
 
     def run(
-        self, name: str, indices: Tensor, work: Callable[[Tensor], Outcome], keep: bool = True
+        self, name: str, indices: Tensor, work: Callable[[Tensor], Outcome], fields: Fields | None
     ) -> Iterator[tuple[Tensor, Outcome]]:
         """Yields (block, work(block)) for each block of `indices`, in order; "seconds" is added to the outcome.
 
         name: tells this work from all other in the evaluation. work: is given a block of indices, (k,) int64; it must
-        depend on nothing that another block's work changes. keep: in the journal.
+        depend on nothing that another block's work changes. fields: what its outcome holds, by which what comes
+        from the journal is checked; None: it is not kept there.
         """
         blocks = indices.split(BLOCK) if len(indices) else ()
-        journal = self.journal if keep else None
-        known = self._known(journal, name, len(blocks)) if keep else {}
+        journal = self.journal if fields else None
+        known = self._known(journal, name, len(blocks)) if fields else {}
         todo = [number for number in range(len(blocks)) if number not in known]
         done: dict[int, bytes] = {}
         for number, block in enumerate(blocks):
@@ -49,6 +64,8 @@ class Blocks:
                     done = self._together(journal, name, team, blocks, work)
                 data = done[number]
             outcome = need("safetensors.torch").load(data)
+            if fields and (wrong := misfits(outcome, fields | OWN)):
+                raise ValueError(f"{name}: its file in the unfinished run holds {wrong}; choose another folder")
             if not torch.equal(outcome.pop("block"), block):
                 raise ValueError(
                     f"{name}: other inputs stand than in the unfinished run, so the model's code or its arithmetic "
@@ -91,22 +108,23 @@ class Blocks:
         torch.manual_seed(self.seed)
         outcome = {**work(block), "block": block}
         outcome["seconds"] = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
-        return need("safetensors.torch").save({key: value.contiguous() for key, value in outcome.items()})
+        return pack(outcome)
 
     def unchanged(self, name: str, value: Tensor) -> bool:
         """Whether `value` is, but for rounding, what it was when this run began; the first time it is kept."""
 
         def before() -> bytes:
-            save = need("safetensors.torch").save
             if not self.journal:
                 return b""
             known = self.journal.recall(name, 1)
             if not known:
-                self.journal.keep(name, 0, save({"value": value.contiguous()}))
+                self.journal.keep(name, 0, pack({"value": value}))
             return known.get(0, b"")
 
         data = self.processes.first(before)
         if not data:
             return True
-        old = need("safetensors.torch").load(data)["value"]
-        return old.shape == value.shape and torch.allclose(old, value, rtol=0, atol=ROUNDING * float(old.abs().max()))
+        old = need("safetensors.torch").load(data).get("value")
+        if old is None or old.shape != value.shape:
+            return False
+        return torch.allclose(old, value, rtol=0, atol=ROUNDING * float(old.abs().max()))

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from forged_fx.evaluate import checks, fingerprint
 from forged_fx.evaluate.attacks import Attack, Setting, toolbox
-from forged_fx.evaluate.blocks import Blocks, Outcome
+from forged_fx.evaluate.blocks import Blocks, Fields, Outcome
 from forged_fx.evaluate.compiled import Eager, agree, is_compiled
 from forged_fx.evaluate.gradients import Context, Logits, differ
 from forged_fx.evaluate.report import Progress
 from forged_fx.evaluate.result import STANDING, Row, Side
 from forged_fx.evaluate.threat import Threat
 
+FOUND: Fields = {"broken": (torch.int64, 1), "examples": (torch.float32, None), "rejected": (torch.int64, 0)}
 UNRELIABLE = 0.002  # share of n that Square may take after the others; auto-attack's check_square_sr
 
 
@@ -75,19 +76,20 @@ class Subject:
         return row
 
     def _run(
-        self, row: Row, indices: Tensor, work: Callable[[Tensor], Outcome], keep: bool = True, passes: int = 0
+        self, row: Row, indices: Tensor, work: Callable[[Tensor], Outcome], fields: Fields | None, passes: int = 0
     ) -> Iterator[tuple[Tensor, Outcome]]:
         """`work` on every block of `indices`; see `Blocks.run`. passes: see `Attack.passes`."""
         self.progress.begin(f"{self.name}: {row.attack}, {row.kind}", len(indices), passes)
         name = f"{self.name} {len(self.rows) - 1} {row.kind} {row.attack}"
-        for block, outcome in self.blocks.run(name, indices, work, keep):
+        for block, outcome in self.blocks.run(name, indices, work, fields):
             row.seconds += float(outcome["seconds"])
             yield block, outcome
             self.progress.advance(len(block))
 
     def _take(self, row: Row, indices: Tensor, examples: Tensor) -> None:
         # asked again, because an outcome may come from the file of an unfinished run
-        if not bool(torch.isin(indices, self.standing()).all()) or examples.shape != (len(indices), *self.x.shape[1:]):
+        known = torch.isin(indices, self.standing()).all() and len(indices.unique()) == len(indices)
+        if not known or examples.shape != (len(indices), *self.x.shape[1:]):
             raise ValueError(f"{row.attack} on the {self.name}: breaks other inputs than those that stand")
         if not bool(self.threat.allows(self.x[indices.to(self.x.device)].cpu(), examples.cpu()).all()):
             raise ValueError(f"{row.attack} on the {self.name}: examples outside the ball or the box")
@@ -113,7 +115,7 @@ class Subject:
             outcome = {"logits": torch.cat(logits).cpu()}
             return outcome | ({"eagerly": torch.cat(eagerly).cpu()} if eager else {})
 
-        found = [outcome for _, outcome in self._run(row, every, answer, keep=False)]
+        found = [outcome for _, outcome in self._run(row, every, answer, None)]
         logits = torch.cat([outcome["logits"] for outcome in found])
         if eager and agree(logits, torch.cat([outcome["eagerly"] for outcome in found])):
             self.attacked = eager
@@ -140,7 +142,8 @@ class Subject:
             return {"differ": torch.tensor(differ(self.attacked, self.inputs(indices)[0], bpda, self.batch_size))}
 
         every = torch.arange(len(self.x))
-        return any(outcome["differ"] for _, outcome in self.blocks.run(f"{self.name} gradients {name}", every, compare))
+        asked = self.blocks.run(f"{self.name} gradients {name}", every, compare, {"differ": (torch.bool, 0)})
+        return any(outcome["differ"] for _, outcome in asked)
 
     def attack(
         self,
@@ -169,7 +172,7 @@ class Subject:
             starts = [other.examples[indices.to(self.x.device)].to(x.device)] if attack.starts and other else []
             return self.judge(setting, indices, attack.run(tools, x.clone(), y.clone(), *starts).detach())
 
-        for _, found in self._run(row, todo, search, passes=attack.passes(tools)):
+        for _, found in self._run(row, todo, search, FOUND, attack.passes(tools)):
             self._take(row, found["broken"], found["examples"])
             row.rejected += int(found["rejected"])
         gradients_tried = any(r.attacked for r in self.rows if r.kind == kind and r is not row)
@@ -195,7 +198,8 @@ class Subject:
             return outcome
 
         todo = stands.nonzero().flatten() if not reason else torch.zeros(0, dtype=torch.int64)
-        for _, found in self._run(rows[sides.index(self)], todo, search):
+        fields = {f"{side.name} {key}": field for side in sides for key, field in FOUND.items()}
+        for _, found in self._run(rows[sides.index(self)], todo, search, fields):
             for side, row in zip(sides, rows, strict=True):
                 side._take(row, found[f"{side.name} broken"], found[f"{side.name} examples"])
                 row.rejected += int(found[f"{side.name} rejected"])
@@ -234,7 +238,9 @@ class Subject:
             return {"fooled": predict(self.model, examples, self.batch_size) != self.inputs(indices)[1].cpu()}
 
         fooled = 0
-        for block, outcome in self._run(row, found.nonzero().flatten(), show):
+        for block, outcome in self._run(row, found.nonzero().flatten(), show, {"fooled": (torch.bool, 1)}):
+            if len(outcome["fooled"]) != len(block):
+                raise ValueError(f"{row.attack}: {len(outcome['fooled'])} outcomes of {len(block)} inputs")
             fooled += int(outcome["fooled"].sum())
             broken = block[outcome["fooled"] & stands[block]]
             self._take(row, broken, other.examples[broken.to(self.x.device)])

@@ -16,11 +16,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from torch import Tensor
+
+from forged_fx import checked
+from forged_fx.evaluate import fingerprint
 from forged_fx.evaluate.extras import need
 from forged_fx.evaluate.processes import Processes
 from forged_fx.files import whole
 
 UNFINISHED, LOG = "unfinished", "log.txt"
+MOST = 2**33  # bytes of a block's file
 STAMP = "%Y-%m-%d %H:%M:%SZ"
 
 Call = dict[str, Any]  # what was asked, as JSON has it: two runs of equal calls have equal results
@@ -52,20 +57,29 @@ class Journal:
             for part in folder.glob(".*.part"):  # of a process that was killed while it wrote
                 part.unlink()
         log = self.folder.parent / LOG
-        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+        lines = checked.read(log).decode(errors="replace").splitlines() if log.exists() else []
         self._said = {line.partition("  ")[2] for line in lines}
         asked, blocks = self.folder / "call.json", len(list(self.folder.glob("*.safetensors")))
         if blocks:
-            check(json.loads(asked.read_text(encoding="utf-8")), call, self.folder.parent)
+            check(self._asked(), call, self.folder.parent)
         else:
             with whole(asked) as path:
                 path.write_text(json.dumps(call, indent=1) + "\n", encoding="utf-8")
         return blocks
 
+    def _asked(self) -> Call:
+        path = self.folder / "call.json"
+        try:
+            asked = checked.fit(checked.parse(checked.read(path)), dict[str, Any], "the call")
+            checked.fit(asked.get("command"), list[str], "command")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} does not say what was asked ({error}); choose another folder") from error
+        return asked
+
     @property
     def command(self) -> list[str]:
         """How the run was first started."""
-        return json.loads((self.folder / "call.json").read_text(encoding="utf-8"))["command"]
+        return self._asked()["command"]
 
     def _path(self, name: str, number: int) -> Path:
         return self.folder / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', name)}.{number:04d}.safetensors"
@@ -76,21 +90,19 @@ class Journal:
 
     def recall(self, name: str, count: int) -> dict[int, bytes]:
         """Of the blocks 0 ... count - 1 of this work those that are finished. A damaged file counts as none."""
-        st, found = need("safetensors"), {}
+        found = {}
         for number in range(count):
             path = self._path(name, number)
             if not path.exists():
                 continue
-            data = path.read_bytes()
             try:
-                st.deserialize(data)
-                found[number] = data
-            except st.SafetensorError as error:
+                found[number] = intact(checked.read(path, MOST))
+            except ValueError as error:
                 self.log(f"{path.name} is damaged, and its block done anew: {error}")
         return found
 
     def log(self, text: str) -> None:
-        with open(self.folder.parent / LOG, "a", encoding="utf-8") as file:
+        with open(self.folder.parent / LOG, "a", encoding="utf-8", opener=_no_link) as file:
             file.write(f"{datetime.now(UTC):{STAMP}}  {text}\n")
 
     def log_once(self, text: str) -> None:
@@ -111,6 +123,30 @@ class Journal:
         if kind:
             self.log(f"stopped by {kind.__name__}: {error}; the same call goes on from here")
         self._lock.release()
+
+
+def pack(tensors: dict[str, Tensor]) -> bytes:
+    """As safetensors, with a sum by which `intact` knows a damaged file."""
+    tensors = {key: value.contiguous() for key, value in tensors.items()}
+    return need("safetensors.torch").save(tensors, {"sha256": fingerprint.of_tensors(sorted(tensors.items()))})
+
+
+def intact(data: bytes) -> bytes:
+    """The same bytes; ValueError unless `pack` wrote them."""
+    try:
+        tensors = need("safetensors.torch").load(data)
+        header = checked.parse(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        same = header["__metadata__"]["sha256"] == fingerprint.of_tensors(sorted(tensors.items()))
+    except (need("safetensors").SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(str(error)) from error
+    if not same:
+        raise ValueError("its content is not what was written")
+    return data
+
+
+def _no_link(path: str, flags: int) -> int:
+    """How to open a file that may have been put there by anyone: not where a link leads."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def check(there: Call, here: Call, folder: Path) -> None:

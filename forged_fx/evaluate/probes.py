@@ -19,6 +19,8 @@ PROBED = 64  # inputs, the first that are right unattacked
 STEPS = (3, 10, 30)  # of APGD, at the radius of the evaluation
 RADII = (0.5, 1.0, 2.0, 4.0)  # in units of that radius, each with `STEPS[1]` steps; then the whole box
 REPEATS = 5
+COUNT, SHARE, SWEEP = (torch.int64, 0), (torch.float64, 0), (torch.int64, 1)
+FIELDS = {"flat": COUNT, "sick": COUNT, "drift": SHARE, "apart": SHARE, "steps": SWEEP, "radii": SWEEP}
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def probe(side: Subject, setting: Setting, bpda: Context) -> Probes:
             "radii": torch.tensor(radii),
         }
 
-    for _, found in side.blocks.run(f"{side.name} probes", right, ask):  # one block, or none
+    for _, found in side.blocks.run(f"{side.name} probes", right, ask, FIELDS):  # one block, or none
         flat, sick, drift, apart = (found[key].item() for key in ("flat", "sick", "drift", "apart"))
         sweeps, seconds = (found["steps"].tolist(), found["radii"].tolist()), found["seconds"].item()
         return Probes(len(right), flat, sick, drift, apart, *sweeps, seconds)

@@ -9,14 +9,17 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
-from math import isclose
+from math import inf, isclose, prod
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
+from forged_fx import checked
 from forged_fx.evaluate import checks, fingerprint
 from forged_fx.evaluate.extras import need
 from forged_fx.evaluate.journal import UNFINISHED, Call, Journal, check
@@ -27,7 +30,9 @@ from forged_fx.files import whole
 
 FORMAT = 2
 RECORD, EXAMPLES, TIMING = "result.json", "examples.safetensors", "timing.json"
+_HINTS = get_type_hints(Result)
 BOUNDARY = 1e-4  # a lead of the right class by this share of the largest logit is rounding
+HEADER = 2**20  # bytes of a safetensors file beside its tensors, at most
 # fields of a Result that are written as they are
 PLAIN = (
     *("n", "attacks", "plan", "complete", "seed", "batch_size", "block", "bpda", "same"),
@@ -155,14 +160,13 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 def _side(record: dict[str, Any], tensors: dict[str, Tensor], seconds: list[float], n: int, shape: list[int]) -> Side:
     name = record["name"]
-    side = Side(
-        name,
-        record["description"],
-        record["fingerprint"],
-        [Row(**row, seconds=float(spent)) for row, spent in zip(record["rows"], seconds, strict=True)],
-        torch.tensor(record["broken_by"], dtype=torch.int64),
-        tensors[f"{name}.x"],
-    )
+    rows = [
+        checked.build(Row, row, f"{name}.rows[{i}]", seconds=spent)
+        for i, (row, spent) in enumerate(zip(record["rows"], seconds, strict=True))
+    ]
+    broken_by = torch.tensor(checked.fit(record["broken_by"], list[int], f"{name}.broken_by"), dtype=torch.int64)
+    texts = (checked.fit(record[key], str, f"{name}.{key}") for key in ("description", "fingerprint"))
+    side = Side(name, *texts, rows, broken_by, tensors[f"{name}.x"])
     known = torch.arange(STANDING, len(side.rows))
     sound = (
         side.broken_by.shape == (n,)
@@ -173,6 +177,20 @@ def _side(record: dict[str, Any], tensors: dict[str, Tensor], seconds: list[floa
     )
     if not sound:
         raise ValueError(f"the {name}'s outcomes and its examples do not agree")
+    if not rows or n < 1:
+        raise ValueError(f"the {name} has no row")
+    standing = n
+    for i, row in enumerate(rows):
+        broken = int((broken_by == i).sum())
+        standing -= broken
+        known = row.side == name and row.kind in (KINDS[:1] if i == 0 else KINDS[1:])
+        if (
+            not known
+            or not 0 <= (row.alone or 0) <= 1
+            or (row.broken, row.standing) != (broken, standing)
+            or not 0 <= row.seconds < inf
+        ):
+            raise ValueError(f"the {name}'s row {i} and its outcomes do not agree")
     return side
 
 
@@ -180,41 +198,79 @@ def load(folder: str | os.PathLike[str]) -> Result:
     folder = Path(folder)
     if not (folder / RECORD).exists() and (folder / UNFINISHED).exists():
         raise FileNotFoundError(f"{folder} holds an unfinished run: the same call of evaluate finishes it")
-    files = {name: (folder / name).read_bytes() for name in (RECORD, EXAMPLES)}
-    if (folder / TIMING).exists():  # a result stands without it
-        files[TIMING] = (folder / TIMING).read_bytes()
-    return parse(files, str(folder))
+    return parse(_read(folder), str(folder))
+
+
+def _read(folder: Path) -> dict[str, bytes]:
+    with _complete(str(folder)):
+        files = {RECORD: checked.read(folder / RECORD)}
+        if (folder / TIMING).exists():  # a result stands without it
+            files[TIMING] = checked.read(folder / TIMING)
+        record = _record(files[RECORD])
+        shape, sides = checked.fit(record["data"]["x_shape"], list[int], "x_shape"), record["sides"]
+        examples = sum(len(side["broken_by"]) for side in sides) * (8 + 4 * prod(shape[1:]))
+        files[EXAMPLES] = checked.read(folder / EXAMPLES, examples + HEADER)
+        return files
 
 
 def parse(files: dict[str, bytes], where: str) -> Result:
     """The result in these files; ValueError if they hold none. where: what to call them in an error."""
-    st = need("safetensors.torch")
-    try:
-        record = json.loads(files[RECORD])
-    except ValueError as error:
-        raise ValueError(f"{where}: {RECORD} is no JSON: {error}") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        found = record.get("format") if isinstance(record, dict) else None
-        raise ValueError(f"{where} is of format {found!r}, and this version reads {FORMAT}: evaluate anew")
-    try:
+    with _complete(where):
+        record = _record(files[RECORD])
         if hashlib.sha256(files[EXAMPLES]).hexdigest() != record["examples_sha256"]:
-            raise ValueError(f"{where}: {EXAMPLES} is not the file that {RECORD} was written with")
-        tensors = st.load(files[EXAMPLES])
-        n, shape = record["n"], record["data"]["x_shape"][1:]
-        timing = json.loads(files.get(TIMING, b"{}"))
-        seconds = timing.get("seconds") or {side["name"]: [0.0] * len(side["rows"]) for side in record["sides"]}
-        sides = {s["name"]: _side(s, tensors, seconds[s["name"]], n, shape) for s in record["sides"]}
+            raise ValueError(f"{EXAMPLES} is not the file that {RECORD} was written with")
+        plain = {name: checked.fit(record[name], _HINTS[name], name) for name in PLAIN}
+        tensors = need("safetensors.torch").load(files[EXAMPLES])
+        n, shape = plain["n"], checked.fit(plain["data"]["x_shape"], list[int], "x_shape")
+        for key in ("x_sha256", "y_sha256"):
+            checked.fit(plain["data"][key], str, key)
+        if shape[0] != n:
+            raise ValueError(f"it is of {n} inputs, and x_shape is {shape}")
+        timing = checked.fit(checked.parse(files.get(TIMING, b"{}")), dict[str, Any], TIMING)
+        untimed = {side["name"]: [0.0] * len(side["rows"]) for side in record["sides"]}
+        seconds = checked.fit(timing.get("seconds", untimed), dict[str, list[float]], f"{TIMING}: seconds")
+        sides = {s["name"]: _side(s, tensors, seconds[s["name"]], n, shape[1:]) for s in record["sides"]}
+        if list(sides) not in (["model"], ["model", "base"]) or len(sides) < len(record["sides"]):
+            raise ValueError(f"its sides are {checked.short(list(sides))}")
+        threat = checked.build(Threat, record["threat"], "threat")
         return Result(
-            threat=Threat(**record["threat"]),
+            threat=checks.threat(threat.eps, threat.norm),
             model=sides["model"],
             base=sides.get("base"),
-            findings=[Finding(**finding) for finding in record["findings"]],
-            machine=timing.get("machine", {}),
-            probe_seconds=float(timing.get("probe_seconds", 0)),
-            **{name: record[name] for name in PLAIN},
+            findings=[_finding(finding, f"findings[{i}]") for i, finding in enumerate(record["findings"])],
+            machine=checked.fit(timing.get("machine", {}), dict[str, Any], f"{TIMING}: machine"),
+            probe_seconds=checked.fit(timing.get("probe_seconds", 0), float, f"{TIMING}: probe_seconds"),
+            **plain,
         )
-    except (KeyError, TypeError, AttributeError, need("safetensors").SafetensorError) as error:
-        raise ValueError(f"{where} is no complete result: {error!r}") from error
+
+
+def _finding(record: Any, where: str) -> Finding:
+    finding = checked.build(Finding, record, where)
+    if finding.raised and finding.value is None:
+        raise ValueError(f"{where} is raised without a value")
+    return finding
+
+
+def _record(data: bytes) -> dict[str, Any]:
+    try:
+        record = checked.parse(data)
+    except ValueError as error:
+        raise ValueError(f"{RECORD} is no JSON: {error}") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        found = record.get("format") if isinstance(record, dict) else None
+        raise ValueError(f"{RECORD} is of format {checked.short(found)}, and this version reads {FORMAT}")
+    return record
+
+
+@contextmanager
+def _complete(where: str) -> Iterator[None]:
+    """Whatever the files' content makes fail is a ValueError that says so, and the next step."""
+    faults = (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, OverflowError)
+    try:
+        yield
+    except (*faults, need("safetensors").SafetensorError) as error:
+        fault = error if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"{where} holds no complete result ({fault}): evaluate anew, in another folder") from error
 
 
 def _right(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,14 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+from forged_fx.checked import visible
 from forged_fx.evaluate.extras import need
 from forged_fx.evaluate.result import Result, Row
+
+
+def plain(text: str, style: str = "") -> Any:
+    """Text that may come from a file, as it is: neither rich nor a terminal takes commands from it."""
+    return need("rich.text").Text(visible(text), style)
 
 
 def _share(share: float | None, n: int) -> str:
@@ -42,7 +48,8 @@ def _rows(result: Result) -> Any:
         for row in side.listed:
             counts = (row.attacked, row.broken, row.standing)
             alone = "" if row.alone is None else f"{round(row.alone * result.n)}"
-            table.add_row(row.side, row.kind, row.attack, *map(str, counts), alone, f"{row.seconds:.1f}", row.note)
+            cells = (row.side, row.kind, row.attack, *map(str, counts), alone, f"{row.seconds:.1f}", row.note)
+            table.add_row(*map(plain, cells))
         table.add_section()
     return table
 
@@ -54,14 +61,15 @@ def _findings(result: Result) -> Any:
         table.add_column(heading, justify="right" if heading in ("value", "bound") else "left")
     for f in result.findings:
         if f.raised:
-            table.add_row(f.name, f"{f.value:.4g}", f"{f.bound:.4g}", f.unit, "yes" if f.masking else "no")
+            cells = (f.name, f"{f.value:.4g}", f"{f.bound:.4g}", f.unit, "yes" if f.masking else "no")
+            table.add_row(*map(plain, cells))
     quiet = [f.name for f in result.findings if not f.raised and f.value is not None]
     idle = [f"{f.name}: {f.note}" for f in result.findings if f.value is None]
     lines = [f"not raised: {', '.join(quiet)}"] if quiet else []
-    return need("rich.console").Group(*([table] if table.row_count else []), "\n".join(lines + idle))
+    return need("rich.console").Group(*([table] if table.row_count else []), plain("\n".join(lines + idle)))
 
 
-def _small_print(result: Result) -> str:
+def _small_print(result: Result) -> Any:
     spent = sum(row.seconds for row in result.rows) + result.probe_seconds
     alone = sum(row.seconds for row in result.model.rows if row.kind == "true gradient")
     versions = ", ".join(f"{name} {number}" for name, number in result.versions.items())
@@ -74,12 +82,12 @@ def _small_print(result: Result) -> str:
         versions,
         *result.notes,
     ]
-    return "\n".join(lines)
+    return plain("\n".join(lines))
 
 
 def render(result: Result) -> Any:
     """The whole result, to be printed by rich."""
-    bold = need("rich.text").Text(f"{result.verdict}: {result.sentence}", style="bold")
+    bold = plain(f"{result.verdict}: {result.sentence}", "bold")
     return need("rich.console").Group(bold, _figures(result), _findings(result), _rows(result), _small_print(result))
 
 

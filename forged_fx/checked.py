@@ -1,0 +1,95 @@
+"""Values from files, checked before anything is made of them: files are data, and may come from anyone."""
+
+import json
+import stat
+import types
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+TEXT = 2**25  # bytes that a JSON text may have; the record of a million inputs has 16 MB
+
+
+def regular(path: Path) -> int:
+    """The size of a regular file in bytes; ValueError for anything else: no pipe is waited for, no device read."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{path} is not a regular file")
+    return found.st_size
+
+
+def read(path: Path, most: int = TEXT) -> bytes:
+    """The content of a regular file; ValueError if it has more than `most` bytes."""
+    size = regular(path)
+    if size > most:
+        raise ValueError(f"{path} has {size:,} bytes, and at most {most:,} belong there")
+    return path.read_bytes()
+
+
+def parse(text: str | bytes) -> Any:
+    """JSON; ValueError for anything else, among it what is larger than `TEXT` or nested out of all reason."""
+    if len(text) > TEXT:
+        raise ValueError(f"a text of {len(text):,} bytes, where at most {TEXT:,} belong")
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def fit(value: Any, kind: Any, where: str) -> Any:
+    """A JSON value as `kind` has it, an annotation: `int`, `str | None`, `tuple[int, ...]`, `dict[str, list[str]]`, ...
+
+    Lists become tuples where those are asked for, whole numbers floats. Nothing else is converted: ValueError says
+    where the value stands, and what belongs there.
+    """
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any or (type(value) is kind and kind in _EXACT and _EXACT[kind](value)):
+        return value
+    if kind is float and type(value) is int and abs(value) < 2**63:
+        return float(value)
+    if origin in (Union, types.UnionType):
+        for one in inner:
+            try:
+                return fit(value, one, where)
+            except ValueError:
+                continue
+    elif origin in (list, tuple) and isinstance(value, list):
+        return origin(fit(item, inner[0], f"{where}[{i}]") for i, item in enumerate(value))
+    elif origin in (dict, Mapping) and isinstance(value, dict):
+        return {fit(k, inner[0], where): fit(v, inner[1], f"{where}.{k}") for k, v in value.items()}
+    name = getattr(kind, "__name__", str(kind)) if not inner else str(kind)
+    raise ValueError(f"{where[:200]} is {short(value)}, and {name} belongs there")
+
+
+# numbers that fit into 64 bits; text without lone surrogates, which cannot be written again
+_EXACT = {
+    int: lambda value: abs(value) < 2**63,
+    float: lambda value: True,
+    bool: lambda value: True,
+    str: lambda value: not any("\ud800" <= c <= "\udfff" for c in value),
+    types.NoneType: lambda value: True,
+}
+
+
+def build(cls: type, record: Any, where: str, **given: Any) -> Any:
+    """A dataclass from a JSON object that holds each of its fields but those given, and nothing else."""
+    kinds, names = get_type_hints(cls), {field.name for field in fields(cls)} - given.keys()
+    if not isinstance(record, dict) or record.keys() != names:
+        found = sorted(record) if isinstance(record, dict) else record
+        raise ValueError(f"{where} is {short(found)}, and the fields {', '.join(sorted(names))} belong there")
+    return cls(**{name: fit(record[name], kinds[name], f"{where}.{name}") for name in names}, **given)
+
+
+def short(value: Any) -> str:
+    """The value for an error: its beginning, with what a terminal would act on escaped."""
+    try:
+        text = ascii(value)
+    except (RecursionError, ValueError):  # nested deeply, or a number of thousands of digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def visible(text: str) -> str:
+    """The text with what a terminal would act on (escape sequences, reversed writing) escaped."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
