@@ -40,22 +40,27 @@ def calibrate(model: torch.nn.Module, batches: Iterable[Any], *, max_batches: in
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"calibrate takes the model first, then the batches; the model is {type(model).__name__}")
     model = getattr(model, "_orig_mod", model)  # a compiled model hides its calls; the model inside it does not
-    scan = _Scan(model)
+    return scan(model, track(batches, "calibrating", max_batches))
+
+
+def scan(model: torch.nn.Module, batches: Iterable[Any], first: int = 0) -> Stats:
+    """What `calibrate` returns, of a part of its batches. first: how many came before them, for error messages."""
+    run = _Scan(model)
     example, n = None, 0
     given: set[str] = set()
     with eval_mode(model), torch.no_grad():
-        for n, batch in enumerate(track(batches, "calibrating", max_batches), start=1):
+        for n, batch in enumerate(batches, start=1):
             args, kwargs = model_inputs(batch, model)
             example = example or (args, kwargs)
             given |= inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments.keys()
-            scan.batch(n - 1, args, kwargs)
+            run.batch(first + n - 1, args, kwargs)
     for name in _scripted(model):
-        scan.sites[name] = SiteStats("scripted", None, (), None, (), layer=False, left_out=SCRIPTED)
+        run.sites[name] = SiteStats("scripted", None, (), None, (), layer=False, left_out=SCRIPTED)
     if n == 0:
         raise ValueError("calibrate got no batch: an iterator that was already used up gives none a second time")
-    if scan.sites and not any(site.elements or site.kind == "scripted" for site in scan.sites.values()):
+    if run.sites and not any(site.elements or site.kind == "scripted" for site in run.sites.values()):
         raise ValueError("calibrate saw no element: every batch was empty")
-    return Stats(scan.sites, scan.modules, n, scan.observer.contexts, given, example)
+    return Stats(run.sites, run.modules, n, run.observer.contexts, given, example)
 
 
 class _Scan:

@@ -7,6 +7,7 @@ it any more robust. Writes into the folder `--out`:
     result.json            every figure of the evaluation; beside it examples.safetensors, the adversarial images, and
                            timing.json, how long it took
     stats.safetensors      what calibration measured
+    model.safetensors      the trained model's weights
 """
 
 import argparse
@@ -18,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
@@ -64,6 +66,7 @@ def run(
         with step(f"train a CNN on attacked digits, seed {seed}", 10):
             model, x_train, _, x, y = digits.train_digits(seed, epochs)
             x, y = x[:n], y[:n]
+            save_file(model.state_dict(), out / "model.safetensors")
         with step(f"calibrate on the {len(x_train)} training images", 1):
             stats = forged_fx.calibrate(model, x_train.split(256))
             stats.save(out / "stats.safetensors")

@@ -61,6 +61,7 @@ def test_it_writes_what_it_says(folder):
         "examples.safetensors",
         "timing.json",
         "stats.safetensors",
+        "model.safetensors",
     }
     assert Result.load(folder).n == 8
 

@@ -1,0 +1,45 @@
+"""forged-fx bench"""
+
+from typing import Annotated
+
+import typer
+
+from forged_fx.cli import options
+
+EXAMPLE = (
+    "forged-fx bench forged_fx.digits:cnn --weights random --stats demo/stats.safetensors --data digits --batch 8 "
+    "--modes eager --rounds 3"
+)
+
+
+def run(
+    model: options.Model,
+    stats: options.Stats,
+    data: options.Data,
+    ratio: options.Ratio = options.RATIO,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images in the batch that is timed.")] = 8,
+    modes: Annotated[str, typer.Option(help="eager, compiled, or both.")] = "eager,compiled",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds in turn.")] = 15,
+    weights: options.Weights = None,
+    normalize: options.Normalize = None,
+    resize: options.Resize = None,
+    device: options.Device = None,
+    json: options.Json = False,
+) -> None:
+    """Time the forged model beside the plain one, in turn, on one batch. A figure of 1: forging is free."""
+    from forged_fx import throughput
+    from forged_fx.cli import given, output
+    from forged_fx.sources.classifier import device_of
+
+    chosen = [mode.strip() for mode in modes.split(",")]
+    if unknown := [mode for mode in chosen if mode not in throughput.MODES]:
+        raise typer.BadParameter(f"--modes {unknown[0]}: choose of {', '.join(throughput.MODES)}")
+    found = given.model(model, weights, normalize, device)
+    x, _ = given.images(data, None, resize, usual="train").batches(batch)[0]
+    forged = given.forged(found, stats, ratio, include, exclude, example=x)
+    pair = (found.classifier(), found.classifier(forged))
+    speeds = throughput.compare(*pair, x.to(device_of(forged)), rounds=rounds, modes=chosen)
+    document = {"batch": len(x), "rounds": rounds, "speeds": [vars(speed) for speed in speeds]}
+    output.show(document, throughput.text(speeds), json)

@@ -1,0 +1,46 @@
+"""forged-fx calibrate"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from forged_fx.cli import options
+
+EXAMPLE = (
+    "forged-fx calibrate forged_fx.digits:cnn --weights demo/model.safetensors --data digits --out stats.safetensors"
+)
+
+
+def run(
+    model: options.Model,
+    data: options.Data,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the statistics go.")] = Path("stats.safetensors"),
+    weights: options.Weights = None,
+    normalize: options.Normalize = None,
+    split: options.Split = None,
+    resize: options.Resize = None,
+    limit: options.Limit = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 128,
+    device: options.Device = None,
+    json: options.Json = False,
+) -> None:
+    """Scan images once, without gradients, and record how large every layer's inputs get.
+
+    Takes the training images where the data has splits. Interrupted, the same command goes on where it was. Under
+    torchrun the batches are shared out, and the file is the same.
+    """
+    from forged_fx.cli import given, output
+    from forged_fx.cli.scan import scan
+
+    chosen = given.images(data, split, resize, usual="train")
+    found = given.model(model, weights, normalize, device)
+    asked = {"model": model, "data": data, "split": split, "resize": resize, "limit": limit, "batch": batch}
+    batches = chosen.batches(batch, limit)
+    stats = scan(found, batches, out, asked | {"normalize": found.normalize})
+    sites = [name for name, site in stats.sites.items() if site.left_out is None]
+    left_out = {name: site.left_out for name, site in stats.sites.items() if site.left_out is not None}
+    n = len(chosen.taken(limit))
+    document = {"out": str(out), "images": n, "batches": stats.batches, "sites": sites, "left_out": left_out}
+    beside = f", {len(left_out)} left out (forged-fx describe says why)" if left_out else ""
+    output.show(document, f"{out}: {len(sites)} sites from {n} images{beside}", json)

@@ -1,0 +1,55 @@
+"""Files that a forged model can be written to: a table with a row per ending of the name."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_model
+from torch import Tensor, nn
+
+import forged_fx
+from forged_fx.files import whole
+from forged_fx.sources.models import need
+
+Batch = Tensor | dict[str, Tensor]
+
+
+def _program(forged: nn.Module, batch: Batch) -> torch.export.ExportedProgram:
+    free = torch.export.Dim("batch")
+    if isinstance(batch, dict):
+        shapes = {name: {0: free} for name in batch}
+        return torch.export.export(forged, (), dict(batch), dynamic_shapes=shapes, strict=False)
+    return torch.export.export(forged, (batch,), dynamic_shapes=({0: free},), strict=False)
+
+
+def _pt2(forged: nn.Module, batch: Batch, out: Path) -> None:
+    file = io.BytesIO()  # to a path it writes only where the name ends in .pt2
+    with torch.no_grad():
+        torch.export.save(_program(forged, batch), file)
+    with whole(out) as part:
+        part.write_bytes(file.getbuffer())
+
+
+def _onnx(forged: nn.Module, batch: Batch, out: Path) -> None:
+    import torch
+
+    from forged_fx.files import whole
+
+    need("onnxscript", "export")
+    with whole(out) as part, torch.no_grad():
+        program = _program(forged, batch).run_decompositions(forged_fx.decompositions())
+        torch.onnx.export(program, verbose=False).save(part)
+
+
+def _safetensors(forged: nn.Module, batch: Batch, out: Path) -> None:
+    with whole(out) as part:
+        save_model(forged, str(part))
+
+
+# the end of the file's name -> what writes it
+FORMATS: dict[str, Callable[[nn.Module, Batch, Path], None]] = {
+    ".pt2": _pt2,
+    ".onnx": _onnx,
+    ".safetensors": _safetensors,
+}

@@ -1,0 +1,60 @@
+"""What the arguments name: the model, its images, its forged copy."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import forged_fx
+from forged_fx.cli.options import ratio as parse_ratio
+from forged_fx.cli.output import note
+from forged_fx.sources import DATA, Images, Model, load_data, load_model
+from forged_fx.sources.classifier import device_of
+
+
+def model(name: str, weights: str | None, normalize: str | None, device: str | None) -> Model:
+    """The model that the arguments name, on its device."""
+    found = load_model(name, weights, normalize, _device(device))
+    if found.normalize is not None and normalize is None:
+        mean, std = (",".join(f"{value:g}" for value in part) for part in found.normalize)
+        note(f"inputs are normalised as {name} says: --normalize {mean}/{std}")
+    return found
+
+
+def _device(name: str | None) -> torch.device:
+    """The one that is named; else a GPU, of torchrun's processes each its own; else the CPU."""
+    if name is None:
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).partition(chr(10))[0]}") from error
+
+
+def images(name: str, split: str | None, resize: str | None, usual: str) -> Images:
+    """The images that the arguments name. usual: the split that the command is for, where the data has splits."""
+    source = DATA.get(name.partition(":")[0])
+    return load_data(name, split or (usual if source is not None and source.splits else None), resize)
+
+
+def forged(
+    plain: Model,
+    stats: Path,
+    ratio: str,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    example: torch.Tensor | None = None,
+) -> nn.Module:
+    """The forged copy of the model's module. example: images, for an audit."""
+    given = None if example is None else arguments(plain, example)
+    chosen = {"include": include or None, "exclude": exclude or None}
+    return forged_fx.transform(plain.module, str(stats), parse_ratio(ratio), example=given, **chosen)
+
+
+def arguments(plain: Model, x: torch.Tensor) -> tuple[tuple, dict]:
+    """Images as the (args, kwargs) of the model's module."""
+    batch = plain.inputs(x.to(device_of(plain.module)))
+    return ((), batch) if isinstance(batch, dict) else ((batch,), {})

@@ -1,0 +1,112 @@
+"""The commands, and what becomes of errors, interruptions and exit codes."""
+
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from types import FrameType
+from typing import Any
+
+import typer
+from typer.exceptions import TyperException
+
+from forged_fx.cli.output import Interrupted
+
+# in the order in which --help lists them
+COMMANDS = ("calibrate", "transform", "describe", "evaluate", "compare", "bench", "demo")
+
+ERROR, USAGE, INTERRUPTED = 1, 2, 130
+EXIT_NOTE = (
+    "Exit codes: 0 done; 1 an error, said in one line; 2 a command line that was not understood; 130 interrupted. "
+    "evaluate and compare: 0 gain, 3 no measurable gain, 4 loss, 5 masking, 6 cannot say."
+)
+DEBUG = "FORGED_FX_DEBUG"  # set, errors come with their traceback
+
+app = typer.Typer(
+    name="forged-fx",
+    help="Harden a trained PyTorch model after the fact, and tell the truth about how much it helped.",
+    epilog=EXIT_NOTE,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def _whole(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    if version:
+        from forged_fx import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+def _add(name: str) -> None:
+    module = import_module(f"forged_fx.cli.{name}")
+    example = module.EXAMPLE.replace("[", r"\[")  # rich would read it as markup
+    app.command(name, epilog=f"Example: {example}")(module.run)
+
+
+for _name in COMMANDS:
+    _add(_name)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    before = _handle(_as_interruption)
+    try:
+        code = app(args=None if argv is None else list(argv), standalone_mode=False)
+        sys.stdout.flush()
+        if code == INTERRUPTED:  # typer's answer to Ctrl-C
+            _say("interrupted")
+        return code or 0
+    except TyperException as error:  # the command line
+        said = error.format_message()
+        if said:  # with no_args_is_help the help was printed, and there is nothing to say
+            _say(said + _hint(error))
+        return error.exit_code
+    except Interrupted as error:
+        _say(f"interrupted: {error}")
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read the output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ERROR
+    except Exception as error:
+        if os.environ.get(DEBUG):
+            traceback.print_exc()
+        _say(_line(error))
+        return ERROR
+    finally:
+        _handle(before)
+
+
+def _line(error: Exception) -> str:
+    """An error in one line. Those that this library did not raise on purpose come with their name."""
+    text = " ".join(str(error).split())
+    ours = isinstance(error, ValueError | TypeError | RuntimeError | ImportError | OSError) and text
+    return text if ours else f"{type(error).__name__}: {text} ({DEBUG}=1 shows where)"
+
+
+def _hint(error: TyperException) -> str:
+    context = getattr(error, "ctx", None)
+    return f" (forged-fx {context.info_name} --help)" if context is not None and context.parent is not None else ""
+
+
+def _say(text: str) -> None:
+    print(f"forged-fx: {text}", file=sys.stderr)
+
+
+def _handle(handler: Any) -> Any:
+    """Set what SIGTERM does; returns what it did. Only a program's main thread may."""
+    if threading.current_thread() is threading.main_thread():
+        return signal.signal(signal.SIGTERM, handler)
+    return None
+
+
+def _as_interruption(number: int, frame: FrameType | None) -> None:
+    """What a cluster sends before it kills: it is treated as Ctrl-C, so that what was done is kept."""
+    raise KeyboardInterrupt

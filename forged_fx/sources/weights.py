@@ -1,0 +1,67 @@
+"""Weights from a file: safetensors, or what torch.save wrote, read with weights_only. Nothing else is unpickled."""
+
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NESTED = ("state_dict", "model_state_dict", "model")  # where training scripts keep the weights in a checkpoint
+WRAPPED = "module."  # what DistributedDataParallel puts ahead of every name
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load a file's weights into `model`, all of them. ValueError, in one line, says what does not fit."""
+    weights = read_weights(path)
+    if all(name.startswith(WRAPPED) for name in weights) and not any(n.startswith(WRAPPED) for n in model.state_dict()):
+        weights = {name.removeprefix(WRAPPED): value for name, value in weights.items()}
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    given = {name: tuple(value.shape) for name, value in weights.items()}
+    faults = {
+        "lacks": [name for name in wanted if name not in given],
+        "has beside": [name for name in given if name not in wanted],
+        "has of another shape": [name for name in wanted if name in given and given[name] != wanted[name]],
+    }
+    if any(faults.values()):
+        said = "; ".join(f"it {fault} {_some(names)}" for fault, names in faults.items() if names)
+        raise ValueError(f"{path} holds the weights of another model than {type(model).__name__}: {said}")
+    model.load_state_dict(weights)
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a file by name. ValueError if it holds anything else; FileNotFoundError if there is none."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path} with weights")
+    try:
+        found: Any = _read(Path(path))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, KeyError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{path} cannot be read as weights alone ({reason}): save model.state_dict() with "
+            "safetensors.torch.save_file or torch.save"
+        ) from error
+    for key in NESTED:
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+    if not (isinstance(found, Mapping) and found and all(isinstance(value, Tensor) for value in found.values())):
+        raise ValueError(f"{path} holds no state_dict (names and tensors): save model.state_dict()")
+    return {str(name): value for name, value in found.items()}
+
+
+def _read(path: Path) -> Any:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if path.suffix != ".safetensors":
+        return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

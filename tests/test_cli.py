@@ -1,0 +1,230 @@
+"""The terminal: every command's example runs, and errors, interruptions and exit codes are what they are said to be."""
+
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import forged_fx
+from forged_fx import demo, digits
+from forged_fx.cli import given, main, options, output
+from forged_fx.cli import scan as scanning
+from forged_fx.cli.main import COMMANDS, EXIT_NOTE
+from forged_fx.evaluate.verdict import EXIT_CODES
+
+MODEL = ["forged_fx.digits:cnn", "--weights", "demo/model.safetensors", "--data", "digits"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What `forged-fx demo` leaves, made quick: of an untrained network, for which the attacks have little to do."""
+    folder = tmp_path_factory.mktemp("cli")
+    with digits.one_thread():
+        torch.manual_seed(0)
+        model = digits.cnn().eval()
+        x_train, _, x, y = digits.load()
+        stats = forged_fx.calibrate(model, x_train.split(256))
+        forged = forged_fx.transform(model, stats, 2**-7)
+        result = forged_fx.evaluate(forged, model, x=x[:8], y=y[:8], eps=digits.EPS, attacks=["apgd-ce"])
+    result.save(folder / "demo")
+    stats.save(folder / "demo" / "stats.safetensors")
+    save_file(model.state_dict(), folder / "demo" / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(folder, monkeypatch):
+    """Every command runs there, on one thread."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(demo, "run", lambda out, seed, n: print(f"{out} {seed} {n}"))
+    with digits.one_thread():
+        yield
+
+
+def one_line(capsys):
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and err.startswith("forged-fx: ")
+    return err
+
+
+def example(name):
+    return import_module(f"forged_fx.cli.{name}").EXAMPLE
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_commands_example_runs(name, capsys):
+    program, *arguments = shlex.split(example(name))
+    assert program == "forged-fx" and arguments[0] == name
+    code = main(arguments)
+    out, err = capsys.readouterr()
+    assert code == 0 or (name in ("evaluate", "compare") and code in EXIT_CODES.values())
+    assert out and err == ""  # no terminal, no progress
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_the_example_and_asks_for_no_torch(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main([name, "--help"]) == 0
+    words = re.sub(r"[\s│]+", "", capsys.readouterr().out)
+    assert re.sub(r"\s+", "", example(name)) in words
+
+
+def test_help_imports_no_torch():
+    code = "import sys\nfrom forged_fx.cli import main\nmain(['--help'])\nassert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "calibrate" in done.stdout and "Exit codes" in done.stdout
+
+
+def test_exit_codes_are_those_of_verdicts():
+    for verdict, code in EXIT_CODES.items():
+        assert f"{code} {verdict}" in EXIT_NOTE
+
+
+JSON = {
+    "calibrate": [*MODEL, "--out", "other.safetensors", "--limit", "100"],
+    "describe": [*MODEL, "--stats", "demo/stats.safetensors", "--exclude", "7"],
+    "compare": ["demo", "demo"],
+    "bench": [*MODEL, "--stats", "demo/stats.safetensors", "--modes", "eager", "--rounds", "1", "--batch", "1"],
+    "transform": [*MODEL, "--stats", "demo/stats.safetensors", "--out", "forged.safetensors"],
+}
+
+
+@pytest.mark.parametrize("name", JSON)
+def test_json_is_all_that_is_printed(name, capsys):
+    main([name, *JSON[name], "--json"])
+    out, err = capsys.readouterr()
+    assert isinstance(json.loads(out), dict) and err == ""
+
+
+def test_describe_says_what_the_library_says(capsys):
+    main(["describe", *JSON["describe"], "--ratio", "0=0,*=1/64", "--json"])
+    rows = {row["site"]: row for row in json.loads(capsys.readouterr().out)["sites"]}
+    stats = forged_fx.Stats.load("demo/stats.safetensors")
+    assert rows["0"]["threshold"] == 0 and rows["5"]["threshold"] == stats.thresholds(1 / 64)["5"]
+    assert rows["7"]["left_out"] == "in exclude"
+
+
+def test_a_program_that_transform_wrote_is_a_model_like_any_other(capsys):
+    assert main(["transform", *MODEL, "--stats", "demo/stats.safetensors", "--out", "forged.pt2"]) == 0
+    found = given.model("forged.pt2", None, None, "cpu")
+    plain = given.model(MODEL[0], MODEL[2], None, "cpu")
+    forged = given.forged(plain, "demo/stats.safetensors", options.RATIO)
+    x = digits.load()[2][:5]
+    assert torch.equal(found.module(x), forged(x))
+    gradients = []
+    for model in (found.module, forged):
+        with forged_fx.straight_through():
+            leaf = x.clone().requires_grad_()
+            gradients += torch.autograd.grad(model(leaf).sum(), leaf)
+    assert torch.equal(*gradients)
+
+
+def test_transform_writes_weights_and_thresholds(capsys):
+    from safetensors.torch import load_file
+
+    assert main(["transform", *MODEL, "--stats", "demo/stats.safetensors", "--out", "forged.safetensors"]) == 0
+    assert "0.forged_threshold" in load_file("forged.safetensors")
+
+
+ERRORS = {
+    "no such model": (1, ["calibrate", "nothing", "--data", "digits"], "write one of timm:NAME"),
+    "no such file": (1, ["describe", MODEL[0], "--stats", "gone.safetensors"], "gone.safetensors"),
+    "no such data": (1, ["calibrate", MODEL[0], "--data", "digit"], "write one of digits, npz:FILE"),
+    "no run": (1, ["compare", "gone", "demo"], "gone"),
+    "no command": (2, ["forge"], "forge"),
+    "no option": (2, ["calibrate", MODEL[0], "--dato", "digits"], "(forged-fx calibrate --help)"),
+    "no number": (2, ["describe", MODEL[0], "--stats", "demo/stats.safetensors", "--ratio", "x"], "1/64 or 2**-6"),
+    "no ratio": (1, ["describe", MODEL[0], "--stats", "demo/stats.safetensors", "--ratio", "2"], "[0, 1]"),
+    "no site": (1, ["describe", *MODEL, "--stats", "demo/stats.safetensors", "--include", "8"], "matches no site"),
+    "no eps": (2, ["evaluate", *MODEL], "--eps"),
+    "no device": (1, ["calibrate", *MODEL, "--device", "cuda:77"], "--device cuda:77"),
+    "no ending": (2, ["transform", *MODEL, "--stats", "demo/stats.safetensors", "--out", "forged"], ".pt2, .onnx"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_an_error_is_one_line_and_a_code(case, capsys):
+    code, arguments, words = ERRORS[case]
+    assert main(arguments) == code
+    assert words in one_line(capsys)
+
+
+def test_an_error_of_nobodys_making_says_where_to_look(monkeypatch, capsys):
+    monkeypatch.setattr(forged_fx, "compare", lambda a, b: {}["gone"])
+    assert main(["compare", "demo", "demo"]) == 1
+    assert "KeyError: 'gone' (FORGED_FX_DEBUG=1 shows where)" in one_line(capsys)
+
+
+def test_an_interrupted_scan_goes_on_where_it_was(monkeypatch, capsys):
+    seen = []
+
+    def watched(self, x):
+        seen.append(len(x))
+        if len(seen) == 12:
+            raise KeyboardInterrupt
+        return x
+
+    arguments = ["calibrate", *MODEL, "--batch", "64", "--out", "kept.safetensors"]
+    with monkeypatch.context() as patch:
+        patch.setattr(given.Model, "inputs", watched)
+        assert main(arguments) == 130
+        assert "8 of 25 batches are kept in kept.safetensors.unfinished; the same" in one_line(capsys)
+        assert main([*arguments, "--limit", "70"]) == 1
+        assert "of another scan (limit)" in one_line(capsys)
+        assert main(arguments) == 0
+    assert len(seen) == 12 + 17
+    model = given.model(MODEL[0], MODEL[2], None, None).module
+    expected = forged_fx.calibrate(model, digits.load()[0].split(64))
+    expected.save("expected.safetensors")
+    assert forged_fx.Stats.load("kept.safetensors") == expected
+    assert open("kept.safetensors", "rb").read() == open("expected.safetensors", "rb").read()
+    assert not scanning._beside(scanning.Path("kept.safetensors.unfinished")).exists()
+
+
+def test_termination_is_an_interruption_and_the_handler_is_put_back(monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(forged_fx, "compare", lambda a, b: signal.raise_signal(signal.SIGTERM))
+    assert main(["compare", "demo", "demo"]) == 130
+    assert one_line(capsys) == "forged-fx: interrupted\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_an_interrupted_evaluation_says_how_to_go_on(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(forged_fx, "evaluate", interrupted)
+    arguments = ["evaluate", *MODEL, "--eps", "0.1", "--limit", "2"]
+    assert main([*arguments, "--folder", "stopped"]) == 130
+    assert "kept in stopped; the same command goes on" in one_line(capsys)
+    assert main(arguments) == 130
+    assert one_line(capsys) == "forged-fx: interrupted\n"
+
+
+def test_numbers():
+    assert options.number("8/255", "eps") == 8 / 255
+    assert options.number("2**-6", "ratio") == options.number("2^-6", "ratio") == options.number("1/64", "") == 2**-6
+    assert options.number("1e-3", "ratio") == 1e-3
+    for bad in ("", "1/0", "-1", "__import__('os')", "1.2.3", "2**9**9"):
+        with pytest.raises(options.typer.BadParameter):
+            options.number(bad, "ratio")
+    assert options.ratio("head=0, layer1.*=2**-7,*=1/64") == {"head": 0, "layer1.*": 2**-7, "*": 1 / 64}
+
+
+def test_only_the_first_process_prints(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    output.show({}, "text", as_json=False)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_table_sets_numbers_flush_right():
+    lines = output.table(["name", "n"], [["a", 5], ["bc", 10]]).splitlines()
+    assert lines == ["name   n", "--------", "a      5", "bc    10"]
