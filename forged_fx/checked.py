@@ -32,7 +32,7 @@ def parse(text: str | bytes) -> Any:
     if len(text) > TEXT:
         raise ValueError(f"a text of {len(text):,} bytes, where at most {TEXT:,} belong")
     try:
-        return json.loads(text)
+        return json.loads(text.decode() if isinstance(text, bytes) else text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -59,7 +59,7 @@ def fit(value: Any, kind: Any, where: str) -> Any:
     elif origin in (dict, Mapping) and isinstance(value, dict):
         return {fit(k, inner[0], where): fit(v, inner[1], f"{where}.{k}") for k, v in value.items()}
     name = getattr(kind, "__name__", str(kind)) if not inner else str(kind)
-    raise ValueError(f"{where[:200]} is {short(value)}, and {name} belongs there")
+    raise ValueError(f"{visible(where)[:200]} is {short(value)}, and {name} belongs there")
 
 
 # numbers that fit into 64 bits; text without lone surrogates, which cannot be written again

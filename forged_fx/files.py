@@ -13,6 +13,7 @@ def whole(path: Path) -> Iterator[Path]:
     A reader, or whoever comes after a crash, finds the old file or the new one, never a part.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.unlink(missing_ok=True)  # in a folder of someone else's it may be a link to anywhere
     try:
         yield part
         with open(part, "rb+") as file:

@@ -155,7 +155,7 @@ def check(there: Call, here: Call, folder: Path) -> None:
     if different:
         raise FileExistsError(
             f"{folder} holds a run of another call; choose another folder. "
-            + "; ".join(f"{name}: {old} there, {new} here" for name, old, new in different)
+            + "; ".join(f"{checked.visible(name)[:80]}: {old} there, {new} here" for name, old, new in different)
         )
 
 
@@ -188,4 +188,4 @@ IGNORED = ("command", "versions.python")
 def _short(value: Any) -> str:
     if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
         return f"{value[:12]}..."
-    return "none" if value is None else str(value)
+    return "none" if value is None else checked.visible(str(value))[:200]
