@@ -21,12 +21,14 @@ import torch
 from planted import Hidden, inputs, linear, straight_through
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_weights
 from torch import nn
 
 import forged_fx
 from forged_fx import Stats
 from forged_fx.evaluate import Result, journal
 from forged_fx.evaluate.journal import Journal
+from forged_fx.sources.weights import load_weights, read_weights
 
 MARKUP = "<script>alert(1)</script>"
 ESCAPE = "\x1b]0;owned\x07\x1b[2J"
@@ -50,13 +52,18 @@ VALUES: list[Any] = [
     *([], {}, [None], [[]], {"a": 1}, [1, 2, 3], ["x"], [-1], [[1]], {"": {}}),
 ]
 # what loading data has no business with
-FORBIDDEN = ("exec", "compile", "import", "marshal.loads", "pickle.find_class", "os.system", "subprocess.Popen")
+FORBIDDEN = ("exec", "compile", "import", "pickle.find_class", "os.system", "os.exec", "subprocess.Popen")
+LATE = ("torch", "encodings", "numpy")  # what these have yet to import of themselves is theirs
 
 _seen: list[str] | None = None
 
 
 def _audit(event: str, args: tuple) -> None:
     if _seen is None:
+        return
+    if event == "import" and args[0].partition(".")[0] in LATE:
+        return
+    if event == "exec" and any(f"/{name}/" in args[0].co_filename for name in LATE):
         return
     if event in FORBIDDEN:
         _seen.append(f"{event} {args[:1]}")
@@ -319,7 +326,43 @@ def _use_unfinished(found: dict[int, bytes], folder: Path) -> None:
         assert data == journal.pack(BLOCKS[number])
 
 
+# ---- weights
+
+
+def _weights(folder: Path) -> None:
+    torch.save(NET.state_dict(), folder / "weights.pt")
+    torch.save({"state_dict": NET.state_dict(), "epoch": 3}, folder / "old.pt", _use_new_zipfile_serialization=False)
+    save_weights(NET.state_dict(), folder / "weights.safetensors")
+
+
+def _spoil_weights(folder: Path, chance: random.Random) -> None:
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".safetensors" and chance.random() < 0.5:
+            alter_tensors(path, chance)
+        else:
+            path.write_bytes(spoil(path.read_bytes(), chance))
+    chance.choice(sorted(folder.iterdir())).rename(folder / f"{chance.choice(('a.pt', 'a.safetensors'))}")
+
+
+def _load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return read_weights(_file(folder))
+
+
+def _file(folder: Path) -> Path:
+    return next(folder.glob("a.*"), folder / "weights.pt")
+
+
+def _use_weights(found: dict[str, torch.Tensor], folder: Path) -> None:
+    net = copy.deepcopy(NET)
+    try:
+        load_weights(net, _file(folder))
+    except ValueError as error:
+        assert "another model" in str(error)
+    assert [tuple(p.shape) for p in net.parameters()] == [tuple(p.shape) for p in NET.parameters()]
+
+
 TARGETS = {
+    "weights": Target(_weights, _spoil_weights, _load_weights, _use_weights),
     "statistics": Target(_stats, _spoil_stats, _load_stats, _use_stats),
     "result": Target(_result, _spoil_result, _load_result, _use_result),
     "unfinished run": Target(_unfinished, _spoil_unfinished, _load_unfinished, _use_unfinished),

@@ -24,8 +24,9 @@ from forged_fx.digits import one_thread
 from forged_fx.evaluate import Result
 from forged_fx.evaluate.journal import Journal
 from forged_fx.files import whole
+from forged_fx.sources.weights import read_weights
 
-CASES = {"statistics": 400, "result": 60, "unfinished run": 150}
+CASES = {"weights": 200, "statistics": 400, "result": 60, "unfinished run": 150}
 
 
 @pytest.fixture(autouse=True)
@@ -47,10 +48,11 @@ def sound(tmp_path_factory):
         return {name: made(name) for name in TARGETS}
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("name", TARGETS)
 def test_mutated_files_are_refused_or_do_no_harm(sound, tmp_path, name):
     target, (folder, files) = TARGETS[name], sound[name]
-    target.use(target.load(folder), tmp_path)
+    target.use(target.load(folder), folder)
     outcomes = {hostile.attempt(target, files, k, tmp_path / str(k)) for k in range(CASES[name])}
     assert "taken" in outcomes and "ValueError" in outcomes  # the faults are neither all gross nor all harmless
 
@@ -126,6 +128,25 @@ def test_results_that_are_none(sound, tmp_path, what, file):
     (tmp_path / file).write_bytes(GROSS[what](tmp_path))
     refused(Result.load, tmp_path, "holds no complete result.*evaluate anew")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("what", ["a pickle", "a zip", "a header of 2**63 bytes", "a shape larger than any memory"])
+@pytest.mark.parametrize("file", ["weights.pt", "weights.safetensors"])
+def test_weights_that_are_none(tmp_path, what, file):
+    (tmp_path / file).write_bytes(GROSS[what](tmp_path))
+    refused(read_weights, tmp_path / file, "cannot be read as weights alone.*save model.state_dict")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_weights_that_unpack_to_more_than_they_have(tmp_path):
+    sound = {"0": torch.zeros(2**20)}
+    torch.save(sound, tmp_path / "sound.pt")
+    with zipfile.ZipFile(tmp_path / "sound.pt") as old, zipfile.ZipFile(tmp_path / "packed.pt", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name), zipfile.ZIP_DEFLATED)
+    assert (tmp_path / "packed.pt").stat().st_size < 10_000 and read_weights(tmp_path / "sound.pt")
+    refused(read_weights, tmp_path / "packed.pt", "compressed or overlap")
 
 
 def place(path: Path, what: str) -> None:

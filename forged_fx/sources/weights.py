@@ -2,12 +2,15 @@
 
 import os
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from forged_fx import checked
 
 NESTED = ("state_dict", "model_state_dict", "model")  # where training scripts keep the weights in a checkpoint
 WRAPPED = "module."  # what DistributedDataParallel puts ahead of every name
@@ -37,8 +40,10 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise FileNotFoundError(f"there is no file {path} with weights")
     try:
         found: Any = _read(Path(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
+    except Exception as error:  # a damaged pickle fails in every way there is
+        # torch's own words offer to run what the file holds
+        more = isinstance(error, pickle.UnpicklingError)
+        reason = "it holds more than tensors" if more else checked.visible(str(error).partition("\n")[0])[:200]
         raise ValueError(
             f"{path} cannot be read as weights alone ({reason}): save model.state_dict() with "
             "safetensors.torch.save_file or torch.save"
@@ -52,16 +57,25 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def _read(path: Path) -> Any:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    size = checked.regular(path)
     if path.suffix != ".safetensors":
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                _check_members(archive, size)
         return torch.load(path, map_location="cpu", weights_only=True)
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(str(error)) from error
+    return load_file(path)
+
+
+def _check_members(archive: zipfile.ZipFile, size: int) -> None:
+    """ValueError for an archive that would unpack to more than it has: torch.save compresses nothing."""
+    members = archive.infolist()
+    if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
+        raise ValueError("its members are compressed or overlap, and torch.save writes none of that")
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return checked.visible(", ".join(name[:80] for name in names[:3])) + (
+        f" and {len(names) - 3} more" if len(names) > 3 else ""
+    )
