@@ -38,7 +38,7 @@ def run(
         Path | None, typer.Option(metavar="DIR", help="Record the run here; the same command goes on with it.")
     ] = None,
     attacks: Annotated[
-        str, typer.Option(help="standard, quick, thorough, or names of attacks: apgd-ce,square")
+        str, typer.Option(help="standard, quick, thorough, relentless, or names of attacks: apgd-ce,square")
     ] = "standard",
     seed: Annotated[int, typer.Option(help="Of all attacks.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Images that the models are fed at a time.")] = 250,
@@ -57,6 +57,7 @@ def run(
     """
     import forged_fx
     from forged_fx.cli import given, output
+    from forged_fx.evaluate.attacks import PRESETS
     from forged_fx.evaluate.record import headline
     from forged_fx.sources import load_model
     from forged_fx.sources.classifier import device_of
@@ -84,7 +85,7 @@ def run(
             y=y,
             eps=radius,
             norm=norm or (of_list[0] if of_list else "Linf"),
-            attacks=names[0] if len(names) == 1 and names[0] in ("standard", "quick", "thorough") else names,
+            attacks=names[0] if len(names) == 1 and names[0] in PRESETS else names,
             seed=seed,
             batch_size=batch,
             folder=folder,

@@ -3,6 +3,7 @@
 `evaluate` works for any `nn.Module`; see its docstring for the protocol. The files, by idea:
 
     protocol.py     the public call: which rows are run, in which order, and why
+    pool.py         many models made from one base, judged together
     attacks.py      the table of attacks
     transfer.py     attacks made on one model for another; further.py: what the thorough plan adds
     surrogate.py    BPDA with a smooth stand-in for the threshold

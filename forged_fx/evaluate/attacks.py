@@ -8,7 +8,7 @@ module global, takes the process's trace function, and keeps its state in a file
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -39,8 +39,9 @@ class Attack:
     `unfit(setting)` is the reason why it cannot be run, or "". gradient: it uses one, so BPDA makes a second row.
     stage: the kind of its first row, which says what it is shown. "transfer": its examples are made on each side and
     shown to both. starts: `run` takes a fourth argument, an adversarial example of the other side for each input, and
-    the attack is run where there is one. prepare: sets the toolbox, before all. passes: about how often, at most, an
-    input goes forward through the model, for the progress bar; 0: not known.
+    the attack is run where there is one. borrows: the gradient is the other side's, see `gradients.Borrowed`. prepare:
+    sets the toolbox, before all. passes: about how often, at most, an input goes forward through the model, for the
+    progress bar; 0: not known.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Attack:
     gradient: bool = True
     stage: str = "true gradient"
     starts: bool = False
+    borrows: bool = False
     prepare: Callable[[Any], None] = lambda tools: None
     passes: Callable[[Any], int] = lambda tools: 0
 
@@ -149,6 +151,9 @@ ATTACKS = {
         Attack("apgd-restart", further.restart, stage="further", starts=True),
         Attack("square-20000", _square, _unfit_square, gradient=False, stage="further", prepare=further.queries),
         Attack("noise", further.noise, gradient=False, stage="further"),
+        Attack("apgd-random", further.restart, stage="further"),
+        Attack("apgd-borrowed", further.restart, stage="further", borrows=True),
+        Attack("apgd-restart-borrowed", further.restart, stage="further", starts=True, borrows=True),
     )
 }
 AUTOATTACK = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -157,13 +162,18 @@ STRONGEST = "strongest"  # the row that broke most until then, `further.LONGER` 
 
 @dataclass(frozen=True)
 class Plan:
-    """Names of attacks by what they are shown, in the order of running. smooth: BPDA with the smooth surrogates."""
+    """Names of attacks by what they are shown, in the order of running.
+
+    smooth: BPDA with the smooth surrogates. rounds: run again and again, along every gradient, until the figure stops
+    moving.
+    """
 
     true: tuple[str, ...]
     bpda: tuple[str, ...]
     smooth: tuple[str, ...] = ()
     transfer: tuple[str, ...] = ()
     further: tuple[str, ...] = ()
+    rounds: tuple[str, ...] = ()
 
     @property
     def names(self) -> list[str]:
@@ -176,15 +186,19 @@ class Plan:
 
 # FAB is as costly as everything else that uses a gradient, and under BPDA it found nothing that APGD had left (see
 # docs/evaluation.md): only the thorough plan repeats it there.
+_THOROUGH = Plan(
+    AUTOATTACK,
+    AUTOATTACK[:3],
+    smooth=AUTOATTACK[:2],
+    transfer=("mi-fgsm", "di-fgsm"),
+    further=("apgd-restart", "square-20000", "noise", STRONGEST),
+)
 PRESETS = {
     "quick": Plan(AUTOATTACK[:2], AUTOATTACK[:2]),
     "standard": Plan(AUTOATTACK, AUTOATTACK[:2], transfer=("mi-fgsm", "di-fgsm")),
-    "thorough": Plan(
-        AUTOATTACK,
-        AUTOATTACK[:3],
-        smooth=AUTOATTACK[:2],
-        transfer=("mi-fgsm", "di-fgsm"),
-        further=("apgd-restart", "square-20000", "noise", STRONGEST),
+    "thorough": _THOROUGH,
+    "relentless": replace(
+        _THOROUGH, rounds=("apgd-random", "apgd-restart", "apgd-borrowed", "apgd-restart-borrowed", "apgd-t")
     ),
 }
 

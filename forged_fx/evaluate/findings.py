@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from forged_fx.evaluate.attacks import ATTACKS
+from forged_fx.evaluate.further import round_of
 from forged_fx.evaluate.probes import RADII, STEPS, Probes
 from forged_fx.evaluate.result import Finding, Row, Side
 from forged_fx.evaluate.statistics import beyond_chance
@@ -78,7 +79,8 @@ def _above_transfer(case: Case) -> Measured:
 def _unfinished(case: Case) -> Measured:
     if not any(row.kind == "further" for row in case.model.rows):
         return "attacks='thorough' makes it"
-    return case.taken(lambda row: row.kind == "further" and not _black_box(row))
+    last = max(round_of(row.attack) for row in case.model.rows)  # what earlier rounds found, the last ones had at hand
+    return case.taken(lambda row: row.kind == "further" and not _black_box(row) and round_of(row.attack) == last)
 
 
 def _flat(case: Case) -> Measured:

@@ -1,5 +1,10 @@
-"""What `attacks="thorough"` adds: other starting points, more of what there was, and no cleverness at all."""
+"""What `attacks="thorough"` adds: other starting points, more of what there was, and no cleverness at all.
 
+`attacks="relentless"` goes on from there in rounds, each with new random starts and more steps than the one before,
+along every gradient that there is, until the figure stops moving.
+"""
+
+import re
 from typing import Any
 
 import torch
@@ -8,10 +13,12 @@ from torch import Tensor
 QUERIES = 20_000
 DRAWS = 100
 LONGER = 5  # times as many steps or queries
+QUIET = 2  # rounds in a row that break nothing, and the figure has stopped moving
+ROUNDS = 12  # at most
 
 
-def restart(tools: Any, x: Tensor, y: Tensor, start: Tensor) -> Tensor:
-    """APGD from the other side's adversarial examples, on both of its losses (one, with two classes)."""
+def restart(tools: Any, x: Tensor, y: Tensor, start: Tensor | None = None) -> Tensor:
+    """APGD on both of its losses (one, with two classes), from the other side's adversarial examples or at random."""
     apgd = tools.apgd
     apgd.seed = tools.get_seed()
     torch.manual_seed(apgd.seed)
@@ -20,7 +27,7 @@ def restart(tools: Any, x: Tensor, y: Tensor, start: Tensor) -> Tensor:
     for apgd.loss in ("ce", "dlr"):
         if not todo.any() or (apgd.loss == "dlr" and tools.model(x[:1]).shape[1] < 3):
             break
-        _, right, _, found = apgd.attack_single_run(x[todo], y[todo], x_init=start[todo])
+        _, right, _, found = apgd.attack_single_run(x[todo], y[todo], x_init=None if start is None else start[todo])
         fooled = todo.nonzero().flatten()[~right.bool()]
         adv[fooled] = found[~right.bool()]
         todo[fooled] = False
@@ -57,10 +64,26 @@ def _draw(shape: tuple[int, ...], norm: str, generator: torch.Generator) -> Tens
 
 def lengthen(tools: Any) -> None:
     """`LONGER` times as many steps or queries for every attack in the toolbox."""
-    for apgd in (tools.apgd, tools.apgd_targeted):
-        set_steps(apgd, LONGER * apgd.n_iter)
+    take(tools, LONGER)
     tools.fab.n_iter *= LONGER
     tools.square.n_queries *= LONGER
+
+
+def take(tools: Any, times: int) -> None:
+    """So many times as many steps of APGD."""
+    for apgd in (tools.apgd, tools.apgd_targeted):
+        set_steps(apgd, times * apgd.n_iter)
+
+
+def in_round(attack: str, number: int) -> str:
+    """What an attack is called in a round; the first is 1."""
+    return f"{attack}, round {number}"
+
+
+def round_of(attack: str) -> int:
+    """The round that an attack is called after; 0: none."""
+    found = re.search(r", round (\d+)$", attack)
+    return int(found[1]) if found else 0
 
 
 def set_steps(apgd: Any, steps: int) -> None:

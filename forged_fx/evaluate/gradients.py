@@ -58,6 +58,26 @@ class Logits:
         return logits if logits.requires_grad else logits + 0 * x.flatten(1).sum(1, keepdim=True)
 
 
+class Borrowed(nn.Module):
+    """The model's logits with the gradient of another, the lender: whatever the model does to hide its own.
+
+    For a model that was made from the lender this is BPDA at its coarsest: forward as it is, backward as if nothing had
+    been made of the lender at all. (To rounding: attacks ask the model itself before anything counts.)
+    """
+
+    def __init__(self, model: nn.Module, lender: nn.Module) -> None:
+        super().__init__()
+        self.model, self.lender = model, lender
+        self.devices = [next((p.device for p in m.parameters()), None) for m in (model, lender)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        own, lent = (
+            m(x if device is None else x.to(device)).to(x.device)
+            for m, device in zip((self.model, self.lender), self.devices, strict=True)
+        )
+        return lent + (own - lent).detach()
+
+
 class _InBatches(torch.autograd.Function):
     """Logits without a graph; the backward runs the forward again, a batch at a time (activation checkpointing).
 

@@ -12,7 +12,7 @@ from forged_fx.evaluate import checks, fingerprint
 from forged_fx.evaluate.attacks import Attack, Setting, toolbox
 from forged_fx.evaluate.blocks import Blocks, Fields, Outcome
 from forged_fx.evaluate.compiled import Eager, agree, is_compiled
-from forged_fx.evaluate.gradients import Context, Logits, differ
+from forged_fx.evaluate.gradients import Borrowed, Context, Logits, differ
 from forged_fx.evaluate.report import Progress
 from forged_fx.evaluate.result import STANDING, Row, Side
 from forged_fx.evaluate.threat import Threat
@@ -157,14 +157,16 @@ class Subject:
     ) -> Row:
         """Run one attack on what still stands, or record why not: because it cannot be run, or `skip`.
 
-        other: the side whose adversarial examples are an attack's starting points, if it takes some.
+        other: the side whose adversarial examples are an attack's starting points, or whose gradient it borrows.
         """
-        reason = attack.unfit(setting) or skip or ("there is no other side" if attack.starts and other is None else "")
+        alone = "there is no other side" if (attack.starts or attack.borrows) and other is None else ""
+        reason = attack.unfit(setting) or skip or alone
         todo = self.standing() if not reason else torch.zeros(0, dtype=torch.int64)
         if attack.starts and other is not None:
             todo = todo[other.broken_by[todo] > 0]  # 0: wrong without attack
         row = self._begin(kind, attack.name, len(todo))
-        tools = toolbox(Logits(self.attacked, self.batch_size, context, self.progress.fed), setting)
+        attacked = Borrowed(self.attacked, other.attacked) if attack.borrows and other else self.attacked
+        tools = toolbox(Logits(attacked, self.batch_size, context, self.progress.fed), setting)
         attack.prepare(tools)
 
         def search(indices: Tensor) -> Outcome:

@@ -5,6 +5,7 @@ import os
 import platform
 import sys
 import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -26,13 +27,13 @@ from forged_fx.evaluate.probes import probe
 from forged_fx.evaluate.processes import joined
 from forged_fx.evaluate.record import begin, call, finish
 from forged_fx.evaluate.report import Progress
-from forged_fx.evaluate.result import Result, Row
+from forged_fx.evaluate.result import KINDS, Result, Row
 
 NO_BASE = "there is no base to make its examples on"
 REPEAT = "no gradient changes: the same row again"
 COSTLY = "APGD under BPDA finds more in less time; attacks='thorough' runs it"
 
-Tried = list[tuple[Row, Attack, Context]]
+Tried = list[tuple[Row, Attack, Context, str]]  # the last: along which gradient
 
 
 def evaluate(
@@ -62,7 +63,8 @@ def evaluate(
         eps, norm: the attacker's ball, in units of x; "Linf", "L2" or "L1".
         attacks: "standard" (AutoAttack's four: apgd-ce, apgd-t, fab-t, square; mi-fgsm and di-fgsm to transfer),
             "quick" (the first two), "thorough" (standard and what `attacks.PRESETS` adds, some four times as long),
-            or a list of names. Anything less than AutoAttack's four can refute a gain and never show one.
+            "relentless" (thorough, and then rounds until the figure stops moving), or a list of names. Anything less
+            than AutoAttack's four can refute a gain and never show one.
         seed: of all attacks, each block of 250 inputs anew, as AutoAttack does.
         batch_size: how many inputs the models are fed at a time, which bounds the memory. Below 250 each attack step
             costs one more forward pass, because the backward runs it again. The outcome is the same, as far as a
@@ -87,7 +89,9 @@ def evaluate(
            to transfer, on each side, shown to both. So both sides face the same pool of examples, and neither looks
            better for having been attacked less;
         5. further, if thorough: APGD from the other side's examples, Square with 20,000 queries, random noise, the
-           strongest rows so far with five times the steps, and transfer again.
+           strongest rows so far with five times the steps, and transfer again; if relentless, rounds of APGD with new
+           starts and ever more steps, along every gradient that differs and along the other side's own, until two
+           rounds in a row break nothing.
 
     An example counts as broken only if it lies inside the ball and the box [0, 1] (rounding: `Threat.tolerance`) and
     is classified wrongly when asked again. The worst case counts as right what no row broke. The verdict's rules
@@ -160,23 +164,7 @@ def evaluate(
         settings = {
             side.name: Setting(threat, classes, tuple(x.shape[1:]), seed, batch_size, side.device) for side in sides
         }
-        tried = {side.name: by_gradient(side, plan, settings[side.name], bpda) for side in sides}
-        if rival is not None:
-            subject.replay(rival)
-            rival.replay(subject)
-            for name in plan.transfer:
-                for side in sides:
-                    side.share(ATTACKS[name], settings[side.name], bpda, sides)
-        else:
-            for name in plan.transfer:
-                subject.attack(ATTACKS[name], "transfer", settings["model"], bpda, skip=NO_BASE)
-        if plan.further:
-            for side, other in ((rival, subject), (subject, rival)):
-                if side is not None:
-                    furthermore(side, other, plan, settings[side.name], bpda, tried[side.name])
-            if rival is not None:
-                subject.replay(rival, "further")
-                rival.replay(subject, "further")
+        contest(sides, plan, settings, bpda)
 
         case = Case(
             model=subject.side(),
@@ -212,13 +200,40 @@ def evaluate(
     return result
 
 
+def contest(sides: Sequence[Subject], plan: Plan, settings: Mapping[str, Setting], bpda: Context) -> None:
+    """All rows after the natural one, on every side; what is found on any is shown to all. The base comes first, if
+    there is one."""
+    tried = {side.name: by_gradient(side, plan, settings[side.name], bpda) for side in sides}
+    _share(sides, "transfer")
+    for name in plan.transfer:
+        for side in sides:
+            if len(sides) > 1:
+                side.share(ATTACKS[name], settings[side.name], bpda, sides)
+            else:
+                side.attack(ATTACKS[name], "transfer", settings[side.name], bpda, skip=NO_BASE)
+    if plan.further or plan.rounds:
+        for side in sides:
+            other = next((one for one in sides if one is not side), None)
+            furthermore(side, other, plan, settings[side.name], bpda, tried[side.name])
+            in_rounds(side, other, plan, settings[side.name], bpda, tried[side.name])
+        _share(sides, "further")
+
+
+def _share(sides: Sequence[Subject], kind: str) -> None:
+    for side in reversed(sides):
+        for other in sides:
+            if other is not side:
+                side.replay(other, kind)
+
+
 def by_gradient(side: Subject, plan: Plan, setting: Setting, bpda: Context) -> Tried:
     """The rows that attack a side by itself: with its true gradient, under BPDA, with the smooth surrogates."""
     tried: Tried = []
 
-    def run(name: str, kind: str, context: Context, skip: str = "", label: str = "") -> None:
-        attack = replace(ATTACKS[name], name=label or name)
-        tried.append((side.attack(attack, kind, setting, context, skip=skip), attack, context))
+    def run(name: str, kind: str, context: Context, skip: str = "", surrogate: str = "") -> None:
+        attack = replace(ATTACKS[name], name=f"{name}, {surrogate}" if surrogate else name)
+        row = side.attack(attack, kind, setting, context, skip=skip)
+        tried.append((row, attack, context, surrogate or kind))
 
     for name in plan.true:
         run(name, "true gradient", nullcontext)
@@ -230,7 +245,7 @@ def by_gradient(side: Subject, plan: Plan, setting: Setting, bpda: Context) -> T
         smooth, label = partial(surrogate.smooth, temperature), f"sigmoid {temperature:g}"
         repeat = "" if side.sees_through(smooth, label) else REPEAT
         for name in plan.smooth:
-            run(name, "BPDA", smooth, repeat, f"{name}, {label}")
+            run(name, "BPDA", smooth, repeat, label)
     return tried
 
 
@@ -246,9 +261,28 @@ def furthermore(
         most = max(found, key=lambda entry: entry[0].broken, default=None)
         for entry in found:  # the row that broke most, and the last to break what all before it had left
             if entry is most or entry is found[-1]:
-                row, attack, context = entry
+                row, attack, context, _ = entry
                 label = f"{attack.name} ({row.kind}), {further.LONGER} times as long"
                 side.attack(replace(attack, name=label, prepare=further.lengthen), "further", setting, context)
+
+
+def in_rounds(side: Subject, other: Subject | None, plan: Plan, setting: Setting, bpda: Context, tried: Tried) -> None:
+    """Rows of kind "further" until the figure stops moving: each round with new starts, and more steps than the last.
+
+    Along every gradient that was found to differ; the attacks of AutoAttack along the two that are no surrogates only.
+    """
+    ways = {"true gradient": nullcontext} | {way: context for row, _, context, way in tried if row.attacked}
+    quiet, number = 0, 0
+    while plan.rounds and quiet < further.QUIET and number < further.ROUNDS:
+        number += 1
+        before, again = len(side.standing()), replace(setting, seed=setting.seed + number)
+        for name in plan.rounds:
+            attack = replace(ATTACKS[name], prepare=partial(further.take, times=number))
+            for way, context in ({"": bpda} if attack.borrows else ways).items():
+                if attack.stage == "further" or way in KINDS:
+                    label = further.in_round(f"{name}, {way}" if way else name, number)
+                    side.attack(replace(attack, name=label), "further", again, context, other=other)
+        quiet = 0 if len(side.standing()) < before else quiet + 1
 
 
 def _device(device: torch.device) -> str:

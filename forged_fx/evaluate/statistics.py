@@ -5,6 +5,7 @@ the number that only the model gets right, and `base_only`.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -155,3 +156,16 @@ def paired(n: int, model_only: int, base_only: int, same: bool = False) -> Paire
     low, high = (0.0, 0.0) if certain else tango(model_only, base_only, n)
     p = mcnemar(model_only, base_only)
     return Paired(n, model_only, base_only, low, high, p, *bootstrap(model_only, base_only, n))
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """p-values adjusted for their number, in the given order (Holm, Scandinavian Journal of Statistics 6 (1979) 65-70).
+
+    Whoever calls only those at most a level significant calls any of them so by chance no more often than that level,
+    whatever the dependence between the tests.
+    """
+    adjusted, least = [0.0] * len(ps), 0.0
+    for rank, i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        least = max(least, (len(ps) - rank) * ps[i])
+        adjusted[i] = min(1.0, least)
+    return adjusted
