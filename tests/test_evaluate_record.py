@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 import forged_fx
 from forged_fx.digits import one_thread
-from forged_fx.evaluate import Result, fingerprint, record, report
+from forged_fx.evaluate import Result, fingerprint, gallery, record, report
 from forged_fx.evaluate.harness import Subject
+from forged_fx.evaluate.result import Row, Side
 from forged_fx.evaluate.threat import Threat
 
 
@@ -259,3 +260,32 @@ def test_the_ball_in_each_norm(norm, length):
     assert not Threat(length * 0.9999, norm).allows(x, adv).any()
     assert not Threat(10.0, norm).allows(x, adv + 0.2501).any()  # out of the box
     assert not Threat(10.0, norm).allows(x, adv * torch.nan).any()
+
+
+def test_the_gallery_holds_some_of_what_attacks_broke(judged, tmp_path):
+    result, model, _, x, y = judged
+    shown = result.gallery
+    assert 0 < len(shown.index) <= gallery.SHOWN and bool((result.model.broken_by[shown.index] > 0).all())
+    assert torch.equal(shown.x, x[shown.index]) and torch.equal(shown.y, y[shown.index])
+    examples = result.model.examples[torch.isin(result.model.broken, shown.index)]
+    assert torch.equal(model(examples).argmax(1), shown.predicted) and bool((shown.predicted != shown.y).all())
+    result.save(tmp_path)
+    loaded = Result.load(tmp_path).gallery
+    assert all(torch.equal(value, vars(loaded)[name]) for name, value in vars(shown).items())
+
+
+def test_the_gallery_takes_of_each_row_in_turn():
+    rows = [Row("model", "natural", "none"), *(Row("model", "BPDA", name) for name in "ab")]
+    side = Side("model", "", "", rows, torch.tensor([0, 1, -1, 1] + [1] * 20 + [2, 2]), torch.zeros(0))
+    assert gallery.choose(side).tolist() == [1, *range(3, 12), 24, 25]
+
+
+def test_a_gallery_of_other_inputs_is_refused(judged, tmp_path):
+    result = judged[0]
+    result.save(tmp_path)
+    tensors = load_file(tmp_path / "examples.safetensors")
+    tensors["gallery.index"] = (result.model.broken_by <= 0).nonzero().flatten()[: len(tensors["gallery.index"])]
+    save_file(tensors, tmp_path / "examples.safetensors")
+    edit(tmp_path, lambda record: record.update(examples_sha256=fingerprint.of_file(tmp_path / "examples.safetensors")))
+    with pytest.raises(ValueError, match="its gallery shows other inputs"):
+        Result.load(tmp_path)

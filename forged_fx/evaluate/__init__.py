@@ -20,6 +20,7 @@
     statistics.py   paired comparison of two accuracies
     verdict.py      from figures to one word
     result.py       what was found: rows, outcomes by example, adversarial examples
+    gallery.py      a few broken inputs as they were, for a page to show
     record.py       the same as a folder
     comparison.py   two results on the same examples, side by side
     report.py       the table, and progress on a terminal

@@ -12,6 +12,7 @@ from forged_fx.evaluate import checks, fingerprint
 from forged_fx.evaluate.attacks import Attack, Setting, toolbox
 from forged_fx.evaluate.blocks import Blocks, Fields, Outcome
 from forged_fx.evaluate.compiled import Eager, agree, is_compiled
+from forged_fx.evaluate.gallery import Gallery
 from forged_fx.evaluate.gradients import Borrowed, Context, Logits, differ
 from forged_fx.evaluate.report import Progress
 from forged_fx.evaluate.result import STANDING, Row, Side
@@ -248,6 +249,12 @@ class Subject:
             self._take(row, broken, other.examples[broken.to(self.x.device)])
         row.alone = (int((self.broken_by != 0).sum()) - fooled) / len(self.x)
         self.progress.end(row)
+
+    def show(self, indices: Tensor) -> Gallery:
+        """These broken inputs, as they were and as what they are now taken for."""
+        there = indices.to(self.x.device)
+        predicted = predict(self.model, self.examples[there], self.batch_size)
+        return Gallery(indices, self.x[there].cpu(), self.y[indices.to(self.y.device)].cpu(), predicted)
 
     def side(self) -> Side:
         """The outcome. All rows must have been run."""

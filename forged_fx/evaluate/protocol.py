@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from forged_fx.evaluate import blocks as unit
-from forged_fx.evaluate import checks, fingerprint, further, gradients, surrogate
+from forged_fx.evaluate import checks, fingerprint, further, gallery, gradients, surrogate
 from forged_fx.evaluate.attacks import ATTACKS, STRONGEST, Attack, Plan, Setting, choose
 from forged_fx.evaluate.blocks import Blocks
 from forged_fx.evaluate.extras import need
@@ -194,6 +194,7 @@ def evaluate(
             notes=notes + [note for side in sides for note in side.notes],
             findings=examine(case),
             probe_seconds=case.probes.seconds,
+            gallery=subject.show(gallery.choose(case.model)),
         )
         if folder is not None:
             processes.first(lambda: finish(result, folder, journal))

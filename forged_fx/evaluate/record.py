@@ -1,7 +1,8 @@
 """A result as a folder, of which nothing is executed on loading.
 
 result.json            rows, outcome by example, seeds, versions, fingerprints, command, headline
-examples.safetensors   for the model and the base: the broken inputs' indices, and what broke each
+examples.safetensors   for the model and the base: the broken inputs' indices, and what broke each; and a gallery of a
+                       few inputs as they were
 timing.json            how long each row took, and on what; apart, because it is all that differs when a run is repeated
 """
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from forged_fx import checked
 from forged_fx.evaluate import checks, fingerprint
 from forged_fx.evaluate.extras import need
+from forged_fx.evaluate.gallery import SHOWN, Gallery
 from forged_fx.evaluate.journal import UNFINISHED, Call, Journal, check
 from forged_fx.evaluate.processes import Processes
 from forged_fx.evaluate.result import KINDS, STANDING, Finding, Result, Row, Side
@@ -123,6 +125,8 @@ def save(result: Result, folder: str | os.PathLike[str], overwrite: bool = False
     tensors: dict[str, Tensor] = {}
     for side in result.sides:
         tensors |= {f"{side.name}.index": side.broken, f"{side.name}.x": side.examples.contiguous()}
+    if result.gallery is not None:
+        tensors |= result.gallery.tensors()
     with whole(folder / EXAMPLES) as path:
         need("safetensors.torch").save_file(tensors, path, {"format": str(FORMAT)})
     timing = {
@@ -209,6 +213,7 @@ def _read(folder: Path) -> dict[str, bytes]:
         record = _record(files[RECORD])
         shape, sides = checked.fit(record["data"]["x_shape"], list[int], "x_shape"), record["sides"]
         examples = sum(len(side["broken_by"]) for side in sides) * (8 + 4 * prod(shape[1:]))
+        examples += SHOWN * (24 + 4 * prod(shape[1:]))
         files[EXAMPLES] = checked.read(folder / EXAMPLES, examples + HEADER)
         return files
 
@@ -240,6 +245,7 @@ def parse(files: dict[str, bytes], where: str) -> Result:
             findings=[_finding(finding, f"findings[{i}]") for i, finding in enumerate(record["findings"])],
             machine=checked.fit(timing.get("machine", {}), dict[str, Any], f"{TIMING}: machine"),
             probe_seconds=checked.fit(timing.get("probe_seconds", 0), float, f"{TIMING}: probe_seconds"),
+            gallery=Gallery.of(tensors, sides["model"]),
             **plain,
         )
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from forged_fx.evaluate.gallery import Gallery
 from forged_fx.evaluate.statistics import Paired, compare
 from forged_fx.evaluate.threat import Threat
 from forged_fx.evaluate.verdict import EXIT_CODES, judge, weigh
@@ -119,7 +120,8 @@ class Result:
     attacks are among them. same: model and base gave the same logits, bit for bit, on every input. block: see
     `blocks.py`. bpda: name of the context. data: shape and SHA-256 of x and y. command: the program and its
     arguments. machine: device, threads, processes. findings: every
-    check of the model, raised or not; probe_seconds: what those took that ask the model.
+    check of the model, raised or not; probe_seconds: what those took that ask the model. gallery: a few broken inputs
+    as they were, for a page to show.
     """
 
     n: int
@@ -141,6 +143,7 @@ class Result:
     findings: list[Finding] = field(default_factory=list)
     probe_seconds: float = 0.0
     machine: dict[str, Any] = field(default_factory=dict)
+    gallery: Gallery | None = None
 
     @property
     def sides(self) -> list[Side]:
