@@ -6,6 +6,7 @@ it any more robust. Writes into the folder `--out`:
     report.html            the page to read
     result.json            every figure of the evaluation; beside it examples.safetensors, the adversarial images, and
                            timing.json, how long it took
+    sites.json, speeds.json     what else `forged-fx report` shows
     stats.safetensors      what calibration measured
     model.safetensors      the trained model's weights
 """
@@ -25,6 +26,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import forged_fx
 from forged_fx import digits, report, throughput
+from forged_fx.report.run import save_sites, save_speeds
 
 RATIO = 2**-7
 COMMAND = "python -m forged_fx.demo"
@@ -91,6 +93,8 @@ def run(
                 notes=[agreement],
                 facts={"command": f"{COMMAND} --out {shlex.quote(str(out))} --seed {seed} -n {n}", "threads": "1"},
             )
+            save_sites(out, sites, stats)
+            save_speeds(out, speeds)
             (out / "report.html").write_text(report.page(found), encoding="utf-8")
     print(f"\n{result}\n{agreement}\n\n{throughput.text(speeds)}\n{sites}\n")
     print(f"{time.perf_counter() - began:.0f} s in all. The page to read: {out / 'report.html'}")

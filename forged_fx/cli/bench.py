@@ -1,5 +1,6 @@
 """forged-fx bench"""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,6 +23,9 @@ def run(
     batch: Annotated[int, typer.Option(min=1, help="Images in the batch that is timed.")] = 8,
     modes: Annotated[str, typer.Option(help="eager, compiled, or both.")] = "eager,compiled",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds in turn.")] = 15,
+    folder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A run of evaluate, whose page is to show the figures.")
+    ] = None,
     weights: options.Weights = None,
     normalize: options.Normalize = None,
     resize: options.Resize = None,
@@ -31,6 +35,7 @@ def run(
     """Time the forged model beside the plain one, in turn, on one batch. A figure of 1: forging is free."""
     from forged_fx import throughput
     from forged_fx.cli import given, output
+    from forged_fx.report.run import save_speeds
     from forged_fx.sources.classifier import device_of
 
     chosen = [mode.strip() for mode in modes.split(",")]
@@ -41,5 +46,7 @@ def run(
     forged = given.forged(found, stats, ratio, include, exclude, example=x)
     pair = (found.classifier(), found.classifier(forged))
     speeds = throughput.compare(*pair, x.to(device_of(forged)), rounds=rounds, modes=chosen)
+    if folder is not None:
+        save_speeds(folder, speeds)
     document = {"batch": len(x), "rounds": rounds, "speeds": [vars(speed) for speed in speeds]}
     output.show(document, throughput.text(speeds), json)

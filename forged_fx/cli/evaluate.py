@@ -59,6 +59,7 @@ def run(
     from forged_fx.cli import given, output
     from forged_fx.evaluate.attacks import PRESETS
     from forged_fx.evaluate.record import headline
+    from forged_fx.report.run import save_sites
     from forged_fx.sources import load_model
     from forged_fx.sources.classifier import device_of
 
@@ -94,6 +95,8 @@ def run(
         if folder is None:
             raise
         raise output.Interrupted(f"what was done is kept in {folder}; the same command goes on from there") from None
+    if folder is not None and stats is not None and output.first():
+        save_sites(folder, forged_fx.describe(judged), forged_fx.Stats.load(stats))
     document = {"headline": headline(result), "exit_code": result.exit_code, "folder": folder and str(folder)}
     then = f"\nThe page to read: forged-fx report {folder}" if folder is not None else ""
     output.show(document, f"{result}{then}", json)

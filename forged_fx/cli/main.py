@@ -16,7 +16,7 @@ from typer.exceptions import TyperException
 from forged_fx.cli.output import Interrupted
 
 # in the order in which --help lists them
-COMMANDS = ("calibrate", "transform", "describe", "evaluate", "compare", "bench", "demo")
+COMMANDS = ("calibrate", "transform", "describe", "evaluate", "compare", "bench", "report", "demo")
 
 ERROR, USAGE, INTERRUPTED = 1, 2, 130
 EXIT_NOTE = (

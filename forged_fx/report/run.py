@@ -1,0 +1,115 @@
+"""What a page can show, and the folder that it is read from.
+
+A run's folder holds the result (see `forged_fx.evaluate.record`), and beside it what else is known:
+
+sites.json    what `describe` says of the forged model, and what was zero in calibration
+speeds.json   what `throughput.compare` measured
+"""
+
+import json
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from forged_fx import checked
+from forged_fx.describe import Description, Row
+from forged_fx.evaluate import Result
+from forged_fx.files import whole
+from forged_fx.stats import Stats
+from forged_fx.throughput import Speed
+
+SITES, SPEEDS = "sites.json", "speeds.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a page can show. Only the result must be there.
+
+    title, about: what was judged, in a line each. sites: what `describe` gave. zeros: for each site, the share of its
+    inputs in calibration that is zero without forging, in [0, 1]. speeds: what `throughput.compare` gave. notes:
+    further findings, a sentence each. facts: how to get this page again. classes: their names, by number.
+    """
+
+    title: str
+    result: Result
+    about: str = ""
+    sites: Description = field(default_factory=Description)
+    zeros: Mapping[str, float] = field(default_factory=dict)
+    speeds: Sequence[Speed] = ()
+    notes: Sequence[str] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
+    classes: Sequence[str] = ()
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], title: str = "", classes: Sequence[str] = ()) -> "Run":
+        """The run in a folder. ValueError names a file that is damaged; FileNotFoundError: there is no result."""
+        folder = Path(folder)
+        result = Result.load(folder)
+        sites, zeros = _sites(folder / SITES) if (folder / SITES).exists() else (Description(), {})
+        speeds = _speeds(folder / SPEEDS) if (folder / SPEEDS).exists() else []
+        sides = f"model: {result.model.description}" + (f"; base: {result.base.description}" if result.base else "")
+        title = title or f"forged_fx: {folder.resolve().name}"
+        return cls(title, result, sides, sites, zeros, speeds, facts=facts(result), classes=classes)
+
+
+def facts(result: Result) -> dict[str, str]:
+    """How a result came about: the exact command, and on what."""
+    program, *arguments = result.command or [""]
+    name = "python -m forged_fx" if Path(program).name == "__main__.py" else shlex.quote(Path(program).name)
+    return {
+        "command": " ".join([name, *map(shlex.quote, arguments)]).strip(),
+        **{key: str(value) for key, value in result.machine.items()},
+    }
+
+
+def save_sites(folder: str | os.PathLike[str], sites: Description, stats: Stats) -> None:
+    """Write sites.json."""
+    rows = [{**asdict(row), "cost": None if row.cost is None else str(row.cost)} for row in sites]
+    zeros = {name: site.zeros / max(site.sampled, 1) for name, site in stats.sites.items()}
+    _write(Path(folder) / SITES, {"notes": sites.notes, "sites": rows, "zeros": zeros})
+
+
+def save_speeds(folder: str | os.PathLike[str], speeds: Sequence[Speed]) -> None:
+    """Write speeds.json."""
+    _write(Path(folder) / SPEEDS, {"speeds": [asdict(speed) for speed in speeds]})
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as part:
+        part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _sites(path: Path) -> tuple[Description, dict[str, float]]:
+    found = _read(path)
+    sites = Description()
+    try:
+        sites.notes = checked.fit(found["notes"], list[str], "notes")
+        for i, row in enumerate(checked.fit(found["sites"], list[dict[str, Any]], "sites")):
+            row = {key: value for key, value in row.items() if key != "cost"}
+            sites.append(checked.build(Row, row, f"sites[{i}]", cost=None))
+        zeros = checked.fit(found["zeros"], dict[str, float], "zeros")
+        if any(not 0 <= (share or 0) <= 1 for share in (*zeros.values(), *(row.share_zeroed for row in sites))):
+            raise ValueError("a share that is not in [0, 1]")
+        return sites, zeros
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no sites ({error}): delete it, or evaluate anew") from error
+
+
+def _speeds(path: Path) -> list[Speed]:
+    found = _read(path)
+    try:
+        rows = checked.fit(found["speeds"], list[dict[str, Any]], "speeds")
+        return [checked.build(Speed, row, f"speeds[{i}]") for i, row in enumerate(rows)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no speeds ({error}): delete it, or run forged-fx bench anew") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return checked.fit(checked.parse(checked.read(path)), dict[str, Any], path.name)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}): delete it") from error

@@ -1,0 +1,222 @@
+"""The page's sections, one below the other; a section without material leaves itself out.
+
+To add one: what it needs in `run.Run`, a function, and a row in `SECTIONS`.
+"""
+
+import html
+from collections.abc import Callable
+from itertools import groupby
+
+import torch
+
+from forged_fx import pictures
+from forged_fx.evaluate.result import Finding
+from forged_fx.report.findings import paragraphs
+from forged_fx.report.markup import image, picture, prose, section, share, table, terms, text
+from forged_fx.report.run import Run
+
+DRAWN = 60  # sites in a picture
+
+
+# verdict -> how it is coloured; the word itself stands there too
+TONES = {"gain": "good", "loss": "bad", "masking": "bad"}
+
+TERMS = {
+    "worst case": "an input counts as right only if no attack of any row below broke it. This is the figure to quote.",
+    "true gradient": "the attack follows the model's own gradient, which is 0 wherever a threshold zeroed the input.",
+    "BPDA": "the same attack, but the gradient passes a threshold as if it were not there (Athalye, Carlini and "
+    "Wagner 2018). It finds what a hidden gradient hides.",
+    "transfer": "adversarial images made on one of the two models, shown to the other.",
+    "masking": "the defence hides its gradient from attacks rather than resisting them. The gain that the true "
+    "gradient shows is then not one.",
+    "interval, p": "Tango's 95 % interval of a paired difference, and the paired bootstrap's; exact McNemar test.",
+}
+
+
+def _verdict(run: Run) -> str:
+    result = run.result
+    about = f'<p class="soft">{html.escape(run.about)}</p>' if run.about else ""
+    verdict = f'<p class="verdict {TONES.get(result.verdict, "")}">{html.escape(result.verdict)}</p>'
+    sides = [("model, worst case", result.worst_case, "model"), ("base, worst case", result.base_worst_case, "base")]
+    figures = "".join(
+        f'<div class="figure {name}"><b>{100 * right:.1f} %</b><span>{html.escape(what)}: '
+        f"{round(right * result.n)} of {result.n}</span></div>"
+        for what, right, name in sides
+        if right is not None
+    )
+    sentence = text(result.sentence[:1].upper() + result.sentence[1:])
+    return (
+        f"<header><h1>{html.escape(run.title)}</h1>{about}{verdict}"
+        f'<div class="figures">{figures}</div><p>{sentence}.</p></header>'
+    )
+
+
+def _figures(run: Run) -> str:
+    rows = []
+    for name, kind in run.result.figures.items():
+        cells = [name, *(share(side.accuracy(kind), run.result.n) for side in run.result.sides)]
+        if p := run.result.compared(kind):
+            difference, *limits = (100 * s for s in (p.difference, p.low, p.high, p.boot_low, p.boot_high))
+            interval, bootstrap = (f"{low:+.1f} to {high:+.1f}" for low, high in (limits[:2], limits[2:]))
+            cells += [f"{difference:+.1f} ({interval})", bootstrap, f"{p.p:.2g}"]
+        rows.append(cells)
+    headings = ["right under", "model", "base", "difference in points (95 % interval)", "bootstrap", "p"]
+    return section("What stands", table(headings[: len(rows[0])], rows, first=True))
+
+
+def _pictures(run: Run) -> str:
+    figures = []
+    for name, kind in run.result.figures.items():
+        model, *base = (round(side.accuracy(kind) * run.result.n) for side in run.result.sides)
+        figures.append((name, model, base[0] if base else None))
+    legend = '<span class="key model"></span>model' + '<span class="key base"></span>base' * bool(run.result.base)
+    drawn = [picture("Accuracy by attack", legend, pictures.accuracy_by_attack(figures, run.result.n))]
+    shares = [(row.site, run.zeros.get(row.site, 0.0), row.share_zeroed) for row in run.sites if row.left_out is None]
+    if shares:
+        left = ""
+        if len(shares) > DRAWN:
+            most = sorted(shares, key=lambda one: one[1] - one[2])[:DRAWN]
+            left = f" (the {DRAWN} of {len(shares)} sites of which forging zeroes most)"
+            shares = [one for one in shares if one in most]
+        legend = '<span class="key line"></span>zero already<span class="key model"></span>zeroed by forging' + left
+        drawn.append(picture("Share zeroed by site", legend, pictures.zeroed_by_site(shares)))
+    return f'<section class="pictures">{"".join(drawn)}</section>'
+
+
+def _gallery(run: Run) -> str:
+    shown = run.result.gallery
+    if shown is None or not len(shown.index):
+        return ""
+    if shown.x.dim() != 4 or shown.x.shape[1] not in (1, 3):
+        return ""  # no images
+    model = run.result.model
+    adversarial = model.examples[torch.isin(model.broken, shown.index)]
+    figures = []
+    for i, index in enumerate(shown.index.tolist()):
+        change = adversarial[i] - shown.x[i]
+        largest = float(change.abs().max())
+        row = model.rows[int(model.broken_by[index])]
+        was, now = (_class(run, int(classes[i])) for classes in (shown.y, shown.predicted))
+        three = (
+            image(shown.x[i], f"input {index} as it is, class {was}"),
+            image(adversarial[i], f"input {index} attacked, taken for {now}"),
+            image(0.5 + change / (2 * largest or 1), f"the difference of the two, {0.5 / (largest or 1):.3g} times"),
+        )
+        says = f"<b>{html.escape(was)} → {html.escape(now)}</b> input {index}, by {html.escape(row.attack)}"
+        kind = html.escape(row.kind)
+        figures.append(
+            f'<figure><div class="three">{"".join(three)}</div><figcaption>{says} ({kind}); at most '
+            f"{largest:.3g} a pixel</figcaption></figure>"
+        )
+    note = "As it is; attacked; the difference of the two, enlarged to the full range around grey."
+    return section("What broke the model", f'<p class="soft">{note}</p><div class="gallery">{"".join(figures)}</div>')
+
+
+def _class(run: Run, number: int) -> str:
+    return run.classes[number] if 0 <= number < len(run.classes) else str(number)
+
+
+def _findings(run: Run) -> str:
+    findings = run.result.findings
+    raised = "".join(_finding(f) for f in findings if f.raised)
+    quiet = [f for f in findings if not f.raised]
+    if not findings:
+        return section("Signs that attacks failed", '<p class="soft">No check was made.</p>')
+    rest = "".join(_finding(f) for f in quiet)
+    none = "" if raised else '<p class="soft">None.</p>'
+    folded = f"<details><summary>{len(quiet)} checks that raise nothing</summary>{rest}</details>" if quiet else ""
+    return section("Signs that attacks failed", none + raised + folded)
+
+
+def _finding(finding: Finding) -> str:
+    """A check: its figure and its bound, and what docs/findings.md says about it."""
+    figure = finding.note or f"{finding.value:.4g} {finding.unit}, of at most {finding.bound:.4g}"
+    minor = "" if finding.raised and finding.masking else " minor"
+    said = prose(paragraphs().get(finding.name, ""))
+    return f'<div class="finding{minor}"><h3>{html.escape(finding.name)}</h3><p>{html.escape(figure)}</p>{said}</div>'
+
+
+def _rows(run: Run) -> str:
+    headings = ["kind", "attack", "attacked", "broken", "standing", "rejected", "seconds", "note"]
+    tables = []
+    for side in run.result.sides:
+        rows = [
+            [r.kind, r.attack, r.attacked, r.broken, r.standing, r.rejected, f"{r.seconds:.1f}", r.note]
+            for r in side.listed
+        ]
+        tables.append(f"<h3>{html.escape(side.name)}</h3>{table(headings, rows)}")
+    note = "Each row attacks only what the rows above it left standing."
+    return section("Row by row", f'<p class="soft">{note}</p>{"".join(tables)}')
+
+
+def _sites(run: Run) -> str:
+    if not run.sites:
+        return ""
+    headings = ["site", "kind", "input seen", "largest |x|", "threshold", "zero already", "zero forged", "left out"]
+    rows = []
+    for row in run.sites:
+        shape = "varies" if row.shape is None else " × ".join("*" if size < 0 else str(size) for size in row.shape)
+        forged = row.left_out is None
+        shares = (run.zeros.get(row.site), row.share_zeroed)
+        threshold = f"{row.threshold:.4g}" if forged else ""
+        cells = ["" if share is None else f"{100 * share:.1f} %" for share in shares]
+        rows.append([row.site or "(root)", row.kind, shape, f"{row.c_max:.4g}", threshold, *cells, row.left_out or ""])
+    if not any(row[-1] for row in rows):
+        headings, rows = headings[:-1], [row[:-1] for row in rows]
+    notes = "; ".join(run.sites.notes)
+    return section(
+        "Site by site",
+        f'<p class="soft">Captured as {html.escape(notes)}. *: any size. A click on a heading sorts.</p>'
+        + table(headings, rows, sortable=True),
+    )
+
+
+def _cost(run: Run) -> str:
+    result = run.result
+    spent = [
+        (f"{side.name}: {kind}", sum(row.seconds for row in rows))
+        for side in result.sides
+        for kind, rows in groupby(side.rows, lambda row: row.kind)
+    ]
+    spent.append(("findings", result.probe_seconds))
+    parts = [(what, f"{seconds:.1f}") for what, seconds in [("in all", sum(s for _, s in spent)), *spent]]
+    content = "<h3>The evaluation</h3>" + table(["", "seconds"], parts, first=True)
+    if run.speeds:
+        headings = ["", "plain, fastest ms", "forged, fastest ms", "throughput forged / plain, median", "quartiles"]
+        rows = [
+            [s.mode, f"{1e3 * s.plain:.3f}", f"{1e3 * s.forged:.3f}", f"{s.ratio:.3f}", f"{s.low:.3f} to {s.high:.3f}"]
+            for s in run.speeds
+        ]
+        content = f"<h3>A forward pass</h3>{table(headings, rows)}{content}"
+    return section("Cost", "".join(f"<p>{html.escape(note)}</p>" for note in run.notes) + content)
+
+
+def _terms(run: Run) -> str:
+    return section("What the words mean", terms(TERMS.items()))
+
+
+def _facts(run: Run) -> str:
+    result = run.result
+    facts = {
+        "attacker": f"{result.threat.norm} ball of radius {result.threat.eps:g} around inputs in [0, 1]",
+        "attacks": ", ".join(result.attacks),
+        "seed, batch": f"{result.seed}, {result.batch_size}",
+        **run.facts,
+        **result.versions,
+        **{f"note {i}": note for i, note in enumerate(result.notes, start=1)},
+    }
+    return section("How to get this again", terms(facts.items()))
+
+
+SECTIONS: tuple[Callable[[Run], str], ...] = (
+    _verdict,
+    _figures,
+    _pictures,
+    _gallery,
+    _findings,
+    _rows,
+    _sites,
+    _cost,
+    _terms,
+    _facts,
+)
