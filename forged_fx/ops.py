@@ -1,18 +1,21 @@
-"""torch.ops.forged_fx.*: the forged function as an operator that every part of PyTorch understands.
+"""torch.ops.forged_fx.*: forged functions as operators that every part of PyTorch understands.
 
     threshold(Tensor x, Tensor t, bool straight_through=False) -> Tensor     0 where |x| < t, else x
     threshold_backward(Tensor grad, Tensor x, Tensor t) -> Tensor            0 where |x| < t, else grad
 
-`kernels/reference.py` specifies both, values and strides. `straight_through` selects the gradient and never
+and in the same way one_sided, shifted, soft (t), clamp (limit), band (t, limit), and mean (mean, width, channel): a
+row of `FUNCTIONS` each, from which all that follows is generated.
+
+`kernels/reference.py` specifies them, values and strides. `straight_through` selects the gradient and never
 changes the value: False is the true gradient, True the identity (BPDA: Athalye, Carlini, Wagner 2018, arXiv
-1802.00420). t gets no gradient.
+1802.00420). Parameters get no gradient.
 
-x is float16, bfloat16, float32 or float64, of any shape; t is a floating-point scalar on x's device. They
-are compared in float32 (float64 where x is float64). Anything else is a TypeError or a ValueError that says
-what to do.
+x is float16, bfloat16, float32 or float64, of any shape; a parameter is a floating-point scalar on x's device (of
+`mean`, an element for each channel). They are compared in float32 (float64 where x is float64). Anything else is a
+TypeError or a ValueError that says what to do.
 
-    CUDA         the Triton kernels of kernels/threshold.py
-    CPU          plain torch: one pass over memory, two for the gradient
+    CUDA         the Triton kernels of kernels/threshold.py and kernels/kinds.py
+    CPU          plain torch: one pass over memory where it has one
     elsewhere    the reference
     Inductor     a pointwise node, which fuses into whatever produces x
 """
@@ -21,6 +24,7 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -32,10 +36,6 @@ from torch.overrides import TorchFunctionMode
 
 from forged_fx.kernels import reference
 
-SCHEMAS = {
-    "threshold": "(Tensor x, Tensor t, bool straight_through=False) -> Tensor",
-    "threshold_backward": "(Tensor grad, Tensor x, Tensor t) -> Tensor",
-}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 try:
@@ -48,59 +48,77 @@ except RuntimeError as error:
 # flexible_layout: any layout will do. Without it Inductor, once it has met an op before its lowering was registered,
 # would hold its inputs to the strides that they had in eager mode.
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
-for _name, _schema in SCHEMAS.items():
-    _library.define(_name + _schema, tags=(torch.Tag.pointwise, *TAGS))
-
-_threshold = torch.ops.forged_fx.threshold.default
-_threshold_backward = torch.ops.forged_fx.threshold_backward.default
-
-# Every operator that applies a threshold, its second argument, and takes `straight_through`; as overload and as packet.
-# The value: how many arguments may come ahead of `straight_through` (None: it is a keyword). Other files add theirs.
-THRESHOLD_OPS: dict[Callable, int | None] = {_threshold: 2, torch.ops.forged_fx.threshold: 2}
 
 
-# ---- what a caller may pass
+# ---- on a CPU
 
 
-def _check(x: Tensor, t: Tensor) -> None:
-    if x.dtype not in DTYPES:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise TypeError(f"threshold: x is {x.dtype}; cast it to one of {known}")
-    if not t.is_floating_point() or t.dim():
-        raise TypeError(
-            f"threshold: t must be a floating-point scalar, not {t.dtype} of shape {tuple(t.shape)}; "
-            "pass a 0-dim tensor such as torch.tensor(0.1)"
-        )
-    if t.device != x.device:
-        raise ValueError(
-            f"threshold: t is on {t.device} and x on {x.device}; move t to x's device "
-            "(as a buffer of the model it moves along with model.to(...))"
-        )
-
-
-def _check_backward(grad: Tensor, x: Tensor, t: Tensor) -> None:
-    _check(x, t)
-    if (grad.shape, grad.dtype, grad.device) != (x.shape, x.dtype, x.device):
-        raise ValueError(
-            f"threshold_backward: grad is {grad.dtype} {tuple(grad.shape)} on {grad.device}, and x is "
-            f"{x.dtype} {tuple(x.shape)} on {x.device}; they must agree"
-        )
-
-
-# ---- one implementation per device
-
-
-def _threshold_cpu(x: Tensor, t: Tensor, straight_through: bool = False) -> Tensor:
-    _check(x, t)
+def _threshold_cpu(x: Tensor, t: Tensor) -> Tensor:
     return torch.hardshrink(x, _largest_below(t.item(), x.dtype), out=torch.empty_like(x))
 
 
 def _threshold_backward_cpu(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    _check_backward(grad, x, t)
     # hardshrink_backward would be one pass, but it zeroes the gradient where x is NaN.
     magnitude = torch.abs(x, out=torch.empty_like(x))
     limit = _largest_below(t.item(), x.dtype)
     return torch.ops.aten.threshold_backward.grad_input(grad, magnitude, limit, grad_input=magnitude)
+
+
+def _one_sided_cpu(x: Tensor, t: Tensor) -> Tensor:
+    if not t > 0:
+        return torch.empty_like(x).copy_(x)
+    return torch.ops.aten.threshold.out(x, _largest_below(t.item(), x.dtype), 0, out=torch.empty_like(x))
+
+
+def _one_sided_backward_cpu(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    if not t > 0:
+        return torch.empty_like(x).copy_(grad)
+    limit, result = _largest_below(t.item(), x.dtype), torch.empty_like(x)
+    return torch.ops.aten.threshold_backward.grad_input(grad, x, limit, grad_input=result)
+
+
+def _shifted_cpu(x: Tensor, t: Tensor) -> Tensor:
+    wide = reference.comparison_dtype(x.dtype)
+    if x.dtype != wide or not t > 0:  # a difference that is rounded twice
+        return reference.shifted(x, t)
+    return torch.sub(x, t.to(wide), out=torch.empty_like(x)).relu_()
+
+
+def _soft_cpu(x: Tensor, t: Tensor) -> Tensor:
+    wide = reference.comparison_dtype(x.dtype)
+    if x.dtype != wide or not t > 0:
+        return reference.soft(x, t)
+    t = t.to(wide).item()  # softshrink would be one pass, but it leaves -0.0 where it drops
+    inside = torch.clamp(x, -t, t, out=torch.empty_like(x))
+    return torch.sub(x, inside, out=inside)
+
+
+def _clamp_cpu(x: Tensor, limit: Tensor) -> Tensor:
+    if not limit > 0:
+        return reference.clamp(x, limit)
+    end = limit.to(reference.comparison_dtype(x.dtype)).to(x.dtype).item()  # what lies beyond it rounds to it
+    return torch.clamp(x, -end, end, out=torch.empty_like(x))
+
+
+def _clamp_backward_cpu(grad: Tensor, x: Tensor, limit: Tensor) -> Tensor:
+    if not limit > 0:
+        return reference.clamp_backward(grad, x, limit)
+    # hardtanh_backward would be one pass, but it zeroes the gradient where x is NaN.
+    negative = torch.copysign(x, -1.0, out=torch.empty_like(x))
+    beyond = _smallest_above(limit.item(), x.dtype)
+    return torch.ops.aten.threshold_backward.grad_input(grad, negative, -beyond, grad_input=negative)
+
+
+def _band_cpu(x: Tensor, t: Tensor, limit: Tensor) -> Tensor:
+    if not limit > 0:
+        return reference.band(x, t, limit)
+    kept = _threshold_cpu(x, t)
+    end = limit.to(reference.comparison_dtype(x.dtype)).to(x.dtype).item()
+    return kept.clamp_(-end, end)
+
+
+def _band_backward_cpu(grad: Tensor, x: Tensor, t: Tensor, limit: Tensor) -> Tensor:
+    return _clamp_backward_cpu(_threshold_backward_cpu(grad, x, t), x, limit)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -118,57 +136,211 @@ def _largest_below(t: float, dtype: torch.dtype) -> float:
     return below.item()
 
 
-def _threshold_cuda(x: Tensor, t: Tensor, straight_through: bool = False) -> Tensor:
-    _check(x, t)
-    return _kernels().launch_threshold(x, t)
+@functools.lru_cache(maxsize=4096)
+def _smallest_above(limit: float, dtype: torch.dtype) -> float:
+    """The smallest value of `dtype` above the limit; NaN, which nothing equals, where there is none."""
+    wide = torch.tensor(limit, dtype=reference.comparison_dtype(dtype), device="cpu")
+    above = wide.to(dtype)
+    if above.to(wide.dtype) <= wide:
+        infinity = torch.full_like(above, torch.inf)
+        above = torch.nextafter(above, infinity) if above < infinity else infinity * 0
+    return above.item()
 
 
-def _threshold_backward_cuda(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    _check_backward(grad, x, t)
-    return _kernels().launch_threshold_backward(grad, x, t)
+# ---- the table
+
+
+@dataclass(frozen=True)
+class Function:
+    """A forged function, of which two operators are made: `name` and `name_backward`.
+
+    parameters: names of its tensors. channels: they have an element per channel, and an int `channel` behind them says
+    along which dimension of x. cpu, cpu_backward: where there is better than the reference. moves: it does the same to
+    every element and leaves 0 as it is, so that passes may move it past whatever only moves elements about.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    cpu: Callable[..., Tensor] | None = None
+    cpu_backward: Callable[..., Tensor] | None = None
+    channels: bool = False
+    moves: bool = True
+
+    @property
+    def op(self) -> Callable:
+        return getattr(torch.ops.forged_fx, self.name).default
+
+    @property
+    def backward(self) -> Callable:
+        return getattr(torch.ops.forged_fx, f"{self.name}_backward").default
+
+    @property
+    def arguments(self) -> int:
+        """How many there are besides x (or grad and x) and straight_through."""
+        return len(self.parameters) + self.channels
+
+    def schemas(self) -> dict[str, str]:
+        rest = ", ".join([*(f"Tensor {p}" for p in self.parameters), *["int channel"] * self.channels])
+        return {
+            self.name: f"(Tensor x, {rest}, bool straight_through=False) -> Tensor",
+            f"{self.name}_backward": f"(Tensor grad, Tensor x, {rest}) -> Tensor",
+        }
+
+
+FUNCTIONS = {
+    f.name: f
+    for f in (
+        Function("threshold", ("t",), _threshold_cpu, _threshold_backward_cpu),
+        Function("one_sided", ("t",), _one_sided_cpu, _one_sided_backward_cpu),
+        Function("shifted", ("t",), _shifted_cpu, _one_sided_backward_cpu),
+        Function("soft", ("t",), _soft_cpu, _threshold_backward_cpu),
+        Function("clamp", ("limit",), _clamp_cpu, _clamp_backward_cpu),
+        Function("band", ("t", "limit"), _band_cpu, _band_backward_cpu),
+        Function("mean", ("mean", "width"), channels=True, moves=False),
+    )
+}
+for _function in FUNCTIONS.values():
+    for _name, _schema in _function.schemas().items():
+        _library.define(_name + _schema, tags=(torch.Tag.pointwise, *TAGS))
+
+_threshold = FUNCTIONS["threshold"].op
+
+# Every operator that applies a forged function, its parameters from the second argument on, and takes
+# `straight_through`; as overload and as packet. The value: how many arguments may come ahead of `straight_through`
+# (None: it is a keyword). Other files add theirs.
+THRESHOLD_OPS: dict[Callable, int | None] = {
+    op: 1 + f.arguments for f in FUNCTIONS.values() for op in (f.op, getattr(torch.ops.forged_fx, f.name))
+}
+
+
+# ---- what a caller may pass
+
+
+def _check(x: Tensor, t: Tensor) -> None:
+    _check_function(FUNCTIONS["threshold"], x, t)
+
+
+def _check_function(f: Function, x: Tensor, *arguments: Any) -> None:
+    if x.dtype not in DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"{f.name}: x is {x.dtype}; cast it to one of {known}")
+    shape = ()
+    if f.channels:
+        channel = arguments[-1]
+        if not -x.dim() <= channel < x.dim():
+            raise ValueError(f"{f.name}: channel={channel} is no dimension of x, which has {x.dim()}")
+        shape = (x.shape[channel],)
+    for name, p in zip(f.parameters, arguments, strict=False):
+        if not p.is_floating_point() or p.shape != shape:
+            wanted = "a floating-point scalar" if not f.channels else f"floating-point, of shape {shape}"
+            hint = "pass a 0-dim tensor such as torch.tensor(0.1)" if not f.channels else "an element per channel"
+            raise TypeError(f"{f.name}: {name} must be {wanted}, not {p.dtype} of shape {tuple(p.shape)}; {hint}")
+        if p.device != x.device:
+            raise ValueError(
+                f"{f.name}: {name} is on {p.device} and x on {x.device}; move {name} to x's device "
+                "(as a buffer of the model it moves along with model.to(...))"
+            )
+
+
+def _check_backward(f: Function, grad: Tensor, x: Tensor, *arguments: Any) -> None:
+    _check_function(f, x, *arguments)
+    if (grad.shape, grad.dtype, grad.device) != (x.shape, x.dtype, x.device):
+        raise ValueError(
+            f"{f.name}_backward: grad is {grad.dtype} {tuple(grad.shape)} on {grad.device}, and x is "
+            f"{x.dtype} {tuple(x.shape)} on {x.device}; they must agree"
+        )
+
+
+# ---- one implementation per device
 
 
 @functools.cache
-def _kernels() -> ModuleType:
+def _kernels(name: str) -> ModuleType:
     # Late: Triton takes long to import, and not every machine has it.
-    return importlib.import_module("forged_fx.kernels.threshold")
+    return importlib.import_module(f"forged_fx.kernels.{name}")
 
 
-def _threshold_elsewhere(x: Tensor, t: Tensor, straight_through: bool = False) -> Tensor:
-    _check(x, t)
-    return reference.threshold(x, t)
+def _launchers(f: Function) -> tuple[Callable, Callable]:
+    """The Triton kernels of a function: forward and backward."""
+    if f.name == "threshold":
+        kernels = _kernels("threshold")
+        return kernels.launch_threshold, kernels.launch_threshold_backward
+    kernels = _kernels("kinds")
+    return functools.partial(kernels.launch, f.name), functools.partial(kernels.launch_backward, f.name)
 
 
-def _threshold_backward_elsewhere(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    _check_backward(grad, x, t)
-    return reference.threshold_backward(grad, x, t)
+def _implementations(f: Function) -> dict[str, dict[str, Callable]]:
+    """Operator -> dispatch key -> what runs there."""
+    n = 1 + f.arguments
+    plain, plain_backward = getattr(reference, f.name), getattr(reference, f"{f.name}_backward")
+    forward, backward = _functions(f)
+
+    def checked(run: Callable) -> Callable:
+        def call(*args: Any) -> Tensor:
+            args = args[:n]  # all but straight_through
+            _check_function(f, *args)
+            return run(*args)
+
+        return call
+
+    def checked_backward(run: Callable) -> Callable:
+        def call(*args: Any) -> Tensor:
+            _check_backward(f, *args)
+            return run(*args)
+
+        return call
+
+    def autograd(*args: Any) -> Tensor:
+        return _record(forward, f.op, *args, *(False,) * (n + 1 - len(args)))
+
+    def autograd_backward(*args: Any) -> Tensor:
+        return _record(backward, f.backward, *args)
+
+    _CPU[f.op] = checked(f.cpu or plain)
+    _CPU[f.backward] = checked_backward(f.cpu_backward or plain_backward)
+    return {
+        f.name: {
+            "CPU": _CPU[f.op],
+            "CUDA": checked(lambda *args: _launchers(f)[0](*args)),
+            "CompositeExplicitAutograd": checked(plain),
+            "Autograd": autograd,
+        },
+        f"{f.name}_backward": {
+            "CPU": _CPU[f.backward],
+            "CUDA": checked_backward(lambda *args: _launchers(f)[1](*args)),
+            "CompositeExplicitAutograd": checked_backward(plain_backward),
+            "Autograd": autograd_backward,
+        },
+    }
 
 
-def _threshold_fake(x: Tensor, t: Tensor, straight_through: bool = False) -> Tensor:
-    _check(x, t)
-    _lower_if_inductor_runs()
-    return torch.empty_like(x)
+def _fakes(f: Function) -> dict[str, Callable]:
+    def forward(x: Tensor, *arguments: Any, straight_through: bool = False) -> Tensor:
+        _check_function(f, x, *arguments[: f.arguments])
+        _lower_if_inductor_runs()
+        return torch.empty_like(x)
 
+    def backward(grad: Tensor, x: Tensor, *arguments: Any) -> Tensor:
+        _check_backward(f, grad, x, *arguments)
+        _lower_if_inductor_runs()
+        return torch.empty_like(x)
 
-def _threshold_backward_fake(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    _check_backward(grad, x, t)
-    _lower_if_inductor_runs()
-    return torch.empty_like(x)
+    return {f.name: forward, f"{f.name}_backward": backward}
 
 
 # ---- gradients
 
 
 class _Masked(torch.autograd.function._SingleLevelFunction):
-    """What both ops do to a gradient or tangent: zero it where |x| < t, or leave it alone (straight-through).
+    """What both ops do to a gradient or tangent: zero it where x is dropped, or leave it alone (straight-through).
 
     By hand: what torch.library.register_autograd makes refuses torch.func.grad, and answers forward mode with
     zeros.
     """
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _mask(ctx, grad), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return _mask(ctx, grad), *(None,) * ctx.others
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor | None, *_: Any) -> Tensor | None:
@@ -176,41 +348,47 @@ class _Masked(torch.autograd.function._SingleLevelFunction):
 
     @staticmethod
     def _compiled_autograd_key(ctx: Any) -> tuple:
-        return ctx._autograd_function_id, ctx.straight_through
+        return ctx._autograd_function_id, ctx.straight_through, *ctx.channel
 
 
-class _Threshold(_Masked):
-    @staticmethod
-    def forward(x: Tensor, t: Tensor, straight_through: bool) -> Tensor:
-        return _run_recorded(_threshold, x, t, straight_through)
+def _functions(f: Function) -> tuple[type[_Masked], type[_Masked]]:
+    """A function's autograd: of its operator, and of that one's backward."""
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, t, straight_through = inputs
-        _keep(ctx, x, t, straight_through)
+    class Forward(_Masked):
+        @staticmethod
+        def forward(*args: Any) -> Tensor:
+            return _run_recorded(f.op, *args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+            x, *arguments, straight_through = inputs
+            _keep(ctx, f, x, arguments, straight_through, others=len(inputs) - 1)
+
+    class Backward(_Masked):
+        @staticmethod
+        def forward(*args: Any) -> Tensor:
+            return _run_recorded(f.backward, *args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+            _, x, *arguments = inputs
+            _keep(ctx, f, x, arguments, straight_through=False, others=len(inputs) - 1)
+
+    return Forward, Backward
 
 
-class _ThresholdBackward(_Masked):
-    @staticmethod
-    def forward(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        return _run_recorded(_threshold_backward, grad, x, t)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        _, x, t = inputs
-        _keep(ctx, x, t, straight_through=False)
-
-
-def _keep(ctx: Any, x: Tensor, t: Tensor, straight_through: bool) -> None:
+def _keep(ctx: Any, f: Function, x: Tensor, arguments: list, straight_through: bool, others: int) -> None:
     # Kept even where they are not needed: activation checkpointing runs the forward again, outside of
     # straight_through(), and takes the i-th tensor that is kept then for the i-th that was kept at first.
-    ctx.save_for_backward(x, t)
-    ctx.save_for_forward(x, t)
-    ctx.straight_through = straight_through
+    n = len(f.parameters)
+    ctx.save_for_backward(x, *arguments[:n])
+    ctx.save_for_forward(x, *arguments[:n])
+    ctx.channel, ctx.others = tuple(arguments[n:]), others
+    ctx.backward_op, ctx.straight_through = f.backward, straight_through
 
 
 def _mask(ctx: Any, value: Tensor) -> Tensor:
-    return value if ctx.straight_through else _threshold_backward(value, *ctx.saved_tensors)
+    return value if ctx.straight_through else ctx.backward_op(value, *ctx.saved_tensors, *ctx.channel)
 
 
 def _record(function: type[_Masked], op: Callable, *args: Any) -> Tensor:
@@ -229,7 +407,7 @@ def _modes_listen() -> bool:
 
 
 _PLAIN = torch._C._dispatch_keys(torch.empty(0))  # of an ordinary CPU tensor
-_CPU = {_threshold: _threshold_cpu, _threshold_backward: _threshold_backward_cpu}
+_CPU: dict[Callable, Callable] = {}
 
 
 def _run(op: Callable, *args: Any) -> Tensor:
@@ -243,19 +421,14 @@ def _run_recorded(op: Callable, *args: Any) -> Tensor:
         return _run(op, *args)
 
 
-def _threshold_autograd(x: Tensor, t: Tensor, straight_through: bool = False) -> Tensor:
-    return _record(_Threshold, _threshold, x, t, straight_through)
-
-
-def _threshold_backward_autograd(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    return _record(_ThresholdBackward, _threshold_backward, grad, x, t)
-
-
 # ---- torch.func.vmap
 
 
-def _batch_rule(op: Callable, t_at: int) -> Callable:
-    """Elementwise, so a batch of x is one bigger x; a batch of t, as in an ensemble, takes a call each."""
+def _batch_rule(f: Function, op: Callable, tensors: int) -> Callable:
+    """Elementwise, so a batch of x is one bigger x; a batch of parameters, as in an ensemble, takes a call each.
+
+    tensors: how many arguments have x's shape, ahead of the parameters.
+    """
 
     def rule(info: Any, in_dims: tuple, *args: Any) -> tuple[Tensor, int]:
         def member(i: int) -> Tensor:
@@ -265,9 +438,12 @@ def _batch_rule(op: Callable, t_at: int) -> Callable:
         def whole(arg: Tensor, dim: int | None) -> Tensor:
             return arg.expand(info.batch_size, *arg.shape) if dim is None else arg.movedim(dim, 0)
 
-        if in_dims[t_at] is None:
-            return op(*map(whole, args[:t_at], in_dims), *args[t_at:]), 0
-        return torch.stack([member(i) for i in range(info.batch_size)]), 0
+        if any(dim is not None for dim in in_dims[tensors : tensors + len(f.parameters)]):
+            return torch.stack([member(i) for i in range(info.batch_size)]), 0
+        rest = list(args[tensors:])
+        if f.channels and rest[len(f.parameters)] >= 0:
+            rest[len(f.parameters)] += 1  # the batch comes first
+        return op(*map(whole, args[:tensors], in_dims), *rest), 0
 
     return rule
 
@@ -287,29 +463,60 @@ def register_lowerings() -> None:
     from torch._inductor.virtualized import V
     from torch._inductor.virtualized import ops as inner
 
-    def where_kept(value: TensorBox, x: TensorBox, t: TensorBox) -> TensorBox:
-        load_value, load_x, load_t = value.make_loader(), x.make_loader(), t.make_loader()
-        wide = reference.comparison_dtype(x.get_dtype())
+    class Wide:
+        """Inductor's elementwise functions, for a rule of the reference: numbers among the arguments are constants."""
+
+        def __init__(self, dtype: torch.dtype) -> None:
+            self.dtype = dtype
+
+        def __getattr__(self, name: str) -> Callable:
+            return lambda *args: getattr(inner, name)(*map(self.value, args))
+
+        def value(self, given: Any) -> Any:
+            return inner.constant(given, self.dtype) if isinstance(given, int) else given
+
+    def pointwise(f: Function, x: TensorBox, arguments: tuple, result: Callable) -> TensorBox:
+        """result: (index, what is dropped, what takes its place, what else becomes of x) -> the value there."""
+        load_x, loads = x.make_loader(), [p.make_loader() for p in arguments[: len(f.parameters)]]
+        o = Wide(reference.comparison_dtype(x.get_dtype()))
 
         def at(index: Any) -> Any:
-            magnitude = inner.abs(inner.to_dtype(load_x(index), wide))
-            dropped = inner.lt(magnitude, inner.to_dtype(load_t(()), wide))
-            return inner.where(dropped, inner.constant(0, x.get_dtype()), load_value(index))
+            where = (index[arguments[-1]],) if f.channels else ()
+            value = inner.to_dtype(load_x(index), o.dtype)
+            dropped, instead, kept = reference.RULES[f.name](
+                o, value, *(inner.to_dtype(load(where), o.dtype) for load in loads)
+            )
+            instead = inner.to_dtype(o.value(instead), x.get_dtype())
+            kept = load_x(index) if kept is value else inner.to_dtype(kept, x.get_dtype())
+            return result(index, dropped, instead, kept)
 
         return Pointwise.create(device=x.get_device(), dtype=x.get_dtype(), inner_fn=at, ranges=x.get_size())
 
-    def threshold(x: TensorBox, t: TensorBox, straight_through: bool = False) -> TensorBox:
+    def forged(f: Function, x: TensorBox, arguments: tuple) -> TensorBox:
+        return pointwise(f, x, arguments, lambda index, *three: inner.where(*three))
+
+    def forward(f: Function, x: TensorBox, *arguments: Any) -> TensorBox:
+        arguments = arguments[: f.arguments]
         tunes = config.max_autotune or config.max_autotune_gemm
         if not (tunes and config.prologue_fusion and V.graph.current_node.meta.get("prologue")):
-            return where_kept(x, x, t)
-        x.realize()  # the product shall compute the threshold, not everything ahead of it as well
-        result = where_kept(x, x, t)
+            return forged(f, x, arguments)
+        x.realize()  # the product shall compute the function, not everything ahead of it as well
+        result = forged(f, x, arguments)
         result.realize()
         V.graph.invoke_quant_ops.add(result.get_operation_name())  # Inductor's list of prologues worth a try
         return result
 
-    register_lowering(_threshold, type_promotion_kind=None)(threshold)
-    register_lowering(_threshold_backward, type_promotion_kind=None)(where_kept)
+    def backward(f: Function, grad: TensorBox, x: TensorBox, *arguments: Any) -> TensorBox:
+        load = grad.make_loader()
+
+        def masked(index: Any, dropped: Any, *_: Any) -> Any:
+            return inner.where(dropped, inner.constant(0, x.get_dtype()), load(index))
+
+        return pointwise(f, x, arguments, masked)
+
+    for f in FUNCTIONS.values():
+        register_lowering(f.op, type_promotion_kind=None)(functools.partial(forward, f))
+        register_lowering(f.backward, type_promotion_kind=None)(functools.partial(backward, f))
 
 
 def _lower_if_inductor_runs() -> None:
@@ -364,14 +571,30 @@ def straight_through_enabled() -> bool:
 # ---- exporters that know standard operators only
 
 
-def _kept(value: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    wide = reference.comparison_dtype(x.dtype)
-    return torch.where(x.to(wide).abs() < t.to(wide), 0, value)
+def _standard(f: Function) -> dict[Callable, Callable]:
+    """Both operators in standard ones."""
+
+    def decide(x: Tensor, *arguments: Any) -> tuple:
+        wide = reference.comparison_dtype(x.dtype)
+        parameters = [p.to(wide) for p in arguments[: len(f.parameters)]]
+        if f.channels:
+            parameters = [reference.per_channel(p, x, arguments[len(parameters)]) for p in parameters]
+        value = x.to(wide)
+        dropped, instead, kept = reference.RULES[f.name](torch, value, *parameters)
+        return dropped, instead, x if kept is value else kept.to(x.dtype)
+
+    def forward(x: Tensor, *arguments: Any, straight_through: bool = False) -> Tensor:
+        dropped, instead, kept = decide(x, *arguments)
+        return torch.where(dropped, instead.to(x.dtype) if isinstance(instead, Tensor) else instead, kept)
+
+    def backward(grad: Tensor, x: Tensor, *arguments: Any) -> Tensor:
+        return torch.where(decide(x, *arguments)[0], 0, grad)
+
+    return {f.op: forward, f.backward: backward}
 
 
 # Operator -> the same in more basic ones. Other files add theirs.
 DECOMPOSITIONS: dict[Callable, Callable] = {}
-_STANDARD = {_threshold: lambda x, t, straight_through=False: _kept(x, x, t), _threshold_backward: _kept}
 
 
 def decompositions() -> dict[Any, Callable]:
@@ -380,33 +603,17 @@ def decompositions() -> dict[Any, Callable]:
     program = torch.export.export(forged, (x,)).run_decompositions(forged_fx.decompositions())
     torch.onnx.export(program).save("forged.onnx")
     """
-    return {**DECOMPOSITIONS, **_STANDARD}
+    return DECOMPOSITIONS | {op: run for f in FUNCTIONS.values() for op, run in _standard(f).items()}
 
 
 # ---- registration
 
-IMPLEMENTATIONS = {
-    "threshold": {
-        "CPU": _threshold_cpu,
-        "CUDA": _threshold_cuda,
-        "CompositeExplicitAutograd": _threshold_elsewhere,
-        "Autograd": _threshold_autograd,
-    },
-    "threshold_backward": {
-        "CPU": _threshold_backward_cpu,
-        "CUDA": _threshold_backward_cuda,
-        "CompositeExplicitAutograd": _threshold_backward_elsewhere,
-        "Autograd": _threshold_backward_autograd,
-    },
-}
-for _name, _by_key in IMPLEMENTATIONS.items():
-    for _key, _implementation in _by_key.items():
-        _library.impl(_name, _implementation, _key)
-
-_register_fake = functools.partial(torch.library.register_fake, lib=_library)
-_register_fake("forged_fx::threshold", _threshold_fake)
-_register_fake("forged_fx::threshold_backward", _threshold_backward_fake)
-
-_register_vmap = functools.partial(torch.library.register_vmap, lib=_library)
-_register_vmap("forged_fx::threshold", _batch_rule(_threshold, t_at=1))
-_register_vmap("forged_fx::threshold_backward", _batch_rule(_threshold_backward, t_at=2))
+IMPLEMENTATIONS: dict[str, dict[str, Callable]] = {}
+for _function in FUNCTIONS.values():
+    IMPLEMENTATIONS |= _implementations(_function)
+    for _name, _fake in _fakes(_function).items():
+        for _key, _implementation in IMPLEMENTATIONS[_name].items():
+            _library.impl(_name, _implementation, _key)
+        torch.library.register_fake(f"forged_fx::{_name}", _fake, lib=_library)
+        _op, _tensors = getattr(torch.ops.forged_fx, _name).default, 1 + _name.endswith("_backward")
+        torch.library.register_vmap(f"forged_fx::{_name}", _batch_rule(_function, _op, _tensors), lib=_library)

@@ -3,8 +3,63 @@
 Tests and benchmarks compare with it, bit for bit and stride for stride.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+
+# ---- forged functions: what is dropped, what takes its place, and what becomes of the rest
+#
+# On values in the dtype of the comparison. `o` has the elementwise functions: torch, or Inductor's own, so that
+# compiled code is generated from the specification itself. NaN is never dropped, and a parameter that is not above 0 (a
+# limit that is infinite) drops nothing and changes nothing.
+
+
+def _signed(o: Any, x: Any, magnitude: Any) -> Any:
+    return o.where(o.lt(x, 0), o.neg(magnitude), magnitude)
+
+
+def _threshold(o: Any, x: Any, t: Any) -> tuple:
+    return o.lt(o.abs(x), t), 0, x
+
+
+def _one_sided(o: Any, x: Any, t: Any) -> tuple:
+    return o.logical_and(o.lt(x, t), o.gt(t, 0)), 0, x
+
+
+def _shifted(o: Any, x: Any, t: Any) -> tuple:
+    dropped, zero, _ = _one_sided(o, x, t)
+    return dropped, zero, o.where(o.gt(t, 0), o.sub(x, t), x)
+
+
+def _soft(o: Any, x: Any, t: Any) -> tuple:
+    dropped, zero, _ = _threshold(o, x, t)
+    return dropped, zero, o.where(o.gt(t, 0), o.sub(x, _signed(o, x, t)), x)
+
+
+def _clamp(o: Any, x: Any, limit: Any) -> tuple:
+    return o.gt(o.abs(x), limit), _signed(o, x, limit), x
+
+
+def _band(o: Any, x: Any, t: Any, limit: Any) -> tuple:
+    (small, zero, _), (large, end, _) = _threshold(o, x, t), _clamp(o, x, limit)
+    return o.logical_or(small, large), o.where(small, zero, end), x
+
+
+def _mean(o: Any, x: Any, mean: Any, width: Any) -> tuple:
+    return o.logical_and(o.le(o.abs(o.sub(x, mean)), width), o.gt(width, 0)), mean, x
+
+
+RULES: dict[str, Callable[..., tuple]] = {
+    "threshold": _threshold,
+    "one_sided": _one_sided,
+    "shifted": _shifted,
+    "soft": _soft,
+    "clamp": _clamp,
+    "band": _band,
+    "mean": _mean,
+}
 
 
 def threshold(x: Tensor, t: Tensor) -> Tensor:
@@ -17,7 +72,7 @@ def threshold(x: Tensor, t: Tensor) -> Tensor:
     t: floating-point scalar (0-dim), on x's device.
     Returns a new tensor of x's shape and dtype, with the strides of `torch.empty_like(x)`.
     """
-    return _where_kept(x, x, t)
+    return _forward("threshold", x, t)
 
 
 def threshold_backward(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
@@ -25,8 +80,106 @@ def threshold_backward(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
 
     grad: x's shape, dtype and device; its strides may be others. The rest is as in `threshold`.
     """
-    return _where_kept(grad, x, t)
+    return _backward("threshold", grad, x, t)
 
+
+def one_sided(x: Tensor, t: Tensor) -> Tensor:
+    """`0 where x < t, else x`, for t > 0; the identity for any other t. As `threshold` in all else."""
+    return _forward("one_sided", x, t)
+
+
+def one_sided_backward(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    """`0 where x < t, else grad`, for t > 0; else grad."""
+    return _backward("one_sided", grad, x, t)
+
+
+def shifted(x: Tensor, t: Tensor) -> Tensor:
+    """The shifted ReLU `max(x - t, 0)`, for t > 0: `0 where x < t, else x - t`; the identity for any other t.
+
+    The difference is taken in the dtype of the comparison and rounded to x's. As `threshold` in all else.
+    """
+    return _forward("shifted", x, t)
+
+
+def shifted_backward(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    """`0 where x < t, else grad`, for t > 0; else grad."""
+    return _backward("shifted", grad, x, t)
+
+
+def soft(x: Tensor, t: Tensor) -> Tensor:
+    """Soft thresholding `sign(x) max(|x| - t, 0)` (Donoho 1995), for t > 0; the identity for any other t.
+
+    The difference is taken in the dtype of the comparison and rounded to x's. As `threshold` in all else.
+    """
+    return _forward("soft", x, t)
+
+
+def soft_backward(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    """`0 where |x| < t, else grad`."""
+    return _backward("soft", grad, x, t)
+
+
+def clamp(x: Tensor, limit: Tensor) -> Tensor:
+    """`limit, with x's sign, where |x| > limit, else x`; limit = inf is the identity. The limit is rounded to x's
+    dtype. As `threshold` in all else."""
+    return _forward("clamp", x, limit)
+
+
+def clamp_backward(grad: Tensor, x: Tensor, limit: Tensor) -> Tensor:
+    """`0 where |x| > limit, else grad`."""
+    return _backward("clamp", grad, x, limit)
+
+
+def band(x: Tensor, t: Tensor, limit: Tensor) -> Tensor:
+    """`0 where |x| < t; limit, with x's sign, where |x| > limit; else x`. As `threshold` and `clamp`."""
+    return _forward("band", x, t, limit)
+
+
+def band_backward(grad: Tensor, x: Tensor, t: Tensor, limit: Tensor) -> Tensor:
+    """`0 where |x| < t or |x| > limit, else grad`."""
+    return _backward("band", grad, x, t, limit)
+
+
+def mean(x: Tensor, mean: Tensor, width: Tensor, channel: int) -> Tensor:
+    """MeanSparse (Amini et al., arXiv 2406.05927): per channel, `mean where |x - mean| <= width, else x`.
+
+    mean, width: floating point, an element for each of the channels, which lie along x's dimension `channel`. A channel
+    whose width is not above 0 stays as it is, bit for bit. The mean is rounded to x's dtype. Else as `threshold`.
+    """
+    return _forward("mean", x, *(per_channel(p, x, channel) for p in (mean, width)))
+
+
+def mean_backward(grad: Tensor, x: Tensor, mean: Tensor, width: Tensor, channel: int) -> Tensor:
+    """`0 where |x - mean| <= width, else grad`, in channels of a width above 0; else grad."""
+    return _backward("mean", grad, x, *(per_channel(p, x, channel) for p in (mean, width)))
+
+
+def per_channel(parameter: Tensor, x: Tensor, channel: int) -> Tensor:
+    """A 1-dim parameter in a shape that broadcasts along x's dimension `channel`."""
+    return parameter.reshape([-1 if d == channel % x.dim() else 1 for d in range(x.dim())])
+
+
+def comparison_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the comparison, for x's dtype: wide, so that every implementation decides alike on every element."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _forward(name: str, x: Tensor, *parameters: Tensor) -> Tensor:
+    dropped, instead, kept = _decide(name, x, parameters)
+    return torch.empty_like(x).copy_(torch.where(dropped, instead, kept))
+
+
+def _backward(name: str, grad: Tensor, x: Tensor, *parameters: Tensor) -> Tensor:
+    dropped, _, _ = _decide(name, x, parameters)
+    return torch.empty_like(x).copy_(torch.where(dropped, 0, grad))
+
+
+def _decide(name: str, x: Tensor, parameters: tuple[Tensor, ...]) -> tuple:
+    wide = comparison_dtype(x.dtype)
+    return RULES[name](torch, x.to(wide), *(p.to(wide) for p in parameters))
+
+
+# ---- a producer and the threshold behind it
 
 ACTIVATIONS = {
     "none": lambda v: v,
@@ -70,19 +223,19 @@ def elementwise_threshold(
     def rounded(v: Tensor) -> Tensor:
         return v.to(x.dtype).to(wide)
 
-    def per_channel(parameter: Tensor) -> Tensor:
-        return parameter.to(wide).reshape([-1 if d == channel % x.dim() else 1 for d in range(x.dim())])
+    def of_channel(parameter: Tensor) -> Tensor:
+        return per_channel(parameter.to(wide), x, channel)
 
     v = x.to(wide)
     if residual is not None and add_first:
         v = rounded(v + residual)
     kept = v
     if mean is not None:
-        scale = (1 if weight is None else per_channel(weight)) / _sqrt(per_channel(var) + eps)
-        v = rounded(_fma(v - per_channel(mean), scale, None if bias is None else per_channel(bias)))
+        scale = (1 if weight is None else of_channel(weight)) / _sqrt(of_channel(var) + eps)
+        v = rounded(_fma(v - of_channel(mean), scale, None if bias is None else of_channel(bias)))
     else:
-        v = v if weight is None else rounded(v * per_channel(weight))
-        v = v if bias is None else rounded(v + per_channel(bias))
+        v = v if weight is None else rounded(v * of_channel(weight))
+        v = v if bias is None else rounded(v + of_channel(bias))
     if residual is not None and not add_first:
         v = rounded(v + residual)
     v = rounded(ACTIVATIONS[activation](v))
@@ -141,14 +294,3 @@ def _results(x: Tensor, v: Tensor, t: Tensor, kept: Tensor | None) -> tuple[Tens
     """In x's dtype and layout: the value behind the threshold, and the one that is kept."""
     y = threshold(torch.empty_like(x).copy_(v), t)
     return y, None if kept is None else torch.empty_like(x).copy_(kept)
-
-
-def comparison_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the comparison, for x's dtype: wide, so that every implementation decides alike on every element."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _where_kept(value: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    wide = comparison_dtype(x.dtype)
-    dropped = x.to(wide).abs() < t.to(wide)
-    return torch.empty_like(x).copy_(torch.where(dropped, 0, value))

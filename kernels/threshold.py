@@ -7,6 +7,8 @@
 The launchers want CUDA tensors. Under TRITON_INTERPRET=1 they take CPU tensors too.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -92,10 +94,10 @@ def launch_threshold_backward(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
     return y
 
 
-def _launch(kernel: triton.JITFunction, *tensors: Tensor) -> None:
-    """Run an elementwise kernel over tensors of one layout; the last of them is the result."""
+def _launch(kernel: triton.JITFunction, *tensors: Tensor | None, **constants: Any) -> None:
+    """Run an elementwise kernel over tensors of one layout, scalars and parameters; the last is the result."""
     y = tensors[-1]
     if numel := y.numel():
         rule = block_rule(y.dtype, numel)
         with torch.cuda.device_of(y):  # Triton launches on the current device
-            kernel[(triton.cdiv(numel, rule["BLOCK"]),)](*tensors, numel, **rule)
+            kernel[(triton.cdiv(numel, rule["BLOCK"]),)](*tensors, numel, **constants, **rule)

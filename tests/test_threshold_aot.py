@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import aot
 
+from forged_fx.kernels import kinds, reference
 from forged_fx.kernels import threshold as kernels
 
 KERNELS = {"forward": kernels.threshold_kernel, "backward": kernels.threshold_backward_kernel}
@@ -55,3 +56,29 @@ def test_misaligned_is_narrow() -> None:
     """The figures can tell the difference: nothing is promised of a pointer, so nothing wide is emitted."""
     figures = machine_code(90, "forward", torch.float32, aligned=False)
     assert set(figures.stores) == {32}
+
+
+PARAMETERS = {"band": (torch.empty((), device="meta"),) * 2, "mean": (torch.empty(64, device="meta"),) * 2}
+
+
+OTHERS = [rule for rule in reference.RULES if rule != "threshold"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "direction", "arch"),
+    [*((rule, way, 90) for rule in OTHERS for way in ("forward", "backward")), ("band", "forward", 80)]
+    + [("mean", "backward", 80), ("mean", "forward", 100)],
+)
+def test_machine_code_of_the_other_kinds(rule: str, direction: str, arch: int) -> None:
+    x = torch.empty(32, 64, 28, 28, dtype=torch.bfloat16, device="meta")
+    arguments = (*PARAMETERS.get(rule, (torch.empty((), device="meta"),)), *([1] if rule == "mean" else []))
+    run, inputs = (kinds.launch, 1) if direction == "forward" else (kinds.launch_backward, 2)
+    (launch,) = aot.launches(kinds, lambda: run(rule, *(x,) * inputs, *arguments))
+    figures = aot.figures(launch.compiled_for(arch))
+    vectors = kernels.VECTORS_PER_THREAD
+    assert figures.spills == 0 and figures.shared == 0
+    assert figures.loads[128] == inputs * vectors and figures.stores == {128: vectors}
+    elements = kernels.block_rule(x.dtype, x.numel())
+    limit = 24 if rule == "mean" else 2 * LIMIT  # a channel is found by division, a float32 result is rounded
+    assert figures.per_element(elements["BLOCK"], elements["num_warps"]) <= limit
+    assert ".ftz" not in figures.ptx
