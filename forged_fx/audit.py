@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from forged_fx.modes import eval_mode, fast_path_off
 from forged_fx.observe import Observer
 from forged_fx.ops import THRESHOLD_OPS
+from forged_fx.sites import is_activation
 from forged_fx.thresholds import thresholds_of
 
 
@@ -52,7 +53,7 @@ def audit(
     random generators' state restored.
     """
     runs: Counter[str] = Counter()
-    observer = Observer(model, lambda seen: runs.update([seen.name]))
+    observer = Observer(model, lambda seen: runs.update([seen.name]), any(map(is_activation, wanted)))
     thresholds = thresholds_of(forged)
     as_used, on_slow_path = _CountThresholds(), _CountThresholds()
     with torch.no_grad(), torch.random.fork_rng(), eval_mode(model), eval_mode(forged):

@@ -25,15 +25,16 @@ from torch import Tensor
 from forged_fx import ops, torch_internals
 from forged_fx.frames import Compilation, Frame, passes
 from forged_fx.hoist import hoist
+from forged_fx.kinds import OWN, choose
 from forged_fx.prologue import offer
 from forged_fx.rewrite import find_calls, insert_thresholds, nested
 from forged_fx.share import share
-from forged_fx.sites import OPENED, Origin, names_of
+from forged_fx.sites import OPENED, Origin, is_activation, names_of
 from forged_fx.stats import Stats
 from forged_fx.thresholds import thresholds_of
-from forged_fx.transform import select
+from forged_fx.transform import LAYERS, select
 
-OPTIONS = ("stats", "ratio", "include", "exclude", "strict")
+OPTIONS = ("stats", "ratio", "kind", "where", "statistic", "include", "exclude", "strict")
 
 # For each plain model that is being compiled, what all of its graphs and recompilations share, by the options.
 _compilations: WeakKeyDictionary[torch.nn.Module, list[tuple[dict, Compilation]]] = WeakKeyDictionary()
@@ -45,9 +46,9 @@ def forged(
     """The backend. Dynamo calls it with a graph; it returns what runs in the graph's place.
 
     mode: one of Inductor's (`default`, `reduce-overhead`, `max-autotune`, `max-autotune-no-cudagraphs`).
-    options: `stats` (a Stats, or the path of one), `ratio`, `include`, `exclude` as in `forged_fx.transform`, to forge
-        a plain model; `strict=False` to compile it although some sites cannot be reached; every other key must be one
-        of Inductor's own options.
+    options: `stats` (a Stats, or the path of one), `ratio`, `kind`, `where` (layers only), `statistic`, `include`,
+        `exclude` as in `forged_fx.transform`, to forge a plain model; `strict=False` to compile it although some sites
+        cannot be reached; every other key must be one of Inductor's own options.
     Raises ValueError for an unknown option (it offers the nearest known one), statistics of another model, or a site
     that no graph reaches; the last one at the end of each forward pass.
     """
@@ -114,7 +115,7 @@ def _forge_graph(gm: fx.GraphModule, options: dict[str, Any]) -> Frame:
     root = compilation.root()
     names = names_of(root)
     here = next((module for module in callers if id(module) in names), root)
-    calls = find_calls(gm.graph, lambda node: _module_of_node(node, names, names[id(here)]), set())
+    calls = find_calls(gm.graph, lambda node: _module_of_node(node, names, names[id(here)]), {})
     alike = sum(type(module) is type(here) for module in root.modules())
     frame = Frame(gm, calls, compilation, shared=alike > 1)
     insert_thresholds(gm.graph, calls, frame.names, frame.place, _source(root), ops.straight_through_enabled())
@@ -141,9 +142,15 @@ def _compilation(callers: list[torch.nn.Module], options: dict[str, Any]) -> Com
         )
     if root is None:
         stats.check_model(callers[-1])
-    wanted, _ = select(stats, options.get("include"), options.get("exclude"))
-    ratio, strict = options.get("ratio", 2**-6), options.get("strict", True)
-    new = Compilation(root, stats, wanted, ratio, strict, repeats=root is not callers[-1])
+    wanted, _ = select(stats, options.get("include"), options.get("exclude"), options.get("where", LAYERS))
+    if activations := [site for site in wanted if is_activation(site)]:
+        raise ValueError(
+            f"sites ahead of activations, such as {activations[0]!r}, are not forged on the way through torch.compile: "
+            "forge the model with forged_fx.transform, and compile that"
+        )
+    choice = choose(stats, options.get("kind", "hard"), wanted, options.get("statistic"))
+    ratio, strict = options.get("ratio", OWN), options.get("strict", True)
+    new = Compilation(root, stats, choice, ratio, strict, repeats=root is not callers[-1])
     _compilations.setdefault(root, []).append((options, new))
     return new
 

@@ -9,15 +9,22 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from forged_fx import histogram
+from forged_fx import channels, histogram
 from forged_fx.modes import eval_mode
 from forged_fx.observe import Observer, Sighting
 from forged_fx.progress import track
-from forged_fx.sites import SCRIPTED, module_of
+from forged_fx.sites import SCRIPTED, mark_of, module_of
 from forged_fx.stats import SiteStats, Stats, merge_shapes, parameter_shapes
 
 
-def calibrate(model: torch.nn.Module, batches: Iterable[Any], *, max_batches: int | None = None) -> Stats:
+def calibrate(
+    model: torch.nn.Module,
+    batches: Iterable[Any],
+    *,
+    max_batches: int | None = None,
+    where: str = "linear+conv",
+    channels: bool = False,
+) -> Stats:
     """Record, for every linear, convolution and matrix-product call, how large its inputs get.
 
     The scan runs the model as it is, on its device and under the caller's autocast, in eval mode and without
@@ -28,6 +35,8 @@ def calibrate(model: torch.nn.Module, batches: Iterable[Any], *, max_batches: in
         batches: an iterable of tensors, of tuples or lists whose first item is the input, or of dicts of keyword
             arguments; a `DataLoader` is one. Tensors are moved to the model's device.
         max_batches: stop after this many.
+        where: "activations" records the inputs of activations (ReLU, GELU and the like) besides.
+        channels: measure the mean and standard deviation of each channel too, as kind "mean" needs them.
 
     Returns:
         Stats: per site `c_max = max |x|` over all elements of all inputs (section 3 of arXiv 2406.19622), the number of
@@ -39,13 +48,22 @@ def calibrate(model: torch.nn.Module, batches: Iterable[Any], *, max_batches: in
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"calibrate takes the model first, then the batches; the model is {type(model).__name__}")
+    if where not in ("linear+conv", "activations"):
+        raise ValueError(f"where={where!r}: calibrate records 'linear+conv', or 'activations' besides")
     model = getattr(model, "_orig_mod", model)  # a compiled model hides its calls; the model inside it does not
-    return scan(model, track(batches, "calibrating", max_batches))
+    return scan(model, track(batches, "calibrating", max_batches), where=where, channels=channels)
 
 
-def scan(model: torch.nn.Module, batches: Iterable[Any], first: int = 0) -> Stats:
+def scan(
+    model: torch.nn.Module,
+    batches: Iterable[Any],
+    first: int = 0,
+    *,
+    where: str = "linear+conv",
+    channels: bool = False,
+) -> Stats:
     """What `calibrate` returns, of a part of its batches. first: how many came before them, for error messages."""
-    run = _Scan(model)
+    run = _Scan(model, where == "activations", channels)
     example, n = None, 0
     given: set[str] = set()
     with eval_mode(model), torch.no_grad():
@@ -66,30 +84,36 @@ def scan(model: torch.nn.Module, batches: Iterable[Any], first: int = 0) -> Stat
 class _Scan:
     """The running statistics. Numbers stay on the device until the batch is through: one wait a batch, not a site."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.observer = Observer(model, self._see)
+    def __init__(self, model: torch.nn.Module, activations: bool, channels: bool) -> None:
+        self.observer = Observer(model, self._see, activations)
+        self.channels = channels
         self.parameters = {id(parameter): name for name, parameter in model.named_parameters()}
         self.sites: dict[str, SiteStats] = {}
         self.modules: dict[str, dict[str, tuple[int, ...]]] = {}
-        self._pending: list[tuple[str, Tensor, Tensor, Tensor]] = []
+        self._of_channels: list[tuple[str, int, Tensor]] = []
+        self._pending: list[tuple[str, Tensor, Tensor, Tensor, Tensor]] = []
 
     def batch(self, index: int, args: tuple, kwargs: dict) -> None:
         self._calls_of_module: dict[str, int] = {}
         self._pending.clear()
+        self._of_channels.clear()
         self.observer.run(*args, **kwargs)
         for name, site in self.sites.items():
             site.layer &= module_of(name) not in self.observer.not_layers
-            site.module_calls = max(site.module_calls, self.observer.numbering.calls(module_of(name)))
-        for name, largest, zeros, bins in self._pending:
+            calls = self.observer.numbering.calls(module_of(name), mark_of(name))
+            site.module_calls = max(site.module_calls, calls)
+        for name, low, largest, zeros, bins in self._pending:
             site, peak = self.sites[name], float(largest)
             if not np.isfinite(peak):
                 raise ValueError(
                     f"the input of site {name!r} ({site.kind}) holds {peak} in batch {index} (counted from 0): "
                     "calibrate on data and weights that give finite activations, or under another autocast dtype"
                 )
-            site.c_max = max(site.c_max, peak)
+            site.c_max, site.lowest = max(site.c_max, peak), min(site.lowest, float(low))
             site.zeros += int(zeros)
             site.histogram += bins.cpu().numpy()
+        for name, count, sums in self._of_channels:
+            self.sites[name].add_channels(count, sums.cpu().numpy())
 
     def _see(self, seen: Sighting) -> None:
         x, weight = seen.operand.value, seen.operand.weight
@@ -103,10 +127,11 @@ class _Scan:
             if module_of(seen.name) != seen.module:
                 raise ValueError(
                     f"the module {seen.module!r} is named like the call of another one (see forged_fx/sites.py): give "
-                    "it a name that does not end with # or : and a number"
+                    "it a name that does not end with #, @ or : and a number"
                 )
             self.modules[seen.module] = parameter_shapes(self.observer.model.get_submodule(seen.module))
         site.shape = merge_shapes(site.shape, tuple(x.shape))
+        site.channel = seen.channel
         site.layer &= seen.reads_module_input
         site.once &= seen.first_run
         site.left_out = site.left_out or seen.operand.left_out
@@ -118,7 +143,10 @@ class _Scan:
         values = histogram.sample(x.detach())
         site.sampled += values.numel()
         # NaN spreads through aminmax and maximum, so the largest value alone tells whether all were finite.
-        self._pending.append((seen.name, torch.maximum(-low, high), *histogram.count(values)))
+        if self.channels and x.dim() >= -seen.channel:
+            sums = channels.measure(x, seen.channel)
+            self._of_channels.append((seen.name, x.numel() // sums.shape[1], sums))
+        self._pending.append((seen.name, low, torch.maximum(-low, high), *histogram.count(values)))
 
 
 def _scripted(model: torch.nn.Module) -> list[str]:

@@ -15,7 +15,7 @@ import torch
 import torch.fx as fx
 
 from forged_fx import ops, torch_internals
-from forged_fx.hoist import COPIES, MOVES, THRESHOLD, hoist, written_by_inductor
+from forged_fx.hoist import COPIES, MOVES, hoist, written_by_inductor
 from forged_fx.modes import eval_mode
 from forged_fx.share import share, thresholds_in
 from forged_fx.thresholds import thresholds_of
@@ -78,17 +78,19 @@ def _reader(gm: fx.GraphModule, sites: dict[int, str], found: dict[str, Cost]) -
     own = {node: sites.get(id(torch_internals.lifted_value(node.args[1]))) for node in calls}
     share(gm.graph)
     inputs = gm.graph.find_nodes(op="placeholder")
-    served: dict[int, list[str]] = {}  # which of the graph's inputs is the threshold -> the sites
+    served: dict[tuple, list[str]] = {}  # the operator, which of the graph's inputs are its parameters -> the sites
     for node, site in own.items():
         if site is not None:
-            served.setdefault(inputs.index(node.args[1]) - len(inputs), []).append(site)
+            parameters = (inputs.index(t) - len(inputs) for t in node.args[1:] if isinstance(t, fx.Node))
+            served.setdefault((getattr(node.target, "default", node.target), *parameters), []).append(site)
 
     def read(graph: fx.Graph) -> None:
         hoist(graph)
         placeholders = graph.find_nodes(op="placeholder")
-        for position, (first, *others) in served.items():
-            results = [node for node in placeholders[position].users if node.target is THRESHOLD]
-            costs = [price(node) for node in results]
+        for (op, *positions), (first, *others) in served.items():
+            parameters = [placeholders[position] for position in positions]
+            made = (node for node in parameters[0].users if node.target is op)
+            costs = [price(node) for node in made if [*node.args[1 : 1 + len(parameters)]] == parameters]
             found[first] = max(costs, key=lambda c: c.bytes, default=Cost(FREE, 0, "no one reads it"))
             found.update(dict.fromkeys(others, Cost(SHARED, 0, f"with {first}")))
 

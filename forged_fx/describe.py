@@ -1,20 +1,29 @@
 """What was done to a model, site by site, and what was left out, and why."""
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from forged_fx.checked import visible
 from forged_fx.cost import Cost
 from forged_fx.cost import cost as site_costs
-from forged_fx.thresholds import thresholds_of
+from forged_fx.kinds import Kind
+from forged_fx.stats import SiteStats
+from forged_fx.thresholds import parameters_of
 from forged_fx.transform import forging_of
 
 
 @dataclass(frozen=True)
 class Row:
-    """One site. threshold, share_zeroed (in [0, 1]) and reached are None where it was left out; cost also where it was
-    not asked for."""
+    """One site. kind: of call. What follows share_zeroed's rule is None where it was left out, or does not apply.
+
+    threshold: below which values are changed; limit: to which they are limited; width: the mean over the channels of
+    how near to its mean a value becomes it. share_zeroed, share_limited: of the inputs seen in calibration, in [0, 1].
+    forging: a key of `forged_fx.kinds.KINDS`. cost is None also where it was not asked for.
+    """
 
     site: str
     kind: str
@@ -25,6 +34,15 @@ class Row:
     left_out: str | None
     reached: str | None
     cost: Cost | None = None
+    forging: str | None = None
+    limit: float | None = None
+    width: float | None = None
+    share_limited: float | None = None
+
+    def ends(self) -> str:
+        """Threshold, limit and width in force, for a table."""
+        ends = {"": self.threshold, "<=": self.limit, "+-": self.width}
+        return " ".join(f"{sign}{end:.4g}" for sign, end in ends.items() if end is not None)
 
 
 class Description(list[Row]):
@@ -48,10 +66,10 @@ class Description(list[Row]):
 def describe(model: torch.nn.Module, *, cost: bool = False, example: tuple[tuple, dict] | None = None) -> Description:
     """Every site of a forged model, in the order in which they run.
 
-    A row holds the site's name, its kind, the shape of its input as seen in calibration (-1, printed `*`: it varied),
-    c_max, the threshold in force now, the share of its inputs that this threshold would have zeroed in calibration,
-    or why it was left out. With `cost`, also what the threshold costs in compiled code (see `forged_fx.cost`), for
-    `example` = (args, kwargs) or the first calibration batch, where it is at hand.
+    A row holds the site's name, its kind of call, the shape of its input as seen in calibration (-1, printed `*`: it
+    varied), c_max, the threshold in force now, the share of its inputs that this threshold would have zeroed in
+    calibration, or why it was left out. With `cost`, also what the threshold costs in compiled code (see
+    `forged_fx.cost`), for `example` = (args, kwargs) or the first calibration batch, where it is at hand.
 
     Raises ValueError for a model that is not forged, or where `cost` has no example.
     """
@@ -60,16 +78,17 @@ def describe(model: torch.nn.Module, *, cost: bool = False, example: tuple[tuple
         raise ValueError(f"this {type(model).__name__} is not forged: describe what forged_fx.transform returned")
     rows = Description()
     for owner, record in found:
-        thresholds = thresholds_of(owner)
+        parameters = parameters_of(owner)
         input = example or record.stats.example
         if cost and input is None:
             raise ValueError("describe(cost=True) looks at a forward pass: pass example=(args, kwargs)")
         costs = site_costs(owner, *input) if cost else {}
         for name, site in record.stats.sites.items():
-            t = float(thresholds[name]) if name in record.reached else None
-            share = None if t is None else site.share_zeroed(t)
-            reached, left_out = record.reached.get(name), record.left_out.get(name)
-            rows.append(Row(name, site.kind, site.shape, site.c_max, t, share, left_out, reached, costs.get(name)))
+            if name in record.reached:
+                kind, start = record.choice[name], (name, site.kind, site.shape, site.c_max)
+                rows.append(_forged(start, site, kind, parameters[name], record.reached[name], costs.get(name)))
+            elif name in record.left_out:
+                rows.append(Row(name, site.kind, site.shape, site.c_max, None, None, record.left_out[name], None))
         whole = "one graph" if record.not_whole is None else f"module by module ({record.not_whole})"
         if record.fused is not None:
             why = f" ({record.not_fused})" if record.not_fused else ""
@@ -78,10 +97,31 @@ def describe(model: torch.nn.Module, *, cost: bool = False, example: tuple[tuple
     return rows
 
 
+def _forged(start: tuple, site: SiteStats, kind: Kind, buffers: tuple[Tensor, ...], reached: str, cost: Any) -> Row:
+    values = tuple(b.numpy(force=True) if b.dim() else float(b) for b in buffers)
+    named = {name: float(np.mean(value)) for name, value in zip(kind.buffers, values, strict=True)}
+    named = {name: value for name, value in named.items() if value < np.inf}  # a limit at infinity is none
+    return Row(
+        *start,
+        threshold=named.get("threshold"),
+        share_zeroed=kind.share_zeroed(site, values),
+        left_out=None,
+        reached=reached,
+        cost=cost,
+        forging=kind.name,
+        limit=named.get("limit"),
+        width=named.get("width"),
+        share_limited=kind.share_limited(site, values),
+    )
+
+
 def _cells(row: Row) -> tuple[str, ...]:
     shape = "varies" if row.shape is None else "x".join("*" if size < 0 else str(size) for size in row.shape)
     start = (row.site, row.kind, shape, f"{row.c_max:.4g}")
-    if row.threshold is None:
+    if row.left_out is not None:
         return (*start, "-", f"left out: {row.left_out}")
     placed = row.reached if row.cost is None else str(row.cost)
-    return (*start, f"{row.threshold:.4g}", f"{row.share_zeroed:6.1%}  {placed}")
+    zeroed = f"{row.share_zeroed:6.1%}" if row.share_zeroed is not None else "     ?"
+    limited = f", {row.share_limited:.1%} limited" if row.share_limited is not None else ""
+    forging = "" if row.forging == "hard" else f"{row.forging}, "
+    return (*start, row.ends() or "off", f"{zeroed}{limited}  {forging}{placed}")

@@ -9,7 +9,7 @@ graph runs: the weight which the graph is handed tells the module, and a count t
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,11 @@ import torch.fx as fx
 from torch import Tensor
 
 from forged_fx import torch_internals
-from forged_fx.rewrite import CallNode, outermost
+from forged_fx.kinds import Choice, Value
+from forged_fx.rewrite import CallNode, Placed, outermost
 from forged_fx.sites import Numbering, call_name, call_of, module_of, operand_name, unseen_call
 from forged_fx.stats import Ratio, Stats
-from forged_fx.thresholds import zero_beside
+from forged_fx.thresholds import tensors_beside
 
 
 class Compilation:
@@ -31,26 +32,30 @@ class Compilation:
     """
 
     def __init__(
-        self, root: torch.nn.Module, stats: Stats, wanted: list[str], ratio: Ratio, strict: bool, repeats: bool
+        self, root: torch.nn.Module, stats: Stats, choice: Choice, ratio: Ratio, strict: bool, repeats: bool
     ) -> None:
+        wanted = list(choice.kinds)
         self.root = weakref.ref(root)
-        self.stats, self.strict, self.repeats = stats, strict, repeats
-        self.values = stats.thresholds(ratio, wanted)
+        self.stats, self.choice, self.strict, self.repeats = stats, choice, strict, repeats
+        self.values = choice.values(stats, ratio)
         self.calls: dict[str, int] = {}  # how many calls of the table each module makes in a pass, at most
         for name, site in stats.sites.items():
             self.calls[module_of(name)] = max(self.calls.get(module_of(name), 0), site.module_calls)
         # What every pass must run. A site that only some batches reached is not missed where a pass goes without it.
         self.always = frozenset(s for s in wanted if stats.sites[s].calls >= stats.batches)
         self.unreached = set(self.always)
-        self._thresholds: dict[str, Tensor] = {}
+        # One scalar kind at all sites: a graph may run as any of them.
+        self.uniform = len(set(choice.kinds.values())) <= 1 and not any(choice[s].rest(stats.sites[s]) for s in wanted)
+        self._parameters: dict[tuple[str, str], tuple[Tensor, ...]] = {}
         self._owners: dict[int, str] = {}
 
-    def threshold(self, site: str) -> Tensor:
-        """The threshold in force at a site; 0, the identity, at a call that is none."""
-        if site not in self._thresholds:
-            zero = zero_beside(self.root().get_submodule(module_of(site)), self.root())
-            self._thresholds[site] = zero.fill_(self.values.get(site, 0.0))
-        return self._thresholds[site]
+    def parameters(self, site: str, like: str) -> tuple[Tensor, ...]:
+        """What is in force at a site; at a call that is none, the identity, as of the kind that the site `like` has."""
+        if (site, like) not in self._parameters:
+            values = self.values.get(site) or self.choice[like].off(self.stats.sites[like])
+            owner = self.root().get_submodule(module_of(site))
+            self._parameters[site, like] = tensors_beside(owner, self.root(), values)
+        return self._parameters[site, like]
 
     def owner(self, weight: Tensor) -> str | None:
         """The name of the module that a parameter belongs to; None where it belongs to several."""
@@ -135,11 +140,13 @@ class Frame:
     def __init__(self, gm: fx.GraphModule, calls: list[CallNode], compilation: Compilation, shared: bool) -> None:
         """shared: other modules of the same class may run this graph too."""
         self.gm, self.compilation = gm, compilation
-        self.buffers: dict[str, str] = {}  # site that is known at compile time -> the buffer with its threshold
-        self.slots: list[tuple[int, int]] = []  # per threshold that is an input: which counted call, which operand
+        self.buffers: dict[str, tuple[str, ...]] = {}  # site that is known at compile time -> its buffers
+        # per site whose thresholds are inputs: which counted call, which operand, a site of the same kind
+        self.slots: list[tuple[int, int, str]] = []
         self.examples: list[Tensor] = []
         self.counted: list[Counted] = []
         self._index: dict[str, int] = {}  # label of a counted call -> its index
+        self._names: dict[float | int, str] = {}  # a scalar, or the id of a tensor -> its buffer
         inputs = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
         inputs |= {inner: inputs[outer] for inner, outer in outermost(gm.graph).items() if outer in inputs}
         in_graph: dict[str, list[CallNode]] = {}
@@ -152,7 +159,7 @@ class Frame:
     def _name(self, call: CallNode, group: list[CallNode], inputs: dict[fx.Node, int], shared: bool) -> str:
         weight = self._weight(call, inputs)
         told = weight is not None and self.compilation.owner(self._lifted[weight]) == call.module
-        open_to_others = shared and told
+        open_to_others = shared and told and self.compilation.uniform
         self.bound |= not open_to_others
         most = self.compilation.calls.get(call.module, len(group))
         whole = len(group) == most or (self.compilation.repeats and len(group) % most == 0)
@@ -183,24 +190,54 @@ class Frame:
         parameters = [i for i in operands if i is not None and isinstance(self._lifted[i], torch.nn.Parameter)]
         return parameters[-1] if parameters else None
 
-    def place(self, site: str) -> fx.Node | None:
-        """The node that gives a threshold: a buffer, or an input where the site is known at run time only."""
+    def place(self, site: str) -> Placed | None:
+        """What goes ahead of a site; with buffers, or with inputs where the site is known at run time only."""
+        of = self.compilation
         label, _, operand = site.partition(":")
         if label in self._index:
-            self.slots.append((self._index[label], int(operand or 0)))
-            root = self.compilation.root()
-            self.examples.append(zero_beside(root.get_submodule(module_of(site)), root))
-            return torch_internals.add_input(self.gm, f"forged_threshold_input_{len(self.slots)}")
-        if site not in self.compilation.values:
+            index = self._index[label]
+            module = self.counted[index].module
+            like = self._one_of(module)
+            if like is None:
+                return None
+            self.slots.append((index, int(operand or 0), like))
+            off = of.choice[like].off(of.stats.sites[like])
+            examples = tensors_beside(of.root().get_submodule(module), of.root(), off)
+            self.examples += examples
+            names = [f"forged_threshold_input_{len(self.examples)}_{i}" for i in range(len(examples))]
+            nodes = [torch_internals.add_input(self.gm, name) for name in names]
+            return self._placed(like, nodes)
+        if site not in of.values:
             return None
         if site not in self.buffers:
-            value = self.compilation.values[site]
-            known = (name for other, name in self.buffers.items() if self.compilation.values[other] == value)
-            self.buffers[site] = name = next(known, f"forged_threshold_{len(self.buffers)}")
-            if name not in self.gm._buffers:  # equal ones are one here, so that sites with one input share one result
-                self.gm.register_buffer(name, self.compilation.threshold(site))
-                torch_internals.declare_buffer(self.gm, name)
-        return self.gm.graph.get_attr(self.buffers[site])
+            self.buffers[site] = tuple(map(self._buffer, of.values[site], of.parameters(site, site)))
+        return self._placed(site, map(self.gm.graph.get_attr, self.buffers[site]))
+
+    def _placed(self, site: str, nodes: Iterable[fx.Node]) -> Placed:
+        kind = self.compilation.choice[site]
+        return Placed(kind.op, (*nodes, *kind.rest(self.compilation.stats.sites[site])))
+
+    def _buffer(self, value: Value, tensor: Tensor) -> str:
+        """A buffer's name. Equal scalars are one here, so that sites with one input share one result."""
+        key = value if isinstance(value, float) else id(tensor)
+        if key not in self._names:
+            self._names[key] = name = f"forged_threshold_{len(self._names)}"
+            self.gm.register_buffer(name, tensor)
+            torch_internals.declare_buffer(self.gm, name)
+        return self._names[key]
+
+    def _one_of(self, module: str) -> str | None:
+        """A site that stands for those that a call may turn out to be when it runs: they must be forged alike."""
+        of = self.compilation
+        sites = [site for site in of.values if of.uniform or module_of(site) == module]
+        rows = [(of.choice[site], of.stats.sites[site]) for site in sites]
+        if not of.uniform and len({(kind.function, kind.rest(row), row.channels) for kind, row in rows}) > 1:
+            raise ValueError(
+                f"the calls of {module or 'the model'!r} run in several graphs of torch.compile, where they cannot be "
+                "told apart, and are to be forged in different ways: forge the model with forged_fx.transform, and "
+                "compile that"
+            )
+        return sites[0] if sites else None
 
     def bind(self, compiled: Callable) -> Callable:
         """What runs in the graph's place."""
@@ -214,8 +251,8 @@ class Frame:
             names = [
                 of.call(this.numbering, c.module if c.weight is None else of.owner(args[c.weight])) for c in counted
             ]
-            sites = [operand_name(names[call], operand) for call, operand in slots]
-            this.reached.update(sites)
-            return compiled(*args, *(of.threshold(site) for site in sites))
+            sites = [(operand_name(names[call], operand), like) for call, operand, like in slots]
+            this.reached.update(site for site, _ in sites)
+            return compiled(*args, *(t for site in sites for t in of.parameters(*site)))
 
         return run

@@ -53,3 +53,14 @@ def share_below(threshold: float, zeros: int, bins: np.ndarray) -> float:
     low, high = float(EDGES[i]), float(EDGES[i + 1])
     inside = (threshold - low) / (high - low) if math.isfinite(high) else 1.0
     return (zeros + int(bins[:i].sum()) + inside * int(bins[i])) / total
+
+
+def quantile(q: float, zeros: int, bins: np.ndarray) -> float:
+    """The value below which a share q of the |x| lies: `share_below`'s inverse. 0 where there was none."""
+    below = zeros + np.concatenate([[0], np.cumsum(bins)])  # at each edge
+    wanted = q * int(below[-1])
+    if wanted <= zeros:
+        return 0.0
+    i = int(np.searchsorted(below, wanted)) - 1
+    low, high = float(EDGES[i]), float(EDGES[min(i + 1, BINS - 1)])
+    return low + (high - low) * (wanted - int(below[i])) / int(bins[i])

@@ -3,10 +3,11 @@
     relu ─ view ─ threshold ─ mm         becomes         relu ─ threshold ─ view ─ mm
               └── threshold ─ mm                                             └──── mm
 
-The forged function works element by element and f(0) = 0, so it commutes with every operation that only moves elements
-about, repeats them or fills in zeros: those of `MOVES`. Values and gradients stay what they are, bit for
-bit. What is gained: the threshold sits right behind the kernel that computes its input and becomes a part of it, in the
-order in which that kernel writes. Behind a change of the memory layout it would be a kernel of its own, or a slow loop.
+A forged function works element by element and f(0) = 0, so it commutes with every operation that only moves elements
+about, repeats them or fills in zeros: those of `MOVES`. Values and gradients stay what they are, bit for bit.
+(MeanSparse's has another rule for each channel: it stays where it is.) What is gained: the threshold sits right behind
+the kernel that computes its input and becomes a part of it, in the order in which that kernel writes. Behind a change
+of the memory layout it would be a kernel of its own, or a slow loop.
 
 A threshold moves past an operation only where everything that reads the operation's input wants the same threshold:
 else the raw value would have to be written beside it. And it ends behind a kernel that Inductor generates, or where it
@@ -26,12 +27,13 @@ import torch.fx as fx
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from forged_fx import ops, torch_internals  # noqa: F401 (ops defines the op)
+from forged_fx import ops, torch_internals
 
 aten = torch.ops.aten
 THRESHOLD = torch.ops.forged_fx.threshold.default
+FORGED = {f.op: f for f in ops.FUNCTIONS.values()}  # what a pass takes for a threshold
 
-Demand = tuple[fx.Node, bool]  # what all readers of a value apply to it: the threshold, and `straight_through`
+Demand = tuple[Callable, tuple]  # what all readers of a value apply to it: the operator, and its arguments besides x
 
 
 def _always(node: fx.Node) -> bool:
@@ -92,6 +94,11 @@ RENAMINGS = {
 }  # fmt: skip
 
 
+def thresholds(graph: fx.Graph) -> list[fx.Node]:
+    """The forged functions in a graph of ATen calls, in its order."""
+    return [node for node in graph.nodes if node.op == "call_function" and node.target in FORGED]
+
+
 def hoist(graph: fx.Graph) -> None:
     """Move every threshold of the graph as far up as the rule lets it, and merge those that do the same."""
     _merge(graph)
@@ -99,15 +106,16 @@ def hoist(graph: fx.Graph) -> None:
     first = next((node for node in graph.nodes if node.op not in ("placeholder", "get_attr")), None)
     old = [node for node in graph.nodes if _demand_of(node) and demands.get(node.args[0]) == _demand_of(node)]
     model = {_demand_of(node): node for node in old}
-    for node, (t, straight_through) in demands.items():
+    for node, (op, arguments) in demands.items():
         if node in passable:
             continue
-        if t.op == "get_attr":
-            first.prepend(t)
+        for t in arguments:
+            if isinstance(t, fx.Node) and t.op == "get_attr":
+                first.prepend(t)
         readers = list(node.users)
         with graph.inserting_before(first) if node.op == "placeholder" else graph.inserting_after(node):
-            new = graph.call_function(THRESHOLD, (node, t, True) if straight_through else (node, t))
-        new.meta = {**model[t, straight_through].meta, "val": torch.empty_like(node.meta["val"])}
+            new = graph.call_function(op, (node, *arguments))
+        new.meta = {**model[op, arguments].meta, "val": torch.empty_like(node.meta["val"])}
         for reader in readers:
             reader.replace_input_with(node, new)
     for node in old:
@@ -118,8 +126,8 @@ def hoist(graph: fx.Graph) -> None:
 def _merge(graph: fx.Graph) -> None:
     """Thresholds of one value by one t are one."""
     made: dict[tuple, fx.Node] = {}
-    for node in graph.find_nodes(op="call_function", target=THRESHOLD):
-        same = made.setdefault(node.args, node)
+    for node in thresholds(graph):
+        same = made.setdefault((node.target, node.args), node)
         if same is not node:
             node.replace_all_uses_with(same)
             graph.erase_node(node)
@@ -152,7 +160,7 @@ def _passes(move: fx.Node, demands: dict[fx.Node, Demand], passable: set[fx.Node
 
 def _wants(reader: fx.Node, x: fx.Node, demands: dict[fx.Node, Demand], passable: set[fx.Node]) -> Demand | None:
     """What the reader, or everything behind it, does to `x` first."""
-    if reader.target is THRESHOLD and reader.args[0] is x:
+    if reader.target in FORGED and reader.args[0] is x:
         return _demand_of(reader)
     return demands.get(reader) if reader in passable and x in _data(reader) else None
 
@@ -167,9 +175,14 @@ def written_by_inductor(node: fx.Node) -> bool:
 
 
 def _demand_of(node: fx.Node) -> Demand | None:
-    if node.target is not THRESHOLD or node.args[1].op not in ("placeholder", "get_attr"):
+    function = FORGED.get(node.target)
+    if function is None or not function.moves:
         return None
-    return node.args[1], len(node.args) > 2 and node.args[2]
+    _, *parameters = node.args[: 1 + function.arguments]
+    if any(t.op not in ("placeholder", "get_attr") for t in parameters):
+        return None
+    straight_through = len(node.args) > 1 + function.arguments and node.args[-1]
+    return node.target, (*parameters, True) if straight_through else tuple(parameters)
 
 
 def _data(move: fx.Node) -> list[fx.Node]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -21,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from forged_fx import torch_internals
 from forged_fx.modes import fast_path_off, module_hooks
 from forged_fx.sites import (
+    ACTIVATIONS,
     CALLS,
     OPENED,
     Call,
@@ -36,6 +38,9 @@ from forged_fx.sites import (
 # Factories that take their values from Python: what they hold may well come from the input (numpy in the middle).
 _FROM_PYTHON = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy}
 
+# Which dimension of its result a norm holds the channels in; None: the last.
+_NORMS = {F.batch_norm: 1, F.instance_norm: 1, F.group_norm: 1, F.layer_norm: None, F.rms_norm: None}
+
 # What a layer may ask of its input besides its one call: nothing that hands its values on.
 _LOOKS = {"__get__", "dim", "size", "stride", "numel", "is_contiguous", "is_floating_point", "ndimension"}
 
@@ -48,6 +53,7 @@ class Sighting:
     module: str  # the module that runs the call
     kind: str
     operand: Operand
+    channel: int  # which dimension of the operand holds its channels, from behind
     reads_module_input: bool  # the operand is that module's own first argument, untouched (see Observer.not_layers)
     first_run: bool  # that module runs for the first time in this forward pass
 
@@ -99,6 +105,29 @@ class _Origins:
             self.mark([t for t in (args[0], args[0]._base) if t is not None], made_from)
 
 
+class _Layouts:
+    """Where the channels of each tensor of the run lie: a layer or norm says so, and what keeps the shape keeps it."""
+
+    def __init__(self) -> None:
+        self._known = WeakTensorKeyDictionary()
+
+    def channel(self, value: Tensor) -> int:
+        """From behind. Where nothing is known, an image's second dimension, and else the last one."""
+        return self._known.get(value, 1 - value.dim() if value.dim() in (4, 5) else -1)
+
+    def follow(self, function: Callable, args: tuple, result: Any) -> None:
+        if not isinstance(result, Tensor) or not result.dim():
+            return
+        if function in CALLS:
+            self._known[result] = CALLS[function].channel
+        elif function in _NORMS:
+            self._known[result] = -1 if _NORMS[function] is None else _NORMS[function] - result.dim()
+        else:
+            alike = (t for t in args if isinstance(t, Tensor) and t.shape == result.shape and t in self._known)
+            if (source := next(alike, None)) is not None:
+                self._known[result] = self._known[source]
+
+
 class _SeeCalls(TorchFunctionMode):
     def __init__(self, observer: "Observer") -> None:
         super().__init__()
@@ -111,13 +140,15 @@ class _SeeCalls(TorchFunctionMode):
         if function in OPENED:
             with self:  # an opened composition reports its inner calls, and needs no report of its own
                 return OPENED[function](*args, **kwargs)
-        call = CALLS.get(function)
+        call = self.observer.table.get(function)
         if call is not None:
             args, kwargs = self.observer.saw(call, args, kwargs)
         result = function(*args, **kwargs)
         if call is None:
             self.observer.used(function, args, kwargs, result)
         self.observer.origins.follow(function, args, kwargs, result)
+        if self.observer.layouts is not None:
+            self.observer.layouts.follow(function, args, result)
         return result
 
 
@@ -125,12 +156,15 @@ class Observer:
     """Runs a model and reports every operand that data could enter a call of `CALLS` through, in execution order.
 
     on_call: called with each `Sighting` before the call runs; whatever tensor it returns takes the operand's place
-    (None leaves it as it is).
+    (None leaves it as it is). activations: report those of `ACTIVATIONS` too.
     """
 
-    def __init__(self, model: torch.nn.Module, on_call: Callable[[Sighting], Tensor | None]) -> None:
+    def __init__(
+        self, model: torch.nn.Module, on_call: Callable[[Sighting], Tensor | None], activations: bool = False
+    ) -> None:
         self.model = model
         self.on_call = on_call
+        self.table = {**CALLS, **ACTIVATIONS} if activations else CALLS
         self.names = names_of(model)
         self.contexts: set[str] = set()  # modules whose own code runs calls in a context that a graph would drop
         self.not_layers: set[str] = set()  # modules that do more with their first argument than one call of the table
@@ -139,6 +173,7 @@ class Observer:
         """One forward pass. The fast path of attention is off within: it would hide the products inside it."""
         self.origins = _Origins(self.model)
         self.origins.mark((args, kwargs), Origin.DATA)
+        self.layouts = _Layouts() if self.table is not CALLS else None
         self.numbering = Numbering()
         self.runs: Counter[str] = Counter()
         self.frames: list[_Frame] = []
@@ -149,11 +184,13 @@ class Observer:
         frame = self.frames[-1]
         self._check_context(frame)
         frame.calls += 1
-        name = self.numbering.call(frame.name)
+        name = self.numbering.call(frame.name, call.mark)
         for i, operand in enumerate(data_operands(call, args, kwargs, self.origins.of)):
             reads_input = operand.value is frame.first_input
             first_run = self.runs[frame.name] <= 1
-            new = self.on_call(Sighting(operand_name(name, i), frame.name, call.kind, operand, reads_input, first_run))
+            channel = call.channel if call.mark == "#" else self.layouts.channel(operand.value)
+            site = operand_name(name, i)
+            new = self.on_call(Sighting(site, frame.name, call.kind, operand, channel, reads_input, first_run))
             if new is not None:
                 args, kwargs = replace(args, kwargs, operand.key, new)
         return args, kwargs

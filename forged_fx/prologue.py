@@ -13,10 +13,10 @@ The pass marks the thresholds, and their lowering makes the offer: see `forged_f
 import torch.fx as fx
 
 from forged_fx.cost import price
-from forged_fx.hoist import THRESHOLD
+from forged_fx.hoist import FORGED, thresholds
 
 
 def offer(graph: fx.Graph) -> None:
     """Mark the thresholds of a graph of ATen calls that a product may apply."""
-    for node in graph.find_nodes(op="call_function", target=THRESHOLD):
-        node.meta["prologue"] = price(node).prologue
+    for node in thresholds(graph):
+        node.meta["prologue"] = FORGED[node.target].moves and price(node).prologue

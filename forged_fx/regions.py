@@ -18,35 +18,62 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from forged_fx import ops, torch_internals  # noqa: F401 (ops defines the op)
+from forged_fx.kinds import Choice
 from forged_fx.modes import module_hooks
-from forged_fx.sites import CALLS, OPENED, Key, call_of, get, module_of, replace, unseen_call
-from forged_fx.stats import Stats
-from forged_fx.thresholds import HoldsThresholds, buffer_name, register
+from forged_fx.sites import (
+    ACTIVATIONS,
+    CALLS,
+    OPENED,
+    Key,
+    call_of,
+    get,
+    is_activation,
+    mark_of,
+    module_of,
+    replace,
+    unseen_call,
+)
+from forged_fx.stats import SiteStats, Stats
+from forged_fx.thresholds import HoldsThresholds, register
 
 # Their fused eval-mode kernels would run past the layers within; under a function mode they take the open path.
 _FUSES_CHILDREN = (torch.nn.TransformerEncoder, torch.nn.TransformerEncoderLayer)
+
+
+@dataclass(frozen=True)
+class Forge:
+    """What to do to one operand: where it sits, the operator's name, its buffers' names, its other arguments."""
+
+    key: Key
+    function: str
+    buffers: tuple[str, ...]
+    rest: tuple[int, ...]
+
+    def __call__(self, region: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        parameters = [getattr(region, name) for name in self.buffers]
+        return getattr(torch.ops.forged_fx, self.function)(x, *parameters, *self.rest)
 
 
 @dataclass
 class Plan:
     """What to do at each call of one module's own code.
 
-    operands: call index -> [(where the operand sits, name of its threshold)]. once: the module runs at most once in a
-    forward pass, so that its calls are counted from its own start; else they are counted from the model's. calls: how
-    many there were at most in calibration.
+    operands: call index -> what is done there. once: the module runs at most once in a forward pass, so that its calls
+    are counted from its own start; else they are counted from the model's. calls: how many there were at most in
+    calibration.
     """
 
     module: str
     once: bool
     calls: int
-    operands: dict[int, list[tuple[Key, str]]]
+    operands: dict[int, list[Forge]]
     so_far: int = 0
 
     def start(self) -> None:
         if self.once:
             self.so_far = 0
 
-    def next(self) -> list[tuple[Key, str]]:
+    def next(self) -> list[Forge]:
         k = self._count()
         if k >= self.calls:
             raise unseen_call(self.module, k, self.calls)
@@ -70,6 +97,7 @@ class Plan:
 
 class _Region(HoldsThresholds):
     forged_plan: Plan  # (a name that the user's own class will not have)
+    forged_activations: Plan | None = None  # the same for its calls of activations, which are counted apart
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return _rebuild, type(self).forged_from, self.__dict__
@@ -80,8 +108,8 @@ class ForgedLayer(_Region):
 
     def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         self.forged_plan.start()
-        for _, threshold in self.forged_plan.next():
-            input = torch.ops.forged_fx.threshold(input, getattr(self, threshold))
+        for forge in self.forged_plan.next():
+            input = forge(self, input)
         return super().forward(input, *args, **kwargs)
 
 
@@ -94,7 +122,8 @@ class ForgedCalls(_Region):
 
     @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.forged_plan.start()
+        for plan in plans_of(self):
+            plan.start()
         own = _OwnCalls(self)
         with _follow_submodules(self, own), own:
             return super().forward(*args, **kwargs)
@@ -113,10 +142,13 @@ class _OwnCalls(TorchFunctionMode):
             if function in OPENED:
                 with self:
                     return OPENED[function](*args, **kwargs)
-            if function in CALLS:
-                for key, threshold in self.region.forged_plan.next():
-                    x = torch.ops.forged_fx.threshold(get(args, kwargs, key), getattr(self.region, threshold))
-                    args, kwargs = replace(args, kwargs, key, x)
+            plan = self.region.forged_plan if function in CALLS else None
+            if function in ACTIVATIONS:
+                plan = self.region.forged_activations
+            if plan is not None:
+                for forge in plan.next():
+                    x = forge(self.region, get(args, kwargs, forge.key))
+                    args, kwargs = replace(args, kwargs, forge.key, x)
         return function(*args, **kwargs)
 
 
@@ -154,14 +186,24 @@ def _rebuild(region: type, plain: type) -> torch.nn.Module:
     return derived.__new__(derived)
 
 
+def plans_of(region: _Region) -> list[Plan]:
+    return [plan for plan in (region.forged_plan, region.forged_activations) if plan is not None]
+
+
+def _plan(module: str, rows: list[SiteStats]) -> Plan:
+    """Without sites of its own mark, a module's calls are passed by."""
+    return Plan(module, all(r.once for r in rows), max((r.module_calls for r in rows), default=sys.maxsize), {})
+
+
 def _start_pass(model: torch.nn.Module, args: Any) -> None:
     """A forward pre-hook of the model: modules that run several times count their calls from here."""
     for module in model.modules():
         if isinstance(module, _Region):
-            module.forged_plan.so_far = 0
+            for plan in plans_of(module):
+                plan.so_far = 0
 
 
-def forge_regions(model: torch.nn.Module, stats: Stats, wanted: list[str]) -> dict[str, str]:
+def forge_regions(model: torch.nn.Module, stats: Stats, wanted: list[str], choice: Choice) -> dict[str, str]:
     """Forge the modules that run the wanted sites, in place; returns for each site how it was reached."""
     sites_of: dict[str, list[str]] = {}
     for site in wanted:
@@ -175,12 +217,16 @@ def forge_regions(model: torch.nn.Module, stats: Stats, wanted: list[str]) -> di
         module = model.get_submodule(name)
         rows = [stats.sites[site] for site in sites]
         layer = bool(rows) and all(row.layer for row in rows)
-        plan = Plan(name, all(r.once for r in rows), max((r.module_calls for r in rows), default=sys.maxsize), {})
+        module.threshold_buffers = {}
+        plans = {mark: _plan(name, [stats.sites[s] for s in sites if mark_of(s) == mark]) for mark in "#@"}
         for site, row in zip(sites, rows, strict=True):
-            register(module, site, model)
-            plan.operands.setdefault(call_of(site), []).append((row.key, buffer_name(site)))
-        module.forged_plan = plan
-        module.threshold_buffers = {site: buffer_name(site) for site in sites}
+            kind = choice[site]
+            module.threshold_buffers[site] = names = register(module, site, kind, row, model)
+            forge = Forge(row.key, kind.function, names, kind.rest(row))
+            plans[mark_of(site)].operands.setdefault(call_of(site), []).append(forge)
+        module.forged_plan = plans["@" if layer and is_activation(sites[0]) else "#"]
+        if plans["@"].operands and not layer:
+            module.forged_activations = plans["@"]
         module.__class__ = _derive(ForgedLayer if layer else ForgedCalls, type(module))
         reached |= dict.fromkeys(sites, f"ahead of {name}" if layer else f"within {name or 'the model'}")
     if any(not stats.sites[site].once for site in wanted):

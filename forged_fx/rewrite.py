@@ -6,7 +6,7 @@ One pass serves every dialect (call_module, call_function, call_method, aten, Dy
 what differs between them is how a node's module, a call's name and a value's origin are known, and these are passed in.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,16 @@ import torch.fx as fx
 import forged_fx.ops  # noqa: F401 (defines the op)
 from forged_fx.sites import CALLS, Call, Numbering, Origin, data_operands, get, operand_name, replace
 
-_LAYER = Call("layer", "x", ((0, "input"),))
+# A module that is a site as a whole, by the mark in the site's name.
+WHOLE = {"#": Call("layer", "x", ((0, "input"),)), "@": Call("activation layer", "a", ((0, "input"),))}
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """What goes ahead of a site: an operator, and its arguments besides x: nodes of its buffers, a channel."""
+
+    op: Callable
+    args: tuple
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,43 +54,48 @@ def outermost(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     return found
 
 
-def find_calls(graph: fx.Graph, module: Callable[[fx.Node], str], layers: set[str]) -> list[CallNode]:
+def find_calls(
+    graph: fx.Graph,
+    module: Callable[[fx.Node], str],
+    layers: Mapping[str, Call],
+    table: Mapping[Callable, Call] = CALLS,
+) -> list[CallNode]:
     """The calls that could be sites, in execution order, those in nested graphs among them.
 
     module: node -> the name of the module that runs it. layers: names of modules that are a site as a whole, where the
-    graph calls them as modules.
+    graph calls them as modules, and as what. table: the functions that could be sites.
     """
     found = []
     for node in graph.nodes:
         if body := nested(node):
-            found += find_calls(body[0].graph, module, layers)
+            found += find_calls(body[0].graph, module, layers, table)
         elif node.op == "call_module" and node.target in layers:
-            found.append(CallNode(node, _LAYER, node.target))
+            found.append(CallNode(node, layers[node.target], node.target))
         elif node.op in ("call_function", "call_method"):
             target = getattr(torch.Tensor, node.target, None) if node.op == "call_method" else node.target
-            if target in CALLS:
-                found.append(CallNode(node, CALLS[target], module(node)))
+            if target in table:
+                found.append(CallNode(node, table[target], module(node)))
     return found
 
 
 def number(calls: list[CallNode]) -> list[str]:
     """The calls' names, where the graph holds a whole forward pass."""
     numbering = Numbering()
-    return [numbering.call(call.module) for call in calls]
+    return [numbering.call(call.module, call.call.mark) for call in calls]
 
 
 def insert_thresholds(
     graph: fx.Graph,
     calls: list[CallNode],
     names: list[str],
-    place: Callable[[str], fx.Node | None],
+    place: Callable[[str], Placed | None],
     source: Callable[[fx.Node], Origin],
     straight_through: bool = False,
 ) -> None:
-    """Put a threshold ahead of each site among the calls.
+    """Put a forged function ahead of each site among the calls.
 
-    place: called with a site's name, the insertion point being ahead of its call; returns the node that gives its
-        threshold, or None to leave the site alone.
+    place: called with a site's name, the insertion point being ahead of its call; returns what to put there, or None to
+        leave the site alone.
     source: the origin of a placeholder or get_attr node.
     """
     _insert(
@@ -92,7 +106,7 @@ def insert_thresholds(
 def _insert(
     graph: fx.Graph,
     name_of: dict[fx.Node, tuple[Call, str]],
-    place: Callable[[str], fx.Node | None],
+    place: Callable[[str], Placed | None],
     source: Callable[[fx.Node], Origin],
     straight_through: bool,
 ) -> None:
@@ -102,12 +116,12 @@ def _insert(
             _insert_nested(node, *body, name_of, place, origins, straight_through)
         for name, key in _operands(node, *name_of[node], origins) if node in name_of else ():
             with graph.inserting_before(node):
-                threshold = place(name)
-                if threshold is None:
+                placed = place(name)
+                if placed is None:
                     continue
                 x = get(node.args, node.kwargs, key)
-                args = (x, threshold, True) if straight_through else (x, threshold)
-                new = graph.create_node("call_function", torch.ops.forged_fx.threshold.default, args, name="threshold")
+                args = (x, *placed.args, True) if straight_through else (x, *placed.args)
+                new = graph.create_node("call_function", placed.op, args, name="threshold")
             new.meta = {**{k: node.meta[k] for k in ("nn_module_stack", "stack_trace") if k in node.meta}, "site": name}
             if "example_value" in x.meta:
                 new.meta["example_value"] = x.meta["example_value"]
@@ -122,22 +136,23 @@ def _insert_nested(
     body: fx.GraphModule,
     outside: dict[fx.Node, fx.Node],
     name_of: dict[fx.Node, tuple[Call, str]],
-    place: Callable[[str], fx.Node | None],
+    place: Callable[[str], Placed | None],
     origins: dict[fx.Node, Origin],
     straight_through: bool,
 ) -> None:
     """The same in a nested graph: it gets each threshold from outside, as one more operand."""
     after_inputs = next(n for n in body.graph.nodes if n.op != "placeholder")
 
-    def place_inside(site: str) -> fx.Node | None:
-        with node.graph.inserting_before(node):
-            threshold = place(site)
-        if threshold is None:
-            return None
+    def inside(threshold: fx.Node) -> fx.Node:
         origins[threshold] = Origin.CONSTANT
         node.args = (*node.args, threshold)
         with body.graph.inserting_before(after_inputs):
             return body.graph.placeholder(f"forged_threshold_{len(node.args)}")
+
+    def place_inside(site: str) -> Placed | None:
+        with node.graph.inserting_before(node):
+            placed = place(site)
+        return placed and Placed(placed.op, fx.node.map_arg(placed.args, inside))
 
     def source_inside(inner: fx.Node) -> Origin:
         return origins[outside[inner]] if inner in outside else Origin.CONSTANT
@@ -147,7 +162,7 @@ def _insert_nested(
 
 
 def _operands(node: fx.Node, call: Call, name: str, origins: dict[fx.Node, Origin]) -> list[tuple[str, tuple]]:
-    if call is _LAYER:
+    if call in WHOLE.values():
         return [(name, call.operands(node.args, node.kwargs)[0][1])]
     operands = data_operands(call, node.args, node.kwargs, lambda v: origins.get(v, Origin.CONSTANT))
     return [(operand_name(name, i), operand.key) for i, operand in enumerate(operands)]

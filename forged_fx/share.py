@@ -15,30 +15,36 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from forged_fx import torch_internals
+from forged_fx import ops, torch_internals
 
 
 def share(graph: fx.Graph) -> None:
     """Let thresholds of one value that are equal now be one, for as long as they are equal."""
-    known: dict[fx.Node, list[fx.Node]] = {}  # a value -> the different thresholds that it is read with
+    known: dict[tuple, list[fx.Node]] = {}  # a value, an operator, which parameter -> the different ones that there are
     for node in thresholds_in(graph):
-        x, t, *straight_through = node.args
-        same = next((other for other in known.setdefault(x, []) if _equal(other, t)), None)
-        if same is None:
-            known[x].append(t)
-        elif same is not t:
-            torch_internals.guard_equal(same, t)
-            node.args = (x, same, *straight_through)
+        x, *arguments = node.args
+        for i, t in enumerate(arguments):
+            if not isinstance(t, fx.Node):
+                continue
+            others = known.setdefault((x, getattr(node.target, "overloadpacket", node.target), i), [])
+            same = next((other for other in others if _equal(other, t)), None)
+            if same is None:
+                others.append(t)
+            elif same is not t:
+                torch_internals.guard_equal(same, t)
+                arguments[i] = same
+        node.args = (x, *arguments)
 
 
 def thresholds_in(graph: fx.Graph) -> list[fx.Node]:
     """The thresholds in one of Dynamo's graphs: those that a graph calls, and those that Python code does."""
-    op = torch.ops.forged_fx.threshold
-    return [node for node in graph.nodes if node.target in (op, op.default)]
+    targets = {op for f in ops.FUNCTIONS.values() for op in (f.op, f.op.overloadpacket)}
+    return [node for node in graph.nodes if node.op == "call_function" and node.target in targets]
 
 
 def _equal(a: fx.Node, b: fx.Node) -> bool:
     if a is b:
         return True
     values = [torch_internals.lifted_value(node) for node in (a, b)]
-    return all(type(v) is Tensor and not v.is_inference() for v in values) and torch.equal(*values)
+    plain = all(type(v) is Tensor and not v.is_inference() and not v.dim() for v in values)
+    return plain and torch.equal(*values)

@@ -3,13 +3,16 @@
 A *site* is a call of a linear, convolution or matrix-product function in which data meets weights: exactly one side is
 data (it depends on the model's input), the other is made from parameters alone. The threshold goes on the data.
 
+Calls of activation functions (`ACTIVATIONS`) can be sites as well, where that is asked for.
+
 A site is named after the innermost module that runs the call, as `named_modules()` spells it. The k-th call in that
 module within one forward pass carries `#k`, counted from 0; the first of a named module goes without. So
 `layer1.0.conv1` is that layer's only call, `head.fc#1` the second use of a shared layer, `attn#2` the third product in
 an attention module's own code, `#0` the first call in the root module's own code. Every call of the table counts,
-site or not, so that a name does not depend on how its operands were classified.
+site or not, so that a name does not depend on how its operands were classified. Activations are counted apart, and
+always carry their number: `layer1.0.relu@0` is the first call of that module, `layer1.0.relu@1` its second.
 
-To add a kind of layer, add a row to `CALLS`.
+To add a kind of layer, add a row to `CALLS`; an activation function, one to `ACTIVATIONS`.
 """
 
 import operator
@@ -39,13 +42,20 @@ class Origin(IntEnum):
 class Call:
     """How to read one function's call: its kind, and where its operands are.
 
-    roles: a letter per operand; "x" is always data, "w" always the weight, "?" is a product's operand, either one.
+    roles: a letter per operand; "x" is always data, "w" always the weight, "?" is a product's operand, either one; "a"
+    is an activation's. channel: which dimension of the data holds the channels, from behind.
     """
 
     kind: str
     roles: str
     keys: tuple[tuple[int, str], ...]  # per operand: its position, its keyword
     opens: bool = True  # False: a fused kernel whose inside cannot be reached
+    channel: int = -1
+
+    @property
+    def mark(self) -> str:
+        """What stands ahead of the number in a site's name."""
+        return "@" if self.roles == "a" else "#"
 
     def operands(self, args: tuple, kwargs: dict) -> list[tuple[str, Key, Any]]:
         found = []
@@ -68,8 +78,12 @@ class Einsum(Call):
         return found
 
 
-def _layer(kind: str) -> Call:
-    return Call(kind, "xw", ((0, "input"), (1, "weight")))
+def _layer(kind: str, channel: int = -1) -> Call:
+    return Call(kind, "xw", ((0, "input"), (1, "weight")), channel=channel)
+
+
+def _activation(kind: str) -> Call:
+    return Call(kind, "a", ((0, "input"),))
 
 
 def _product(kind: str, first: int, a: str, b: str) -> Call:
@@ -81,12 +95,12 @@ _RECURRENT = Call("recurrent", "x", ((0, "input"),), opens=False)
 # One row per function. A method is listed as the function that `torch.Tensor` holds.
 CALLS: dict[Callable, Call] = {
     F.linear: _layer("linear"),
-    F.conv1d: _layer("conv1d"),
-    F.conv2d: _layer("conv2d"),
-    F.conv3d: _layer("conv3d"),
-    F.conv_transpose1d: _layer("conv_transpose1d"),
-    F.conv_transpose2d: _layer("conv_transpose2d"),
-    F.conv_transpose3d: _layer("conv_transpose3d"),
+    F.conv1d: _layer("conv1d", -2),
+    F.conv2d: _layer("conv2d", -3),
+    F.conv3d: _layer("conv3d", -4),
+    F.conv_transpose1d: _layer("conv_transpose1d", -2),
+    F.conv_transpose2d: _layer("conv_transpose2d", -3),
+    F.conv_transpose3d: _layer("conv_transpose3d", -4),
     F.bilinear: Call("bilinear", "xxw", ((0, "input1"), (1, "input2"), (2, "weight"))),
     torch.bilinear: Call("bilinear", "xxw", ((0, "input1"), (1, "input2"), (2, "weight"))),
     torch.matmul: _product("matmul", 0, "input", "other"),
@@ -126,6 +140,26 @@ CALLS: dict[Callable, Call] = {
 }
 
 
+_FAMILIES: dict[str, tuple[Callable, ...]] = {
+    "relu": (F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_),
+    "relu6": (F.relu6,),
+    "leaky_relu": (F.leaky_relu, F.leaky_relu_),
+    "prelu": (F.prelu, torch.prelu, Tensor.prelu),
+    "elu": (F.elu, F.elu_),
+    "celu": (F.celu, F.celu_, torch.celu),
+    "selu": (F.selu, F.selu_, torch.selu),
+    "gelu": (F.gelu,),
+    "silu": (F.silu,),
+    "mish": (F.mish,),
+    "hardswish": (F.hardswish,),
+    "softplus": (F.softplus,),
+    "tanh": (F.tanh, torch.tanh, torch.tanh_, Tensor.tanh, Tensor.tanh_),
+}
+
+# Hidden activations. Gates (sigmoid, softmax) are none.
+ACTIVATIONS: dict[Callable, Call] = {f: _activation(kind) for kind, row in _FAMILIES.items() for f in row}
+
+
 def _open(function: Callable) -> Callable:
     """The same function, with its first check for function modes answered by "no".
 
@@ -160,6 +194,9 @@ class Operand:
 def data_operands(call: Call, args: tuple, kwargs: dict, origin: Callable[[Any], Origin]) -> list[Operand]:
     """The operands of one call that are sites, or would be but for a reason. Empty for a product of two activations."""
     operands = [(role, key, value, origin(value)) for role, key, value in call.operands(args, kwargs)]
+    if call.roles == "a":
+        _, key, value, of = operands[0]
+        return [Operand(key, value, None, None if of is Origin.DATA else CONSTANT_INPUT)]
     if not call.opens:
         _, key, value, _ = operands[0]
         return [Operand(key, value, None, RECURRENT)]
@@ -192,25 +229,25 @@ class Numbering:
     """Gives the calls of one forward pass their names, in the order in which they run."""
 
     def __init__(self) -> None:
-        self._calls: dict[str, int] = {}
+        self._calls: dict[tuple[str, str], int] = {}
 
-    def call(self, module: str) -> str:
-        k = self._calls.get(module, 0)
-        self._calls[module] = k + 1
-        return call_name(module, k)
+    def call(self, module: str, mark: str = "#") -> str:
+        k = self.calls(module, mark)
+        self._calls[module, mark] = k + 1
+        return call_name(module, k, mark)
 
     def restart(self, module: str) -> None:
         """Count the module's calls from 0 again."""
-        self._calls[module] = 0
+        self._calls[module, "#"] = 0
 
-    def calls(self, module: str) -> int:
+    def calls(self, module: str, mark: str = "#") -> int:
         """How many calls the module has made."""
-        return self._calls.get(module, 0)
+        return self._calls.get((module, mark), 0)
 
 
-def call_name(module: str, k: int) -> str:
+def call_name(module: str, k: int, mark: str = "#") -> str:
     """The name of the k-th call in a module."""
-    return module if k == 0 and module else f"{module}#{k}"
+    return module if k == 0 and module and mark == "#" else f"{module}{mark}{k}"
 
 
 def unseen_call(module: str, k: int, most: int) -> RuntimeError:
@@ -229,7 +266,7 @@ def operand_name(call: str, index: int) -> str:
 
 def has_input(kind: str, key: Key) -> bool:
     """Whether some function of that kind takes an operand at that place that may be data."""
-    rows = {call for call in CALLS.values() if call.kind == kind}
+    rows = {call for call in (*CALLS.values(), *ACTIVATIONS.values()) if call.kind == kind}
     if any(isinstance(call, Einsum) for call in rows):
         return key[:1] != (0,) and all(type(part) is int for part in key) and len(key) in (1, 2)
     return any(role != "w" and key in ((p,), (k,)) for c in rows for role, (p, k) in zip(c.roles, c.keys, strict=True))
@@ -241,7 +278,7 @@ def names_of(model: torch.nn.Module) -> dict[int, str]:
 
 
 # A site's name: its module, which of the module's calls, which of the call's data inputs. See above.
-_NAME = re.compile(r"(?P<module>.*?)(#(?P<call>[0-9]+))?(:(?P<operand>[0-9]+))?", re.DOTALL)
+_NAME = re.compile(r"(?P<module>.*?)((?P<mark>[#@])(?P<call>[0-9]+))?(:(?P<operand>[0-9]+))?", re.DOTALL)
 
 
 def _part(site: str, part: str) -> str | None:
@@ -253,8 +290,18 @@ def module_of(site: str) -> str:
     return _part(site, "module")
 
 
+def is_activation(site: str) -> bool:
+    """Whether the site is an activation's call."""
+    return mark_of(site) == "@"
+
+
+def mark_of(site: str) -> str:
+    """What stands ahead of the number in the site's name, whether or not it carries one."""
+    return _part(site, "mark") or "#"
+
+
 def call_of(site: str) -> int:
-    """Which of its module's calls the site is, counted from 0."""
+    """Which of its module's calls of that mark the site is, counted from 0."""
     return int(_part(site, "call") or 0)
 
 

@@ -3,10 +3,12 @@
 A file is safetensors with a JSON header and a format version: arrays and text, never code.
 """
 
+import contextlib
 import difflib
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -17,22 +19,24 @@ import numpy as np
 import torch
 
 from forged_fx import checked
+from forged_fx.channels import PARTS, ChannelCounts
 from forged_fx.files import whole
-from forged_fx.histogram import BINS, share_below
+from forged_fx.histogram import BINS, quantile, share_below
 from forged_fx.sites import call_of, has_input, module_of
 
 FORMAT = 1
 
-Ratio = float | Mapping[str, float]
+Ends = float | None | tuple[float | None, float | None]  # of one site: see forged_fx/kinds.py
+Ratio = Ends | Mapping[str, Ends]
 
 
 @dataclass
 class SiteStats:
     """What was seen at one site.
 
-    c_max: the largest |x| that entered, as a float32 value. zeros and histogram count a sample of `sampled` elements
-    (see `forged_fx.histogram`), c_max looks at all `elements`. A dimension of `shape` that varied is -1; an input
-    whose number of dimensions varied has the shape None.
+    c_max: the largest |x| that entered, as a float32 value; lowest: the smallest x. zeros and histogram count a sample
+    of `sampled` elements (see `forged_fx.histogram`), c_max and lowest look at all `elements`. A dimension of `shape`
+    that varied is -1; an input whose number of dimensions varied has the shape None.
     """
 
     kind: str
@@ -46,14 +50,43 @@ class SiteStats:
     left_out: str | None = None  # why it is no site by default; None: it is one
     calls: int = 0
     c_max: float = 0.0
+    lowest: float = math.inf  # -inf: not known
     elements: int = 0
     sampled: int = 0
     zeros: int = 0
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
+    channel: int = -1  # which dimension holds the channels, from behind
+    channel_counts: ChannelCounts | None = None  # None: not measured
 
     def share_zeroed(self, threshold: float) -> float:
         """The share of the inputs seen in calibration with |x| < threshold, zeros included, in [0, 1]."""
         return share_below(threshold, self.zeros if threshold > 0 else 0, self.histogram)
+
+    @property
+    def channels(self) -> int | None:
+        """How many channels were measured one by one; None: none were."""
+        return None if self.channel_counts is None else self.channel_counts.size
+
+    def share_above(self, limit: float) -> float:
+        """The share of the inputs seen in calibration with |x| > limit, in [0, 1]."""
+        return 0.0 if limit >= self.c_max else 1 - share_below(limit, self.zeros, self.histogram)
+
+    def statistic(self, name: str) -> float:
+        """What a ratio is a share of: "max", the largest |x|, or "quantile(q)", of |x|, read off the histogram.
+
+        The quantile is exact under merge, and within an eighth of a power of two of the sample's; at most c_max.
+        """
+        q = parse_statistic(name)
+        return self.c_max if q is None else min(quantile(q, self.zeros, self.histogram), self.c_max)
+
+    def channel_mean_std(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of each channel; float64. See `ChannelCounts.mean_std`."""
+        return self.channel_counts.mean_std()
+
+    def add_channels(self, count: int, sums: np.ndarray) -> None:
+        """One batch more of each channel's sums."""
+        new = ChannelCounts.one(count, sums)
+        self.channel_counts = new if self.channel_counts is None else self.channel_counts.merge(new)
 
     def merge(self, other: "SiteStats") -> "SiteStats":
         return SiteStats(
@@ -68,10 +101,15 @@ class SiteStats:
             left_out=self.left_out or other.left_out,
             calls=self.calls + other.calls,
             c_max=max(self.c_max, other.c_max),
+            lowest=min(self.lowest, other.lowest),
             elements=self.elements + other.elements,
             sampled=self.sampled + other.sampled,
             zeros=self.zeros + other.zeros,
             histogram=self.histogram + other.histogram,
+            channel=self.channel,
+            channel_counts=self.channel_counts
+            and other.channel_counts
+            and self.channel_counts.merge(other.channel_counts),
         )
 
     def __eq__(self, other: object) -> bool:
@@ -187,17 +225,26 @@ class Stats:
     def ratios(self, ratio: Ratio, sites: list[str] | None = None) -> dict[str, float]:
         """Site name -> ratio: what `thresholds` multiplies c_max by."""
         names = [n for n, site in self.sites.items() if site.left_out is None] if sites is None else sites
-        if not isinstance(ratio, Mapping):
-            return dict.fromkeys(names, check_ratio(ratio))
-        for pattern, value in ratio.items():
-            check_ratio(value, f"ratio for {pattern!r}")
-            match_sites([pattern], list(self.sites), "ratio")
+        for pattern, value in ratio.items() if isinstance(ratio, Mapping) else [(None, ratio)]:
+            check_ratio(value, "ratio" if pattern is None else f"ratio for {pattern!r}")
+        return {name: float(value) for name, value in self.per_site(ratio, names, "ratio").items()}
+
+    def per_site(self, given: Any, names: list[str], what: str) -> dict[str, Any]:
+        """Site name -> what is given for it: the same for all, or a mapping from site name or glob to it.
+
+        An exact name wins, then the first glob that matches. Every one of `names` must be covered, and every key match
+        some site, else ValueError.
+        """
+        if not isinstance(given, Mapping):
+            return dict.fromkeys(names, given)
+        for pattern in given:
+            match_sites([pattern], list(self.sites), what)
         found = {}
         for name in names:
-            pattern = next((p for p in (name, *ratio) if p in ratio and (p == name or fnmatchcase(name, p))), None)
+            pattern = next((p for p in (name, *given) if p in given and (p == name or fnmatchcase(name, p))), None)
             if pattern is None:
-                raise ValueError(f"no ratio for site {name!r}: add a glob such as '*' for all other sites")
-            found[name] = float(ratio[pattern])
+                raise ValueError(f"no {what} for site {name!r}: add a glob such as '*' for all other sites")
+            found[name] = given[pattern]
         return found
 
     def save(self, path: str | os.PathLike) -> None:
@@ -207,6 +254,7 @@ class Stats:
         rows = list(self.sites.values())
         arrays = {
             "c_max": np.array([row.c_max for row in rows], np.float32),
+            "lowest": np.array([row.lowest for row in rows], np.float32),
             "counts": np.array([[getattr(r, key) for key in _COUNTS] for r in rows], np.int64).reshape(
                 -1, len(_COUNTS)
             ),
@@ -218,8 +266,13 @@ class Stats:
             "contexts": sorted(self.contexts),
             "given": sorted(self.given),
             "modules": self.modules,
+            "channel_counts": {},
             "sites": {name: {key: getattr(site, key) for key in _TEXT_FIELDS} for name, site in self.sites.items()},
         }
+        for i, row in enumerate(rows):
+            if (counts := row.channel_counts) is not None:
+                arrays[f"channels.{i}"] = np.stack([counts.sums, counts.squares])
+                header["channel_counts"][str(i)] = counts.count
         with whole(Path(path)) as part:
             save_file(arrays, part, metadata={"forged_fx.stats": json.dumps(header)})
 
@@ -237,18 +290,34 @@ class Stats:
                         f"its format is {checked.short(header['format'])}, and this version reads {FORMAT}"
                     )
                 n = len(header["sites"])
-                shapes = {"c_max": (n,), "counts": (n, len(_COUNTS)), "histogram": (n, BINS)}
-                c_max, counts, bins = (_array(file, key, shape) for key, shape in shapes.items())
+                c_max = _array(file, "c_max", (n,), "F32")
+                counts, bins = (
+                    _array(file, "counts", (n, len(_COUNTS)), "I64"),
+                    _array(file, "histogram", (n, BINS), "I64"),
+                )
+                known = "lowest" in file.keys()
+                lowest = _array(file, "lowest", (n,), "F32") if known else np.full(n, -np.inf, np.float32)
+                of_channels = checked.fit(header.get("channel_counts", {}), dict[str, int], "channel_counts")
+                channels = {i: _channel_counts(file, i, count) for i, count in of_channels.items()}
             if not np.isfinite(c_max).all() or any((a < 0).any() for a in (c_max, counts, bins)):
                 raise ValueError("a maximum or a count is negative or not finite")
+            if not (lowest <= c_max).all() and counts[:, _COUNTS.index("elements")].all():
+                raise ValueError("a minimum lies above its maximum, or is not a number")
             if max(counts.max(initial=0), bins.max(initial=0)) >= _MOST:
                 raise ValueError(f"a count is {_MOST} or larger")
             sites = {}
             for i, (name, text) in enumerate(header["sites"].items()):
                 where = f"site {checked.short(name)}"
+                text = {"channel": -1, **text}  # older files do not say
                 values = {key: checked.fit(text[key], _HINTS[key], f"{where}: {key}") for key in _TEXT_FIELDS}
-                numbers = {key: int(counts[i, k]) for k, key in enumerate(_COUNTS)}
-                sites[name] = SiteStats(**values, **numbers, c_max=float(c_max[i]), histogram=bins[i])
+                values |= {key: int(counts[i, k]) for k, key in enumerate(_COUNTS)}
+                sites[name] = SiteStats(
+                    **values,
+                    c_max=float(c_max[i]),
+                    lowest=float(lowest[i]),
+                    histogram=bins[i],
+                    channel_counts=channels.get(str(i)),
+                )
             modules = checked.fit(header["modules"], dict[str, dict[str, tuple[int, ...]]], "modules")
             for name, site in sites.items():
                 _check_site(name, site, modules)
@@ -263,15 +332,27 @@ class Stats:
             ) from error
 
 
-_TEXT_FIELDS = ("kind", "shape", "weight_shape", "weight", "key", "layer", "once", "module_calls", "left_out")
+_TEXT_FIELDS = (
+    "kind", "shape", "weight_shape", "weight", "key", "layer", "once", "module_calls", "left_out", "channel",
+)  # fmt: skip
 _COUNTS = ("calls", "elements", "sampled", "zeros")
 _HINTS = get_type_hints(SiteStats)
 _MOST = 2**50  # of anything counted: sums of it fit into 64 bits
 
 
-def _array(file: Any, key: str, shape: tuple[int, ...]) -> np.ndarray:
+def _channel_counts(file: Any, i: str, count: int) -> ChannelCounts:
+    """Those of the i-th site in a file. Raises ValueError for sums that cannot be."""
+    key = f"channels.{i}"
+    shape = tuple(file.get_slice(key).get_shape())
+    sums, squares = _array(file, key, (2, PARTS, shape[-1]), "F64")
+    if not (np.isfinite(sums).all() and np.isfinite(squares).all()) or not 0 < count < _MOST:
+        raise ValueError(f"{key}: a sum is not finite, or it counts {count} elements")
+    return ChannelCounts(count, sums, squares)
+
+
+def _array(file: Any, key: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     """An array of a file, looked at before it is read."""
-    found, dtype = file.get_slice(key), "F32" if key == "c_max" else "I64"
+    found = file.get_slice(key)
     if (tuple(found.get_shape()), found.get_dtype()) != (shape, dtype):
         raise ValueError(
             f"{key} is an array of shape {tuple(found.get_shape())} and dtype {found.get_dtype()}, where {shape} and "
@@ -296,6 +377,17 @@ def _check_site(name: str, site: SiteStats, modules: Mapping[str, Any]) -> None:
 def parameter_shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     """The shapes of a module's own parameters, not its children's."""
     return {name: tuple(value.shape) for name, value in module.named_parameters(recurse=False)}
+
+
+def parse_statistic(name: Any) -> float | None:
+    """The q of "quantile(q)", None for "max". Raises ValueError for anything else."""
+    found = re.fullmatch(r"quantile\(([0-9.eE+-]+)\)", name) if isinstance(name, str) else None
+    with contextlib.suppress(ValueError):
+        if found and 0 <= (q := float(found[1])) <= 1:
+            return q
+    if name == "max":
+        return None
+    raise ValueError(f"statistic={name!r}: it is 'max', or 'quantile(q)' with q in [0, 1], such as 'quantile(0.999)'")
 
 
 def threshold(c_max: float, ratio: float) -> float:

@@ -1,10 +1,16 @@
-"""Thresholds as buffers of the module that runs the site: float32 scalars beside the weights that they guard."""
+"""Thresholds as buffers of the module that runs the site: float32, beside the weights that they guard.
 
+A kind of forging (forged_fx/kinds.py) has one or two for each site: scalars, or an element per channel.
+"""
+
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from forged_fx.sites import call_of, module_of, operand_of
+from forged_fx.kinds import Kind, Value
+from forged_fx.sites import call_of, is_activation, module_of, operand_of
+from forged_fx.stats import SiteStats
 
 
 class HoldsThresholds(torch.nn.Module):
@@ -14,10 +20,10 @@ class HoldsThresholds(torch.nn.Module):
     model loads, with `strict=True` too: thresholds that it does not name keep their values.
     """
 
-    threshold_buffers: dict[str, str]  # site name -> the buffer's name, relative to this module
+    threshold_buffers: dict[str, tuple[str, ...]]  # site name -> its buffers' names, relative to this module
 
     def _apply(self, fn: Any, recurse: bool = True) -> "HoldsThresholds":
-        before = {name: self.get_buffer(name) for name in self.threshold_buffers.values()}
+        before = {name: self.get_buffer(name) for names in self.threshold_buffers.values() for name in names}
         super()._apply(fn, recurse)
         for name, value in before.items():
             after = self.get_buffer(name)
@@ -27,36 +33,50 @@ class HoldsThresholds(torch.nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        leaves = {name.rpartition(".")[2] for name in self.threshold_buffers.values()}
+        leaves = {name.rpartition(".")[2] for names in self.threshold_buffers.values() for name in names}
         for name, value in self.state_dict().items():  # a module with two names has its threshold under both
             if name.rpartition(".")[2] in leaves:
                 state_dict.setdefault(prefix + name, value)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def buffer_name(site: str) -> str:
-    """The threshold's name beside its module's own parameters: `forged_threshold`, `forged_threshold_1`, ..."""
+def buffer_name(site: str, buffer: str = "threshold") -> str:
+    """A buffer's name beside its module's own parameters: `forged_threshold`, `forged_threshold_1`, ..."""
     k, operand = call_of(site), operand_of(site)
-    return "forged_threshold" + (f"_{k}" if k else "") + (f"_input{operand}" if operand else "")
+    activation = "_activation" if is_activation(site) else ""
+    return f"forged_{buffer}{activation}" + (f"_{k}" if k else "") + (f"_input{operand}" if operand else "")
 
 
-def register(owner: torch.nn.Module, site: str, root: torch.nn.Module) -> str:
-    """Give the module that runs the site a threshold of 0, on its own device; returns its qualified name."""
-    owner.register_buffer(buffer_name(site), zero_beside(owner, root))
-    return f"{module_of(site)}.{buffer_name(site)}".removeprefix(".")
+def register(owner: torch.nn.Module, site: str, kind: Kind, stats: SiteStats, root: torch.nn.Module) -> tuple[str, ...]:
+    """Give the module that runs the site its buffers, on its own device, the identity still; returns their names."""
+    names = tuple(buffer_name(site, buffer) for buffer in kind.buffers)
+    for name, value in zip(names, tensors_beside(owner, root, kind.off(stats)), strict=True):
+        owner.register_buffer(name, value)
+    return names
 
 
-def zero_beside(owner: torch.nn.Module, root: torch.nn.Module) -> torch.Tensor:
-    """A threshold of 0 on the device of the module that runs the site."""
+def qualified(site: str, names: Iterable[str]) -> tuple[str, ...]:
+    """The buffers' names relative to the root."""
+    return tuple(f"{module_of(site)}.{name}".removeprefix(".") for name in names)
+
+
+def tensors_beside(owner: torch.nn.Module, root: torch.nn.Module, values: Iterable[Value]) -> tuple[torch.Tensor, ...]:
+    """Values as float32 tensors on the device of the module that runs the site."""
     near = next((t for t in [*owner.parameters(), *owner.buffers(), *root.parameters()]), None)
-    return torch.zeros((), dtype=torch.float32, device=None if near is None else near.device)
+    device = None if near is None else near.device
+    return tuple(torch.tensor(value, dtype=torch.float32, device=device) for value in values)
+
+
+def parameters_of(model: torch.nn.Module) -> dict[str, tuple[torch.Tensor, ...]]:
+    """site name -> its buffers, for every site forged within `model`."""
+    return {
+        site: tuple(map(module.get_buffer, names))
+        for module in model.modules()
+        if isinstance(module, HoldsThresholds)
+        for site, names in module.threshold_buffers.items()
+    }
 
 
 def thresholds_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """site name -> its threshold, for every site forged within `model`."""
-    return {
-        site: module.get_buffer(name)
-        for module in model.modules()
-        if isinstance(module, HoldsThresholds)
-        for site, name in module.threshold_buffers.items()
-    }
+    """site name -> the first of its buffers, for every site forged within `model`."""
+    return {site: parameters[0] for site, parameters in parameters_of(model).items()}

@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,16 @@ import torch.fx as fx
 from forged_fx.audit import AuditFailed, alike, audit, same
 from forged_fx.capture import Untraceable, capture, opened_modules
 from forged_fx.fuse import fuse as fuse_producers
+from forged_fx.kinds import OWN, Choice, choose
 from forged_fx.regions import forge_regions
-from forged_fx.rewrite import find_calls, insert_thresholds, number
-from forged_fx.sites import FIXED_FILTER, Origin, module_of
+from forged_fx.rewrite import WHOLE, Placed, find_calls, insert_thresholds, number
+from forged_fx.sites import ACTIVATIONS as ACTIVATION_CALLS
+from forged_fx.sites import CALLS, FIXED_FILTER, Origin, is_activation, mark_of, module_of
 from forged_fx.stats import Ratio, Stats, match_sites
-from forged_fx.thresholds import HoldsThresholds, register, thresholds_of
+from forged_fx.thresholds import HoldsThresholds, parameters_of, qualified, register, thresholds_of
 
 Globs = str | Iterable[str]
+LAYERS, ACTIVATIONS = "linear+conv", "activations"
 
 
 @dataclass
@@ -27,12 +30,14 @@ class Forging:
 
     reached: site name -> how its threshold is placed. left_out: site name -> why it has none. not_whole: why the model
     is not one graph, or None. audited: the result was compared with the model on a batch. fused: how many thresholds
-    share a call with their producer, None where that was not asked for; not_fused: why none could.
+    share a call with their producer, None where that was not asked for; not_fused: why none could. choice: the kind of
+    each site.
     """
 
     stats: Stats
     reached: dict[str, str]
     left_out: dict[str, str]
+    choice: Choice
     not_whole: str | None = None
     audited: bool = False
     fused: int | None = None
@@ -47,11 +52,11 @@ class ForgedModule(HoldsThresholds, fx.GraphModule):
         return self.meta["forged_fx"]
 
     @property
-    def threshold_buffers(self) -> dict[str, str]:
+    def threshold_buffers(self) -> dict[str, tuple[str, ...]]:
         return self.meta["threshold_buffers"]
 
     def set_ratio(self, ratio: Ratio) -> None:
-        """Move the thresholds, in place and without recompiling. See `Stats.thresholds` for `ratio`."""
+        """Move the thresholds, in place and without recompiling. See `transform` for `ratio`."""
         set_ratio(self, ratio)
 
     def __deepcopy__(self, memo: dict) -> "ForgedModule":
@@ -87,8 +92,11 @@ def _rebuild(body: dict, imports: str, class_name: str, meta: dict, modes: dict[
 def transform(
     model: torch.nn.Module,
     stats: Stats | str | os.PathLike,
-    ratio: Ratio = 2**-6,
+    ratio: Ratio = OWN,
     *,
+    kind: str | Mapping[str, str] = "hard",
+    where: Globs = LAYERS,
+    statistic: str | None = None,
     include: Globs | None = None,
     exclude: Globs | None = None,
     strict: bool = True,
@@ -99,16 +107,22 @@ def transform(
     """A copy of `model` in which every site's small inputs are set to zero; `model` itself is left untouched.
 
     Ahead of each linear, convolution and matrix product with weights comes the forged function (section 3 of
-    arXiv 2406.19622): `0 where |x| < c_r * c_max, else x`.
+    arXiv 2406.19622): `0 where |x| < c_r * c_max, else x`; or one of another kind.
 
     The copy is one `torch.fx.GraphModule` where a graph is exactly the model, else the model's own modules with the
     thresholds put in place one by one (`describe` says which, and why). Both keep the parameter names and have a
-    float32 scalar buffer `forged_threshold` beside the weights of each site.
+    float32 scalar buffer `forged_threshold` beside the weights of each site (other kinds: docs/kinds.md).
 
     Args:
         model: the calibrated model.
         stats: what `calibrate(model, ...)` returned, or the path it was saved to.
-        ratio: c_r, a number in [0, 1] or a mapping from site name or glob to one. 0 changes nothing, bit for bit.
+        ratio: c_r, a number in [0, 1] or a mapping from site name or glob to one. 0 changes nothing, bit for bit. By
+            default 2^-6. For kind "clamp" the share that inputs are limited to, for "band" a pair (low, high), for
+            "mean" how many standard deviations; these have no default. None, for an end or a site, changes nothing.
+        kind: a key of `forged_fx.kinds.KINDS`, or a mapping from site name or glob to one.
+        where: "linear+conv", or "activations" (calls of ReLU, GELU and the like, where
+            `calibrate(..., where="activations")` saw them), or globs over the names of both.
+        statistic: what a ratio is a share of: "max", which is c_max, or "quantile(q)" of |x|: "quantile(0.999)".
         include: globs over site names; only these are forged. Also the way to forge a convolution with a fixed filter.
         exclude: globs over site names; these are not.
         strict: raise if a site cannot be reached. False: leave it out; `describe` says so.
@@ -122,7 +136,8 @@ def transform(
             needs an example; the others are left out, each with what it would cost.
 
     Raises:
-        ValueError: the statistics are another model's; a glob or ratio matches no site; the model is forged already.
+        ValueError: the statistics are another model's, or lack what a kind needs; a glob or ratio matches no site;
+            there is no such kind; the model is forged already.
         RuntimeError: the audit found sites that cannot be reached (it names each), or a result that is not the model.
     """
     stats = stats if isinstance(stats, Stats) else Stats.load(stats)
@@ -134,19 +149,23 @@ def transform(
     if thresholds_of(model):
         raise ValueError("this model is forged already: move its thresholds with set_ratio, or forge the plain model")
     stats.check_model(model)
-    wanted, left_out = select(stats, include, exclude)
+    wanted, left_out = select(stats, include, exclude, where)
     example = example or stats.example
+    choice = choose(stats, kind, wanted, statistic)
+    choice.values(stats, ratio)  # an error in it had better be seen now
     if only is not None:
-        costly = _costly(model, stats, wanted, strict, example, only)
+        costly = _costly(model, stats, wanted, choice, strict, example, only)
         wanted, left_out = [site for site in wanted if site not in costly], left_out | costly
+        choice = choice.of(wanted)
     try:
-        forged = _forge_whole(model, stats, wanted)
-        forged.meta["forged_fx"] = record = Forging(stats, dict.fromkeys(wanted, "in the graph"), left_out)
+        forged = _forge_whole(model, stats, wanted, choice)
+        forged.meta["forged_fx"] = record = Forging(stats, dict.fromkeys(wanted, "in the graph"), left_out, choice)
         if example and (missed := audit(model, forged, wanted, *example)):
             raise Untraceable(f"the graph does not run the sites {', '.join(missed)}")
     except (Untraceable, AuditFailed) as error:
         forged = copy.deepcopy(model)
-        forged.forging = record = Forging(stats, forge_regions(forged, stats, wanted), left_out, not_whole=str(error))
+        reached = forge_regions(forged, stats, wanted, choice)
+        forged.forging = record = Forging(stats, reached, left_out, choice, not_whole=str(error))
         missed = audit(model, forged, wanted, *example) if example else []
         if missed and strict:
             raise RuntimeError(
@@ -154,7 +173,7 @@ def transform(
                 f"Leave them out with exclude={missed!r}, or accept it with strict=False"
             ) from error
         for site in missed:
-            del record.reached[site]
+            del record.reached[site], choice.kinds[site]
             record.left_out[site] = "the audit did not see its threshold run"
     record.audited = example is not None
     on_gpu = any(value.is_cuda for value in (*model.parameters(), *model.buffers()))
@@ -165,7 +184,7 @@ def transform(
 
 
 def _costly(
-    model: torch.nn.Module, stats: Stats, wanted: list[str], strict: bool, example: Any, only: str
+    model: torch.nn.Module, stats: Stats, wanted: list[str], choice: Choice, strict: bool, example: Any, only: str
 ) -> dict[str, str]:
     """The sites whose threshold is not free -> what it costs."""
     from forged_fx.cost import cost  # late: it needs the compiler
@@ -174,7 +193,8 @@ def _costly(
         raise ValueError(f"only={only!r}: 'free' is the one choice; to name sites, take include= or exclude=")
     if example is None:
         raise ValueError("only='free' runs the model to see what costs: pass example=(args, kwargs)")
-    forged = transform(model, stats, include=wanted, strict=strict, example=example, fuse=False)
+    given = {"kind": choice.kinds, "where": wanted, "statistic": choice.statistic}
+    forged = transform(model, stats, None, **given, strict=strict, example=example, fuse=False)
     costs = cost(forged, *example)
     return {site: f"not free: {price}" for site, price in costs.items() if not price.free}
 
@@ -200,17 +220,21 @@ def _fuse(model: torch.nn.Module, forged: torch.nn.Module, wanted: list[str], ex
     record.reached |= {site: f"in the graph, in one call with {producer}" for site, producer in fused.items()}
 
 
-def select(stats: Stats, include: Globs | None, exclude: Globs | None) -> tuple[list[str], dict[str, str]]:
+def select(
+    stats: Stats, include: Globs | None, exclude: Globs | None, where: Globs = LAYERS
+) -> tuple[list[str], dict[str, str]]:
     """The sites to forge, and for each of the others why it is left out."""
     if include is not None and not _globs(include):
         raise ValueError("include names no site: leave it out to forge all of them")
-    names = list(stats.sites)
+    names = _places(stats, where)
     by_default = [name for name in names if stats.sites[name].left_out is None]
     chosen = match_sites(_globs(include), names, "include") if include is not None else by_default
     chosen = [name for name in chosen if stats.sites[name].left_out in (None, FIXED_FILTER)]
     dropped = match_sites(_globs(exclude), names, "exclude") if exclude is not None else []
     wanted = [name for name in chosen if name not in dropped]
     reasons = {name: stats.sites[name].left_out or "not in include" for name in names if name not in chosen}
+    if where not in (LAYERS, ACTIVATIONS):
+        reasons |= {name: "not in where" for name in stats.sites if name not in names}
     return wanted, reasons | dict.fromkeys((n for n in dropped if n in chosen), "in exclude")
 
 
@@ -226,20 +250,22 @@ def forging_of(module: torch.nn.Module) -> Forging | None:
 def set_ratio(forged: torch.nn.Module, ratio: Ratio) -> None:
     """Set every threshold of a forged model to `ratio * c_max`, in place: nothing is traced or compiled again.
 
-    Raises ValueError for a model that is not forged, and as `Stats.thresholds` does.
+    ratio: as in `transform`, for the kind that each site has; None turns them all off.
+    Raises ValueError for a model that is not forged, and as `transform` does.
     """
     found = [(module, record) for module in forged.modules() if (record := forging_of(module))]
     if not found:
         raise ValueError(f"this {type(forged).__name__} is not forged: set_ratio takes what transform returned")
     for module, record in found:
-        buffers = thresholds_of(module)
+        buffers = parameters_of(module)
         with torch.no_grad():
-            for site, value in record.stats.thresholds(ratio, list(record.reached)).items():
-                buffers[site].fill_(value)
+            for site, values in record.choice.values(record.stats, ratio).items():
+                for buffer, value in zip(buffers[site], values, strict=True):
+                    buffer.copy_(torch.as_tensor(value))
 
 
-def _forge_whole(model: torch.nn.Module, stats: Stats, wanted: list[str]) -> ForgedModule:
-    """The model as one graph with thresholds at 0. Raises Untraceable."""
+def _forge_whole(model: torch.nn.Module, stats: Stats, wanted: list[str], choice: Choice) -> ForgedModule:
+    """The model as one graph, with thresholds that change nothing yet. Raises Untraceable."""
     layer_sites = {name for name, site in stats.sites.items() if site.layer}
     opened = opened_modules(wanted, layer_sites)
     graph, constants = capture(model, opened, stats.given, stats.contexts)
@@ -247,15 +273,17 @@ def _forge_whole(model: torch.nn.Module, stats: Stats, wanted: list[str]) -> For
     model = copy.deepcopy(model)
     for name, value in constants.items():
         model.register_buffer(name, value, persistent=False)
-    buffers: dict[str, str] = {}
+    buffers: dict[str, tuple[str, ...]] = {}
 
-    def place(site: str) -> fx.Node | None:
+    def place(site: str) -> Placed | None:
         if site not in wanted:
             return None
-        buffers[site] = register(model.get_submodule(module_of(site)), site, model)
-        return graph.get_attr(buffers[site])
+        kind, row = choice[site], stats.sites[site]
+        buffers[site] = qualified(site, register(model.get_submodule(module_of(site)), site, kind, row, model))
+        return Placed(kind.op, (*map(graph.get_attr, buffers[site]), *kind.rest(row)))
 
-    calls = find_calls(graph, _module_of_node, {module_of(site) for site in layer_sites} - opened)
+    layers = {module_of(site): WHOLE[mark_of(site)] for site in layer_sites if module_of(site) not in opened}
+    calls = find_calls(graph, _module_of_node, layers, {**CALLS, **ACTIVATION_CALLS})
     insert_thresholds(graph, calls, number(calls), place, _source(model))
     if missed := [name for name in wanted if name not in buffers]:
         raise Untraceable(f"the graph lacks the sites {', '.join(missed)}")
@@ -305,6 +333,19 @@ def _source(model: torch.nn.Module) -> Any:
         return Origin.PARAMETER if node.target in parameters else Origin.CONSTANT
 
     return source
+
+
+def _places(stats: Stats, where: Globs) -> list[str]:
+    """The names of the sites that are in question."""
+    if where not in (LAYERS, ACTIVATIONS):
+        return match_sites(_globs(where), list(stats.sites), "where")
+    found = [name for name in stats.sites if is_activation(name) == (where == ACTIVATIONS)]
+    if not found and where == ACTIVATIONS:
+        raise ValueError(
+            "these statistics hold no activation: take them with "
+            "forged_fx.calibrate(model, batches, where='activations')"
+        )
+    return found
 
 
 def _globs(globs: Globs) -> list[str]:

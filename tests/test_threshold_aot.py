@@ -61,13 +61,9 @@ def test_misaligned_is_narrow() -> None:
 PARAMETERS = {"band": (torch.empty((), device="meta"),) * 2, "mean": (torch.empty(64, device="meta"),) * 2}
 
 
-OTHERS = [rule for rule in reference.RULES if rule != "threshold"]
-
-
 @pytest.mark.parametrize(
     ("rule", "direction", "arch"),
-    [*((rule, way, 90) for rule in OTHERS for way in ("forward", "backward")), ("band", "forward", 80)]
-    + [("mean", "backward", 80), ("mean", "forward", 100)],
+    [(rule, way, 90) for rule in list(reference.RULES)[1:] for way in ("forward", "backward")],
 )
 def test_machine_code_of_the_other_kinds(rule: str, direction: str, arch: int) -> None:
     x = torch.empty(32, 64, 28, 28, dtype=torch.bfloat16, device="meta")

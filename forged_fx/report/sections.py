@@ -71,7 +71,8 @@ def _pictures(run: Run) -> str:
         figures.append((name, model, base[0] if base else None))
     legend = '<span class="key model"></span>model' + '<span class="key base"></span>base' * bool(run.result.base)
     drawn = [picture("Accuracy by attack", legend, pictures.accuracy_by_attack(figures, run.result.n))]
-    shares = [(row.site, run.zeros.get(row.site, 0.0), row.share_zeroed) for row in run.sites if row.left_out is None]
+    forged = [row for row in run.sites if row.share_zeroed is not None]
+    shares = [(row.site, run.zeros.get(row.site, 0.0), row.share_zeroed) for row in forged]
     if shares:
         left = ""
         if len(shares) > DRAWN:
@@ -156,9 +157,8 @@ def _sites(run: Run) -> str:
     rows = []
     for row in run.sites:
         shape = "varies" if row.shape is None else " × ".join("*" if size < 0 else str(size) for size in row.shape)
-        forged = row.left_out is None
         shares = (run.zeros.get(row.site), row.share_zeroed)
-        threshold = f"{row.threshold:.4g}" if forged else ""
+        threshold = row.ends()
         cells = ["" if share is None else f"{100 * share:.1f} %" for share in shares]
         rows.append([row.site or "(root)", row.kind, shape, f"{row.c_max:.4g}", threshold, *cells, row.left_out or ""])
     if not any(row[-1] for row in rows):
