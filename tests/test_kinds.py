@@ -1,15 +1,21 @@
 """Every kind of forging, from statistics to the forged model: by hand, as one graph, module by module, compiled."""
 
 import copy
+import functools
 import io
+import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import forged_fx
+from forged_fx.channels import ChannelCounts
+from forged_fx.evaluate import surrogate
 from forged_fx.kinds import KINDS
-from forged_fx.transform import ForgedModule
+from forged_fx.ops import FUNCTIONS
+from forged_fx.transform import ForgedModule, forging_of
 
 
 def nothing(*_):
@@ -272,3 +278,178 @@ def test_a_quantile_is_a_smaller_statistic(model, stats, x):
     assert forged.a.forged_limit.item() == pytest.approx(1.5 * site.statistic("quantile(0.9)"))
     forged.set_ratio(0.5)
     assert forged.a.forged_limit.item() == pytest.approx(0.5 * site.statistic("quantile(0.9)"))
+
+
+# ---- what attacks see
+
+
+@pytest.mark.parametrize("name", surrogate.SLOPES)
+def test_smooth_surrogates(name):
+    """As the temperature falls, the slope becomes the true gradient away from the kinks; off, it is 1."""
+    f = FUNCTIONS[name]
+    x = torch.tensor([-3.0, -2.0, -1.4, -0.3, -0.1, 0.1, 0.2, 0.9, 1.4, 2.0, 5.0])
+    on = {"clamp": (1.7,), "band": (0.5, 1.7), "mean": (0.5, 0.7)}.get(name, (0.5,))
+    off = {"clamp": (torch.inf,), "band": (0.0, torch.inf), "mean": (0.5, 0.0)}.get(name, (0.0,))
+    channel = (0,) if f.channels else ()
+
+    def gradient(values, temperature):
+        leaf = x.clone().requires_grad_()
+        parameters = [torch.full((len(x),), v) if f.channels else torch.tensor(v) for v in values]
+        with surrogate.smooth(temperature) if temperature else torch.enable_grad():
+            y = f.op(leaf, *parameters, *channel)
+        assert torch.equal(y, f.op(x, *parameters, *channel))
+        return torch.autograd.grad(y.sum(), leaf)[0]
+
+    assert torch.allclose(gradient(on, 0.01), gradient(on, 0), atol=1e-3)
+    assert not torch.allclose(gradient(on, 1.0), gradient(on, 0), atol=1e-2)
+    assert (gradient(on, 0.3)[gradient(on, 0) == 0] != 0).any()
+    assert torch.equal(gradient(off, 0.3), torch.ones_like(x))
+
+
+# ---- MeanSparse, and activations as sites
+
+
+class WideBlock(nn.Module):
+    """Zagoruyko and Komodakis 2016 (arXiv 1605.07146): bn-relu-conv, twice, on four times the width."""
+
+    def __init__(self, i, o, stride):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(i), nn.Conv2d(i, o, 3, stride, 1, bias=False)
+        self.bn2, self.conv2 = nn.BatchNorm2d(o), nn.Conv2d(o, o, 3, 1, 1, bias=False)
+        self.relu1, self.relu2 = nn.ReLU(inplace=True), nn.ReLU(inplace=True)
+        self.shortcut = nn.Conv2d(i, o, 1, stride, bias=False)
+
+    def forward(self, x):
+        x = self.relu1(self.bn1(x))
+        return self.shortcut(x) + self.conv2(self.relu2(self.bn2(self.conv1(x))))
+
+
+class WideResNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, 1, 1, bias=False)
+        self.blocks = nn.Sequential(WideBlock(8, 16, 1), WideBlock(16, 32, 2))
+        self.bn, self.fc = nn.BatchNorm2d(32), nn.Linear(32, 10)
+
+    def forward(self, x):
+        x = self.blocks(self.conv(x))
+        return self.fc(torch.relu(self.bn(x)).mean((2, 3)))
+
+
+class MeanSparse(nn.Module):
+    """arXiv 2406.05927, section 3, by hand: an activation's input, sparsified around its channels' means."""
+
+    def __init__(self, activation, inputs, a):
+        super().__init__()
+        self.activation = activation
+        self.mean = inputs.mean((0, 2, 3), keepdim=True, dtype=torch.float64).float()
+        self.std = inputs.double().std((0, 2, 3), keepdim=True, correction=0)
+        self.width = (a * self.std).float()
+
+    def forward(self, x):
+        return self.activation(torch.where((x - self.mean).abs() <= self.width, self.mean, x))
+
+
+def test_mean_sparse_in_one_line():
+    torch.manual_seed(0)
+    model, x = WideResNet(), torch.randn(12, 3, 12, 12)
+    with torch.no_grad():
+        model.train()(x)  # statistics of its own
+    model.eval()
+    forged = forged_fx.transform(
+        model, forged_fx.calibrate(model, x.split(5), where="activations", channels=True), 0.25,
+        kind="mean", where="activations",
+    )  # fmt: skip
+    assert list(forging_of(forged).reached) == [
+        *(f"blocks.{b}.relu{i}@0" for b in (0, 1) for i in (1, 2)), "@0",
+    ]  # fmt: skip
+
+    by_hand, inputs = copy.deepcopy(model), {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ReLU):
+            module.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0].clone()}))
+    model.bn.register_forward_hook(lambda _, args, result: inputs.update({"": result.clone()}))
+    with torch.no_grad():
+        model(x)
+        for name, seen in inputs.items():
+            if name:
+                owner, _, leaf = name.rpartition(".")
+                setattr(by_hand.get_submodule(owner), leaf, MeanSparse(nn.ReLU(), seen, 0.25))
+        by_hand.bn = nn.Sequential(by_hand.bn, MeanSparse(nn.Identity(), inputs[""], 0.25))
+        result = forged(x)
+        assert torch.allclose(result, by_hand(x), atol=1e-6) and not torch.allclose(result, model(x), atol=1e-3)
+        relu = forged.get_submodule("blocks.1.relu1")
+        assert (relu.forged_width_activation > 0).all() and relu.forged_mean_activation.shape == (16,)
+
+
+class Own(nn.Module):
+    """Activations in a module's own code, beside products; one module that runs twice; channels in the last place."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc, self.act = nn.Conv2d(3, 6, 3), nn.Linear(6, 5), nn.GELU()
+        self.weight = nn.Parameter(torch.randn(5, 5))
+
+    def forward(self, x):
+        x = nn.functional.silu(self.conv(x)).permute(0, 2, 3, 1)
+        x = self.act(self.fc(x))
+        return self.act(nn.functional.linear(x, self.weight)).tanh().mean((1, 2))
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_activations_are_sites(hooked):
+    torch.manual_seed(0)
+    model, x = Own().eval(), torch.randn(4, 3, 7, 7)
+    if hooked:
+        model.register_forward_hook(nothing)
+    stats = forged_fx.calibrate(model, [x], where="activations", channels=True)
+    found = {name: (site.kind, site.channels, site.channel) for name, site in stats.sites.items() if "@" in name}
+    assert found == {
+        "@0": ("silu", 6, -3), "act@0": ("gelu", 5, -1), "act@1": ("gelu", 5, -1), "@1": ("tanh", 5, -1),
+    }  # fmt: skip
+    plain = forged_fx.calibrate(model, [x])
+    assert [name for name in stats.sites if "@" not in name] == list(plain.sites)
+    forged = forged_fx.transform(model, stats, 0.3, kind="soft", where="activations")
+    assert isinstance(forged, ForgedModule) != hooked
+    soft = {name: lambda v, c=site.c_max: v - v.clamp(-0.3 * c, 0.3 * c) for name, site in stats.sites.items()}
+    with torch.no_grad():
+        h = nn.functional.silu(soft["@0"](model.conv(x))).permute(0, 2, 3, 1)
+        h = model.act(soft["act@0"](model.fc(h)))
+        h = soft["@1"](model.act(soft["act@1"](nn.functional.linear(h, model.weight)))).tanh().mean((1, 2))
+        assert torch.allclose(forged(x), h, atol=1e-6)
+        both = forged_fx.transform(model, stats, 0.01, where=["fc", "@1"])
+        assert [row.site for row in forged_fx.describe(both) if row.left_out is None] == ["fc", "@1"]
+        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"ahead of activations.*transform"):
+            torch.compile(model, backend="forged", options={"stats": stats, "where": "activations"})(x)
+
+
+# ---- the statistics of channels
+
+
+def test_channels_are_exact_under_merge(model, tmp_path):
+    parts = [10.0**k * torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(k)) for k in range(-3, 4)]
+    whole = forged_fx.calibrate(model, parts, channels=True)
+    one_by_one = [forged_fx.calibrate(model, [part], channels=True) for part in parts]
+    backwards = one_by_one[-1]
+    for stats in one_by_one[-2::-1]:
+        backwards = backwards.merge(stats)
+    assert backwards == whole and backwards != one_by_one[0]
+    for site in SITES:
+        for a, b in zip(whole.sites[site].channel_mean_std(), backwards.sites[site].channel_mean_std(), strict=True):
+            assert (a == b).all()
+    everything = torch.cat(parts).double()
+    mean, std = whole.sites["a"].channel_mean_std()
+    assert torch.allclose(torch.from_numpy(mean), everything.mean((0, 2, 3)), rtol=1e-12)
+    assert torch.allclose(torch.from_numpy(std), everything.std((0, 2, 3), correction=0), rtol=1e-12)
+    whole.save(tmp_path / "s")
+    assert forged_fx.Stats.load(tmp_path / "s") == whole
+    assert forged_fx.calibrate(model, parts).merge(whole).sites["a"].channels is None
+
+
+def test_sums_lose_nothing():
+    """What float64 would round away comes back once the large terms cancel."""
+    terms = [1e20, 1.0, 2.0**-60, -1e20, 3.0, -(2.0**-60), 1e-30]
+    counts = [ChannelCounts.one(1, np.array([[term], [0.0]])) for term in terms]
+    for order in (terms, terms[::-1]):
+        total = functools.reduce(ChannelCounts.merge, [counts[terms.index(term)] for term in order])
+        assert math.fsum(total.sums[:, 0]) == math.fsum(terms) == 4.0 + 1e-30

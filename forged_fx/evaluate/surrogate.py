@@ -1,9 +1,10 @@
-"""BPDA with a smooth surrogate: the threshold's forward, and the backward of a gate that opens gradually.
+"""BPDA with a smooth surrogate: a forged function's forward, and the backward of one that changes gradually.
 
 The straight-through gradient calls a threshold the identity, which is right far above it and wrong below. Between the
 two lies `x * sigmoid((|x| - t) / (T t))`: as the temperature T falls it becomes the threshold itself, as T rises half
-the identity. Athalye, Carlini and Wagner (ICML 2018, section 4.1) let the backward be that of any function that is
-close to the forward; no single choice is best for every model, so several temperatures are tried.
+the identity. In the same way a limit's slope falls as `sigmoid((limit - |x|) / (T limit))`, where the clamp's own
+gradient ends at once. Athalye, Carlini and Wagner (ICML 2018, section 4.1) let the backward be that of any function
+that is close to the forward; no single choice is best for every model, so several temperatures are tried.
 """
 
 from collections.abc import Callable
@@ -16,29 +17,62 @@ from torch.overrides import TorchFunctionMode
 TEMPERATURES = (1.0, 0.3, 0.1)
 
 
-class _Gate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, t: Tensor, temperature: float) -> Tensor:
-        ctx.save_for_backward(x, t)
-        ctx.temperature = temperature
-        return torch.ops.forged_fx.threshold(x, t)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        x, t = ctx.saved_tensors
-        return grad * slope(x, t, ctx.temperature), None, None
-
-
 def slope(x: Tensor, t: Tensor, temperature: float) -> Tensor:
     """d/dx of x * sigmoid((|x| - t) / (temperature * t)), in x's shape and dtype; 1 where t is 0: nothing is cut."""
-    magnitude, width = x.abs(), (temperature * t).to(x.dtype)
+    return _gated(x, x.abs(), t, temperature)
+
+
+def _gated(x: Tensor, magnitude: Tensor, t: Tensor, temperature: float) -> Tensor:
+    """d/dx of x * sigmoid((magnitude - t) / (temperature * t)), where the magnitude is |x|, or x itself."""
+    width = (temperature * t).to(x.dtype)
     gate = torch.sigmoid((magnitude - t) / width)
     return torch.where(t > 0, gate + magnitude / width * gate * (1 - gate), 1).to(x.dtype)
 
 
+def _opening(x: Tensor, magnitude: Tensor, t: Tensor, temperature: float) -> Tensor:
+    """A slope that rises from 0 below t to 1 above: of a function that is shifted by t rather than cut there."""
+    return torch.where(t > 0, torch.sigmoid((magnitude - t) / (temperature * t)), 1).to(x.dtype)
+
+
+def _closing(x: Tensor, limit: Tensor, temperature: float) -> Tensor:
+    """A slope that falls from 1 below the limit to 0 above."""
+    return torch.where(limit < torch.inf, torch.sigmoid((limit - x.abs()) / (temperature * limit)), 1).to(x.dtype)
+
+
+# Function of forged_fx/ops.py -> the slope of its smooth surrogate, from x, its parameters and the temperature.
+SLOPES: dict[str, Callable[..., Tensor]] = {
+    "threshold": slope,
+    "one_sided": lambda x, t, temperature: _gated(x, x, t, temperature),
+    "shifted": lambda x, t, temperature: _opening(x, x, t, temperature),
+    "soft": lambda x, t, temperature: _opening(x, x.abs(), t, temperature),
+    "clamp": _closing,
+    "band": lambda x, t, limit, temperature: slope(x, t, temperature) * _closing(x, limit, temperature),
+    "mean": lambda x, mean, width, temperature: slope(x - mean, width, temperature).to(x.dtype),
+}
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, name: str, temperature: float, *arguments: Any) -> Tensor:
+        from forged_fx.kernels.reference import per_channel
+        from forged_fx.ops import FUNCTIONS
+
+        parameters = [p for p in arguments if isinstance(p, Tensor)]
+        if FUNCTIONS[name].channels:
+            parameters = [per_channel(p, x, arguments[-1]) for p in parameters]
+        ctx.save_for_backward(x, *parameters)
+        ctx.name, ctx.temperature = name, temperature
+        return FUNCTIONS[name].op(x, *arguments)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        x, *parameters = ctx.saved_tensors
+        return grad * SLOPES[ctx.name](x, *parameters, ctx.temperature), *(None,) * (len(ctx.needs_input_grad) - 1)
+
+
 class smooth(TorchFunctionMode):
-    """A context manager, as `forged_fx.straight_through`: within it, thresholds have the gradient of the smooth gate.
-    For eager models; values stay as they are."""
+    """A context manager, as `forged_fx.straight_through`: within it, forged functions have the gradient of their smooth
+    surrogates. For eager models; values stay as they are."""
 
     def __init__(self, temperature: float) -> None:
         super().__init__()
@@ -47,12 +81,14 @@ class smooth(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        from forged_fx.ops import DECOMPOSITIONS, THRESHOLD_OPS
+        from forged_fx.ops import DECOMPOSITIONS, FUNCTIONS, THRESHOLD_OPS
 
         kwargs = kwargs or {}
-        if func in (torch.ops.forged_fx.threshold, torch.ops.forged_fx.threshold.default):
-            return _Gate.apply(*args[:2], self.temperature)
-        if func in THRESHOLD_OPS:  # a producer and its threshold: their chain, which comes here for the threshold
+        if func not in THRESHOLD_OPS:
+            return func(*args, **kwargs)
+        op = getattr(func, "default", func)
+        if op in DECOMPOSITIONS:  # a producer and its threshold: their chain, which comes here for the threshold
             with self:
-                return DECOMPOSITIONS[getattr(func, "default", func)](*args, **kwargs)
-        return func(*args, **kwargs)
+                return DECOMPOSITIONS[op](*args, **kwargs)
+        function = FUNCTIONS[op._schema.name.partition("::")[2]]
+        return _Gate.apply(args[0], function.name, self.temperature, *args[1 : 1 + function.arguments])
