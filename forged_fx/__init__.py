@@ -22,6 +22,7 @@ _PUBLIC = {
     "compare": "evaluate",
     "describe": "describe",
     "cost": "cost",
+    "sparsity": "sparsity",
 }
 
 __all__ = [*_PUBLIC, "__version__"]

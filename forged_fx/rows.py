@@ -1,0 +1,70 @@
+"""Results that print as a table, are saved as JSON or CSV, and drawn."""
+
+import csv
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+from forged_fx.files import whole
+
+Row = TypeVar("Row")  # a dataclass of numbers and text
+
+
+class Rows(list[Row], Generic[Row]):
+    """A list of rows of one dataclass, whose fields are the columns of a CSV file."""
+
+    row: ClassVar[type]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the rows, whole or not at all, as the path's suffix says: .json or .csv; ValueError for others."""
+        path = Path(path)
+        if path.suffix not in (".json", ".csv"):
+            raise ValueError(f"{path}: the name has to end with .json or .csv")
+        records = [asdict(row) for row in self]
+        with whole(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
+            if path.suffix == ".json":
+                json.dump({"rows": records, **self.more()}, file, indent=1, allow_nan=False)
+                file.write("\n")
+            else:
+                writer = csv.DictWriter(file, [field.name for field in fields(self.row)], lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(records)
+
+    def more(self) -> dict[str, Any]:
+        """What a JSON file holds besides the rows."""
+        return {}
+
+
+def text(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table as text: what begins with a letter is set to the left, numbers to the right."""
+    lines = [list(headings), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(headings))]
+    left = [all(line[i][:1].isalpha() or not line[i] for line in lines[1:]) or i == 0 for i in range(len(headings))]
+    shown = [
+        "  ".join(
+            c.ljust(w) if is_left else c.rjust(w) for c, w, is_left in zip(line, widths, left, strict=True)
+        ).rstrip()
+        for line in lines
+    ]
+    return "\n".join([shown[0], "-" * max(map(len, shown)), *shown[1:]])
+
+
+def share(value: float | None) -> str:
+    """A share as text; nothing where it is not known."""
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
+def draw(path: str | os.PathLike[str], rows: float, paint: Callable[[Any], None]) -> None:
+    """A picture of about `rows` lines of text, in any format that matplotlib writes; `paint` is given its axes."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install forged_fx[report]") from error
+    figure = Figure(figsize=(8, 1.2 + 0.28 * rows), layout="constrained")
+    axes = figure.add_subplot()
+    paint(axes)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,124 @@
+"""sparsity: counted against hooks, beside calibration's prediction; by place; saved and drawn."""
+
+import csv
+import json
+
+import oracle
+import pytest
+import torch
+from torch import nn
+
+import forged_fx
+from forged_fx.sparsity import place_of
+from forged_fx.stats import SiteStats
+
+
+def shares(row):
+    return {key: pytest.approx(getattr(row, key), abs=1e-9) for key in ("before", "after", "net")}
+
+
+def test_on_a_real_model_it_is_the_hooks_count_and_calibrations_prediction(assets):
+    model = assets.load("cifar_resnet2b_adv")
+    batches = assets.images("cifar10jpeg_test", 200)[0].split(50)
+    stats = forged_fx.calibrate(model, batches)
+    forged = forged_fx.transform(model, stats, 2**-5)
+    found = forged_fx.sparsity(forged, batches)
+    assert [row.site for row in found] == list(stats.sites)
+    assert all(abs(row.net - row.predicted) < 0.01 for row in found) and found.overall.net > 0.01
+    assert sum(row.elements for row in found) == found.overall.elements == sum(s.elements for s in stats.sites.values())
+
+    thresholds = {site: 2**-5 * stats.sites[site].c_max for site in oracle.layers(model)}
+    with oracle.forged(model, thresholds):  # the hooks that count run behind those that cut
+        after = oracle.shares_below(model, batches, dict.fromkeys(thresholds, 1e-45))
+    assert {row.site: pytest.approx(row.after, abs=1e-9) for row in found if row.site in after} == after
+
+
+def test_what_each_kind_changes():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6)).eval()
+    x = torch.randn(500, 4)
+    with torch.no_grad():
+        h = model[1](model[0](x))
+    stats = forged_fx.calibrate(model, [x], channels=True)
+    c = stats.sites["2"].c_max
+    zero = (h == 0).float().mean().item()
+    mean, std = (torch.from_numpy(v).float() for v in stats.sites["2"].channel_mean_std())
+    small, large = (h.abs() < 0.1 * c).float().mean().item(), (h > 0.6 * c).float().mean().item()
+    expected = {  # net, changed, predicted exactly?
+        ("hard", 0.1): (small - zero, small - zero, True),
+        ("soft", 0.1): (small - zero, 1 - zero, True),
+        ("one_sided", 0.1): (small - zero, small - zero, True),
+        ("clamp", 0.6): (0.0, large, True),
+        ("mean", 0.3): (None, ((h - mean).abs() <= 0.3 * std).float().mean().item(), False),
+    }
+    for (kind, ratio), (net, changed, predicted) in expected.items():
+        forged = forged_fx.transform(model, stats, ratio, kind=kind, include="2")
+        (row,) = forged_fx.sparsity(forged, x.split(300))
+        assert (row.kind, row.elements, row.before) == (kind, h.numel(), pytest.approx(zero)), kind
+        assert row.changed == pytest.approx(changed), kind
+        assert (row.predicted is not None) == predicted
+        if net is not None:
+            assert row.net == pytest.approx(net) and row.predicted == pytest.approx(net, abs=0.01), kind
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(5, 8)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.downsample = nn.Sequential(nn.Linear(8, 8))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.layer(self.embed(x))
+        return self.head((x + self.downsample(x)).mean(1))
+
+
+def test_places_sums_and_files(tmp_path):
+    torch.manual_seed(0)
+    model, x = Encoder().eval(), torch.randn(6, 7, 5)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-4)
+    found = forged_fx.sparsity(forged, [x])
+    assert [row.place for row in found] == [
+        "stem", "attention: q, k, v", "attention: projection", "MLP, first layer", "MLP, second layer", "shortcut",
+        "head",
+    ]  # fmt: skip
+    mlp = next(row for row in found.by_place if row.site == "MLP, second layer")
+    assert shares(mlp) == shares(found[4])
+    found.save(tmp_path / "s.json")
+    found.save(tmp_path / "s.csv")
+    saved = json.loads((tmp_path / "s.json").read_text())
+    assert saved["rows"][3]["net"] == found[3].net and saved["overall"]["elements"] == found.overall.elements
+    with open(tmp_path / "s.csv", newline="") as file:
+        assert [float(row["after"]) for row in csv.DictReader(file)] == [row.after for row in found]
+    found.plot(tmp_path / "s.png")
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+    assert "MLP, second layer" in str(found) and "overall" in str(found)
+    with pytest.raises(ValueError, match=r"\.json or \.csv"):
+        found.save(tmp_path / "s.txt")
+    with pytest.raises(ValueError, match="not forged"):
+        forged_fx.sparsity(model, [x])
+    with pytest.raises(ValueError, match="no batch"):
+        forged_fx.sparsity(forged, [])
+
+
+@pytest.mark.parametrize(
+    ("site", "place"),
+    [
+        ("blocks.3.attn.qkv", "attention: q, k, v"),
+        ("encoder.layer.0.attention.self.query", "attention: q, k, v"),
+        ("blocks.3.attn.proj", "attention: projection"),
+        ("encoder.layer.0.attention.output.dense", "attention: projection"),
+        ("encoder.layer.0.output.dense", "MLP, second layer"),
+        ("encoder.layer.0.intermediate.dense", "MLP, first layer"),
+        ("blocks.3.mlp.fc1", "MLP, first layer"),
+        ("encoder.layers.2.mlp.3", "MLP, second layer"),
+        ("model.layers.1.mlp.down_proj", "MLP, second layer"),
+        ("layer2.0.downsample.0", "shortcut"),
+        ("layer2.0.conv2", "other conv2d"),
+        ("fc", "head"),
+        ("layer2.0.relu@1", "activation: conv2d"),
+    ],
+)
+def test_places_by_name(site, place):
+    assert place_of(site, SiteStats("conv2d", None, (), None, (), layer=True)) == place
