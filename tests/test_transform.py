@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import forged_fx
+from forged_fx.audit import AuditFailed, audit, densely, same
 from forged_fx.transform import ForgedModule
 
 
@@ -309,3 +310,35 @@ def test_what_the_graph_does_not_use_stays_in_the_checkpoint():
         assert twin.load_state_dict(Spare().state_dict()) == ([], [])
         assert model.state_dict().keys() <= twin.state_dict().keys()
         assert twin.again is twin.used
+
+
+class Halves(nn.Module):
+    """A product whose input is a slice of a wider tensor: it has gaps in memory, and a threshold closes them."""
+
+    def __init__(self):
+        super().__init__()
+        self.packed, self.weight = nn.Parameter(torch.randn(12, 6)), nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x):
+        a, b = nn.functional.linear(x, self.packed).chunk(2, 1)
+        return a + b @ self.weight.t()
+
+
+def test_an_input_with_gaps_in_memory_is_forged():
+    """Without its gaps the product rounds otherwise in the last bit: that is no other model."""
+    torch.manual_seed(0)
+    net, x = Halves(), torch.randn(5, 6)
+    forged = forged_fx.transform(net, forged_fx.calibrate(net, [x]), 0)
+    torch.testing.assert_close(forged(x), net(x))
+    assert densely(x) is densely(x.t()) is None
+    closed = densely(x[:, ::2])
+    assert closed.is_contiguous() and torch.equal(closed, x[:, ::2])
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        other.weight[0, 0] += 1e-3
+    with pytest.raises(AuditFailed):  # another model is found out all the same
+        audit(other, forged, list(forged_fx.calibrate(net, [x]).sites), (x,), {})
+
+
+def test_empty_outputs_with_gaps_are_the_same():
+    assert same(torch.zeros(0, 2)[:, ::2], torch.zeros(0, 1))

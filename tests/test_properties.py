@@ -1,0 +1,281 @@
+"""What holds for every tensor, every model and every scan; hypothesis looks for one for which it does not.
+
+1,000 cases in all, the same ones each time. `pytest tests/test_properties.py --hypothesis-profile=full`: 10,000 others.
+"""
+
+import functools
+import sys
+from itertools import pairwise
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from generated import Case, Generated, models, same_state, scans, state_of, tensors
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from interpreted import arithmetic_of_a_gpu, kernels  # noqa: F401 (a fixture)
+
+import forged_fx
+from forged_fx import ops
+from forged_fx.audit import same
+from forged_fx.digits import one_thread
+from forged_fx.kernels import reference
+from forged_fx.modes import fast_path_off
+from forged_fx.stats import Stats
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from dispatch_oracle import DispatchOracle
+
+COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("normal", **COMMON, derandomize=True, database=None)
+settings.register_profile("full", **COMMON)
+if settings.get_current_profile_name() != "full":
+    settings.load_profile("normal")
+TIMES = 10 if settings.get_current_profile_name() == "full" else 1
+
+
+def cases(normal: int) -> settings:
+    """How many cases a property is tried on: so many, and ten times as many in the full run."""
+    return settings(max_examples=normal * TIMES)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    with one_thread():
+        yield
+
+
+# ---- tensors: every forged function, in every way to run it, is its specification bit for bit
+
+FUNCTIONS = tuple(ops.FUNCTIONS)
+
+
+def arguments(name, drawn):
+    """What the function takes besides x."""
+    function = ops.FUNCTIONS[name]
+    if not function.channels:
+        return drawn.parameters(len(function.parameters))
+    channel = len(drawn.shape) - 1
+    return [*drawn.parameters(len(function.parameters), channel), channel]
+
+
+def fits(name, drawn):
+    return not ops.FUNCTIONS[name].channels or len(drawn.shape) > 0
+
+
+def specified(name, x, grad, arguments):
+    return getattr(reference, name)(x, *arguments), getattr(reference, f"{name}_backward")(grad, x, *arguments)
+
+
+def one_nan(tensors):
+    """The same, with one bit pattern for all NaNs: which of them comes out is a conversion's business."""
+    return [torch.where(t.isnan(), torch.nan, t) for t in tensors]
+
+
+def agree(found, expected):
+    assert same(one_nan(found), one_nan(expected))
+    assert [t.stride() for t in found] == [t.stride() for t in expected]
+
+
+@cases(617)
+@given(st.sampled_from(FUNCTIONS), tensors(), st.booleans())
+def test_eager_is_the_specification(name, drawn, through):
+    if not fits(name, drawn):
+        return
+    x, grad, rest = drawn.x, drawn.grad, arguments(name, drawn)
+    before = x.clone()
+    value, gradient = specified(name, x, grad, rest)
+    agree([ops.FUNCTIONS[name].op(x, *rest), ops.FUNCTIONS[name].backward(grad, x, *rest)], [value, gradient])
+    leaf = x.detach().requires_grad_()
+    result = ops.FUNCTIONS[name].op(leaf, *rest, through)
+    result.backward(grad)
+    assert same(one_nan([result.detach(), leaf.grad]), one_nan([value, grad if through else gradient]))
+    assert same(x, before)  # what it is given stays as it is
+    if name in ("threshold", "one_sided") and all(p == p for p in rest):
+        assert same(one_nan([ops.FUNCTIONS[name].op(value, *rest)]), one_nan([value]))  # twice is once
+
+
+@pytest.mark.usefixtures("arithmetic_of_a_gpu")
+@cases(100)
+@given(st.sampled_from(FUNCTIONS), tensors(most=4))
+def test_interpreted_kernels_are_the_specification(name, drawn):
+    if not fits(name, drawn):
+        return
+    x, grad, rest = drawn.x, drawn.grad, arguments(name, drawn)
+    if name == "threshold":
+        module = kernels("threshold")
+        found = [module.launch_threshold(x, *rest), module.launch_threshold_backward(grad, x, *rest)]
+    else:
+        module = kernels("kinds")
+        found = [module.launch(name, x, *rest), module.launch_backward(name, grad, x, *rest)]
+    agree(found, list(specified(name, x, grad, rest)))
+
+
+@functools.cache
+def compiled(name):
+    """The function on two dimensions of any size, compiled once; made to be dynamic, so that no size compiles anew."""
+
+    def run(x, grad, *rest):
+        return ops.FUNCTIONS[name].op(x, *rest), ops.FUNCTIONS[name].backward(grad, x, *rest)
+
+    return torch.compile(run, dynamic=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_compilation():
+    """Compiled functions serve all cases: they are forgotten at the end, not after each test."""
+    yield
+    compiled.cache_clear()
+    torch._dynamo.reset()
+
+
+@cases(30)
+@given(st.integers(2, 9), st.integers(2, 9), tensors(dtypes=(torch.float32,)))
+def test_compiled_is_the_specification(rows, columns, drawn):
+    """The hard threshold; tests of the other functions compiled are in test_kinds_ops.py."""
+    from dataclasses import replace
+
+    ops.register_lowerings()
+    drawn = replace(drawn, shape=(rows, columns), layouts=("contiguous", "contiguous"), wide=False)
+    for name in FUNCTIONS if TIMES > 1 else ("threshold",):
+        x, grad, rest = drawn.x, drawn.grad, arguments(name, drawn)
+        assert same(one_nan(compiled(name)(x, grad, *rest)), one_nan(specified(name, x, grad, rest)))
+
+
+# ---- models
+
+
+def oracle(model, x, ratio=None, maxima=None):
+    """(the output, c_max of each site in execution order), by a way that shares nothing with the library."""
+    mode = DispatchOracle(ratio, maxima)
+    with torch.no_grad(), fast_path_off():
+        return mode.run(model, (x.clone(),), {}), mode.maxima
+
+
+def sites(stats):
+    return {name: site for name, site in stats.sites.items() if site.left_out is None}
+
+
+@cases(25)
+@given(models())
+def test_models_are_forged_as_the_oracle_has_it(case):
+    model, x = case.model, case.x
+    before = state_of(model)
+    stats = forged_fx.calibrate(model, [b.clone() for b in case.batches])
+    forged = forged_fx.transform(model, stats, case.ratio)
+    assert same_state(state_of(model), before)  # the user's model, and torch, are as they were
+
+    plain = case.model.eval()
+    seen = [oracle(plain, batch)[1] for batch in case.batches]
+    maxima = [max(pair) for pair in zip(*seen, strict=True)]
+    assert [site.c_max for site in sites(stats).values()] == maxima
+
+    assert forged.training is case.training
+    forged.eval()
+    with torch.no_grad():
+        expected = oracle(plain, x, case.ratio, maxima)[0]
+        assert same(forged(x.clone()), expected)
+        assert same(forged_fx.transform(model, stats, case.ratio).eval()(x.clone()), expected)  # once more is the same
+        with pytest.raises(ValueError, match="forged already"):
+            forged_fx.transform(forged, stats, case.ratio)
+
+        shares = []
+        for ratio in (0, case.ratio / 2, case.ratio, 1):
+            forged_fx.set_ratio(forged, ratio)
+            rows = forged_fx.describe(forged)
+            shares.append([row.share_zeroed for row in rows if row.left_out is None])
+            if ratio == 0:  # the identity, bit for bit but for what a layer makes of a gap in memory (`audit.densely`)
+                assert same(forged(x.clone()), oracle(plain, x, 0, maxima)[0])
+                torch.testing.assert_close(forged(x.clone()), plain(x.clone()))
+        assert all(a <= b for few, more in pairwise(shares) for a, b in zip(few, more, strict=True))
+
+
+@cases(15)
+@given(models(), models())
+def test_a_state_dict_carries_weights_and_thresholds(case, other):
+    """Into a forged model of the same architecture with other weights, thresholds included; a plain one leaves them."""
+    stats = forged_fx.calibrate(case.model, [b.clone() for b in case.batches])
+    forged = forged_fx.transform(case.model, stats, case.ratio).eval()
+    twin = Generated(case.program, other.seed)
+    forged_twin = forged_fx.transform(twin, forged_fx.calibrate(twin, [b.clone() for b in case.batches]), 0).eval()
+    assert case.model.state_dict().keys() <= forged.state_dict().keys() == forged_twin.state_dict().keys()
+    forged_twin.load_state_dict(forged.state_dict())
+    with torch.no_grad():
+        assert same(forged_twin(case.x), forged(case.x))
+        value = forged(case.x)
+        forged.load_state_dict(case.model.state_dict())
+        assert same(forged(case.x), value)
+
+
+@cases(3)
+@given(models())
+def test_dynamos_graphs_are_forged_alike(case):
+    """The backend's part alone: the graphs are run as they are, without Inductor."""
+    model = case.model.eval()
+    stats = forged_fx.calibrate(model, [b.clone() for b in case.batches])
+    expected = forged_fx.transform(model, stats, case.ratio)(case.x)
+    torch._dynamo.reset()
+    options = {"stats": stats, "ratio": case.ratio}
+    with (
+        torch.no_grad(),
+        mock.patch("torch._inductor.compile_fx.compile_fx", lambda gm, inputs, **_: gm.forward),
+    ):
+        assert same(torch.compile(model, backend="forged", options=options)(case.x), expected.detach())
+
+
+@cases(15)
+@given(models())
+def test_the_straight_through_gradient_is_the_oracles(case):
+    """The oracle works below autograd, so that its gradient is the straight-through one."""
+    model = case.model.eval()
+    stats = forged_fx.calibrate(model, [b.clone() for b in case.batches])
+    maxima = [site.c_max for site in sites(stats).values()]
+    forged = forged_fx.transform(model, stats, case.ratio)
+    gradients = []
+    for run in (lambda x: DispatchOracle(case.ratio, maxima).run(model, (x,), {}), forged):
+        leaf = case.x.requires_grad_()
+        with forged_fx.straight_through():
+            gradients += torch.autograd.grad(run(leaf).square().sum(), leaf)
+    torch.testing.assert_close(*gradients)
+
+
+# ---- statistics
+
+
+@functools.cache
+def scanned():
+    return Case((("relu", 0),), 3, 0.5, False).model
+
+
+def scan(batches):
+    """The statistics of these batches; of none, the empty ones."""
+    inputs = [torch.randn(n, 6, generator=torch.Generator().manual_seed(seed)) * 4 for seed, n in batches]
+    return forged_fx.calibrate(scanned(), inputs) if any(len(x) for x in inputs) else Stats()
+
+
+@cases(70)
+@given(scans(), scans(), scans())
+def test_merge_is_associative_commutative_and_one_scan(a, b, c):
+    first, second, third = scan(a), scan(b), scan(c)
+    both = first.merge(second)
+    assert both == second.merge(first)
+    assert both.merge(third) == first.merge(second.merge(third))
+    nonempty = [batches for batches in (a, b, c) if any(n for _, n in batches)]
+    if nonempty:
+        assert both.merge(third) == scan([batch for batches in nonempty for batch in batches])
+
+
+@cases(125)
+@given(scans(), st.lists(st.floats(0, 1), min_size=2, max_size=5))
+def test_a_file_is_the_statistics_and_thresholds_are_monotone(tmp_path_factory, batches, ratios):
+    stats = scan(batches)
+    path = tmp_path_factory.getbasetemp() / "properties.safetensors"
+    stats.save(path)
+    loaded = Stats.load(path)
+    assert loaded == stats and list(loaded.sites) == list(stats.sites)
+    rows = [loaded.thresholds(ratio) for ratio in sorted(ratios)]
+    for few, more in pairwise(rows):
+        for name, site in sites(loaded).items():
+            assert 0 <= few[name] <= more[name] <= site.c_max
+            assert site.share_zeroed(few[name]) <= site.share_zeroed(more[name]) + 1e-12
