@@ -23,6 +23,8 @@ _PUBLIC = {
     "describe": "describe",
     "cost": "cost",
     "sparsity": "sparsity",
+    "sweep": "sweep",
+    "search": "search",
 }
 
 __all__ = [*_PUBLIC, "__version__"]

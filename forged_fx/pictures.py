@@ -1,13 +1,22 @@
-"""Pictures of a run, as SVG to be set into a page: text stays text, and colours follow the page's theme.
+"""Pictures of a run, as SVG to be set into a page, and as files.
 
-Matplotlib draws in stand-in colours, which are then replaced by the page's CSS variables. What a page must define:
-`--model`, `--base`, `--soft` (secondary text), `--line` (rules); text takes `currentColor`.
+In a page text stays text, and colours follow its theme: matplotlib draws in stand-in colours, which are then replaced by
+the page's CSS variables. What a page must define: `--model`, `--base`, `--soft` (secondary text), `--line` (rules); text
+takes `currentColor`. A file has the colours of a page on white paper.
 """
 
 import io
+import os
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from forged_fx.files import whole
+
+if TYPE_CHECKING:
+    from forged_fx.search import Search
+    from forged_fx.sweep import Sweep
 
 # a stand-in colour -> what it becomes in the page
 _THEME = {
@@ -18,6 +27,7 @@ _THEME = {
     "#050505": "var(--line)",
 }
 INK, MODEL, BASE, SOFT, LINE = _THEME
+_PAPER = {INK: "#1b1f24", MODEL: "#b45309", BASE: "#3b6ea8", SOFT: "#59636e", LINE: "#d1d9e0"}
 
 _STYLE = {
     "svg.fonttype": "none",
@@ -66,6 +76,80 @@ def zeroed_by_site(shares: Sequence[tuple[str, float, float]]) -> str:
     return _svg("zeroed", draw, rows=len(shares))
 
 
+def trade_off(sweep: "Sweep", path: str | os.PathLike[str]) -> None:
+    """A column per kind: accuracies above, with the base's as lines; shares changed and throughput below."""
+    kinds = list(dict.fromkeys(point.kind for point in sweep.points))
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots(2, len(kinds), sharex="col", sharey="row", squeeze=False, height_ratios=(3, 2))
+        percent = 100 / sweep.n
+        for (above, below), kind in zip(axes.T, kinds, strict=True):
+            points = [point for point in sweep.points if point.kind == kind]
+            at = range(len(points))
+            for name, style, base in (
+                ("worst", "-", sweep.worst), ("true", ":", sweep.true), ("natural", "--", sweep.natural),
+            ):  # fmt: skip
+                label = {"worst": "worst case", "true": "true gradient alone", "natural": "no attack"}[name]
+                counts = [percent * getattr(point, name) for point in points]
+                above.plot(at, counts, style, color=_PAPER[MODEL], marker="o", markersize=3, label=label)
+                above.axhline(percent * base, linestyle=style, color=_PAPER[BASE], linewidth=1)
+            worst = percent * sweep.worst
+            ends = [[worst + 100 * getattr(point, end) for point in points] for end in ("low", "high")]
+            above.fill_between(at, *ends, color=_PAPER[MODEL], alpha=0.12, linewidth=0)
+            above.set_title(kind)
+            for name, style in (("zeroed", "-"), ("limited", "--"), ("speed", ":")):
+                shares = [getattr(point, name) for point in points]
+                if any(shares) and None not in shares:
+                    label = {"zeroed": "set to zero", "limited": "limited", "speed": "throughput, of the base's"}[name]
+                    below.plot(
+                        at, [100 * s for s in shares], style, color=_PAPER[SOFT], marker="o", markersize=3, label=label
+                    )
+            below.set_xticks(at, [point.name.partition(" ")[2] for point in points])
+            below.set_xlabel("ratio")
+        axes[0, 0].set_ylabel(f"right, % of {sweep.n} inputs\n(base: blue)")
+        axes[1, 0].set_ylabel("%")
+        for row in axes:
+            row[0].set_ylim(bottom=0)
+            row[-1].legend(frameon=False, fontsize=8, loc="best")
+
+    _file(path, draw, (2.0 + 2.6 * len(kinds), 5.2))
+
+
+def trials(search: "Search", path: str | os.PathLike[str]) -> None:
+    """Every trial, by natural accuracy and what stood under the search's own attack; finalists are marked."""
+
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot()
+        finalists = {finalist.configuration: finalist for finalist in search.finalists}
+        kinds = sorted({kind for trial in search.trials for _, kind, _ in trial.configuration.places})
+        for kind, marker in zip(kinds, "os^Dv<>", strict=False):
+            some = [t for t in search.trials if t.configuration.places and t.configuration.places[0][1] == kind]
+            at = [[getattr(t, name) for t in some] for name in ("natural", "standing")]
+            axes.scatter(*at, marker=marker, s=18, color=_PAPER[SOFT], alpha=0.5, linewidth=0, label=kind)
+        for trial in search.trials:
+            if finalist := finalists.get(trial.configuration):
+                colour, word = (MODEL, "stands") if finalist.stands else (INK, "does not stand")
+                axes.scatter(trial.natural, trial.standing, s=60, facecolors="none", edgecolors=_PAPER[colour],
+                             label=f"finalist, {word}")  # fmt: skip
+        axes.scatter(search.base.natural, search.base.standing, marker="*", s=90, color=_PAPER[BASE], label="base")
+        axes.set_xlabel(f"right without attack, of {search.seen}")
+        axes.set_ylabel(f"standing after a short attack, of the {search.near}\nnearest to the boundary")
+        handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # each label once
+        axes.legend(handles.values(), handles, frameon=False, fontsize=8)
+
+    _file(path, draw, (6.4, 4.4))
+
+
+def _file(path: str | os.PathLike[str], draw: Callable[[Any], None], size: tuple[float, float]) -> None:
+    """A file, whole or not at all, of the format that its suffix names: .svg, .png or .pdf. size: in inches."""
+    path, style = Path(path), {key: _PAPER.get(value, value) for key, value in _STYLE.items()}
+    with _matplotlib().rc_context(style | {"axes.spines.left": True}):
+        figure = _figure(size)
+        draw(figure)
+        with whole(path) as part:
+            figure.savefig(part, format=path.suffix[1:] or "svg", facecolor="white", dpi=150)
+
+
 def _percent(axes: Any, label: str) -> None:
     axes.set_xlim(0, 108)  # room for the figure beside a full bar
     axes.set_xticks(range(0, 101, 20))
@@ -78,19 +162,26 @@ def _percent(axes: Any, label: str) -> None:
 
 def _svg(name: str, draw: Callable[[Any], None], rows: float) -> str:
     """An <svg> element. name: begins its ids, so that two pictures in one page do not share any."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install forged_fx[report]") from error
-
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 0.7 + 0.32 * rows), layout="constrained")
-        axes = figure.add_subplot()
-        draw(axes)
+    with _matplotlib().rc_context(_STYLE):
+        figure = _figure((_WIDTH, 0.7 + 0.32 * rows))
+        draw(figure.add_subplot())
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True)
     return _embeddable(file.getvalue(), name)
+
+
+def _matplotlib() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install forged_fx[report]") from error
+    return matplotlib
+
+
+def _figure(size: tuple[float, float]) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=size, layout="constrained")
 
 
 def _embeddable(svg: str, name: str) -> str:

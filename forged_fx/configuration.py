@@ -1,0 +1,88 @@
+"""A configuration: which kind of forging stands at which site, at which ratio. `sweep` and `search` compare them."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from torch import nn
+
+from forged_fx.stats import Ratio, Stats
+from forged_fx.transform import transform
+
+Place = tuple[str, str, Ratio]  # site, kind, ratio
+LISTED = 3  # sites that are named one by one
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """places: (site, kind, ratio) of each forged site, in the order in which the sites run. Printed, one line."""
+
+    places: tuple[Place, ...] = ()
+
+    @classmethod
+    def uniform(cls, sites: Iterable[str], kind: str, ratio: Ratio) -> "Configuration":
+        """The same at every one of these sites."""
+        return cls(tuple((site, kind, ratio) for site in sites))
+
+    @classmethod
+    def of(cls, record: Any) -> "Configuration":
+        """From what `record` wrote; ValueError for anything else."""
+        try:
+            return cls(tuple((str(site), str(kind), ratio_of(ratio)) for site, kind, ratio in record))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{record!r:.80} is no configuration: {error}") from None
+
+    def record(self) -> list[list[Any]]:
+        """As JSON has it."""
+        return [[site, kind, list(ratio) if isinstance(ratio, tuple) else ratio] for site, kind, ratio in self.places]
+
+    def at(self, site: str) -> tuple[str, Ratio] | None:
+        """Kind and ratio at a site; None where it is not forged."""
+        return next(((kind, ratio) for name, kind, ratio in self.places if name == site), None)
+
+    def forge(self, model: nn.Module, stats: Stats, example: tuple[tuple, dict] | None = None) -> nn.Module:
+        """`transform` with this configuration. Raises as it does; ValueError for an empty configuration."""
+        if not self.places:
+            raise ValueError("an empty configuration forges nothing: that is the model itself")
+        return transform(
+            model,
+            stats,
+            ratio={site: ratio for site, _, ratio in self.places},
+            kind={site: kind for site, kind, _ in self.places},
+            include=[site for site, _, _ in self.places],
+            example=example,
+        )
+
+    def __str__(self) -> str:
+        return "; ".join(self._groups()) or "nothing forged"
+
+    def _groups(self) -> Iterator[str]:
+        def how(place: Place) -> str:
+            return f"{place[1]} {written(place[2])}"
+
+        for text, places in groupby(sorted(self.places, key=how), how):
+            sites = [site for site, _, _ in self.places if site in {place[0] for place in places}]
+            named = ", ".join(sites) if len(sites) <= LISTED else f"{len(sites)} sites, {sites[0]} to {sites[-1]}"
+            yield f"{text} at {named}"
+
+
+def written(ratio: Ratio) -> str:
+    """A ratio as people write it: 1/64, 0.7, 1/64 to 0.7."""
+    if isinstance(ratio, tuple):
+        return " to ".join(map(written, ratio))
+    if ratio is None:
+        return "off"
+    if 0 < ratio < 0.25 and math.frexp(ratio)[0] == 0.5:
+        return f"1/{round(1 / ratio)}"
+    return f"{ratio:g}"
+
+
+def ratio_of(value: Any) -> Ratio:
+    """A ratio from JSON: a number, null, or a pair of them."""
+    if isinstance(value, list | tuple) and len(value) == 2:
+        return tuple(ratio_of(end) for end in value)
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return value
+    raise ValueError(f"{value!r:.40} is no ratio")

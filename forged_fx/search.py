@@ -1,0 +1,454 @@
+"""A search for the configuration with the best worst case: kinds, sites, and a ratio for each.
+
+    1. a sweep under a cheap attack: every kind and ratio at all sites, at the first one, at the others
+    2. moves, one site at a time, from the best of these, as long as the cheap attack finds less
+    3. confirmation of the finalists on inputs that the search has not seen, by `evaluate` with all that it has
+
+The cheap attack ranks and proves nothing: a search takes what looks best among many, so what it finds looks better than
+it is. That is why the figure that counts comes from other inputs, and is corrected for the number of finalists.
+"""
+
+import csv
+import json
+import os
+import random
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from forged_fx import checked, moves, trials
+from forged_fx.configuration import Configuration
+from forged_fx.evaluate import blocks as unit
+from forged_fx.evaluate import checks, evaluate, fingerprint, pool, report
+from forged_fx.evaluate.attacks import choose
+from forged_fx.evaluate.blocks import Blocks
+from forged_fx.evaluate.extras import need
+from forged_fx.evaluate.journal import UNFINISHED, Journal, check
+from forged_fx.evaluate.result import Result
+from forged_fx.evaluate.statistics import LEVEL, holm
+from forged_fx.evaluate.threat import Threat
+from forged_fx.files import whole
+from forged_fx.stats import Stats
+from forged_fx.transform import select
+from forged_fx.trials import Spent, Trial, Trials
+
+FORMAT = 1
+RECORD, TABLE, PICTURE = "search.json", "search.csv", "search.svg"
+KINDS = ("hard", "soft", "clamp", "band")
+STARTS = 3  # configurations from which moves begin, and at most so many finalists
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A configuration on the inputs kept for confirmation. natural, worst: how many of them it gets right unattacked
+    and in the worst case over everything; base_natural, base_worst: the base under the same. low, high: Tango's
+    interval of the difference, in shares; p: exact McNemar; p_holm: corrected for the number of finalists. verdict: of
+    `evaluate`. stands: it is a measurable gain after all of that, within the bound on natural accuracy; reason: why
+    not, or ""."""
+
+    configuration: Configuration
+    natural: int
+    worst: int
+    base_natural: int
+    base_worst: int
+    low: float
+    high: float
+    p: float
+    p_holm: float
+    verdict: str
+    stands: bool
+    reason: str
+    folder: str | None
+
+
+@dataclass(eq=False, repr=False)
+class Search:
+    """What `search` found. `print` shows tables; `save`, `plot`, `forge`.
+
+    base: the model itself under the cheap attack, an empty configuration. trials: all others, in order. finalists: the
+    best worst case first. near, seen, kept: inputs on which trials were scored, inputs of the search in all, and those
+    kept for confirmation. facts: what was asked, and of which data, by which versions.
+    """
+
+    threat: Threat
+    near: int
+    seen: int
+    kept: int
+    base: Trial
+    trials: list[Trial]
+    finalists: list[Finalist]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def best(self) -> Finalist | None:
+        """The finalist that stands with the best worst case; None: nothing beats the base."""
+        standing = [finalist for finalist in self.finalists if finalist.stands]
+        return max(standing, key=lambda finalist: (finalist.worst, finalist.natural), default=None)
+
+    @property
+    def sentence(self) -> str:
+        tried = f"{len(self.trials)} configurations tried"
+        if not self.finalists:
+            return f"nothing beats the base: {tried}, and none looked better even to the search's own attack"
+        if self.best is None:
+            closest = max(self.finalists, key=lambda finalist: finalist.worst)
+            return (
+                f"nothing beats the base: {tried}, the {len(self.finalists)} that looked best judged on {self.kept} "
+                f"other inputs; the least bad, {closest.configuration}, is right on {closest.worst} in the worst case, "
+                f"the base on {closest.base_worst} ({closest.reason})"
+            )
+        best = self.best
+        return (
+            f"{best.configuration} beats the base: in the worst case it is right on {best.worst} of {self.kept} inputs "
+            f"that the search has not seen, the base on {best.base_worst} (95 % interval {100 * best.low:+.1f} to "
+            f"{100 * best.high:+.1f} points, Holm p = {best.p_holm:.2g}); natural {best.base_natural} to "
+            f"{best.natural}; {tried}"
+        )
+
+    def forge(self, model: nn.Module, stats: Stats) -> nn.Module:
+        """`model` with the best configuration. ValueError if nothing beats the base."""
+        if self.best is None:
+            raise ValueError(self.sentence)
+        return self.best.configuration.forge(model, stats)
+
+    def records(self) -> list[dict[str, Any]]:
+        """A row for the base and each trial, as the CSV has them; what was confirmed has those figures too."""
+        found = {finalist.configuration: finalist for finalist in self.finalists}
+        rows = []
+        for trial in (self.base, *self.trials):
+            row = {f.name: getattr(trial, f.name) for f in fields(Trial)} | {"configuration": str(trial.configuration)}
+            finalist = found.get(trial.configuration)
+            names = ("natural", "worst", "base_natural", "base_worst", "low", "high", "p", "p_holm", "stands", "reason")
+            rows.append(row | {f"confirmed_{name}": getattr(finalist, name, None) for name in names})
+        return rows
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write search.json and search.csv, each whole or not at all; with matplotlib also search.svg."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = self.records()
+        with whole(folder / TABLE) as path, path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        try:
+            self.plot(folder / PICTURE)
+        except ImportError:  # the figures stand without it
+            pass
+        record = {"format": FORMAT, "sentence": self.sentence} | {f.name: getattr(self, f.name) for f in fields(self)}
+        with whole(folder / RECORD) as path:  # last: a folder with a search.json is complete
+            path.write_text(json.dumps(record, indent=1, default=_plain) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "Search":
+        """Read what `save` wrote. ValueError for anything else."""
+        path = Path(folder) / RECORD
+        try:
+            record = checked.parse(checked.read(path))
+            if not isinstance(record, dict) or record.pop("format", None) != FORMAT:
+                raise ValueError(f"its format is not {FORMAT}")
+            record.pop("sentence")
+            base = _built(Trial, record.pop("base"))
+            lists = {
+                name: [_built(row, entry) for entry in checked.fit(record.pop(name), list[Any], name)]
+                for name, row in (("trials", Trial), ("finalists", Finalist))
+            }
+            threat = checked.build(Threat, record.pop("threat"), "threat")
+            return checked.build(cls, record, "search", base=base, threat=threat, **lists)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} holds no search: {error}") from error
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """A picture: each trial's natural accuracy and how many inputs stand. SVG, PNG or PDF, by suffix."""
+        from forged_fx import pictures
+
+        pictures.trials(self, path)
+
+    def __str__(self) -> str:
+        return report.text(self)
+
+    def __rich__(self) -> Any:
+        return need("rich.console").Group(
+            need("rich.text").Text(self.sentence, style="bold"),
+            *([self._confirmed()] if self.finalists else []),
+            self._tried(),
+            f"{self.threat.norm} ball of radius {self.threat.eps:.6g}, seed {self.facts['seed']}; scored on the "
+            f"{self.near} inputs nearest to the boundary of {self.seen}, confirmed on {self.kept} others (attacks: "
+            f"{self.facts['attacks']}); {self.facts['stopped']}",
+        )
+
+    def _confirmed(self) -> Any:
+        table = need("rich.table").Table(title=f"finalists, of {self.kept} inputs kept for them", title_justify="left")
+        table.add_column("configuration", overflow="fold")
+        for heading in ("worst case", "base", "points", "95 % interval", "p", "p, Holm", "natural", "base"):
+            table.add_column(heading, justify="right")
+        table.add_column("outcome", overflow="fold")
+        for f in self.finalists:
+            points = f"{100 * (f.worst - f.base_worst) / self.kept:+.1f}"
+            interval = f"{100 * f.low:+.1f} {100 * f.high:+.1f}"
+            counts = (str(f.worst), str(f.base_worst), points, interval, f"{f.p:.2g}", f"{f.p_holm:.2g}")
+            table.add_row(str(f.configuration), *counts, str(f.natural), str(f.base_natural), f.reason or "stands")
+        return table
+
+    def _tried(self, most: int = 10) -> Any:
+        title = f"the best of {len(self.trials)} trials, by the search's own attack (this proves nothing)"
+        table = need("rich.table").Table(title=title, title_justify="left")
+        table.add_column("configuration", overflow="fold")
+        for heading in (f"standing, of {self.near}", "margin", f"natural, of {self.seen}"):
+            table.add_column(heading, justify="right")
+        ranked = sorted(self.trials, key=lambda trial: trial.score, reverse=True)
+        for trial in (self.base, *ranked[:most]):
+            name = str(trial.configuration) if trial.configuration.places else "base"
+            natural = f"{trial.natural}" + ("" if trial.fit else " (too few)")
+            table.add_row(name, str(trial.standing), f"{trial.margin:+.3f}", natural)
+        return table
+
+    def __repr__(self) -> str:
+        return f"<Search: {self.sentence}>"
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not know."""
+    if isinstance(value, Configuration):
+        return value.record()
+    return {f.name: getattr(value, f.name) for f in fields(value)}
+
+
+def _built(row: type, record: dict[str, Any]) -> Any:
+    given = {key: value for key, value in record.items() if key != "configuration"}
+    return checked.build(row, given, row.__name__, configuration=Configuration.of(record["configuration"]))
+
+
+def search(
+    model: nn.Module,
+    stats: Stats | str | os.PathLike[str],
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    norm: str = "Linf",
+    kinds: Sequence[str] = KINDS,
+    max_natural_loss: float = 0.01,
+    budget: int = 200,
+    seconds: float | None = None,
+    confirm: float | tuple[Tensor, Tensor] = 0.5,
+    finalists: int = STARTS,
+    attacks: str | list[str] | tuple[str, ...] = "relentless",
+    seed: int = 0,
+    batch_size: int = 250,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+) -> Search:
+    """Look for kinds, sites and ratios that make `model` more robust in the worst case, and confirm what is found.
+
+    A configuration is scored on the inputs on which the base's outcome is closest to turning, by what a short APGD
+    leaves standing: with its true gradient, under BPDA, and shown the base's adversarial examples. The best are
+    confirmed on other inputs by `evaluate`, which also attacks each finalist along the gradients of its own kind: the
+    base's, as if nothing had been forged, and smooth surrogates at several temperatures, from random points and from
+    the base's adversarial examples, with more steps and restarts until the figure stops moving.
+
+    Args:
+        model: a classifier, x -> logits (n, classes).
+        stats: what `calibrate(model, ...)` returned, or the path it was saved to.
+        x, y, eps, norm, batch_size, progress: as in `forged_fx.evaluate`.
+        kinds: which kinds may be used, of `moves.LADDERS`. "mean" needs statistics by channel.
+        max_natural_loss: how much natural accuracy may be lost, a share of all inputs: in the search, and again in the
+            confirmation.
+        budget: how many configurations are tried, at most.
+        seconds: how long trying may take, at most, in seconds of computing; those of a run that was killed count. The
+            confirmation is not in it.
+        confirm: which share of the inputs, the last ones, is kept for confirmation; or other inputs and their classes.
+        finalists: how many are confirmed, at most.
+        attacks: of the confirmation, as in `evaluate`; "relentless" is what a reported gain should have faced.
+        seed: of everything that is drawn.
+        include, exclude: globs over site names, as in `forged_fx.transform`.
+        folder: where the run is recorded: killed at any moment, the same call goes on from there and ends with the same
+            result. At the end it holds search.json, search.csv, search.svg, and a folder for each finalist, as
+            `evaluate` writes it. If it holds that result already, it is returned.
+
+    Raises:
+        TypeError, ValueError: as `evaluate` and `transform` do; an argument of no use.
+        FileExistsError: `folder` holds the run of another call. BlockingIOError: another process works on it.
+    """
+    stats = stats if isinstance(stats, Stats) else Stats.load(stats)
+    threat, (x, y) = checks.threat(eps, norm), checks.inputs(x, y)
+    choose(attacks)
+    if unknown := [kind for kind in kinds if kind not in moves.LADDERS]:
+        raise ValueError(f"search does not know kind {unknown[0]!r}; choose from {', '.join(moves.LADDERS)}")
+    if not kinds or budget < 1 or finalists < 1:
+        raise ValueError(f"kinds={list(kinds)}, budget={budget}, finalists={finalists}: at least one of each")
+    if not 0 <= max_natural_loss <= 1:
+        raise ValueError(f"max_natural_loss={max_natural_loss}: a share of all inputs, in [0, 1]")
+    (x, y), (kept_x, kept_y) = _split(x, y, confirm)
+    sites, _ = select(stats, include, exclude)
+    data = {"x": x, "y": y, "confirm_x": kept_x, "confirm_y": kept_y}
+    call = {
+        "threat": asdict(threat),
+        "kinds": list(kinds),
+        "sites": sites,
+        "max_natural_loss": max_natural_loss,
+        "budget": budget,
+        "seconds": seconds,
+        "finalists": finalists,
+        "attacks": attacks if isinstance(attacks, str) else list(attacks),
+        "seed": seed,
+        "constants": {"block": unit.BLOCK, "near": trials.NEAR, "steps": trials.STEPS, "starts": STARTS},
+        "model": fingerprint.of_model(model),
+        "stats": fingerprint.of_tensors((name, repr(stats.sites[name])) for name in sites),
+        "data": {name: fingerprint.of_tensors([(name, value)]) for name, value in data.items()},
+        "versions": {name: version(name) for name in ("forged_fx", "pyautoattack", "torch")},
+    }
+    with ExitStack() as stack:
+        blocks, shown = Blocks(seed), report.Progress(progress)
+        if folder is not None:
+            folder = Path(folder)
+            if (folder / RECORD).exists():
+                found = Search.load(folder)
+                check(found.facts["call"], call, folder)
+                shutil.rmtree(folder / UNFINISHED, ignore_errors=True)  # killed when all was written
+                return found
+            blocks.journal = stack.enter_context(Journal(folder, call | {"command": list(sys.argv)}))
+            shown.log = blocks.journal.log_once
+        with pool.at_peace({"model": model}), shown:
+            tried = Trials(
+                model,
+                stats,
+                x,
+                y,
+                threat,
+                max_natural_loss=max_natural_loss,
+                budget=budget,
+                seconds=seconds,
+                blocks=blocks,
+                batch_size=batch_size,
+                progress=shown,
+            )
+            ends, stopped = walk(tried, sites, kinds, random.Random(seed))
+        results = []
+        for number, trial in enumerate(ends[:finalists], start=1):
+            forged = trial.configuration.forge(model, stats, tried.example)
+            where = None if folder is None else folder / f"finalist-{number}"
+            judged = evaluate(
+                forged,
+                model,
+                x=kept_x,
+                y=kept_y,
+                eps=eps,
+                norm=norm,
+                attacks=attacks,
+                seed=seed,
+                batch_size=batch_size,
+                folder=where,
+                progress=progress,
+                shard=False,
+            )
+            results.append((trial.configuration, where, judged))
+        result = Search(
+            threat=threat,
+            near=len(tried.near),
+            seen=len(x),
+            kept=len(kept_x),
+            base=tried.base,
+            trials=list(tried.made.values()),
+            finalists=_confirmed(results, max_natural_loss),
+            facts={
+                "call": call,
+                "command": list(sys.argv),
+                "seed": seed,
+                "attacks": call["attacks"],
+                "stopped": stopped,
+                "threads": torch.get_num_threads(),
+            },
+        )
+        if folder is not None:
+            result.save(folder)
+            blocks.journal.log(f"finished: {result.sentence}")
+            blocks.journal.finish()
+    return result
+
+
+def walk(tried: Trials, sites: Sequence[str], kinds: Sequence[str], chance: random.Random) -> tuple[list[Trial], str]:
+    """Where the moves end that look better than the base, the best first; and why they ended.
+
+    They begin at the `STARTS` best of `moves.starts` and the base. The walks take turns, a site at a time, so that a
+    budget that runs out ends all of them and not the last.
+    """
+    here: list[Trial] = []
+
+    def ascend(k: int) -> Iterator[None]:
+        """Coordinate ascent: at each site, in an order drawn anew each time round, whatever scores better is taken."""
+        before = None
+        while here[k] is not before:
+            before = here[k]
+            for site in chance.sample(sites, len(sites)):
+                for configuration in moves.at(here[k].configuration, site, sites, kinds):
+                    here[k] = max(here[k], tried.try_out(configuration), key=lambda trial: trial.score)
+                yield
+
+    try:
+        for configuration in moves.starts(sites, kinds):
+            tried.try_out(configuration)
+        here += sorted((tried.base, *tried.made.values()), key=lambda trial: trial.score, reverse=True)[:STARTS]
+        ascents = [ascend(k) for k in range(len(here))]
+        while ascents:
+            ascents = [ascent for ascent in ascents if next(ascent, ascents) is not ascents]
+        stopped = "no move helps"
+    except Spent:
+        stopped = "the budget is spent"
+    here = here or sorted(tried.made.values(), key=lambda trial: trial.score, reverse=True)[:STARTS]
+    better = {trial.configuration: trial for trial in here if trial.fit and trial.standing > tried.base.standing}
+    return sorted(better.values(), key=lambda trial: trial.score, reverse=True), stopped
+
+
+def _split(x: Tensor, y: Tensor, confirm: float | tuple[Tensor, Tensor]) -> tuple[tuple, tuple]:
+    """(the search's x and y, the confirmation's)"""
+    if isinstance(confirm, tuple):
+        return (x, y), checks.inputs(*confirm)
+    kept = round(confirm * len(x)) if 0 < confirm < 1 else 0
+    if not 0 < kept < len(x):
+        raise ValueError(f"confirm={confirm!r}: a share between 0 and 1 that leaves inputs on both sides, or (x, y)")
+    return (x[:-kept], y[:-kept]), (x[-kept:], y[-kept:])
+
+
+def _confirmed(results: Sequence[tuple[Configuration, Path | None, Result]], max_natural_loss: float) -> list[Finalist]:
+    """The finalists with what `evaluate` found, the best worst case first."""
+    found = []
+    adjusted = holm([result.compared().p for _, _, result in results])
+    for (configuration, folder, result), p_holm in zip(results, adjusted, strict=True):
+        paired = result.compared()
+        counts = {
+            prefix + name: int(side.right(kind).sum())
+            for prefix, side in (("", result.model), ("base_", result.base))
+            for name, kind in (("natural", "natural"), ("worst", result.kinds[-1]))
+        }
+        lost = counts["base_natural"] - counts["natural"]
+        reasons = {
+            f"evaluate: {result.verdict}": result.verdict != "gain",
+            f"p = {p_holm:.2g} for {len(results)} finalists": result.verdict == "gain" and p_holm > 1 - LEVEL,
+            f"loses {100 * lost / result.n:.1f} points of natural accuracy": lost > max_natural_loss * result.n,
+        }
+        reason = "; ".join(text for text, holds in reasons.items() if holds)
+        finalist = Finalist(
+            configuration,
+            **counts,
+            low=paired.low,
+            high=paired.high,
+            p=paired.p,
+            p_holm=p_holm,
+            verdict=result.verdict,
+            stands=not reason,
+            reason=reason,
+            folder=folder.name if folder else None,
+        )
+        found.append(finalist)
+    return sorted(found, key=lambda finalist: (-finalist.worst, -finalist.natural))

@@ -1,0 +1,340 @@
+"""How forging trades natural accuracy for robustness: one model, many ratios and kinds, one pool of examples."""
+
+import csv
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from forged_fx import checked
+from forged_fx.calibrate import calibrate
+from forged_fx.configuration import Configuration, ratio_of, written
+from forged_fx.describe import describe
+from forged_fx.evaluate import blocks as unit
+from forged_fx.evaluate import checks, fingerprint, gradients, pool, report
+from forged_fx.evaluate.attacks import choose
+from forged_fx.evaluate.blocks import Blocks
+from forged_fx.evaluate.extras import need
+from forged_fx.evaluate.journal import UNFINISHED, Journal, check
+from forged_fx.evaluate.result import Side
+from forged_fx.evaluate.statistics import LEVEL, compare, holm
+from forged_fx.evaluate.threat import Threat
+from forged_fx.files import whole
+from forged_fx.stats import Ratio, Stats
+from forged_fx.throughput import interleave
+from forged_fx.transform import select
+
+FORMAT = 1
+RECORD, TABLE, PICTURE, EXAMPLES, STATISTICS = (
+    *("sweep.json", "sweep.csv", "sweep.svg", "examples.safetensors", "stats.safetensors"),
+)
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One kind at one ratio, at every site that is forged by default, beside the base.
+
+    natural, true, worst: how many of n it gets right unattacked, under its true gradient, and in the worst case over
+    all rows. low, high: Tango's 95 % interval of its worst case less the base's, in shares of n; p: exact McNemar;
+    p_holm: the same for the number of points. zeroed, limited: share of all inputs of sites that forging set to zero
+    (beyond what was zero) or limited, by the calibration's histogram; None where that cannot tell. speed: throughput as
+    a share of the base's, the median over the rounds, speed_low and speed_high its quartiles; None where not taken.
+    """
+
+    kind: str
+    ratio: Ratio
+    natural: int
+    true: int
+    worst: int
+    low: float
+    high: float
+    p: float
+    p_holm: float
+    zeroed: float | None
+    limited: float | None
+    speed: float | None = None
+    speed_low: float | None = None
+    speed_high: float | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {written(self.ratio)}"
+
+
+@dataclass(eq=False, repr=False)
+class Sweep:
+    """What `sweep` found. `print` shows a table; `save`, `plot`. natural, true, worst: the base's, as in `Point`.
+
+    sites: those that are forged. facts: what was asked, and of which data, by which versions.
+    """
+
+    n: int
+    threat: Threat
+    natural: int
+    true: int
+    worst: int
+    sites: list[str]
+    points: list[Point]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def best(self) -> Point:
+        """The point with the best worst case; of several the one that is right unattacked most often."""
+        return max(self.points, key=lambda point: (point.worst, point.natural))
+
+    @property
+    def sentence(self) -> str:
+        best, worst = self.best, min(self.points, key=lambda point: (point.worst, point.natural))
+        below = sum(point.high < 0 and point.p_holm <= 1 - LEVEL for point in self.points)
+        better = best.low > 0 and best.p_holm <= 1 - LEVEL
+        return (
+            f"of {len(self.points)} points "
+            + (f"{best.name} is measurably above the base" if better else "none is measurably above the base")
+            + (f", {below} measurably below" if below else "")
+            + f": worst case {self.worst} of {self.n} at the base, {worst.worst} ({worst.name}) to {best.worst} "
+            f"({best.name}), Holm p = {best.p_holm:.2g}"
+            + ("; attacks that know the kind come with forged_fx.search" if better else "")
+        )
+
+    def records(self) -> list[dict[str, Any]]:
+        """A row for the base and each point, as the CSV has them."""
+        base = {"kind": "none", "ratio": "", "natural": self.natural, "true": self.true, "worst": self.worst}
+        common = {"n": self.n, "eps": self.threat.eps, "norm": self.threat.norm}
+        rows = [base, *({**asdict(point), "ratio": written(point.ratio)} for point in self.points)]
+        return [{name: row.get(name) for name in (f.name for f in fields(Point))} | common for row in rows]
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write sweep.json and sweep.csv, each whole or not at all; with matplotlib also sweep.svg."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = self.records()
+        with whole(folder / TABLE) as path, path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        try:
+            self.plot(folder / PICTURE)
+        except ImportError:  # the figures stand without it
+            pass
+        record = {"format": FORMAT, "sentence": self.sentence, **asdict(self)}
+        with whole(folder / RECORD) as path:  # last: a folder with a sweep.json is complete
+            path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "Sweep":
+        """Read what `save` wrote. ValueError for anything else."""
+        path = Path(folder) / RECORD
+        try:
+            record = checked.parse(checked.read(path))
+            if not isinstance(record, dict) or record.pop("format", None) != FORMAT:
+                raise ValueError(f"its format is not {FORMAT}")
+            record.pop("sentence")
+            points = [
+                checked.build(Point, {k: v for k, v in p.items() if k != "ratio"}, "points", ratio=ratio_of(p["ratio"]))
+                for p in checked.fit(record.pop("points"), list[dict[str, Any]], "points")
+            ]
+            threat = checked.build(Threat, record.pop("threat"), "threat")
+            if not points:
+                raise ValueError("it has no point")
+            return checked.build(cls, record, "sweep", points=points, threat=threat)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} holds no sweep: {error}") from error
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """A picture: accuracies above, shares and throughput below, a column per kind. SVG, PNG or PDF, by suffix."""
+        from forged_fx import pictures
+
+        pictures.trade_off(self, path)
+
+    def __str__(self) -> str:
+        return report.text(self)
+
+    def __rich__(self) -> Any:
+        table = need("rich.table").Table(title=f"right, of {self.n} inputs", title_justify="left")
+        headings = ("kind, ratio", "worst case", "points", "95 % interval", "p", "p, Holm", "true gradient", "natural")
+        for heading in (*headings, "zeroed", "limited", "throughput"):
+            table.add_column(heading, justify="left" if heading == "kind, ratio" else "right")
+        table.add_row("base", str(self.worst), *[""] * 4, str(self.true), str(self.natural))
+        table.add_section()
+        for p in self.points:
+            interval = f"{100 * p.low:+.1f} {100 * p.high:+.1f}"
+            points = f"{100 * (p.worst - self.worst) / self.n:+.1f}"
+            shares = ["" if share is None else f"{100 * share:.1f} %" for share in (p.zeroed, p.limited)]
+            speed = "" if p.speed is None else f"{p.speed:.3f} [{p.speed_low:.3f}, {p.speed_high:.3f}]"
+            figures = (str(p.worst), points, interval, f"{p.p:.2g}", f"{p.p_holm:.2g}", str(p.true), str(p.natural))
+            table.add_row(p.name, *figures, *shares, speed, style="bold" if p is self.best else "")
+        small = (
+            f"{self.threat.norm} ball of radius {self.threat.eps:.6g}; attacks: {', '.join(self.facts['attacks'])}; "
+            f"seed {self.facts['seed']}; one pool of examples for all; points and intervals: worst case less the base's"
+        )
+        return need("rich.console").Group(need("rich.text").Text(self.sentence, style="bold"), table, small)
+
+    def __repr__(self) -> str:
+        return f"<Sweep: {self.sentence}>"
+
+
+def sweep(
+    model: nn.Module,
+    batches: Iterable[Any] | Stats,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    ratios: Sequence[Ratio] | Mapping[str, Sequence[Ratio]] = (2**-8, 2**-7, 2**-6, 2**-5),
+    kinds: Sequence[str] = ("hard",),
+    norm: str = "Linf",
+    attacks: str | list[str] | tuple[str, ...] = "standard",
+    seed: int = 0,
+    batch_size: int = 250,
+    rounds: int = 15,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+) -> Sweep:
+    """Forge `model` at each ratio and kind, and judge all of them and `model` itself under one pool of examples.
+
+    The model is calibrated once and attacked once. Every adversarial example that is found on any of them is shown to
+    all, so that the curve compares models and not attacks' luck; its worst case can only be below what `evaluate`
+    finds for a point alone.
+
+    Args:
+        model: a classifier, x -> logits (n, classes).
+        batches: what to calibrate on, as `forged_fx.calibrate` takes it, or its result.
+        x, y, eps, norm, attacks, seed, batch_size, progress: as in `forged_fx.evaluate`.
+        ratios: of every kind, or by kind: {"hard": [2**-7], "clamp": [0.7, 0.5]}.
+        kinds: names from `forged_fx.kinds.KINDS`.
+        rounds: of timing, see `forged_fx/throughput.py`, eager, on the first `batch_size` inputs; 0: none.
+        include, exclude: globs over site names, as in `forged_fx.transform`.
+        folder: where the run is recorded: killed at any moment, the same call goes on from there. At the end it holds
+            sweep.json, sweep.csv, sweep.svg, the statistics, and the adversarial examples of each model. If it holds
+            that result already, it is returned.
+
+    Raises:
+        TypeError, ValueError: as `evaluate`, `calibrate` and `transform` do; no ratio or kind.
+        FileExistsError: `folder` holds the run of another call. BlockingIOError: another process works on it.
+    """
+    threat, (x, y), plan = checks.threat(eps, norm), checks.inputs(x, y), choose(attacks)
+    if isinstance(ratios, Mapping) and (missing := [kind for kind in kinds if kind not in ratios]):
+        raise ValueError(f"ratios has none for kind {missing[0]!r}")
+    grid = [(kind, ratio) for kind in kinds for ratio in (ratios[kind] if isinstance(ratios, Mapping) else ratios)]
+    if not grid or len(set(grid)) < len(grid):
+        raise ValueError(f"kinds={list(kinds)}, ratios={ratios}: at least one point, and none twice")
+    stats = batches if isinstance(batches, Stats) else calibrate(model, batches, channels="mean" in kinds)
+    sites, _ = select(stats, include, exclude)
+    forged = {
+        f"{kind} {written(ratio)}": Configuration.uniform(sites, kind, ratio).forge(model, stats, ((x[:8],), {}))
+        for kind, ratio in grid
+    }
+    models = {BASE: model, **forged}
+    call = {
+        "threat": asdict(threat),
+        "plan": {kind: list(names) for kind, names in asdict(plan).items()},
+        "seed": seed,
+        "block": unit.BLOCK,
+        "data": {"x_sha256": fingerprint.of_tensors([("x", x)]), "y_sha256": fingerprint.of_tensors([("y", y)])},
+        "models": {name: fingerprint.of_model(one) for name, one in models.items()},
+        "rounds": rounds,
+        "versions": {name: version(name) for name in ("forged_fx", "pyautoattack", "torch")},
+    }
+    with ExitStack() as stack:
+        blocks, shown = Blocks(seed), report.Progress(progress)
+        if folder is not None:
+            if (Path(folder) / RECORD).exists():
+                found = Sweep.load(folder)
+                check(found.facts["call"], call, Path(folder))
+                shutil.rmtree(Path(folder) / UNFINISHED, ignore_errors=True)  # killed when all was written
+                return found
+            blocks.journal = stack.enter_context(Journal(folder, call | {"command": list(sys.argv)}))
+            shown.log = blocks.journal.log_once
+            stats.save(Path(folder) / STATISTICS)
+        stack.enter_context(pool.at_peace(models))
+        stack.enter_context(shown)
+        sides = pool.judge(
+            models, x, y, threat, plan, bpda=gradients.straight_through(), blocks=blocks, batch_size=batch_size,
+            progress=shown,
+        )  # fmt: skip
+        speeds = _speeds(models, x[:batch_size], rounds) if rounds else {}
+        result = Sweep(
+            n=len(x),
+            threat=threat,
+            **_counts(sides[BASE]),
+            sites=sites,
+            points=_points(grid, forged, sides, stats, speeds),
+            facts={
+                "call": call,
+                "command": list(sys.argv),
+                "attacks": plan.names,
+                "seed": seed,
+                "seconds": {name: sum(row.seconds for row in side.rows) for name, side in sides.items()},
+                "threads": torch.get_num_threads(),
+            },
+        )
+        if folder is not None:
+            tensors: dict[str, Tensor] = {}
+            for name, side in sides.items():
+                tensors |= {f"{name}.broken_by": side.broken_by, f"{name}.x": side.examples.contiguous()}
+            with whole(Path(folder) / EXAMPLES) as path:
+                need("safetensors.torch").save_file(tensors, path)
+            result.save(folder)
+            blocks.journal.log(f"finished: {result.sentence}")
+            blocks.journal.finish()
+    return result
+
+
+def _counts(side: Side) -> dict[str, int]:
+    kinds = {"natural": "natural", "true": "true gradient", "worst": "further"}
+    return {name: int(side.right(kind).sum()) for name, kind in kinds.items()}
+
+
+def _points(
+    grid: Sequence[tuple[str, Ratio]],
+    forged: Mapping[str, nn.Module],
+    sides: Mapping[str, Side],
+    stats: Stats,
+    speeds: Mapping[str, tuple[float, float, float]],
+) -> list[Point]:
+    paired = [compare(sides[name].right(), sides[BASE].right()) for name in forged]
+    adjusted = holm([p.p for p in paired])
+    points = []
+    for (kind, ratio), (name, module), p, p_holm in zip(grid, forged.items(), paired, adjusted, strict=True):
+        shares, speed = shares_changed(module, stats), speeds.get(name, (None, None, None))
+        interval = (p.low, p.high, p.p, p_holm)
+        points.append(Point(kind, ratio, *_counts(sides[name]).values(), *interval, *shares, *speed))
+    return points
+
+
+def shares_changed(forged: nn.Module, stats: Stats) -> tuple[float | None, float | None]:
+    """Of all elements that entered the forged sites in calibration, the shares that forging sets to zero (beyond those
+    that are zero) and limits; None where a site's histogram cannot tell."""
+    zeroed, limited, elements = [], [], 0
+    for row in describe(forged):
+        if row.left_out is None:
+            site = stats.sites[row.site]
+            elements += site.elements
+            before = site.zeros / max(site.sampled, 1)
+            zeroed.append(None if row.share_zeroed is None else site.elements * max(row.share_zeroed - before, 0.0))
+            limited.append(site.elements * (row.share_limited or 0.0))
+    return (None if None in zeroed else sum(zeroed) / max(elements, 1)), sum(limited) / max(elements, 1)
+
+
+def _speeds(models: Mapping[str, nn.Module], x: Tensor, rounds: int) -> dict[str, tuple[float, float, float]]:
+    """Of each model but the base: throughput as a share of the base's, its median and quartiles."""
+    device = checks.device_of(models[BASE], x.device)
+    batch = x.to(device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    calls = {("eager", name): lambda one=one: one(batch) for name, one in models.items()}
+    seconds = interleave(calls, rounds, wait)
+    shares = {name: seconds["eager", BASE] / seconds["eager", name] for name in models if name != BASE}
+    return {name: tuple(map(float, np.quantile(found, (0.5, 0.25, 0.75)))) for name, found in shares.items()}
