@@ -63,7 +63,8 @@ class Configuration:
             return f"{place[1]} {written(place[2])}"
 
         for text, places in groupby(sorted(self.places, key=how), how):
-            sites = [site for site, _, _ in self.places if site in {place[0] for place in places}]
+            found = {place[0] for place in places}
+            sites = [site for site, _, _ in self.places if site in found]
             named = ", ".join(sites) if len(sites) <= LISTED else f"{len(sites)} sites, {sites[0]} to {sites[-1]}"
             yield f"{text} at {named}"
 

@@ -1,8 +1,8 @@
 """Pictures of a run, as SVG to be set into a page, and as files.
 
-In a page text stays text, and colours follow its theme: matplotlib draws in stand-in colours, which are then replaced by
-the page's CSS variables. What a page must define: `--model`, `--base`, `--soft` (secondary text), `--line` (rules); text
-takes `currentColor`. A file has the colours of a page on white paper.
+In a page text stays text, and colours follow its theme: matplotlib draws in stand-in colours, which are then replaced
+by the page's CSS variables. What a page must define: `--model`, `--base`, `--soft` (secondary text), `--line` (rules);
+text takes `currentColor`. A file has the colours of a page on white paper.
 """
 
 import io

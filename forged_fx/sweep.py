@@ -162,17 +162,17 @@ class Sweep:
 
     def __rich__(self) -> Any:
         table = need("rich.table").Table(title=f"right, of {self.n} inputs", title_justify="left")
-        headings = ("kind, ratio", "worst case", "points", "95 % interval", "p", "p, Holm", "true gradient", "natural")
+        headings = ("", "worst case", "points", "95 % interval", "Holm p", "true gradient", "natural")
         for heading in (*headings, "zeroed", "limited", "throughput"):
-            table.add_column(heading, justify="left" if heading == "kind, ratio" else "right")
-        table.add_row("base", str(self.worst), *[""] * 4, str(self.true), str(self.natural))
+            table.add_column(heading, justify="left" if not heading else "right")
+        table.add_row("base", str(self.worst), *[""] * 3, str(self.true), str(self.natural))
         table.add_section()
         for p in self.points:
             interval = f"{100 * p.low:+.1f} {100 * p.high:+.1f}"
             points = f"{100 * (p.worst - self.worst) / self.n:+.1f}"
             shares = ["" if share is None else f"{100 * share:.1f} %" for share in (p.zeroed, p.limited)]
-            speed = "" if p.speed is None else f"{p.speed:.3f} [{p.speed_low:.3f}, {p.speed_high:.3f}]"
-            figures = (str(p.worst), points, interval, f"{p.p:.2g}", f"{p.p_holm:.2g}", str(p.true), str(p.natural))
+            speed = "" if p.speed is None else f"{p.speed:.2f} [{p.speed_low:.2f} {p.speed_high:.2f}]"
+            figures = (str(p.worst), points, interval, f"{p.p_holm:.2g}", str(p.true), str(p.natural))
             table.add_row(p.name, *figures, *shares, speed, style="bold" if p is self.best else "")
         small = (
             f"{self.threat.norm} ball of radius {self.threat.eps:.6g}; attacks: {', '.join(self.facts['attacks'])}; "

@@ -49,9 +49,9 @@ class Trial:
     seconds: float
 
     @property
-    def score(self) -> tuple[bool, int, float]:
-        """Larger is better."""
-        return self.fit, self.standing, self.margin
+    def score(self) -> tuple[bool, int, float, int]:
+        """Larger is better; of two that do as well, the one with fewer sites."""
+        return self.fit, self.standing, self.margin, -len(self.configuration.places)
 
 
 class Trials:
