@@ -1,0 +1,124 @@
+"""What sweep, search and judgement of one configuration say about trained models; see docs/findings-on-real-models.md.
+
+    python benchmarks/real_models.py sweep digits --kinds hard clamp --folder runs/digits-sweep
+    python benchmarks/real_models.py search zoo:mnist_cnn_a_adv -n 300 --confirm 200 --folder runs/mnist-search
+    python benchmarks/real_models.py judge zoo:mnist_cnn_a_adv "clamp 0.7 at 1.0" -n 200
+
+A network is the demo's, "digits", or one of the folder FORGED_FX_ASSETS, zoo:NAME; one thread. Calibrated on all training
+images at hand. A search sees test images and is confirmed on others. Of CIFAR-10 those others are the 300 uncompressed
+test images; the JPEG copies of these, told by their distance, are left out of what the search sees.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from evaluate_cost import images
+from models import load
+from torch import Tensor, nn
+
+import forged_fx
+from forged_fx import digits
+from forged_fx.configuration import Configuration
+
+TWINS = 15 / 255  # root mean square: between a raw image and its JPEG copy 5 to 8 grey levels, between others 20 to 77
+
+Images = tuple[Tensor, Tensor]
+
+
+def subject(name: str) -> tuple[nn.Module, Tensor, Images, Images, float]:
+    """Base, calibration inputs, test images to search on, others to confirm on, eps (Linf)."""
+    if name == "digits":
+        base, x_train, _, x, y = digits.train_digits(0)
+        half = len(x) // 2
+        return base, x_train, (x[:half], y[:half]), (x[half:], y[half:]), digits.EPS
+    base, _ = load(name)
+    folder, rest = Path(os.environ["FORGED_FX_ASSETS"]), name.partition(":")[2]
+    eps = json.loads((folder / "models" / rest / "config.json").read_text())["eps"]
+
+    def of(file: str) -> Images:
+        return images(folder / "data" / f"{file}.npz", 10_000)
+
+    if rest.startswith("mnist"):
+        x, y = of("mnist_test")
+        return base, of("mnist_train")[0], (x[1000:], y[1000:]), (x[:1000], y[:1000]), eps
+    (x, y), raw = of("cifar10jpeg_test"), of("cifar10raw_300")
+    apart = torch.cdist(x.flatten(1), raw[0].flatten(1)).amin(1) / x[0].numel() ** 0.5
+    return base, of("cifar10jpeg_train")[0], (x[apart > TWINS], y[apart > TWINS]), raw, eps
+
+
+def configuration(text: str, sites: list[str]) -> Configuration:
+    """From "clamp 0.7 at 1.0; hard 1/64 at 1.2, 1.5"; "at inner" is all sites but the first and the last."""
+    places = {}
+    for part in text.split(";"):
+        how, _, where = part.partition(" at ")
+        kind, *ratio = how.split()
+        ends = tuple(float(a) / float(b or 1) for a, _, b in (end.partition("/") for end in ratio if end != "to"))
+        for site in sites[1:-1] if where.strip() == "inner" else map(str.strip, where.split(",")):
+            places[site] = (site, kind, ends if len(ends) > 1 else ends[0])
+    return Configuration(tuple(places[site] for site in sites if site in places))
+
+
+def judge(args: argparse.Namespace, base: nn.Module, stats: forged_fx.Stats, kept: Images, eps: float) -> Any:
+    chosen = configuration(args.configuration, list(stats.sites))
+    x, y = (part[: args.n] for part in kept)
+    return forged_fx.evaluate(
+        chosen.forge(base, stats), base, x=x, y=y, eps=eps, attacks=args.attacks, seed=args.seed, folder=args.folder
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("sweep", "search", "judge"):
+        command = commands.add_parser(name)
+        command.add_argument("model", help="digits, or zoo:NAME")
+        if name == "judge":
+            command.add_argument("configuration", help='such as "clamp 0.7 at 1.0; hard 1/64 at inner"')
+        command.add_argument(
+            "-n", type=int, default=200, help="inputs; those that a search sees (default: %(default)s)"
+        )
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--folder", type=Path, help="record the run here; the same command goes on with it")
+        usual = {"sweep": "standard", "search": "relentless", "judge": "relentless"}[name]
+        command.add_argument("--attacks", default=usual, help="default: %(default)s")
+        if name != "judge":
+            command.add_argument("--kinds", nargs="+", default=["hard", "clamp"] if name == "sweep" else None)
+        if name == "search":
+            command.add_argument("--confirm", type=int, default=200, help="inputs kept for the finalists")
+            command.add_argument("--budget", type=int, default=150, help="configurations tried (default: %(default)s)")
+            command.add_argument("--finalists", type=int, default=2)
+            command.add_argument("--max-natural-loss", type=float, default=0.01)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    began = time.process_time()
+    base, x_train, seen, kept, eps = subject(args.model)
+    stats = forged_fx.calibrate(base, x_train.split(250))
+    if args.command == "judge":
+        print(judge(args, base, stats, kept, eps))
+    elif args.command == "sweep":
+        ratios = {
+            kind: (0.9, 0.8, 0.7, 0.5) if kind == "clamp" else (2**-8, 2**-7, 2**-6, 2**-5) for kind in args.kinds
+        }
+        x, y = (part[: args.n] for part in kept)
+        options = {"kinds": args.kinds, "attacks": args.attacks, "seed": args.seed, "folder": args.folder}
+        print(forged_fx.sweep(base, stats, x, y, eps=eps, ratios=ratios, **options))
+    else:
+        options = {"kinds": args.kinds} if args.kinds else {}
+        found = forged_fx.search(
+            base, stats, *(part[: args.n] for part in seen), eps=eps, budget=args.budget, finalists=args.finalists,
+            confirm=tuple(part[: args.confirm] for part in kept), max_natural_loss=args.max_natural_loss,
+            attacks=args.attacks, seed=args.seed, folder=args.folder, **options,
+        )  # fmt: skip
+        print(found)
+    print(f"{time.process_time() - began:.0f} s of CPU time, one thread, torch {torch.__version__}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
