@@ -4,8 +4,8 @@
     python benchmarks/real_models.py search zoo:mnist_cnn_a_adv -n 300 --confirm 200 --folder runs/mnist-search
     python benchmarks/real_models.py judge zoo:mnist_cnn_a_adv "clamp 0.7 at 1.0" -n 200
 
-A network is the demo's, "digits", or one of the folder FORGED_FX_ASSETS, zoo:NAME; one thread. Calibrated on all training
-images at hand. A search sees test images and is confirmed on others. Of CIFAR-10 those others are the 300 uncompressed
+A network is the demo's, "digits", or one of the folder FORGED_FX_ASSETS, zoo:NAME; one thread. Calibrated on all the
+training images at hand. A search sees test images and is confirmed on others. Of CIFAR-10 those are the 300 uncompressed
 test images; the JPEG copies of these, told by their distance, are left out of what the search sees.
 """
 
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--folder", type=Path, help="record the run here; the same command goes on with it")
-        usual = {"sweep": "standard", "search": "relentless", "judge": "relentless"}[name]
+        usual = {"sweep": "standard", "search": "adaptive", "judge": "adaptive"}[name]
         command.add_argument("--attacks", default=usual, help="default: %(default)s")
         if name != "judge":
             command.add_argument("--kinds", nargs="+", default=["hard", "clamp"] if name == "sweep" else None)

@@ -241,7 +241,7 @@ def search(
     seconds: float | None = None,
     confirm: float | tuple[Tensor, Tensor] = 0.5,
     finalists: int = STARTS,
-    attacks: str | list[str] | tuple[str, ...] = "relentless",
+    attacks: str | list[str] | tuple[str, ...] = "adaptive",
     seed: int = 0,
     batch_size: int = 250,
     include: str | Iterable[str] | None = None,
@@ -269,7 +269,7 @@ def search(
             confirmation is not in it.
         confirm: which share of the inputs, the last ones, is kept for confirmation; or other inputs and their classes.
         finalists: how many are confirmed, at most.
-        attacks: of the confirmation, as in `evaluate`; "relentless" is what a reported gain should have faced.
+        attacks: of the confirmation, as in `evaluate`; "adaptive" is what a reported gain should have faced, at least.
         seed: of everything that is drawn.
         include, exclude: globs over site names, as in `forged_fx.transform`.
         folder: where the run is recorded: killed at any moment, the same call goes on from there and ends with the same

@@ -102,6 +102,24 @@ def strong_and_weak() -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
     return strong, weak, 0.2 + 0.6 * quadrant[y].unsqueeze(1) + inputs(24, (1, 8, 8), -0.01, 0.01), y
 
 
+def overshooting(n: int = 24) -> tuple[nn.Module, Tensor, Tensor]:
+    """Which quadrant is bright? And a hidden unit that no clean image moves, and that an attack drives far beyond what
+    any unit was seen to reach: limiting the second layer's inputs ("3") makes up for it, nothing else does.
+
+    Margin 0.6, of which an attack within 0.1 (Linf) takes 0.2; the unit then reaches 3.3, of which 0.3 go to class 0.
+    """
+    strong, _, x, y = strong_and_weak()
+    checkers = torch.tensor([1.0, -1.0] * 4 + [-1.0, 1.0] * 4).repeat(4)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.ReLU(), nn.Linear(5, 4)).eval()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.cat([strong[1].weight, 0.5 * checkers[None]]))
+        model[3].weight.copy_(torch.cat([torch.eye(4), torch.tensor([[0.3], [0.0], [0.0], [0.0]])], 1))
+        model[1].bias.copy_(torch.tensor([0, 0, 0, 0, 0.1]))  # so that its ReLU lets a gradient through
+        model[3].bias.zero_()
+    more = inputs(n, (1, 8, 8), -0.01, 0.01)
+    return model, x[torch.arange(n) % len(x)] + more, y[torch.arange(n) % len(y)]
+
+
 def linear(classes: int = 10, seed: int = 0, shape: tuple[int, ...] = (1, 6, 6)) -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

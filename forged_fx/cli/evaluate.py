@@ -38,7 +38,7 @@ def run(
         Path | None, typer.Option(metavar="DIR", help="Record the run here; the same command goes on with it.")
     ] = None,
     attacks: Annotated[
-        str, typer.Option(help="standard, quick, thorough, relentless, or names of attacks: apgd-ce,square")
+        str, typer.Option(help="standard, quick, thorough, adaptive, relentless, or names of attacks: apgd-ce,square")
     ] = "standard",
     seed: Annotated[int, typer.Option(help="Of all attacks.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Images that the models are fed at a time.")] = 250,

@@ -186,6 +186,7 @@ class Plan:
 
 # FAB is as costly as everything else that uses a gradient, and under BPDA it found nothing that APGD had left (see
 # docs/evaluation.md): only the thorough plan repeats it there.
+_ROUNDS = ("apgd-random", "apgd-restart", "apgd-borrowed", "apgd-restart-borrowed")
 _THOROUGH = Plan(
     AUTOATTACK,
     AUTOATTACK[:3],
@@ -197,9 +198,10 @@ PRESETS = {
     "quick": Plan(AUTOATTACK[:2], AUTOATTACK[:2]),
     "standard": Plan(AUTOATTACK, AUTOATTACK[:2], transfer=("mi-fgsm", "di-fgsm")),
     "thorough": _THOROUGH,
-    "relentless": replace(
-        _THOROUGH, rounds=("apgd-random", "apgd-restart", "apgd-borrowed", "apgd-restart-borrowed", "apgd-t")
+    "adaptive": Plan(
+        AUTOATTACK, AUTOATTACK[:2], smooth=AUTOATTACK[:1], transfer=("mi-fgsm", "di-fgsm"), rounds=_ROUNDS
     ),
+    "relentless": replace(_THOROUGH, rounds=_ROUNDS),
 }
 
 

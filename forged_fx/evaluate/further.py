@@ -1,6 +1,6 @@
 """What `attacks="thorough"` adds: other starting points, more of what there was, and no cleverness at all.
 
-`attacks="relentless"` goes on from there in rounds, each with new random starts and more steps than the one before,
+`"adaptive"` and `"relentless"` go on in rounds, each with new random starts and more steps than the one before,
 along every gradient that there is, until the figure stops moving.
 """
 

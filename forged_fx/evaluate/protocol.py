@@ -27,7 +27,7 @@ from forged_fx.evaluate.probes import probe
 from forged_fx.evaluate.processes import joined
 from forged_fx.evaluate.record import begin, call, finish
 from forged_fx.evaluate.report import Progress
-from forged_fx.evaluate.result import KINDS, Result, Row
+from forged_fx.evaluate.result import Result, Row
 
 NO_BASE = "there is no base to make its examples on"
 REPEAT = "no gradient changes: the same row again"
@@ -63,7 +63,8 @@ def evaluate(
         eps, norm: the attacker's ball, in units of x; "Linf", "L2" or "L1".
         attacks: "standard" (AutoAttack's four: apgd-ce, apgd-t, fab-t, square; mi-fgsm and di-fgsm to transfer),
             "quick" (the first two), "thorough" (standard and what `attacks.PRESETS` adds, some four times as long),
-            "relentless" (thorough, and then rounds until the figure stops moving), or a list of names. Anything less
+            "adaptive" (standard, then along every gradient of the defence's own kind and along the base's, in rounds
+            until the figure stops moving), "relentless" (thorough with these rounds), or a list of names. Anything less
             than AutoAttack's four can refute a gain and never show one.
         seed: of all attacks, each block of 250 inputs anew, as AutoAttack does.
         batch_size: how many inputs the models are fed at a time, which bounds the memory. Below 250 each attack step
@@ -89,7 +90,7 @@ def evaluate(
            to transfer, on each side, shown to both. So both sides face the same pool of examples, and neither looks
            better for having been attacked less;
         5. further, if thorough: APGD from the other side's examples, Square with 20,000 queries, random noise, the
-           strongest rows so far with five times the steps, and transfer again; if relentless, rounds of APGD with new
+           strongest rows so far with five times the steps, and transfer again; if adaptive or relentless, rounds of APGD with new
            starts and ever more steps, along every gradient that differs and along the other side's own, until two
            rounds in a row break nothing.
 
@@ -270,7 +271,7 @@ def furthermore(
 def in_rounds(side: Subject, other: Subject | None, plan: Plan, setting: Setting, bpda: Context, tried: Tried) -> None:
     """Rows of kind "further" until the figure stops moving: each round with new starts, and more steps than the last.
 
-    Along every gradient that was found to differ; the attacks of AutoAttack along the two that are no surrogates only.
+    Along every gradient that was found to differ from the others.
     """
     ways = {"true gradient": nullcontext} | {way: context for row, _, context, way in tried if row.attacked}
     quiet, number = 0, 0
@@ -280,9 +281,8 @@ def in_rounds(side: Subject, other: Subject | None, plan: Plan, setting: Setting
         for name in plan.rounds:
             attack = replace(ATTACKS[name], prepare=partial(further.take, times=number))
             for way, context in ({"": bpda} if attack.borrows else ways).items():
-                if attack.stage == "further" or way in KINDS:
-                    label = further.in_round(f"{name}, {way}" if way else name, number)
-                    side.attack(replace(attack, name=label), "further", again, context, other=other)
+                label = further.in_round(f"{name}, {way}" if way else name, number)
+                side.attack(replace(attack, name=label), "further", again, context, other=other)
         quiet = 0 if len(side.standing()) < before else quiet + 1
 
 

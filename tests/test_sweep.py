@@ -1,0 +1,140 @@
+"""One model at many ratios and kinds, under one pool of examples."""
+
+import csv
+import json
+
+import planted
+import pytest
+import torch
+
+import forged_fx
+from forged_fx.configuration import Configuration, written
+from forged_fx.digits import one_thread
+from forged_fx.evaluate import attacks
+from forged_fx.evaluate.attacks import ATTACKS, Attack
+from forged_fx.evaluate.journal import Journal
+from forged_fx.sweep import Sweep
+
+RATIOS = {"hard": [0.0, 2**-6], "clamp": [0.9]}
+OPTIONS = {"eps": 0.1, "ratios": RATIOS, "kinds": ("hard", "clamp"), "attacks": ["apgd-ce"], "rounds": 0}
+
+
+@pytest.fixture(autouse=True)
+def _hurry(monkeypatch):
+    planted.hurry(monkeypatch, steps=12)
+    with one_thread():  # networks this small only lose by more
+        yield
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return planted.overshooting()
+
+
+def test_the_planted_ratio_stands_out_and_every_figure_is_paired_with_the_base(toy, tmp_path):
+    model, x, y = toy
+    found = forged_fx.sweep(model, [x], x, y, **OPTIONS | {"rounds": 1}, folder=tmp_path)
+    off, hard, clamp = found.points
+    assert (found.worst, found.natural, off.worst, off.natural) == (6, 24, 6, 24)  # class 0 alone
+    assert clamp.worst == 24 and clamp.natural == 24 and found.best is clamp
+    assert clamp.low > 0 and clamp.p < 1e-4 and clamp.p_holm == pytest.approx(3 * clamp.p)
+    assert (off.p, off.zeroed, off.limited) == (1.0, 0.0, 0.0)
+    assert hard.zeroed > 0 and clamp.limited > 0 and clamp.zeroed == 0
+    assert "clamp 0.9 is measurably above the base" in found.sentence
+    assert all(point.speed > 0 and point.speed_low <= point.speed <= point.speed_high for point in found.points)
+    assert "clamp 0.9" in str(found)
+    # what was written is what was found
+    again = Sweep.load(tmp_path)
+    assert (again.points, again.worst, again.facts) == (found.points, found.worst, json.loads(json.dumps(found.facts)))
+    rows = list(csv.DictReader((tmp_path / "sweep.csv").open()))
+    assert [row["kind"] for row in rows] == ["none", "hard", "hard", "clamp"] and rows[3]["worst"] == "24"
+    assert "<svg" in (tmp_path / "sweep.svg").read_text()
+    found.plot(tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_what_is_found_on_any_is_shown_to_all(toy, monkeypatch):
+    """An attack that works on the last point alone: its examples break the others all the same."""
+    model, x, y = toy
+    shift = x.clone()
+    shift[:, 0] = x[:, 0].flip(-1)  # another quadrant is bright
+    seen = []
+
+    def once(tools, inputs, classes):
+        seen.append(len(inputs))
+        return shift[: len(inputs)] if len(seen) == 4 else inputs  # base, two of hard, clamp
+
+    monkeypatch.setitem(ATTACKS, "once", Attack("once", once, gradient=False))
+    found = forged_fx.sweep(model, [x], x, y, **OPTIONS | {"attacks": ["once"], "eps": 0.9})
+    assert len(seen) == 4  # the base too is attacked once
+    assert [point.true for point in found.points] == [24, 24, 0] and found.true == 24
+    assert [point.worst for point in found.points] == [0, 0, 0] and found.worst == 0
+
+
+def test_stopped_anywhere_it_goes_on_and_a_finished_one_is_returned(toy, tmp_path, monkeypatch):
+    model, x, y = toy
+    options = {key: value for key, value in OPTIONS.items()}
+    whole = forged_fx.sweep(model, [x], x, y, **options, folder=tmp_path / "whole")
+    keep, left = Journal.keep, 3
+
+    def limited(self, *args):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        keep(self, *args)
+
+    monkeypatch.setattr(Journal, "keep", limited)
+    attempts = 0
+    while not (tmp_path / "parts" / "sweep.json").exists():
+        left, attempts = 3, attempts + 1
+        try:
+            parts = forged_fx.sweep(model, [x], x, y, **options, folder=tmp_path / "parts")
+        except KeyboardInterrupt:
+            assert attempts < 30
+    assert attempts > 3 and parts.points == whole.points
+    monkeypatch.setattr(attacks, "toolbox", None)  # nothing is attacked any more
+    assert forged_fx.sweep(model, [x], x, y, **options, folder=tmp_path / "parts").points == whole.points
+    with pytest.raises(FileExistsError, match="seed: 0 there, 1 here"):
+        forged_fx.sweep(model, [x], x, y, **options, folder=tmp_path / "parts", seed=1)
+
+
+def test_the_model_is_left_as_it_was(toy):
+    model, x, y = toy
+    model.train()
+    before, state = torch.get_rng_state(), {name: value.clone() for name, value in model.state_dict().items()}
+    forged_fx.sweep(model, forged_fx.calibrate(model, [x]), x, y, **OPTIONS)
+    assert torch.equal(torch.get_rng_state(), before) and model.training
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    model.eval()
+
+
+def test_errors_name_what_is_wrong(toy, tmp_path):
+    model, x, y = toy
+    for change, message in (
+        ({"kinds": ()}, "at least one point"),
+        ({"ratios": [0.5, 0.5]}, "none twice"),
+        ({"ratios": {"hard": [0.5]}}, "none for kind 'clamp'"),
+        ({"ratios": [3.0]}, "ratio"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            forged_fx.sweep(model, [x], x, y, **OPTIONS | change)
+    (tmp_path / "sweep.json").write_text('{"format": 1, "points": [[]]}')
+    with pytest.raises(ValueError, match="holds no sweep"):
+        Sweep.load(tmp_path)
+
+
+def test_a_configuration_reads_as_people_write_it(toy):
+    model, x, _ = toy
+    both = Configuration((("1", "clamp", 0.7), ("3", "band", (2**-6, 0.5))))
+    assert str(both) == "band 1/64 to 0.5 at 3; clamp 0.7 at 1" and str(Configuration()) == "nothing forged"
+    assert Configuration.of(json.loads(json.dumps(both.record()))) == both
+    assert [written(ratio) for ratio in (2**-8, 0.3, 0.5, None, 0.0)] == ["1/256", "0.3", "0.5", "off", "0"]
+    for wrong in (3, [["1", "clamp"]], [["1", "clamp", "x"]], [["1", "clamp", [1, 2, 3]]]):
+        with pytest.raises(ValueError, match="is no configuration"):
+            Configuration.of(wrong)
+    forged = both.forge(model, forged_fx.calibrate(model, [x]), ((x[:2],), {}))
+    assert {row.site: row.forging for row in forged_fx.describe(forged)} == {"1": "clamp", "3": "band"}
+    with pytest.raises(ValueError, match="forges nothing"):
+        Configuration().forge(model, forged_fx.calibrate(model, [x]))
