@@ -5,8 +5,8 @@
     python benchmarks/real_models.py judge zoo:mnist_cnn_a_adv "clamp 0.7 at 1.0" -n 200
 
 A network is the demo's, "digits", or one of the folder FORGED_FX_ASSETS, zoo:NAME; one thread. Calibrated on all the
-training images at hand. A search sees test images and is confirmed on others. Of CIFAR-10 those are the 300 uncompressed
-test images; the JPEG copies of these, told by their distance, are left out of what the search sees.
+training images at hand. A search sees test images and is confirmed on others. Of CIFAR-10 those are the uncompressed
+300; their JPEG copies, told by the distance, are left out of what the search sees.
 """
 
 import argparse

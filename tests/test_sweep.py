@@ -15,7 +15,7 @@ from forged_fx.evaluate.attacks import ATTACKS, Attack
 from forged_fx.evaluate.journal import Journal
 from forged_fx.sweep import Sweep
 
-RATIOS = {"hard": [0.0, 2**-6], "clamp": [0.9]}
+RATIOS = {"hard": [0.0, 0.25], "clamp": [0.9]}
 OPTIONS = {"eps": 0.1, "ratios": RATIOS, "kinds": ("hard", "clamp"), "attacks": ["apgd-ce"], "rounds": 0}
 
 

@@ -90,9 +90,9 @@ def evaluate(
            to transfer, on each side, shown to both. So both sides face the same pool of examples, and neither looks
            better for having been attacked less;
         5. further, if thorough: APGD from the other side's examples, Square with 20,000 queries, random noise, the
-           strongest rows so far with five times the steps, and transfer again; if adaptive or relentless, rounds of APGD with new
-           starts and ever more steps, along every gradient that differs and along the other side's own, until two
-           rounds in a row break nothing.
+           strongest rows so far with five times the steps; if adaptive or relentless: rounds of APGD with new starts
+           and ever more steps, along every gradient that differs and along the other side's own, until two rounds in a
+           row break nothing. And transfer again.
 
     An example counts as broken only if it lies inside the ball and the box [0, 1] (rounding: `Threat.tolerance`) and
     is classified wrongly when asked again. The worst case counts as right what no row broke. The verdict's rules

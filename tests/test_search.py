@@ -1,0 +1,193 @@
+"""A search finds what helps, says so where nothing does, and believes neither its own attack nor its luck."""
+
+import csv
+import json
+
+import planted
+import pytest
+import torch
+
+import forged_fx
+from forged_fx import moves, trials
+from forged_fx.configuration import Configuration
+from forged_fx.digits import EPS, one_thread
+from forged_fx.evaluate import Result, fingerprint
+from forged_fx.evaluate.journal import Journal
+from forged_fx.search import Search
+
+QUICK = {"eps": 0.1, "budget": 20, "finalists": 1, "attacks": "standard"}
+
+
+@pytest.fixture(autouse=True)
+def _hurry(monkeypatch):
+    planted.hurry(monkeypatch, queries=20, steps=8)
+    monkeypatch.setattr(trials, "STEPS", 8)
+    with one_thread():  # networks this small only lose by more
+        yield
+
+
+@pytest.fixture(scope="module")
+def toy():
+    model, x, y = planted.overshooting(48)
+    return model, forged_fx.calibrate(model, [x]), x, y
+
+
+def without_seconds(found):
+    return [trial.__class__(**vars(trial) | {"seconds": 0.0}) for trial in (found.base, *found.trials)]
+
+
+# --- moves ---
+
+
+def test_moves_change_one_site_by_one_step():
+    sites = ["a", "b", "c"]
+    kinds = ("hard", "clamp", "band")
+    here = Configuration((("a", "band", (2**-6, 0.7)), ("c", "hard", 2**-8)))
+    found = {str(move) for move in moves.at(here, "a", sites, kinds)}
+    rest = "; hard 1/256 at c"
+    assert found == {"hard 1/256 at c"} | {
+        text + rest for text in (
+            "band 1/128 to 0.7 at a", "band 1/32 to 0.7 at a", "band 1/64 to 0.8 at a", "band 1/64 to 0.6 at a",
+            "clamp 0.7 at a",
+        )
+    } | {"hard 1/64 at a; hard 1/256 at c", "hard 1/256 at c; hard 1/64 at a"} & found  # fmt: skip
+    assert len(found) == 7
+    grown = {move.places for move in moves.at(here, "b", sites, kinds)}  # nothing stands there yet: the middle rungs
+    assert grown == {
+        (here.places[0], ("b", kind, ratio), here.places[1])
+        for kind, ratio in (("hard", 2**-6), ("clamp", 0.6), ("band", (2**-6, 0.6)))
+    }
+    at_the_end = [str(move) for move in moves.at(here, "c", sites, ("hard",))]
+    assert at_the_end == ["band 1/64 to 0.7 at a", "band 1/64 to 0.7 at a; hard 1/128 at c"]
+
+
+def test_starts_are_all_sites_the_first_and_the_inner_ones():
+    starts = list(moves.starts(["a", "b", "c"], ("clamp", "band")))
+    assert len(starts) == 3 * len(moves.HIGH) == len(set(starts))
+    assert {tuple(place[0] for place in start.places) for start in starts} == {("a", "b", "c"), ("a",), ("b",)}
+    assert len(list(moves.starts(["a"], ("soft",)))) == len(moves.LOW)
+    assert len(list(moves.starts(["a", "b"], ("soft",)))) == 3 * len(moves.LOW)
+
+
+# --- the search ---
+
+
+def test_it_finds_what_was_planted_and_confirms_it_on_other_inputs(toy, tmp_path):
+    model, stats, x, y = toy
+    found = forged_fx.search(model, stats, x, y, **QUICK, kinds=("clamp",), folder=tmp_path)
+    best = found.best
+    assert best is not None and best.configuration.at("3")[0] == "clamp" and best.verdict == "gain"
+    assert (best.base_worst, best.worst, best.natural, found.kept) == (6, 24, 24, 24)
+    assert best.p_holm == best.p < 1e-4 and "beats the base" in found.sentence and len(found.trials) <= 20
+    assert found.base.standing < max(trial.standing for trial in found.trials)
+    confirmed = Result.load(tmp_path / best.folder)  # on inputs that the search has not seen
+    assert confirmed.data["x_sha256"] == fingerprint.of_tensors([("x", x[24:])])
+    forged = found.forge(model, stats)
+    with torch.no_grad():
+        assert (forged(x).argmax(1) == y).all()
+    # and what was written is what was found
+    again = Search.load(tmp_path)
+    assert (again.trials, again.finalists, again.base) == (found.trials, found.finalists, found.base)
+    rows = list(csv.DictReader((tmp_path / "search.csv").open()))
+    assert len(rows) == 1 + len(found.trials) and sum(row["confirmed_worst"] == "24" for row in rows) == 1
+    assert "<svg" in (tmp_path / "search.svg").read_text() and "finalists" in str(found)
+
+
+def test_where_nothing_can_help_it_says_so(toy):
+    """The same network with the weak unit cut off: what is left of the margin no forging widens."""
+    model, _, x, y = toy
+    sound = planted.copy.deepcopy(model)
+    sound[3].weight.data[:, 4] = 0
+    stats = forged_fx.calibrate(sound, [x])
+    found = forged_fx.search(sound, stats, x, y, **QUICK | {"budget": 12})
+    assert found.best is None and not found.finalists and found.sentence.startswith("nothing beats the base")
+    with pytest.raises(ValueError, match="nothing beats the base"):
+        found.forge(sound, stats)
+
+
+def test_what_looks_better_to_the_search_alone_is_not_reported(monkeypatch):
+    """Its own attack made blind, every configuration looks better than the base: the confirmation sees through it."""
+    model, x, y = planted.small()
+    attack = trials.Trials._attack
+    blind = lambda self, module, x, y, along: attack(self, module, x, y, along if module is self.model else [])  # noqa: E731
+    monkeypatch.setattr(trials.Trials, "_attack", blind)
+    found = forged_fx.search(
+        model,
+        forged_fx.calibrate(model, [x]),
+        x,
+        y,
+        **QUICK | {"eps": EPS, "budget": 8, "attacks": "quick"},
+        kinds=("hard",),
+    )
+    (finalist,) = found.finalists
+    assert finalist.worst <= finalist.base_worst + 1 and finalist.reason and found.best is None
+    assert max(t.standing for t in found.trials) > found.base.standing
+    assert "nothing beats the base" in found.sentence and finalist.reason in found.sentence
+
+
+def test_natural_accuracy_is_bounded_in_the_search(toy):
+    model, stats, x, y = toy
+    harsh = {"kinds": ("clamp",), "attacks": ["noise"], "max_natural_loss": 0.0, "budget": 3}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(moves.LADDERS, "clamp", ((0.01,),))  # no pixel is brighter than another
+        found = forged_fx.search(model, stats, x, y, **QUICK | harsh)
+    lost = [trial for trial in found.trials if trial.natural < found.base.natural]
+    assert lost and not any(trial.fit for trial in lost) and found.best is None
+
+
+def test_the_budget_counts_configurations_and_seconds(toy):
+    model, stats, x, y = toy
+    few = QUICK | {"attacks": ["noise"], "kinds": ("clamp",)}
+    five = forged_fx.search(model, stats, x, y, **few | {"budget": 5})
+    assert len(five.trials) == 5 and five.facts["stopped"] == "the budget is spent"
+    more = forged_fx.search(model, stats, x, y, **few | {"budget": 7})
+    assert without_seconds(more)[:6] == without_seconds(five)  # the same, further on
+    none = forged_fx.search(model, stats, x, y, **few, seconds=0)
+    assert not none.trials and none.best is None and "0 configurations tried" in none.sentence
+
+
+def test_stopped_anywhere_it_goes_on_and_ends_alike(toy, tmp_path, monkeypatch):
+    model, stats, x, y = toy
+    options = QUICK | {"attacks": ["apgd-ce"], "kinds": ("clamp",), "budget": 6}
+    whole = forged_fx.search(model, stats, x, y, **options, folder=tmp_path / "whole")
+    keep, left, attempts = Journal.keep, 0, 0
+
+    def limited(self, *args):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        keep(self, *args)
+
+    monkeypatch.setattr(Journal, "keep", limited)
+    while not (tmp_path / "parts" / "search.json").exists():
+        left, attempts = 5, attempts + 1
+        try:
+            parts = forged_fx.search(model, stats, x, y, **options, folder=tmp_path / "parts")
+        except KeyboardInterrupt:
+            assert attempts < 20
+    assert attempts > 2
+    assert without_seconds(parts) == without_seconds(whole) and parts.finalists == whole.finalists
+    left = 0
+    again = forged_fx.search(model, stats, x, y, **options, folder=tmp_path / "parts")  # nothing is left to do
+    assert again.trials == parts.trials
+    with pytest.raises(FileExistsError, match="budget: 6 there, 7 here"):
+        forged_fx.search(model, stats, x, y, **options | {"budget": 7}, folder=tmp_path / "parts")
+
+
+def test_errors_name_what_is_wrong(toy, tmp_path):
+    model, stats, x, y = toy
+    for change, message in (
+        ({"kinds": ("softly",)}, "does not know kind 'softly'"),
+        ({"budget": 0}, "at least one"),
+        ({"confirm": 1.0}, "confirm=1.0"),
+        ({"max_natural_loss": 2}, "in \\[0, 1\\]"),
+        ({"attacks": "gentle"}, "unknown 'gentle'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            forged_fx.search(model, stats, x, y, **QUICK | change)
+    with pytest.raises(ValueError, match="wrong on every input"):
+        forged_fx.search(model, stats, x, (y + 1) % 4, **QUICK)
+    (tmp_path / "search.json").write_text(json.dumps({"format": 1, "sentence": "", "base": {}, "trials": 3}))
+    with pytest.raises(ValueError, match="holds no search"):
+        Search.load(tmp_path)
