@@ -116,7 +116,7 @@ def test_what_looks_better_to_the_search_alone_is_not_reported(monkeypatch):
         forged_fx.calibrate(model, [x]),
         x,
         y,
-        **QUICK | {"eps": EPS, "budget": 8, "attacks": "quick"},
+        **QUICK | {"eps": EPS, "budget": 8, "attacks": ["apgd-ce"]},
         kinds=("hard",),
     )
     (finalist,) = found.finalists
