@@ -64,7 +64,7 @@ def test_every_commands_example_runs(name, capsys):
     assert program == "forged-fx" and arguments[0] == name
     code = main(arguments)
     out, err = capsys.readouterr()
-    assert code == 0 or (name in ("evaluate", "compare") and code in EXIT_CODES.values())
+    assert code == 0 or (name in ("evaluate", "compare") and code in EXIT_CODES.values()), err
     assert out and err == ""  # no terminal, no progress
 
 
@@ -116,7 +116,7 @@ def test_a_program_that_transform_wrote_is_a_model_like_any_other(capsys):
     assert main(["transform", *MODEL, "--stats", "demo/stats.safetensors", "--out", "forged.pt2"]) == 0
     found = given.model("forged.pt2", None, None, "cpu")
     plain = given.model(MODEL[0], MODEL[2], None, "cpu")
-    forged = given.forged(plain, "demo/stats.safetensors", options.RATIO)
+    forged = forged_fx.transform(plain.module, "demo/stats.safetensors", 2**-6)
     x = digits.load()[2][:5]
     assert torch.equal(found.module(x), forged(x))
     gradients = []
@@ -132,6 +132,21 @@ def test_transform_writes_weights_and_thresholds(capsys):
 
     assert main(["transform", *MODEL, "--stats", "demo/stats.safetensors", "--out", "forged.safetensors"]) == 0
     assert "0.forged_threshold" in load_file("forged.safetensors")
+
+
+def test_other_kinds_and_what_they_take(capsys):
+    arguments = ["describe", *MODEL, "--stats", "demo/stats.safetensors", "--json"]
+    assert main([*arguments, "--kind", "0=band,*=clamp", "--ratio", "0=2**-6:0.5,7=off,*=0.5"]) == 0
+    rows = {row["site"]: row for row in json.loads(capsys.readouterr().out)["sites"]}
+    largest = forged_fx.Stats.load("demo/stats.safetensors").sites["0"].c_max
+    assert (rows["0"]["threshold"], rows["0"]["limit"]) == (2**-6 * largest, 0.5 * largest)
+    assert rows["5"]["forging"] == "clamp" and rows["7"]["limit"] is None
+    assert main(["calibrate", *MODEL, "--where", "activations", "--channels", "--out", "mean.safetensors"]) == 0
+    capsys.readouterr()
+    arguments[arguments.index("demo/stats.safetensors")] = "mean.safetensors"
+    assert main([*arguments, "--kind", "mean", "--where", "activations", "--ratio", "0.2"]) == 0
+    rows = json.loads(capsys.readouterr().out)["sites"]
+    assert [row["site"] for row in rows if row["width"] is not None] == ["1@0", "3@0", "6@0"]
 
 
 ERRORS = {
@@ -217,6 +232,8 @@ def test_numbers():
         with pytest.raises(options.typer.BadParameter):
             options.number(bad, "ratio")
     assert options.ratio("head=0, layer1.*=2**-7,*=1/64") == {"head": 0, "layer1.*": 2**-7, "*": 1 / 64}
+    assert options.ratio("a=off,*=2**-6:0.5") == {"a": None, "*": (2**-6, 0.5)} and options.ratio("off") is None
+    assert options.kind("hard") == "hard" and options.kind("0=clamp, *=hard") == {"0": "clamp", "*": "hard"}
 
 
 def test_only_the_first_process_prints(monkeypatch, capsys):

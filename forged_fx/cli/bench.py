@@ -17,7 +17,10 @@ def run(
     model: options.Model,
     stats: options.Stats,
     data: options.Data,
-    ratio: options.Ratio = options.RATIO,
+    ratio: options.Ratio = None,
+    kind: options.Kind = options.KIND,
+    where: options.Where = options.WHERE,
+    statistic: options.Statistic = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
     batch: Annotated[int, typer.Option(min=1, help="Images in the batch that is timed.")] = 8,
@@ -43,7 +46,8 @@ def run(
         raise typer.BadParameter(f"--modes {unknown[0]}: choose of {', '.join(throughput.MODES)}")
     found = given.model(model, weights, normalize, device)
     x, _ = given.images(data, None, resize, usual="train").batches(batch)[0]
-    forged = given.forged(found, stats, ratio, include, exclude, example=x)
+    how = {"ratio": ratio, "kind": kind, "where": where, "statistic": statistic}
+    forged = given.forged(found, stats, **how, include=include, exclude=exclude, example=x)
     pair = (found.classifier(), found.classifier(forged))
     speeds = throughput.compare(*pair, x.to(device_of(forged)), rounds=rounds, modes=chosen)
     if folder is not None:

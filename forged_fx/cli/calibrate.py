@@ -22,6 +22,10 @@ def run(
     resize: options.Resize = None,
     limit: options.Limit = None,
     batch: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 128,
+    where: Annotated[
+        str, typer.Option(metavar="WHERE", help="linear+conv; activations: the inputs of activations besides.")
+    ] = options.WHERE,
+    channels: Annotated[bool, typer.Option(help="Each channel's mean and deviation too, for kind mean.")] = False,
     device: options.Device = None,
     json: options.Json = False,
 ) -> None:
@@ -35,9 +39,10 @@ def run(
 
     chosen = given.images(data, split, resize, usual="train")
     found = given.model(model, weights, normalize, device)
+    measured = {"where": where, "channels": channels}
     asked = {"model": model, "data": data, "split": split, "resize": resize, "limit": limit, "batch": batch}
     batches = chosen.batches(batch, limit)
-    stats = scan(found, batches, out, asked | {"normalize": found.normalize})
+    stats = scan(found, batches, out, asked | {"normalize": found.normalize}, **measured)
     sites = [name for name, site in stats.sites.items() if site.left_out is None]
     left_out = {name: site.left_out for name, site in stats.sites.items() if site.left_out is not None}
     n = len(chosen.taken(limit))

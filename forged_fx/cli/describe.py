@@ -18,7 +18,10 @@ def run(
     data: Annotated[
         str | None, typer.Option(metavar="DATA", help="Images: two of them audit the forged model, and show its cost.")
     ] = None,
-    ratio: options.Ratio = options.RATIO,
+    ratio: options.Ratio = None,
+    kind: options.Kind = options.KIND,
+    where: options.Where = options.WHERE,
+    statistic: options.Statistic = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
     cost: Annotated[bool, typer.Option(help="What each threshold costs in compiled code; takes --data.")] = False,
@@ -36,7 +39,8 @@ def run(
         raise typer.BadParameter("--cost looks at a forward pass: give it images with --data")
     found = given.model(model, weights, normalize, device)
     x = None if data is None else given.images(data, None, resize, usual="train").batches(2)[0][0]
-    forged = given.forged(found, stats, ratio, include, exclude, example=x)
+    how = {"ratio": ratio, "kind": kind, "where": where, "statistic": statistic}
+    forged = given.forged(found, stats, **how, include=include, exclude=exclude, example=x)
     example = None if x is None else given.arguments(found, x)
     rows = forged_fx.describe(forged, cost=cost, example=example)
     document = {

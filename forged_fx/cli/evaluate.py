@@ -26,7 +26,10 @@ def run(
         Path | None,
         typer.Option(metavar="FILE", help="What calibrate wrote: judge the forged model beside the plain one."),
     ] = None,
-    ratio: options.Ratio = options.RATIO,
+    ratio: options.Ratio = None,
+    kind: options.Kind = options.KIND,
+    where: options.Where = options.WHERE,
+    statistic: options.Statistic = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
     base: Annotated[
@@ -69,14 +72,15 @@ def run(
         raise typer.BadParameter("--eps: how far may an attacker move each pixel? Such as 8/255 with --norm Linf")
     radius = of_list[1] if eps is None else options.number(eps, "eps")
     x, y = given.images(data, split, resize, usual="test").tensors(limit)
-    where = device_of(found.module)
+    beside = device_of(found.module)
     if base is not None:
-        other = load_model(base, base_weights, base_normalize, where).classifier()
+        other = load_model(base, base_weights, base_normalize, beside).classifier()
     else:
         other = found.classifier() if stats is not None else None
     judged = found.module
     if stats is not None:
-        judged = given.forged(found, stats, ratio, include, exclude, example=x[:2])
+        how = {"ratio": ratio, "kind": kind, "where": where, "statistic": statistic}
+        judged = given.forged(found, stats, **how, include=include, exclude=exclude, example=x[:2])
     names = attacks.split(",")
     try:
         result = forged_fx.evaluate(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import forged_fx
-from forged_fx.cli.options import ratio as parse_ratio
+from forged_fx.cli import options
 from forged_fx.cli.output import note
 from forged_fx.sources import DATA, Images, Model, load_data, load_model
 from forged_fx.sources.classifier import device_of
@@ -43,15 +43,28 @@ def images(name: str, split: str | None, resize: str | None, usual: str) -> Imag
 def forged(
     plain: Model,
     stats: Path,
-    ratio: str,
-    include: Sequence[str] | None = None,
-    exclude: Sequence[str] | None = None,
+    *,
+    ratio: str | None,
+    kind: str,
+    where: str,
+    statistic: str | None,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
     example: torch.Tensor | None = None,
 ) -> nn.Module:
     """The forged copy of the model's module. example: images, for an audit."""
-    given = None if example is None else arguments(plain, example)
-    chosen = {"include": include or None, "exclude": exclude or None}
-    return forged_fx.transform(plain.module, str(stats), parse_ratio(ratio), example=given, **chosen)
+    how = {} if ratio is None else {"ratio": options.ratio(ratio)}
+    return forged_fx.transform(
+        plain.module,
+        str(stats),
+        **how,
+        kind=options.kind(kind),
+        where=where.split(",") if "," in where else where,
+        statistic=statistic,
+        include=include or None,
+        exclude=exclude or None,
+        example=None if example is None else arguments(plain, example),
+    )
 
 
 def arguments(plain: Model, x: torch.Tensor) -> tuple[tuple, dict]:

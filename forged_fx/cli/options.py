@@ -1,8 +1,9 @@
 """Arguments that several commands take, and how numbers are written: 1/64, 2**-6, 8/255, 0.015625."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -46,18 +47,29 @@ Resize = Annotated[
 Limit = Annotated[int | None, typer.Option(min=1, help="Only so many images.")]
 Stats = Annotated[Path, typer.Option(metavar="FILE", help="What calibrate wrote.")]
 Ratio = Annotated[
-    str,
+    str | None,
     typer.Option(
         metavar="RATIO",
-        help="Inputs below this share of the largest become 0: 2**-6, 1/64, or by site, the first that matches: "
-        "'head=0,layer1.*=2**-7,*=2**-6'.",
+        help="Inputs below this share of the largest become 0: 2**-6, 1/64; for kind band LOW:HIGH; off: as it was. By "
+        "site, the first that matches: 'head=off,layer1.*=2**-7,*=2**-6'. Without it: the kind's own, 2**-6 for hard.",
     ),
+]
+Kind = Annotated[
+    str,
+    typer.Option(
+        metavar="KIND",
+        help="hard, one_sided, shifted, soft, clamp, band or mean (docs/kinds.md), or by site: 'conv1=clamp,*=hard'.",
+    ),
+]
+Where = Annotated[str, typer.Option(metavar="WHERE", help="linear+conv, activations, or sites: GLOB,GLOB,...")]
+Statistic = Annotated[
+    str | None, typer.Option(metavar="S", help="What a ratio is a share of: max, or quantile(0.999). Without it: max.")
 ]
 Include = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Forge only these sites; may be repeated.")]
 Exclude = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Do not forge these; may be repeated.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 
-RATIO = "2**-6"
+KIND, WHERE = "hard", "linear+conv"
 
 _NUMBER = r"[0-9.]+(?:e[-+]?[0-9]+)?"
 _FORMS = {
@@ -78,9 +90,27 @@ def number(text: str, what: str) -> float:
     raise typer.BadParameter(f"{what} {text!r} is no number: write it like 0.015625, 1/64 or 2**-6")
 
 
-def ratio(text: str) -> float | dict[str, float]:
-    """A ratio, or one by site: "head=0,*=2**-7"."""
+def ratio(text: str) -> Any:
+    """A ratio as `forged_fx.transform` takes it: a number, a pair, None for "off", or one of them by site."""
+    return by_site(text, lambda value: _ratio(value.strip()))
+
+
+def kind(text: str) -> str | dict[str, str]:
+    """A kind's name, or one by site."""
+    return by_site(text, str.strip)
+
+
+def by_site(text: str, read: Callable[[str], Any]) -> Any:
+    """What one text says for all sites, or "SITE=TEXT,..." by site."""
     if "=" not in text:
-        return number(text, "ratio")
+        return read(text)
     pairs = (part.rpartition("=") for part in text.split(","))
-    return {site.strip(): number(value, f"ratio of {site!r}:") for site, _, value in pairs}
+    return {site.strip(): read(value) for site, _, value in pairs}
+
+
+def _ratio(text: str) -> Any:
+    if text == "off":
+        return None
+    if ":" in text:
+        return tuple(_ratio(end.strip()) for end in text.split(":"))
+    return number(text, "ratio")

@@ -18,16 +18,19 @@ CHUNK = 8  # batches between two looks at the clock
 SECONDS = 60.0  # between two copies on the disk
 
 
-def scan(model: Model, batches: Batches, out: Path, asked: dict[str, Any]) -> Stats:
-    """The statistics of all batches, saved as `out`; exactly those of one `calibrate` over all of them."""
+def scan(model: Model, batches: Batches, out: Path, asked: dict[str, Any], **measured: Any) -> Stats:
+    """The statistics of all batches, saved as `out`; exactly those of one `calibrate` over all of them.
+
+    asked: what tells this scan from another. measured: as `calibrate` takes it.
+    """
     kept = out.with_name(f"{out.name}.unfinished")
-    asked = json.loads(json.dumps(asked | {"weights": fingerprint.of_model(model.module)}))
+    asked = json.loads(json.dumps(asked | measured | {"weights": fingerprint.of_model(model.module)}))
     stats, saved = _resume(kept, asked), time.monotonic()
     done = stats.batches
     todo = (model.inputs(x) for x, _ in track(batches[done:], "calibrating"))
     try:
         for start in range(done, len(batches), CHUNK):
-            stats = stats.merge(scan_part(model.module, islice(todo, CHUNK), start))
+            stats = stats.merge(scan_part(model.module, islice(todo, CHUNK), start, **measured))
             if time.monotonic() - saved > SECONDS:
                 _keep(stats, kept, asked)
                 saved = time.monotonic()

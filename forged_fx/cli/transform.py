@@ -20,7 +20,10 @@ def run(
     out: Annotated[
         Path, typer.Option(metavar="FILE", help="FILE.pt2 (torch.export), FILE.onnx, or FILE.safetensors.")
     ] = Path("forged.pt2"),
-    ratio: options.Ratio = options.RATIO,
+    ratio: options.Ratio = None,
+    kind: options.Kind = options.KIND,
+    where: options.Where = options.WHERE,
+    statistic: options.Statistic = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
     weights: options.Weights = None,
@@ -38,15 +41,15 @@ def run(
     from forged_fx.cli import given, output
     from forged_fx.cli.formats import FORMATS
     from forged_fx.sources.classifier import device_of
-    from forged_fx.thresholds import thresholds_of
+    from forged_fx.thresholds import parameters_of
 
     if out.suffix not in FORMATS:
         raise typer.BadParameter(f"--out {out}: its name must end in one of {', '.join(FORMATS)}")
     found = given.model(model, weights, normalize, device)
     x, _ = given.images(data, None, resize, usual="train").batches(2)[0]
-    forged = given.forged(found, stats, ratio, include, exclude, example=x)
+    how = {"ratio": ratio, "kind": kind, "where": where, "statistic": statistic}
+    forged = given.forged(found, stats, **how, include=include, exclude=exclude, example=x)
     batch = found.inputs(x.to(device_of(forged)))
     FORMATS[out.suffix](forged, batch, out)
-    thresholds = {site: float(value) for site, value in thresholds_of(forged).items()}
-    document = {"out": str(out), "thresholds": thresholds}
-    output.show(document, f"{out}: {len(thresholds)} sites forged at {ratio}", json)
+    sites = list(parameters_of(forged))
+    output.show({"out": str(out), "sites": sites}, f"{out}: {len(sites)} sites forged, kind {kind}", json)

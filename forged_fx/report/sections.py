@@ -158,9 +158,8 @@ def _sites(run: Run) -> str:
     for row in run.sites:
         shape = "varies" if row.shape is None else " × ".join("*" if size < 0 else str(size) for size in row.shape)
         shares = (run.zeros.get(row.site), row.share_zeroed)
-        threshold = row.ends()
         cells = ["" if share is None else f"{100 * share:.1f} %" for share in shares]
-        rows.append([row.site or "(root)", row.kind, shape, f"{row.c_max:.4g}", threshold, *cells, row.left_out or ""])
+        rows.append([row.site or "(root)", row.kind, shape, f"{row.c_max:.4g}", row.ends(), *cells, row.left_out or ""])
     if not any(row[-1] for row in rows):
         headings, rows = headings[:-1], [row[:-1] for row in rows]
     notes = "; ".join(run.sites.notes)
