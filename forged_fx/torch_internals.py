@@ -14,6 +14,7 @@ import torch
 import torch.fx as fx
 import torch.utils.checkpoint
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # Eval-mode kernels of attention that run past the modules within them; Dynamo puts them into its graph as one call.
 FUSED_ATTENTION = (torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd)
@@ -260,3 +261,28 @@ def is_library_call(node: fx.Node) -> bool:
     if node.target is aten.convolution.default and node.args[2] is not None:
         return node.meta["val"].device.type == "cpu"  # on a GPU, a bias is added by a kernel of Inductor's
     return node.target in products or node.target in lowering.fallbacks or node.target not in lowering.lowerings
+
+
+def forward_of(graph: fx.Graph) -> Callable:
+    """The function that a graph module of this graph would have as its forward."""
+    from torch.fx.graph_module import _forward_from_src
+
+    code = graph.python_code("self")
+    return _forward_from_src(code.src, code.globals)
+
+
+def watched() -> bool:
+    """Whether anything besides the caller is to see what runs now: a mode, a torch.func transform, a tracer."""
+    return bool(
+        torch._C._len_torch_function_stack()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.maybe_current_level() is not None
+        or forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+        or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
+    )
+
+
+def owners(x: Tensor) -> tuple[int, int]:
+    """How many hold this tensor within PyTorch, and how many its memory."""
+    return x._use_count(), torch._C._storage_Use_Count(x.untyped_storage()._cdata)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from forged_fx import in_place
 from forged_fx.audit import AuditFailed, alike, audit, same
 from forged_fx.capture import Untraceable, capture, opened_modules
 from forged_fx.fuse import fuse as fuse_producers
@@ -54,6 +55,11 @@ class ForgedModule(HoldsThresholds, fx.GraphModule):
     @property
     def threshold_buffers(self) -> dict[str, tuple[str, ...]]:
         return self.meta["threshold_buffers"]
+
+    def recompile(self) -> Any:
+        code = super().recompile()
+        in_place.offer(self)
+        return code
 
     def set_ratio(self, ratio: Ratio) -> None:
         """Move the thresholds, in place and without recompiling. See `transform` for `ratio`."""

@@ -1,0 +1,92 @@
+"""How a forged graph runs where nothing is recorded: its thresholds are plain calls, in place where they can be.
+
+In eager mode a threshold costs a trip through PyTorch's dispatcher, a pass over memory, and new memory for its result.
+Without gradients the trip is saved, and the new memory wherever nobody else can tell: the graph has no later reader of
+the input, and when it comes to it, the tensor has no other owner. A hook that kept it, a view that is still alive, the
+branch of a residual: each is an owner, and is counted when the threshold runs, so that nothing is assumed of modules.
+
+Recorded, watched or compiled runs (gradients, function and dispatch modes, torch.func, tracers, compilers) get the
+graph as it is written.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch import Tensor
+
+from forged_fx import ops, torch_internals
+
+THRESHOLD = torch.ops.forged_fx.threshold.default
+
+
+def offer(forged: fx.GraphModule) -> None:
+    """Let the class of a graph module that was just compiled choose, call by call, how to run."""
+    as_written, unrecorded = type(forged).forward, _unrecorded(forged.graph)
+
+    @functools.wraps(as_written)
+    def forward(self: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch_internals.watched():
+            return as_written(self, *args, **kwargs)
+        return unrecorded(self, *args, **kwargs)
+
+    type(forged).forward = forward
+
+
+def _unrecorded(graph: fx.Graph) -> Callable:
+    """The graph's code, with its thresholds as plain calls."""
+    thresholds = [node for node in graph.find_nodes(op="call_function", target=THRESHOLD) if len(node.args) == 2]
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    try:
+        for node in thresholds:
+            x = node.args[0]
+            last = x.op not in ("placeholder", "get_attr") and max(x.users, key=order.__getitem__) is node
+            node.target = overwrite if last else apply
+        return torch_internals.forward_of(graph)
+    finally:
+        for node in thresholds:
+            node.target = THRESHOLD
+
+
+def apply(x: Tensor, t: Tensor) -> Tensor:
+    """`threshold(x, t)` in new memory."""
+    if not _plain(x, t):
+        return THRESHOLD(x, t)
+    return torch.hardshrink(x, ops._largest_below(t.item(), x.dtype), out=torch.empty_like(x))
+
+
+def overwrite(x: Tensor, t: Tensor) -> Tensor:
+    """`threshold(x, t)` in the memory of x, if the caller's variable is all that owns it."""
+    if sys.getrefcount(x) != _ONE_VARIABLE or not _plain(x, t) or not _alone(x):
+        return apply(x, t)
+    return torch.hardshrink(x, ops._largest_below(t.item(), x.dtype), out=x)
+
+
+def _plain(x: Tensor, t: Tensor) -> bool:
+    """Ordinary CPU tensors of a dtype that is served: what the dispatcher would come to is known."""
+    return torch._C._dispatch_keys(x) in _PLAIN and torch._C._dispatch_keys(t) in _PLAIN and x.dtype in ops.DTYPES
+
+
+def _alone(x: Tensor) -> bool:
+    """Whether no other tensor, in Python or within PyTorch, has this memory, and none of its elements share a place."""
+    dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+    return dense and torch_internals.owners(x) == _ONE_TENSOR
+
+
+def _references(x: Tensor, t: Tensor) -> int:
+    """As `overwrite` counts them."""
+    return sys.getrefcount(x)
+
+
+def _of_one_variable() -> int:
+    x = torch.empty(1)
+    return _references(x, torch.empty(1))
+
+
+_ONE_VARIABLE = _of_one_variable()
+_ONE_TENSOR = torch_internals.owners(torch.empty(1))
+with torch.inference_mode():
+    _PLAIN = (ops._PLAIN, torch._C._dispatch_keys(torch.empty(0)))
