@@ -283,6 +283,7 @@ def watched() -> bool:
     )
 
 
-def owners(x: Tensor) -> tuple[int, int]:
-    """How many hold this tensor within PyTorch, and how many its memory."""
-    return x._use_count(), torch._C._storage_Use_Count(x.untyped_storage()._cdata)
+def owners(x: Tensor) -> tuple[int, int, int]:
+    """How many hold this tensor within PyTorch, and how many its memory, there and in Python."""
+    memory = x.untyped_storage()
+    return x._use_count(), torch._C._storage_Use_Count(memory._cdata), sys.getrefcount(memory)

@@ -1,0 +1,134 @@
+"""Without gradients a threshold may take its input's memory, where that belongs to nobody else: seen by addresses."""
+
+import pytest
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+import forged_fx
+
+IN_PLACE = {"second": True, "joined": False, "branch": False, "head": True}
+
+
+class Net(nn.Module):
+    """A chain, a residual stream that is read again, a value that two sites read, one that is stretched."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.act, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 1)
+        self.joined, self.branch = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.pooled = nn.AdaptiveAvgPool2d(1)
+        self.narrow, self.head = nn.Linear(8, 1), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.second(self.act(self.first(x)))
+        x = x + self.joined(x)
+        x = self.branch(x) + x
+        x = self.pooled(x).flatten(1).clone()
+        wide = self.narrow(x.clone()).expand(-1, 8)
+        return self.head(nn.functional.gelu(x + wide)) + nn.functional.linear(wide, self.head.weight)
+
+
+@pytest.fixture
+def x():
+    return torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def forged(x):
+    torch.manual_seed(0)
+    model = Net().eval()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), ratio=2**-2)
+    assert isinstance(forged, torch.fx.GraphModule)
+    return forged
+
+
+def addresses(forged, run):
+    """Site -> whether its layer was given the memory that the threshold read."""
+    given, before = {}, {}
+    hardshrink = torch.hardshrink
+
+    def watch(value, limit, out):
+        before[out.data_ptr()] = value.data_ptr()
+        return hardshrink(value, limit, out=out)
+
+    def look(name):
+        def hook(_, args):
+            given.setdefault(name, before.get(args[0].data_ptr()) == args[0].data_ptr())
+
+        return forged.get_submodule(name).register_forward_pre_hook(hook)
+
+    handles = [look(name) for name in IN_PLACE]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "hardshrink", watch)
+        run()
+    for handle in handles:
+        handle.remove()
+    return given
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_values_are_the_recorded_runs(forged, x, mode):
+    expected, kept = forged(x).detach(), x.clone()
+    with mode():
+        assert torch.equal(forged(x), expected)
+        assert torch.equal(forged(x), expected)
+    assert torch.equal(x, kept)
+
+
+def test_only_memory_that_nobody_else_owns_is_taken(forged, x):
+    with torch.no_grad():
+        assert addresses(forged, lambda: forged(x)) == IN_PLACE
+    assert not any(addresses(forged, lambda: forged(x)).values()), "a gradient needs the input as it was"
+
+
+def test_what_a_hook_keeps_stays_as_it_was(forged, x):
+    def features(keep):
+        kept = []
+        handle = forged.act.register_forward_hook(lambda _, args, out: kept.append(keep(out)))
+        with torch.no_grad():
+            found = addresses(forged, lambda: forged(x))
+        handle.remove()
+        return kept[0], found
+
+    copied, found = features(torch.clone)
+    assert found == IN_PLACE
+    for keep in (lambda out: out, lambda out: out.view(-1), lambda out: out.untyped_storage()):
+        kept, found = features(keep)
+        assert not found["second"]
+        values = kept.flatten() if isinstance(kept, torch.Tensor) else torch.tensor([]).set_(kept)
+        assert torch.equal(values, copied.flatten())
+
+
+def test_a_module_that_hands_its_input_on_is_noticed(forged, x):
+    """Exchanged after the graph was made: nothing is assumed of what a module returns."""
+    forged.act = nn.Identity()
+    kept = []
+    forged.first.register_forward_hook(lambda _, args, out: kept.append(out))
+    with torch.no_grad():
+        plain = forged.first.forward(torch.ops.forged_fx.threshold(x, forged.first.forged_threshold))
+        forged(x)
+    assert torch.equal(kept[0], plain)
+
+
+def test_who_watches_sees_thresholds(forged, x):
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    seen = []
+    with torch.no_grad(), Watch():
+        forged(x)
+    assert seen.count(torch.ops.forged_fx.threshold.default) == len(forged.threshold_buffers)
+    with torch.no_grad():
+        retraced = torch.fx.symbolic_trace(forged)
+        compiled = torch.compile(forged, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(x), forged(x))
+    found = retraced.graph.find_nodes(op="call_function", target=torch.ops.forged_fx.threshold.default)
+    assert len(found) == len(forged.threshold_buffers)
+
+
+def test_errors_are_the_operators(forged, x):
+    with torch.no_grad(), pytest.raises(TypeError, match="cast it to one of"):
+        forged.double().to(torch.float16).to(torch.complex64)(x.to(torch.complex64))
