@@ -71,9 +71,10 @@ def configuration(text: str, sites: list[str]) -> Configuration:
 
 def judge(args: argparse.Namespace, base: nn.Module, stats: forged_fx.Stats, kept: Images, eps: float) -> Any:
     chosen = configuration(args.configuration, list(stats.sites))
-    x, y = (part[: args.n] for part in kept)
+    x, y = (part[args.skip : args.skip + args.n] for part in kept)
+    attacks = args.attacks.split("+") if "+" in args.attacks else args.attacks
     return forged_fx.evaluate(
-        chosen.forge(base, stats), base, x=x, y=y, eps=eps, attacks=args.attacks, seed=args.seed, folder=args.folder
+        chosen.forge(base, stats), base, x=x, y=y, eps=eps, attacks=attacks, seed=args.seed, folder=args.folder
     )
 
 
@@ -85,6 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument("model", help="digits, or zoo:NAME")
         if name == "judge":
             command.add_argument("configuration", help='such as "clamp 0.7 at 1.0; hard 1/64 at inner"')
+            command.add_argument("--skip", type=int, default=0, help="so many of the inputs, which a search has seen")
         command.add_argument(
             "-n", type=int, default=200, help="inputs; those that a search sees (default: %(default)s)"
         )

@@ -76,6 +76,11 @@ def zeroed_by_site(shares: Sequence[tuple[str, float, float]]) -> str:
     return _svg("zeroed", draw, rows=len(shares))
 
 
+# field of a sweep's point -> its label, marker and line
+_ACCURACIES = (("worst", "worst case", "o-"), ("true", "true gradient alone", "v:"), ("natural", "no attack", "s--"))
+_SHARES = (("zeroed", "set to zero", "o-"), ("limited", "limited", "s--"), ("speed", "throughput, of the base's", "v:"))
+
+
 def trade_off(sweep: "Sweep", path: str | os.PathLike[str]) -> None:
     """A column per kind: accuracies above, with the base's as lines; shares changed and throughput below."""
     kinds = list(dict.fromkeys(point.kind for point in sweep.points))
@@ -86,24 +91,17 @@ def trade_off(sweep: "Sweep", path: str | os.PathLike[str]) -> None:
         for (above, below), kind in zip(axes.T, kinds, strict=True):
             points = [point for point in sweep.points if point.kind == kind]
             at = range(len(points))
-            for name, style, base in (
-                ("worst", "-", sweep.worst), ("true", ":", sweep.true), ("natural", "--", sweep.natural),
-            ):  # fmt: skip
-                label = {"worst": "worst case", "true": "true gradient alone", "natural": "no attack"}[name]
+            for name, label, style in _ACCURACIES:
                 counts = [percent * getattr(point, name) for point in points]
-                above.plot(at, counts, style, color=_PAPER[MODEL], marker="o", markersize=3, label=label)
-                above.axhline(percent * base, linestyle=style, color=_PAPER[BASE], linewidth=1)
-            worst = percent * sweep.worst
-            ends = [[worst + 100 * getattr(point, end) for point in points] for end in ("low", "high")]
+                above.plot(at, counts, style, color=_PAPER[MODEL], markersize=4, label=label)
+                above.axhline(percent * getattr(sweep, name), linestyle=style[1:], color=_PAPER[BASE], linewidth=1)
+            ends = [[percent * sweep.worst + 100 * getattr(point, end) for point in points] for end in ("low", "high")]
             above.fill_between(at, *ends, color=_PAPER[MODEL], alpha=0.12, linewidth=0)
             above.set_title(kind)
-            for name, style in (("zeroed", "-"), ("limited", "--"), ("speed", ":")):
+            for name, label, style in _SHARES:
                 shares = [getattr(point, name) for point in points]
                 if any(shares) and None not in shares:
-                    label = {"zeroed": "set to zero", "limited": "limited", "speed": "throughput, of the base's"}[name]
-                    below.plot(
-                        at, [100 * s for s in shares], style, color=_PAPER[SOFT], marker="o", markersize=3, label=label
-                    )
+                    below.plot(at, [100 * s for s in shares], style, color=_PAPER[SOFT], markersize=4, label=label)
             below.set_xticks(at, [point.name.partition(" ")[2] for point in points])
             below.set_xlabel("ratio")
         axes[0, 0].set_ylabel(f"right, % of {sweep.n} inputs\n(base: blue)")
@@ -116,14 +114,16 @@ def trade_off(sweep: "Sweep", path: str | os.PathLike[str]) -> None:
 
 
 def trials(search: "Search", path: str | os.PathLike[str]) -> None:
-    """Every trial, by natural accuracy and what stood under the search's own attack; finalists are marked."""
+    """Every trial that was fit to be attacked, by natural accuracy and by what stood; finalists are marked."""
 
     def draw(figure: Any) -> None:
         axes = figure.add_subplot()
         finalists = {finalist.configuration: finalist for finalist in search.finalists}
         kinds = sorted({kind for trial in search.trials for _, kind, _ in trial.configuration.places})
         for kind, marker in zip(kinds, "os^Dv<>", strict=False):
-            some = [t for t in search.trials if t.configuration.places and t.configuration.places[0][1] == kind]
+            some = [
+                t for t in search.trials if t.fit and t.configuration.places and t.configuration.places[0][1] == kind
+            ]
             at = [[getattr(t, name) for t in some] for name in ("natural", "standing")]
             axes.scatter(*at, marker=marker, s=18, color=_PAPER[SOFT], alpha=0.5, linewidth=0, label=kind)
         for trial in search.trials:
@@ -134,6 +134,8 @@ def trials(search: "Search", path: str | os.PathLike[str]) -> None:
         axes.scatter(search.base.natural, search.base.standing, marker="*", s=90, color=_PAPER[BASE], label="base")
         axes.set_xlabel(f"right without attack, of {search.seen}")
         axes.set_ylabel(f"standing after a short attack, of the {search.near}\nnearest to the boundary")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.get_major_locator().set_params(integer=True)
         handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # each label once
         axes.legend(handles.values(), handles, frameon=False, fontsize=8)
 

@@ -162,6 +162,8 @@ class Search:
                 for name, row in (("trials", Trial), ("finalists", Finalist))
             }
             threat = checked.build(Threat, record.pop("threat"), "threat")
+            if missing := {"call", "seed", "attacks", "stopped"} - record["facts"].keys():
+                raise ValueError(f"its facts lack {', '.join(sorted(missing))}")
             return checked.build(cls, record, "search", base=base, threat=threat, **lists)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} holds no search: {error}") from error

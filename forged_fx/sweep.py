@@ -145,6 +145,8 @@ class Sweep:
                 for p in checked.fit(record.pop("points"), list[dict[str, Any]], "points")
             ]
             threat = checked.build(Threat, record.pop("threat"), "threat")
+            if missing := {"call", "seed", "attacks"} - record["facts"].keys():
+                raise ValueError(f"its facts lack {', '.join(sorted(missing))}")
             if not points:
                 raise ValueError("it has no point")
             return checked.build(cls, record, "sweep", points=points, threat=threat)
