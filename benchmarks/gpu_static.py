@@ -62,7 +62,8 @@ def measure(name: str, batch: int, dtype: str, mode: str, architecture: str, onl
     import fake_gpu
 
     import forged_fx
-    from forged_fx.cost import FREE, LAUNCH, THRESHOLD, price
+    from forged_fx.cost import FREE, LAUNCH, price
+    from forged_fx.share import thresholds_in
     from forged_fx.torch_internals import graph_pass
 
     model, shape = load(name)
@@ -74,7 +75,7 @@ def measure(name: str, batch: int, dtype: str, mode: str, architecture: str, onl
     costs: list = []
 
     def read_costs(graph: torch.fx.Graph) -> None:
-        costs[:] = [price(node) for node in graph.find_nodes(op="call_function", target=THRESHOLD)]
+        costs[:] = [price(node) for node in thresholds_in(graph)]
 
     def run(module: nn.Module, backend: str, **options: object) -> tuple[int, float]:
         module = module.to(x.dtype)
