@@ -25,6 +25,7 @@ _PUBLIC = {
     "sparsity": "sparsity",
     "sweep": "sweep",
     "search": "search",
+    "lipschitz": "lipschitz",
 }
 
 __all__ = [*_PUBLIC, "__version__"]

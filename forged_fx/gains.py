@@ -1,0 +1,128 @@
+"""How much a layer can amplify what is left of its input: the spectral norm of its operator, restricted.
+
+A site's call is linear in its data: `x -> W x`, plus a bias. For one input of the model, let P keep the elements that
+the forged function leaves in place. `||W P||_2` is what the layer can amplify among them at most; beside it stand
+`||W||_2`, of all elements, and `||W P0||_2`, of those that were not 0 before. Nothing is unrolled: the norms are found
+by power iteration on the call itself, as it was made, and on its transpose, which is its gradient.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from forged_fx import ops
+from forged_fx.modes import eval_mode, fast_path_off
+from forged_fx.sites import CALLS, Key, replace
+from forged_fx.thresholds import parameters_of
+
+ITERATIONS = 300  # at most
+TOLERANCE = 1e-5  # two estimates in a row that are this close, relative, end the iteration
+
+
+@dataclass
+class Gains:
+    """Of one site, for each input: float64 [inputs]; whole is the same for all."""
+
+    whole: Tensor
+    nonzero: Tensor
+    kept: Tensor
+
+
+def gains(forged: torch.nn.Module, x: Tensor, seed: int = 0) -> dict[str, Gains]:
+    """Site -> its gains, for each of the inputs x (n, ...); the sites whose call was seen to read the threshold's
+    result as it is."""
+    watch = _Watch({id(p[0]): site for site, p in parameters_of(forged).items()}, len(x), seed)
+    with eval_mode(forged), torch.no_grad(), fast_path_off(), watch:
+        forged(x.clone())  # a model may write into what it is given
+    return watch.found
+
+
+class _Watch(TorchFunctionMode):
+    """Sees the forged functions' results, and the calls that read them."""
+
+    def __init__(self, sites: dict[int, str], n: int, seed: int) -> None:
+        super().__init__()
+        self.sites, self.n = sites, n
+        self.generator = torch.Generator().manual_seed(seed)
+        self.pending: dict[int, tuple[str, Tensor, Tensor, Tensor]] = {}
+        self.found: dict[str, Gains] = {}
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if function in ops.THRESHOLD_OPS:
+            return self._forged(function, args, kwargs)
+        if function in CALLS:
+            for _, key, value in CALLS[function].operands(args, kwargs):
+                if id(value) in self.pending:
+                    self._measure(function, args, kwargs, key)
+        return function(*args, **kwargs)
+
+    def _forged(self, function: Any, args: tuple, kwargs: dict) -> Any:
+        op = getattr(function, "default", function)
+        if op in ops.DECOMPOSITIONS:  # a producer and its threshold: their chain, which comes here again
+            with self:
+                return ops.DECOMPOSITIONS[op](*args, **kwargs)
+        y = function(*args, **kwargs)
+        if (site := self.sites.get(id(args[1]))) is not None:
+            row = ops.FUNCTIONS[op._schema.name.partition("::")[2]]
+            kept = row.backward(torch.ones_like(args[0]), *args[: 1 + row.arguments]) != 0
+            nonzero = args[0] != 0
+            self.pending[id(y)] = (site, y, kept & nonzero, nonzero)
+        return y
+
+    def _measure(self, function: Any, args: tuple, kwargs: dict, key: Key) -> None:
+        value = args[key[0]] if isinstance(key[0], int) else kwargs[key[0]]
+        value = value if len(key) == 1 else value[key[1]]
+        site, y, kept, nonzero = self.pending.pop(id(value))
+        # In float64, so that a bias does not drown what it is subtracted from.
+        args, kwargs = tree_map(lambda v: v.double() if isinstance(v, Tensor) else v, (args, kwargs))
+
+        def call(v: Tensor) -> Tensor:
+            return function(*(given := replace(args, kwargs, key, v))[0], **given[1])
+
+        norms = [self._norms(call, mask) for mask in (nonzero, kept)]
+        whole = self._norms(call, torch.ones_like(y[:1], dtype=torch.bool)).expand(norms[0].shape)
+        new = Gains(whole, *norms)
+        if site in self.found:  # a module that runs several times
+            before = self.found[site]
+            new = Gains(*(torch.maximum(getattr(before, k), getattr(new, k)) for k in ("whole", "nonzero", "kept")))
+        self.found[site] = new
+
+    def _norms(self, call: Callable[[Tensor], Tensor], mask: Tensor) -> Tensor:
+        """For each input of the model: the largest over those rows of the operand that belong to it."""
+        rows = spectral_norms(call, mask, self.generator)
+        if len(rows) < self.n or len(rows) % self.n:  # it does not say whose row it is
+            return rows.max(0, keepdim=True).values
+        return rows.view(self.n, -1).amax(1)
+
+
+def spectral_norms(call: Callable[[Tensor], Tensor], mask: Tensor, generator: torch.Generator) -> Tensor:
+    """`||W P||_2` for each row of a batch: P keeps where the mask is True, W is `call` without its bias.
+
+    mask: bool (rows, ...), the shape of the call's operand; the rows must not depend on each other. Power iteration, so
+    each value is from below. Returns float64 (rows,).
+    """
+
+    def unit(v: Tensor) -> Tensor:
+        norm = v.flatten(1).norm(dim=1).clamp_min(torch.finfo(v.dtype).tiny)
+        return v / norm.view(-1, *[1] * (v.dim() - 1))
+
+    with torch.enable_grad():
+        bias = call(torch.zeros_like(mask, dtype=torch.float64)).detach()
+        start = torch.randn(mask.shape, generator=generator, dtype=torch.float64).to(mask.device)
+        v, last = unit(start * mask), torch.zeros(len(mask), dtype=torch.float64, device=mask.device)
+        for _ in range(ITERATIONS):
+            v.requires_grad_()
+            squares = (call(v) - bias).flatten(1).square().sum(1)
+            now = squares.detach().sqrt()
+            (gradient,) = torch.autograd.grad(squares.sum() / 2, v)
+            v = unit(gradient.detach() * mask)
+            if ((now - last).abs() <= TOLERANCE * now).all():
+                break
+            last = now
+    return now

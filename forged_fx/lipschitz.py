@@ -1,0 +1,261 @@
+"""Is the forged model smoother? Measured three ways, beside the model that it was made from. Nothing is certified."""
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from forged_fx.gains import Gains, gains
+from forged_fx.modes import eval_mode, fast_path_off
+from forged_fx.ops import straight_through
+from forged_fx.progress import track
+from forged_fx.rows import Rows, draw, text
+from forged_fx.thresholds import parameters_of
+
+EXACT = 64  # outputs: up to so many, the Jacobian is made row by row; beyond, its norms are estimated
+PROBES = 32  # random vectors of the Frobenius norm's estimate
+POWER = 100  # iterations of the spectral norm's
+RADII = (1.0, 0.1, 0.01)  # shares of eps
+RESAMPLES = 2000
+
+SITE_WHOLE, SITE_NONZERO = "gain of what is kept / of all", "gain of what is kept / of what was not 0"
+SPECTRAL, FROBENIUS = "Jacobian, spectral norm", "Jacobian, Frobenius norm"
+STEP, LARGEST = "largest step, of each input", "largest step, of all inputs"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure, of n inputs.
+
+    base, forged: its mean over the inputs (its maximum in `LARGEST`). ratio: the mean over the inputs of forged / base;
+    low, high: a 95 % interval of that (bootstrap over inputs), None where it is a single number.
+    """
+
+    what: str
+    where: str
+    base: float
+    forged: float
+    ratio: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+class Lipschitz(Rows[Figure]):
+    """The figures: of the sites, of the Jacobians, of steps. not_seen: sites whose layer could not be measured."""
+
+    row = Figure
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.not_seen: list[str] = []
+
+    def more(self) -> dict[str, Any]:
+        return {"not_seen": self.not_seen}
+
+    def __str__(self) -> str:
+        cells = [
+            [r.what, r.where or "(root)", f"{r.base:.4g}", f"{r.forged:.4g}", f"{r.ratio:.4f}", _interval(r), str(r.n)]
+            for r in self
+        ]
+        shown = text(["", "", "base", "forged", "ratio", "95 %", "inputs"], cells)
+        seen = f"\nnot measured: {', '.join(self.not_seen)}" if self.not_seen else ""
+        return f"{shown}{seen}\nMeasured on these inputs; none of it bounds what happens elsewhere."
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Every ratio with its interval; what lies left of 1 is smaller in the forged model."""
+
+        def paint(axes: Any) -> None:
+            for i, r in enumerate(self):
+                if r.low is not None:
+                    axes.plot([r.low, r.high], [i, i], color="C0", linewidth=2)
+                axes.plot(r.ratio, i, "o", color="C0", markersize=4)
+            axes.set_yticks(range(len(self)), [f"{r.what}: {r.where or '(root)'}" for r in self], fontsize=7)
+            axes.axvline(1, color="0.6", linewidth=1)
+            axes.set_xscale("log")
+            axes.set_xlabel("forged / base")
+            axes.invert_yaxis()
+
+        draw(path, len(self), paint)
+
+
+def lipschitz(
+    model: torch.nn.Module,
+    forged: torch.nn.Module,
+    x: Tensor,
+    *,
+    eps: float = 8 / 255,
+    steps: int = 20,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> Lipschitz:
+    """Measure how strongly model and forged model react to small changes, at the inputs x.
+
+    At each site: how much its layer can amplify the elements that forging keeps, over what it can amplify at all, and
+    over those elements that were not 0 before (see `forged_fx.gains`). End to end: the norms of the Jacobian at each
+    input, of the forged model with its true gradient and with the straight-through one; up to 64 outputs exactly, else
+    by power iteration, and Hutchinson's estimate (1989) for the Frobenius norm. And the largest |f(x + d) - f(x)| / |d|
+    found (both norms L2), which sees the jumps that no derivative sees: d climbs by `steps` sign steps within Linf
+    balls of eps, eps / 10 and eps / 100, along the gradients of both models, straight-through too, and each d is tried
+    on both. Where all of x lies in [0, 1], so does x + d.
+
+    Neither model is changed; both run in eval mode, on their device. Rows of a batch must not depend on each other.
+
+    Args:
+        model: the plain model. forged: what `transform` made of it.
+        x: inputs (n, ...), floating point.
+        eps: of the largest step, Linf. steps: gradients per climb. batch_size: inputs at a time. seed: of the start.
+
+    Raises:
+        ValueError: the second model is not forged; x has no row, or is no floating point.
+    """
+    if not parameters_of(forged):
+        raise ValueError(f"this {type(forged).__name__} is not forged: pass the plain model first, then the forged one")
+    if not isinstance(x, Tensor) or not x.is_floating_point() or not len(x):
+        raise ValueError("x must be a floating-point tensor (n, ...) of at least one input")
+    boxed = 0 <= x.min() and x.max() <= 1
+    sites: dict[str, list[Gains]] = {}
+    found: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}  # what, where -> (base, forged) of each batch
+    with eval_mode(model), eval_mode(forged), fast_path_off(), torch.random.fork_rng():
+        for i, part in enumerate(track(list(x.split(batch_size)), "measuring")):
+            for site, values in gains(forged, part, seed).items():
+                sites.setdefault(site, []).append(values)
+            base = jacobian_norms(model, part, seed)
+            for name, context in (("true gradient", nullcontext), ("straight-through", straight_through)):
+                norms = jacobian_norms(forged, part, seed, context)
+                for what, one, other in zip((SPECTRAL, FROBENIUS), base, norms, strict=True):
+                    found.setdefault((what, name), []).append((one, other))
+            for share in RADII:
+                pair = largest_steps(model, forged, part, share * eps, steps, seed + i, boxed)
+                found.setdefault((STEP, f"within {share * eps:.2g}"), []).append(pair)
+    result = Lipschitz()
+    for what, below in ((SITE_WHOLE, "whole"), (SITE_NONZERO, "nonzero")):
+        for site, values in sites.items():
+            pair = (torch.cat([getattr(value, key) for value in values]) for key in (below, "kept"))
+            result.append(_figure(what, site, *pair))
+    steps_of = {}
+    for (what, where), pairs in sorted(found.items(), key=lambda item: (SPECTRAL, FROBENIUS, STEP).index(item[0][0])):
+        one, other = (torch.cat(values) for values in zip(*pairs, strict=True))
+        result.append(_figure(what, where, one, other))
+        steps_of |= {where: (one, other)} if what == STEP else {}
+    for where, (one, other) in steps_of.items():
+        top, ours = float(one.max()), float(other.max())
+        result.append(Figure(LARGEST, where, top, ours, ours / top if top else float("nan"), None, None, len(one)))
+    result.not_seen = [site for site in parameters_of(forged) if site not in sites]
+    return result
+
+
+Context = Callable[[], AbstractContextManager]
+
+
+def jacobian_norms(
+    model: torch.nn.Module, x: Tensor, seed: int, context: Context = nullcontext
+) -> tuple[Tensor, Tensor]:
+    """The spectral and the Frobenius norm of d f(x) / d x at each input; float64 (n,) each."""
+    leaf = x.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        with context():
+            y = model(leaf.clone()).flatten(1)  # a model may write into what it is given
+        if not y.requires_grad:
+            return (torch.zeros(len(x), dtype=torch.float64),) * 2
+        return _exact_norms(y, leaf) if y.shape[1] <= EXACT else _estimated_norms(y, leaf, seed)
+
+
+def _exact_norms(y: Tensor, leaf: Tensor) -> tuple[Tensor, Tensor]:
+    rows = [torch.autograd.grad(y[:, k].sum(), leaf, retain_graph=True)[0] for k in range(y.shape[1])]
+    jacobian = torch.stack(rows, 1).flatten(2).double().cpu()
+    gram = jacobian @ jacobian.mT
+    return torch.linalg.eigvalsh(gram)[:, -1].clamp_min(0).sqrt(), gram.diagonal(dim1=1, dim2=2).sum(1).sqrt()
+
+
+def _estimated_norms(y: Tensor, leaf: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """By products with J and its transpose alone. J v is the derivative of u -> J^T u, which is linear, along v."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random() -> Tensor:
+        return torch.randn(y.shape, generator=generator).to(y)
+
+    squares = [torch.autograd.grad(y, leaf, random(), retain_graph=True)[0] for _ in range(PROBES)]
+    frobenius = torch.stack([g.flatten(1).double().square().sum(1) for g in squares]).mean(0).sqrt()
+    u = torch.nn.functional.normalize(random()).requires_grad_()
+    for _ in range(POWER):
+        (transposed,) = torch.autograd.grad(y, leaf, u, create_graph=True)
+        (forward,) = torch.autograd.grad(transposed, u, transposed.detach(), retain_graph=True)
+        u = torch.nn.functional.normalize(forward.detach()).requires_grad_()
+    (transposed,) = torch.autograd.grad(y, leaf, u)
+    return transposed.flatten(1).double().norm(dim=1).detach().cpu(), frobenius.cpu()
+
+
+def largest_steps(
+    model: torch.nn.Module, forged: torch.nn.Module, x: Tensor, radius: float, steps: int, seed: int, boxed: bool
+) -> tuple[Tensor, Tensor]:
+    """The largest |f(x + d) - f(x)| / |d| found within the Linf ball, for each input, of either model; float64 (n,)."""
+    searches = ((model, nullcontext), (forged, nullcontext), (forged, straight_through))
+    tried = [d for f, context in searches for d in _climb(f, x, radius, steps, seed, boxed, context)]
+    return tuple(torch.stack([_stretch(f, x, d) for d in tried]).amax(0).double().cpu() for f in (model, forged))
+
+
+def _climb(
+    model: torch.nn.Module, x: Tensor, radius: float, steps: int, seed: int, boxed: bool, context: Context
+) -> list[Tensor]:
+    """Where it starts, and of each input the best d on the way up |f(x + d) - f(x)|."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def inside(d: Tensor) -> Tensor:
+        d = d.clamp(-radius, radius)
+        return (x + d).clamp(0, 1) - x if boxed else d
+
+    d = start = best = inside(radius * torch.randn(x.shape, generator=generator).sign().to(x))
+    top = _stretch(model, x, d)
+    with torch.no_grad():
+        there = model(x.clone())
+    for _ in range(steps):
+        leaf = d.clone().requires_grad_()
+        with torch.enable_grad():
+            with context():
+                y = model(x + leaf)
+            if not y.requires_grad:
+                break
+            (gradient,) = torch.autograd.grad((y - there).square().sum(), leaf)
+        d = inside(d + radius / 4 * gradient.sign())
+        now = _stretch(model, x, d)
+        best = torch.where((now > top).view(-1, *[1] * (x.dim() - 1)), d, best)
+        top = torch.maximum(now, top)
+    return [start, best]
+
+
+@torch.no_grad()
+def _stretch(model: torch.nn.Module, x: Tensor, d: Tensor) -> Tensor:
+    moved = (x + d) - x  # what rounding has left of it
+    length = moved.flatten(1).double().norm(dim=1)
+    change = (model(x + d) - model(x.clone())).flatten(1).double().norm(dim=1)
+    return torch.where(length > 0, change / length, 0)
+
+
+def _figure(what: str, where: str, base: Tensor, forged: Tensor) -> Figure:
+    base, forged = base.cpu(), forged.cpu()
+    usable = base > 0  # an input of which all was 0 before has no ratio
+    if not usable.any():
+        return Figure(what, where, float(base.mean()), float(forged.mean()), 1.0, None, None, 0)
+    ratios = (forged[usable] / base[usable]).numpy()
+    low, high = interval(ratios)
+    return Figure(
+        what, where, *(float(v[usable].mean()) for v in (base, forged)), float(ratios.mean()), low, high, len(ratios)
+    )
+
+
+def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """The 95 % percentile bootstrap interval of a mean (Efron 1979), from a fixed seed."""
+    values = np.asarray(values)
+    draws = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    low, high = np.quantile(values[draws].mean(1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _interval(row: Figure) -> str:
+    return "" if row.low is None else f"{row.low:.4f} to {row.high:.4f}"

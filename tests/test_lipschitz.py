@@ -1,0 +1,171 @@
+"""lipschitz against closed forms: linear networks, orthogonal convolutions, and a jump that no derivative sees."""
+
+import csv
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import forged_fx
+from forged_fx import gains as gains_of
+from forged_fx.lipschitz import (
+    FROBENIUS,
+    LARGEST,
+    SITE_NONZERO,
+    SITE_WHOLE,
+    SPECTRAL,
+    STEP,
+    interval,
+    jacobian_norms,
+)  # fmt: skip
+
+
+def norm(matrix):
+    return torch.linalg.matrix_norm(matrix.double(), 2).item()
+
+
+def rows(found, what):
+    return {row.where: row for row in found if row.what == what}
+
+
+@pytest.fixture
+def x():
+    x = torch.randn(6, 12, generator=torch.Generator().manual_seed(1))
+    return x * (x.abs() > 0.3)  # some are 0 already
+
+
+def linear(seed=0, bias=100.0):
+    torch.manual_seed(seed)
+    layer = nn.Linear(12, 5)
+    nn.init.constant_(layer.bias, bias)
+    return nn.Sequential(layer).eval()
+
+
+@pytest.mark.parametrize("kind, ratio", [("hard", 0.4), ("soft", 0.4), ("clamp", 0.4), ("band", (0.2, 0.5))])
+def test_a_linear_network(x, kind, ratio):
+    model = linear()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), ratio, kind=kind)
+    found = forged_fx.lipschitz(model, forged, x, steps=5)
+    w, c = model[0].weight, x.abs().max()
+    low, high = {"clamp": (0, 0.4), "band": (0.2, 0.5)}.get(kind, (0.4, 9))
+    kept = (x.abs() >= low * c) & (x.abs() <= high * c)
+    whole, nonzero, rest = norm(w), *([norm(w * m) for m in mask] for mask in (x != 0, kept & (x != 0)))
+    first, second = rows(found, SITE_WHOLE)["0"], rows(found, SITE_NONZERO)["0"]
+    assert first.base == pytest.approx(whole, rel=1e-3) and first.forged == pytest.approx(sum(rest) / 6, rel=1e-3)
+    assert (
+        first.ratio == pytest.approx(sum(r / whole for r in rest) / 6, rel=1e-3)
+        and first.low < first.ratio < first.high
+    )
+    assert second.ratio == pytest.approx(sum(r / o for r, o in zip(rest, nonzero, strict=True)) / 6, rel=1e-3)
+    true, through = (rows(found, SPECTRAL)[k] for k in ("true gradient", "straight-through"))
+    assert true.base == through.base == through.forged == pytest.approx(whole, rel=1e-5) and through.ratio == 1
+    assert true.forged == pytest.approx(sum(norm(w * m) for m in kept) / 6, rel=1e-5)  # a clamp's 0 has a gradient
+    frobenius = rows(found, FROBENIUS)["true gradient"]
+    assert frobenius.base == pytest.approx(w.norm().item(), rel=1e-5)
+    assert frobenius.forged == pytest.approx(sum((w * m).norm().item() for m in kept) / 6, rel=1e-5)
+    for row in rows(found, STEP).values():
+        assert row.base <= whole * 1.001 and row.base > 0.3 * whole
+
+
+def test_many_outputs_are_estimated(x):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 100)).eval()
+    spectral, frobenius = jacobian_norms(model, x, 0)
+    assert torch.allclose(spectral, torch.full((6,), norm(model[0].weight), dtype=torch.float64), rtol=1e-3)
+    assert torch.allclose(frobenius, model[0].weight.norm().double().expand(6), rtol=0.1)
+
+
+def test_orthogonal_convolutions():
+    """A shift by one pixel, and a rotation of the channels: every gain is 1, or that of a part of a rotation."""
+    torch.manual_seed(0)
+    shift, turn = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.Conv2d(4, 4, 1, bias=True)
+    rotation = torch.linalg.qr(torch.randn(4, 4))[0]
+    with torch.no_grad():
+        shift.weight.zero_()
+        shift.weight[range(4), range(4), 1, 2] = 1
+        turn.weight.copy_(rotation.view(4, 4, 1, 1))
+    model = nn.Sequential(shift, turn).eval()
+    x = torch.randn(3, 4, 5, 5)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0.35)
+    found = gains_of.gains(forged, x)
+    assert torch.allclose(torch.stack([found["0"].whole, found["0"].kept]), torch.ones(2, 3).double(), atol=1e-4)
+    assert torch.allclose(found["1"].whole, torch.ones(3).double(), atol=1e-4)
+    with torch.no_grad():
+        h = shift(torch.where(x.abs() < forged.get_buffer("0.forged_threshold"), 0, x))
+        kept = h.abs() >= forged.get_buffer("1.forged_threshold")
+    expected = [max(norm(rotation * m) for m in image.flatten(1).T) for image in kept]
+    assert found["1"].kept.tolist() == pytest.approx(expected, abs=1e-3)
+
+
+def test_tokens_and_windows_belong_to_their_input():
+    """A row of the operand is not an input: the largest over an input's rows counts."""
+
+    class Windows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.fc(x.reshape(-1, 2, 4)).reshape(len(x), -1)
+
+    torch.manual_seed(0)
+    model, x = Windows().eval(), torch.randn(3, 6, 4)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0.3)
+    kept = x.abs() >= forged.get_buffer("fc.forged_threshold")
+    expected = [max(norm(model.fc.weight * m) for m in tokens) for tokens in kept]
+    assert gains_of.gains(forged, x)["fc"].kept.tolist() == pytest.approx(expected, rel=1e-3)
+
+
+def test_steps_see_the_jump():
+    """x lies just above the threshold: the derivative is 1 there, and the step down is as high as the threshold."""
+    model = nn.Sequential(nn.Linear(1, 1, bias=False)).eval()
+    nn.init.ones_(model[0].weight)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [torch.ones(1, 1)]), 0.5)
+    x = torch.full((4, 1), 0.501)
+    found = forged_fx.lipschitz(model, forged, x, eps=0.1, steps=10)
+    assert rows(found, SPECTRAL)["true gradient"].forged == 1
+    jump = rows(found, LARGEST)["within 0.1"]
+    assert jump.base == pytest.approx(1, rel=1e-4) and jump.forged > 0.5 / 0.1
+    assert rows(found, LARGEST)["within 0.01"].forged > 0.5 / 0.01
+    soft = forged_fx.transform(model, forged_fx.calibrate(model, [torch.ones(1, 1)]), 0.5, kind="soft")
+    assert rows(forged_fx.lipschitz(model, soft, x, eps=0.1), LARGEST)["within 0.1"].forged < 1.001
+
+
+def test_module_by_module_and_left_as_found(x, tmp_path):
+    """The same figures where the model is no graph; files and a picture; nothing of the models is moved."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 12), nn.BatchNorm1d(12), nn.ReLU(inplace=True), nn.Linear(12, 3))
+    stats = forged_fx.calibrate(model, [x])
+    whole = forged_fx.transform(model, stats, 0.2)
+    model.register_forward_hook(lambda *_: None)
+    hooked = forged_fx.transform(model, stats, 0.2)
+    before, rng = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    found = forged_fx.lipschitz(model, whole, x, steps=3, batch_size=4)
+    again = forged_fx.lipschitz(model, hooked, x, steps=3, batch_size=4)
+    assert [row.where for row in found] == [row.where for row in again]
+    for a, b in zip(found, again, strict=True):
+        assert (a.base, a.forged, a.ratio) == pytest.approx((b.base, b.forged, b.ratio), rel=1e-4)
+    assert model.training and whole.training and not model[0].weight.grad
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert torch.equal(rng, torch.get_rng_state()) and not found.not_seen
+    assert "none of it bounds" in str(found)
+    found.save(tmp_path / "l.json")
+    found.save(tmp_path / "l.csv")
+    found.plot(tmp_path / "l.png")
+    assert json.loads((tmp_path / "l.json").read_text())["rows"][0]["ratio"] == found[0].ratio
+    with open(tmp_path / "l.csv", newline="") as file:
+        assert float(next(csv.DictReader(file))["ratio"]) == found[0].ratio
+    assert (tmp_path / "l.png").stat().st_size > 1000
+
+
+def test_errors_and_intervals(x):
+    model = linear()
+    with pytest.raises(ValueError, match="not forged: pass the plain model first"):
+        forged_fx.lipschitz(model, model, x)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0.1)
+    with pytest.raises(ValueError, match="at least one input"):
+        forged_fx.lipschitz(model, forged, x[:0])
+    low, high = interval(torch.randn(400, generator=torch.Generator().manual_seed(0)).numpy())
+    assert low < 0 < high and high - low == pytest.approx(2 * 1.96 / math.sqrt(400), rel=0.15)
