@@ -1,7 +1,10 @@
 """Scan data once, without gradients, and record how large every site's inputs get."""
 
 import inspect
+import os
 from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +13,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from forged_fx import channels, histogram
+from forged_fx.channels import ChannelCounts
+from forged_fx.memory import in_halves
 from forged_fx.modes import eval_mode
 from forged_fx.observe import Observer, Sighting
 from forged_fx.progress import track
 from forged_fx.sites import SCRIPTED, mark_of, module_of
-from forged_fx.stats import SiteStats, Stats, merge_shapes, parameter_shapes
+from forged_fx.stats import SiteStats, Stats, parameter_shapes
 
 
 def calibrate(
@@ -24,6 +29,7 @@ def calibrate(
     max_batches: int | None = None,
     where: str = "linear+conv",
     channels: bool = False,
+    checkpoint: str | os.PathLike | None = None,
 ) -> Stats:
     """Record, for every linear, convolution and matrix-product call, how large its inputs get.
 
@@ -37,6 +43,10 @@ def calibrate(
         max_batches: stop after this many.
         where: "activations" records the inputs of activations (ReLU, GELU and the like) besides.
         channels: measure the mean and standard deviation of each channel too, as kind "mean" needs them.
+        checkpoint: a file that keeps the statistics so far, once a minute and when the scan is stopped. Killed at any
+            moment, the same call goes on from there, and ends with the same statistics. The batches must be the same,
+            in the same order: they are gone through from the beginning again, and compared. The file stays, and
+            `Stats.load` reads it; delete it when it has served.
 
     Returns:
         Stats: per site `c_max = max |x|` over all elements of all inputs (section 3 of arXiv 2406.19622), the number of
@@ -45,13 +55,27 @@ def calibrate(
     Raises:
         ValueError: no batch, a batch of another form, or an input of a site that holds NaN or infinity (it names the
             site and the batch).
+        FileExistsError: `checkpoint` holds the scan of another model, or of other batches.
+
+    Where memory does not suffice for a batch it is run in two halves, once, and a warning says so.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"calibrate takes the model first, then the batches; the model is {type(model).__name__}")
     if where not in ("linear+conv", "activations"):
         raise ValueError(f"where={where!r}: calibrate records 'linear+conv', or 'activations' besides")
     model = getattr(model, "_orig_mod", model)  # a compiled model hides its calls; the model inside it does not
-    return scan(model, track(batches, "calibrating", max_batches), where=where, channels=channels)
+    found = track(batches, "calibrating", max_batches)
+    if checkpoint is None:
+        stats = scan(model, found, where=where, channels=channels)
+    else:
+        from forged_fx.checkpoint import resumed
+
+        stats = resumed(model, found, Path(checkpoint), where=where, channels=channels)
+    if stats.batches == 0:
+        raise ValueError("calibrate got no batch: an iterator that was already used up gives none a second time")
+    if stats.sites and not any(site.elements or site.kind == "scripted" for site in stats.sites.values()):
+        raise ValueError("calibrate saw no element: every batch was empty")
+    return stats
 
 
 def scan(
@@ -62,7 +86,7 @@ def scan(
     where: str = "linear+conv",
     channels: bool = False,
 ) -> Stats:
-    """What `calibrate` returns, of a part of its batches. first: how many came before them, for error messages."""
+    """What `calibrate` returns, of a part of its batches. first: how many came before them, for messages."""
     run = _Scan(model, where == "activations", channels)
     example, n = None, 0
     given: set[str] = set()
@@ -71,13 +95,14 @@ def scan(
             args, kwargs = model_inputs(batch, model)
             example = example or (args, kwargs)
             given |= inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments.keys()
-            run.batch(first + n - 1, args, kwargs)
+            what = f"batch {first + n - 1} (counted from 0)"
+            try:
+                in_halves(partial(run.batch, what), args, kwargs, what)
+            except Exception as error:
+                error.add_note(f"calibrate was at {what}")
+                raise
     for name in _scripted(model):
         run.sites[name] = SiteStats("scripted", None, (), None, (), layer=False, left_out=SCRIPTED)
-    if n == 0:
-        raise ValueError("calibrate got no batch: an iterator that was already used up gives none a second time")
-    if run.sites and not any(site.elements or site.kind == "scripted" for site in run.sites.values()):
-        raise ValueError("calibrate saw no element: every batch was empty")
     return Stats(run.sites, run.modules, n, run.observer.contexts, given, example)
 
 
@@ -90,63 +115,70 @@ class _Scan:
         self.parameters = {id(parameter): name for name, parameter in model.named_parameters()}
         self.sites: dict[str, SiteStats] = {}
         self.modules: dict[str, dict[str, tuple[int, ...]]] = {}
-        self._of_channels: list[tuple[str, int, Tensor]] = []
-        self._pending: list[tuple[str, Tensor, Tensor, Tensor, Tensor]] = []
+        self._pending: list[tuple[str, SiteStats, tuple[Tensor, ...]]] = []
 
-    def batch(self, index: int, args: tuple, kwargs: dict) -> None:
-        self._calls_of_module: dict[str, int] = {}
+    def batch(self, what: str, args: tuple, kwargs: dict) -> None:
+        """Add one batch, whole or not at all. what: its name, for messages."""
         self._pending.clear()
-        self._of_channels.clear()
         self.observer.run(*args, **kwargs)
+        calls = [
+            (name, _finished(f"{name!r} ({one.kind})", one, measured, what)) for name, one, measured in self._pending
+        ]
+        for name, one in calls:
+            self.sites[name] = self.sites[name].merge(one) if name in self.sites else one
         for name, site in self.sites.items():
             site.layer &= module_of(name) not in self.observer.not_layers
-            calls = self.observer.numbering.calls(module_of(name), mark_of(name))
-            site.module_calls = max(site.module_calls, calls)
-        for name, low, largest, zeros, bins in self._pending:
-            site, peak = self.sites[name], float(largest)
-            if not np.isfinite(peak):
-                raise ValueError(
-                    f"the input of site {name!r} ({site.kind}) holds {peak} in batch {index} (counted from 0): "
-                    "calibrate on data and weights that give finite activations, or under another autocast dtype"
-                )
-            site.c_max, site.lowest = max(site.c_max, peak), min(site.lowest, float(low))
-            site.zeros += int(zeros)
-            site.histogram += bins.cpu().numpy()
-        for name, count, sums in self._of_channels:
-            self.sites[name].add_channels(count, sums.cpu().numpy())
+            made = self.observer.numbering.calls(module_of(name), mark_of(name))
+            site.module_calls = max(site.module_calls, made)
 
     def _see(self, seen: Sighting) -> None:
-        x, weight = seen.operand.value, seen.operand.weight
-        site = self.sites.get(seen.name)
-        if site is None:
-            weight_shape = tuple(weight.shape) if isinstance(weight, Tensor) else ()
-            key, left_out = seen.operand.key, seen.operand.left_out
-            name = self.parameters.get(id(weight))
-            site = SiteStats(seen.kind, tuple(x.shape), weight_shape, name, key, layer=True, left_out=left_out)
-            self.sites[seen.name] = site
-            if module_of(seen.name) != seen.module:
-                raise ValueError(
-                    f"the module {seen.module!r} is named like the call of another one (see forged_fx/sites.py): give "
-                    "it a name that does not end with #, @ or : and a number"
-                )
+        x, weight = seen.operand.value.detach(), seen.operand.weight
+        if module_of(seen.name) != seen.module:
+            raise ValueError(
+                f"the module {seen.module!r} is named like the call of another one (see forged_fx/sites.py): give "
+                "it a name that does not end with #, @ or : and a number"
+            )
+        if seen.module not in self.modules:
             self.modules[seen.module] = parameter_shapes(self.observer.model.get_submodule(seen.module))
-        site.shape = merge_shapes(site.shape, tuple(x.shape))
-        site.channel = seen.channel
-        site.layer &= seen.reads_module_input
-        site.once &= seen.first_run
-        site.left_out = site.left_out or seen.operand.left_out
-        site.calls += 1
-        site.elements += x.numel()
-        if x.numel() == 0:
-            return
-        low, high = torch.aminmax(x.detach())
-        values = histogram.sample(x.detach())
-        site.sampled += values.numel()
-        # NaN spreads through aminmax and maximum, so the largest value alone tells whether all were finite.
-        if self.channels and x.dim() >= -seen.channel:
-            sums = channels.measure(x, seen.channel)
-            self._of_channels.append((seen.name, x.numel() // sums.shape[1], sums))
-        self._pending.append((seen.name, low, torch.maximum(-low, high), *histogram.count(values)))
+        one = SiteStats(
+            kind=seen.kind,
+            shape=tuple(x.shape),
+            weight_shape=tuple(weight.shape) if isinstance(weight, Tensor) else (),
+            weight=self.parameters.get(id(weight)),
+            key=seen.operand.key,
+            layer=seen.reads_module_input,
+            once=seen.first_run,
+            left_out=seen.operand.left_out,
+            calls=1,
+            elements=x.numel(),
+            channel=seen.channel,
+        )
+        measured: tuple[Tensor, ...] = ()
+        if x.numel():
+            low, high = torch.aminmax(x)
+            values = histogram.sample(x)
+            one.sampled = values.numel()
+            # NaN spreads through aminmax and maximum, so the largest value alone tells whether all were finite.
+            measured = (low, torch.maximum(-low, high), *histogram.count(values))
+            if self.channels and x.dim() >= -seen.channel:
+                measured += (channels.measure(x, seen.channel),)
+        self._pending.append((seen.name, one, measured))
+
+
+def _finished(site: str, one: SiteStats, measured: tuple[Tensor, ...], batch: str) -> SiteStats:
+    """One call's statistics with the numbers that were waited for."""
+    if not measured:
+        return one
+    low, largest, zeros, bins, *sums = measured
+    if not np.isfinite(peak := float(largest)):
+        raise ValueError(
+            f"the input of site {site} holds {peak} in {batch}: calibrate on data and weights that give finite "
+            "activations, or under another autocast dtype"
+        )
+    one.c_max, one.lowest, one.zeros, one.histogram = peak, float(low), int(zeros), bins.cpu().numpy()
+    for found in sums:
+        one.channel_counts = ChannelCounts.one(one.elements // found.shape[1], found.cpu().numpy())
+    return one
 
 
 def _scripted(model: torch.nn.Module) -> list[str]:

@@ -1,5 +1,6 @@
 """Files that appear whole or not at all."""
 
+import glob
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +15,16 @@ def whole(path: Path) -> Iterator[Path]:
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.unlink(missing_ok=True)  # in a folder of someone else's it may be a link to anywhere
+    _sweep(path)
     try:
+        part.touch()  # a folder that cannot be written to says so now, and with its name
         yield part
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
+    except BaseException as error:
+        error.add_note(f"{path} was not written; what stood there before stands")
+        raise
     finally:
         part.unlink(missing_ok=True)
     if hasattr(os, "O_DIRECTORY"):  # where a folder is a file with the names in it, these too have to reach the disk
@@ -27,3 +33,21 @@ def whole(path: Path) -> Iterator[Path]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what processes have left that were killed while they wrote this file."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        pid = part.name.split(".")[-2]
+        if os.name == "posix" and pid.isascii() and pid.isdigit() and not _runs(int(pid)):
+            part.unlink(missing_ok=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # asks only
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -83,11 +83,6 @@ class SiteStats:
         """Of each channel; float64. See `ChannelCounts.mean_std`."""
         return self.channel_counts.mean_std()
 
-    def add_channels(self, count: int, sums: np.ndarray) -> None:
-        """One batch more of each channel's sums."""
-        new = ChannelCounts.one(count, sums)
-        self.channel_counts = new if self.channel_counts is None else self.channel_counts.merge(new)
-
     def merge(self, other: "SiteStats") -> "SiteStats":
         return SiteStats(
             kind=self.kind,
@@ -107,10 +102,15 @@ class SiteStats:
             zeros=self.zeros + other.zeros,
             histogram=self.histogram + other.histogram,
             channel=self.channel,
-            channel_counts=self.channel_counts
-            and other.channel_counts
-            and self.channel_counts.merge(other.channel_counts),
+            channel_counts=self._merged_channels(other),
         )
+
+    def _merged_channels(self, other: "SiteStats") -> ChannelCounts | None:
+        """None if one of the two saw elements and did not measure their channels."""
+        if not (self.elements and other.elements):
+            return (self if self.elements else other).channel_counts
+        mine, theirs = self.channel_counts, other.channel_counts
+        return mine.merge(theirs) if mine and theirs else None
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SiteStats):
@@ -249,6 +249,10 @@ class Stats:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a safetensors file, whole or not at all."""
+        self.write(Path(path))
+
+    def write(self, path: Path, **more: Any) -> None:
+        """The same, with more in its header, as JSON; `load` passes over it."""
         from safetensors.numpy import save_file
 
         rows = list(self.sites.values())
@@ -273,8 +277,8 @@ class Stats:
             if (counts := row.channel_counts) is not None:
                 arrays[f"channels.{i}"] = np.stack([counts.sums, counts.squares])
                 header["channel_counts"][str(i)] = counts.count
-        with whole(Path(path)) as part:
-            save_file(arrays, part, metadata={"forged_fx.stats": json.dumps(header)})
+        with whole(path) as part:
+            save_file(arrays, part, metadata={"forged_fx.stats": json.dumps(header | more)})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Stats":

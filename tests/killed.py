@@ -1,7 +1,7 @@
-"""A program that starts an evaluation, kills it, and starts it again; run by test_evaluate_resume.py.
+"""A program that starts a piece of work, kills it, and starts it again; run by test_evaluate_resume.py and others.
 
-Usage: python killed.py FOLDER KILLS. Prints JSON. Each attempt is a fork of this process, which has imported torch
-already; a kill is a SIGKILL, at a moment when the attempt is about to change something on the disk.
+Usage: python killed.py FOLDER KILLS [evaluate or calibrate]. Prints JSON. Each attempt is a fork of this process, which
+has imported torch already; a kill is a SIGKILL, at a moment when the attempt is about to change something on the disk.
 """
 
 import json
@@ -15,6 +15,7 @@ import torch
 from planted import Hidden, inputs, linear, straight_through
 
 import forged_fx
+from forged_fx import checkpoint
 from forged_fx.evaluate import blocks, probes
 from forged_fx.evaluate.attacks import ATTACKS, Attack
 
@@ -44,6 +45,19 @@ def evaluate(folder):
     )
 
 
+def calibrate(folder):
+    """A checkpoint after every batch."""
+    checkpoint.SECONDS = 0.0
+    batches = inputs(24).split(3)
+    folder.mkdir(exist_ok=True)
+    stats = forged_fx.calibrate(linear(classes=4), batches, checkpoint=folder / "checkpoint", channels=True)
+    stats.save(folder / "stats")
+
+
+# name -> (the work, what counts as a part of it: a function of a module or class)
+WORKS = {"evaluate": (evaluate, blocks.Blocks, "_do"), "calibrate": (calibrate, checkpoint, "scan")}
+
+
 def count_changes(limit=None, on_change=None):
     """Calls `on_change` at each change of the disk, until `limit` changes were made: then the process dies."""
     made = 0
@@ -69,9 +83,10 @@ def attempt(folder, limit=None):
     if child == 0:
         done, changed = [], []
         count_changes(limit, changed.append)
-        before = blocks.Blocks._do
-        blocks.Blocks._do = lambda self, block, work: done.append(1) or before(self, block, work)
-        evaluate(folder)
+        work, owner, part = WORK
+        before = getattr(owner, part)
+        setattr(owner, part, lambda *args, **kwargs: done.append(1) or before(*args, **kwargs))
+        work(folder)
         os.write(write, json.dumps([len(changed), len(done), changed]).encode())
         os._exit(0)
     os.close(write)
@@ -87,16 +102,16 @@ def content(folder):
 
 
 if __name__ == "__main__":
-    FOLDER, kills = sys.argv[1], int(sys.argv[2])
+    FOLDER, kills, WORK = sys.argv[1], int(sys.argv[2]), WORKS[(sys.argv[3:] or ["evaluate"])[0]]
     sys.argv = sys.argv[:1]
     torch.set_num_threads(1)
     folder = Path(FOLDER)
     folder.mkdir(exist_ok=True)
-    evaluate(folder / "first")  # so that everything is imported here, and not in each fork
+    WORK[0](folder / "first")  # so that everything is imported here, and not in each fork
     whole = attempt(folder / "whole")
     expected = content(folder / "whole")
     changes = whole[1]
-    result = next(i for i, name in enumerate(whole[3]) if name.endswith("result.json"))
+    result = next(i for i, name in enumerate(whole[3]) if name.endswith(("result.json", "stats")))
     # spread over all, and around the moment when the result is there and the journal still is
     moments = sorted(
         {result, result + 1, result + 2, *(1 + k * (changes - 1) // (kills - 4) for k in range(kills - 3))}

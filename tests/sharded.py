@@ -1,10 +1,12 @@
 """What each process of test_evaluate_sharded.py does: `torchrun --nproc-per-node 2 sharded.py FOLDER`.
 
-Process k writes what it saw to FOLDER/k.json.
+Process k writes what it saw to FOLDER/k.json. With a second argument, "kill", process 1 kills itself in the middle
+(test_faults.py).
 """
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -61,6 +63,8 @@ if __name__ == "__main__":
         return do(self, block, work)
 
     blocks.Blocks._do = counted
+    if sys.argv[2:] == ["kill"] and rank == 1:
+        blocks.Blocks._do = lambda *args: os.kill(os.getpid(), signal.SIGKILL) if seen["done"] > 20 else counted(*args)
     seen["result"] = digest(forged_fx.evaluate(model, base, folder=folder / "shared", **call))
     seen["blocks"] = seen["done"]
     seen["initialised"] = torch.distributed.is_initialized()

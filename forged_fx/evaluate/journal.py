@@ -10,6 +10,8 @@ import json
 import os
 import re
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -115,13 +117,21 @@ class Journal:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> "Journal":
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, self._terminate)  # what a scheduler sends, and torchrun
         return self
+
+    def _terminate(self, *_: Any) -> None:
+        raise SystemExit(f"stopped by SIGTERM; what is done is kept in {self.folder.parent}: the same call goes on")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if signal.getsignal(signal.SIGTERM) == self._terminate:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if kind:
             self.log(f"stopped by {kind.__name__}: {error}; the same call goes on from here")
+            error.add_note(f"what is done is kept in {self.folder.parent}: the same call goes on from there")
         self._lock.release()
 
 

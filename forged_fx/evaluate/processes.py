@@ -31,12 +31,14 @@ class Processes:
         if self.size == 1:
             return [data]
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(data)]), group=self._group)
+        with _alive():
+            dist.all_gather(lengths, torch.tensor([len(data)]), group=self._group)
         longest = max(map(int, lengths))
         if not longest:
             return [b""] * self.size
         everyone = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
-        dist.all_gather(everyone, _tensor(data.ljust(longest, b"\0")), group=self._group)
+        with _alive():
+            dist.all_gather(everyone, _tensor(data.ljust(longest, b"\0")), group=self._group)
         return [part[: int(length)].numpy().tobytes() for part, length in zip(everyone, lengths, strict=True)]
 
     def first(self, act: Callable[[], bytes]) -> bytes:
@@ -45,12 +47,24 @@ class Processes:
             return act()
         error, data = attempt(act) if self.rank == 0 else (None, b"")
         length = torch.tensor([len(data)])
-        dist.broadcast(length, 0, group=self._group)
-        buffer = _tensor(data) if self.rank == 0 else torch.empty(int(length), dtype=torch.uint8)
-        dist.broadcast(buffer, 0, group=self._group)
+        with _alive():
+            dist.broadcast(length, 0, group=self._group)
+            buffer = _tensor(data) if self.rank == 0 else torch.empty(int(length), dtype=torch.uint8)
+            dist.broadcast(buffer, 0, group=self._group)
         if error:
             raise error
         return result(buffer.numpy().tobytes(), "process 0")
+
+
+@contextmanager
+def _alive() -> Iterator[None]:
+    """An exchange that fails says why: the others are gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError(
+            "another process of this evaluation has ended or cannot be reached: its own error, if any, says why"
+        ) from error
 
 
 def _tensor(data: bytes) -> torch.Tensor:

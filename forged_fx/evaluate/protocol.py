@@ -28,6 +28,7 @@ from forged_fx.evaluate.processes import joined
 from forged_fx.evaluate.record import begin, call, finish
 from forged_fx.evaluate.report import Progress
 from forged_fx.evaluate.result import Result, Row
+from forged_fx.memory import at_half_the_batch
 
 NO_BASE = "there is no base to make its examples on"
 REPEAT = "no gradient changes: the same row again"
@@ -36,6 +37,7 @@ COSTLY = "APGD under BPDA finds more in less time; attacks='thorough' runs it"
 Tried = list[tuple[Row, Attack, Context, str]]  # the last: along which gradient
 
 
+@at_half_the_batch
 def evaluate(
     model: nn.Module,
     base: nn.Module | None = None,
@@ -67,7 +69,8 @@ def evaluate(
             until the figure stops moving), "relentless" (thorough with these rounds), or a list of names. Anything less
             than AutoAttack's four can refute a gain and never show one.
         seed: of all attacks, each block of 250 inputs anew, as AutoAttack does.
-        batch_size: how many inputs the models are fed at a time, which bounds the memory. Below 250 each attack step
+        batch_size: how many inputs the models are fed at a time, which bounds the memory; if that does not suffice,
+            once half as many, and a warning says so. Below 250 each attack step
             costs one more forward pass, because the backward runs it again. The outcome is the same, as far as a
             model's arithmetic for one input does not depend on how many others there are.
         folder: where the run is recorded, block by block, and at last its result. Killed at any moment, the same call
@@ -132,7 +135,7 @@ def evaluate(
             notes = notes + enter(checks.borrowed(base, "base"))
         processes = enter(joined(shard))
         for note in notes if processes.rank == 0 else ():
-            warnings.warn(note, stacklevel=2)
+            warnings.warn(note, stacklevel=3)  # above `at_half_the_batch`
         blocks, shown = Blocks(seed, processes), Progress(progress if processes.rank == 0 else False)
         subject = Subject("model", model, x, y, threat, batch_size, blocks, shown)
         rival = Subject("base", base, x, y, threat, batch_size, blocks, shown) if base is not None else None
