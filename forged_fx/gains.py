@@ -85,9 +85,11 @@ class _Watch(TorchFunctionMode):
         def call(v: Tensor) -> Tensor:
             return function(*(given := replace(args, kwargs, key, v))[0], **given[1])
 
-        norms = [self._norms(call, mask) for mask in (nonzero, kept)]
-        whole = self._norms(call, torch.ones_like(y[:1], dtype=torch.bool)).expand(norms[0].shape)
-        new = Gains(whole, *norms)
+        # Each is found from below, and what a smaller set reaches, a larger one does too.
+        on_kept = self._norms(call, kept)
+        on_nonzero = torch.maximum(self._norms(call, nonzero), on_kept)
+        whole = torch.maximum(self._norms(call, torch.ones_like(y[:1], dtype=torch.bool)), on_nonzero.max())
+        new = Gains(whole.expand(on_kept.shape), on_nonzero, on_kept)
         if site in self.found:  # a module that runs several times
             before = self.found[site]
             new = Gains(*(torch.maximum(getattr(before, k), getattr(new, k)) for k in ("whole", "nonzero", "kept")))

@@ -142,14 +142,11 @@ def test_kinds_per_site_in_every_way_to_run(model, stats, x):
 
 
 def test_compiled_equals_eager(model, stats, x):
-    """Forged before compiling, and on the way."""
     forged = forged_fx.transform(model, stats, RATIOS, kind=SITES)
-    options = {"stats": stats, "ratio": RATIOS, "kind": SITES}
     torch._dynamo.reset()
     fast = torch.compile(forged, backend="forged")
     with torch.no_grad():
         assert torch.allclose(fast(x), forged(x), atol=1e-6)
-        assert torch.allclose(torch.compile(model, backend="forged", options=options)(x), forged(x), atol=1e-6)
         forged_fx.set_ratio(forged, None)
         assert torch.allclose(fast(x), model(x), atol=1e-6)
         forged_fx.set_ratio(forged, RATIOS)
@@ -162,14 +159,21 @@ def test_gradients_of_what_is_forged_on_the_way():
     given = {"ratio": {"0": (0.1, 0.5), "*": 0.5}, "kind": {"0": "band", "1": "mean", "2": "soft"}}
     torch._dynamo.reset()
     fast = torch.compile(model, backend="forged", options={"stats": stats, **given})
-    for context in (torch.enable_grad, forged_fx.straight_through):
-        found = []
-        for module in (fast, forged_fx.transform(model, stats, **given)):
-            leaf = x.clone().requires_grad_()
-            with context():
-                y = module(leaf)
-            found.append(torch.autograd.grad(y.sum(), leaf)[0])
-        assert torch.allclose(*found, atol=1e-6) and (found[0] == 0).any() == (context is torch.enable_grad)
+    found = []
+    for module in (fast, forged_fx.transform(model, stats, **given)):
+        leaf = x.clone().requires_grad_()
+        with forged_fx.straight_through():
+            y = module(leaf)
+        found.append(torch.autograd.grad(y.sum(), leaf)[0])
+    through = (model[2].weight @ model[1].weight @ model[0].weight).sum(0).expand(5, 6)
+    assert torch.allclose(*found, atol=1e-6) and torch.allclose(found[0], through, atol=1e-6)
+
+
+def test_exported_and_decomposed(model, stats, x):
+    forged = forged_fx.transform(model, stats, RATIOS, kind=SITES, fuse=True)  # on a CPU that changes nothing
+    program = torch.export.export(forged, (x,)).run_decompositions(forged_fx.decompositions())
+    assert not any("forged_fx" in str(node.target) for node in program.graph.nodes if node.op == "call_function")
+    assert torch.allclose(program.module()(x), forged(x), atol=1e-6)
 
 
 def test_dynamo_goes_through_modules_forged_one_by_one(model, stats, x):

@@ -95,8 +95,7 @@ def test_every_path_is_the_formula(name: str, dtype: torch.dtype) -> None:
             assert same(op(name)(x, *args), value), args
             assert same(backward(grad, x, *args), grad * kept), args
             assert same(op(f"{name}_backward")(grad, x, *args), grad * kept), args
-            # Triton's interpreter loses bfloat16's denormals, as parameters too.
-            if not (dtype == torch.bfloat16 and 0 < t < torch.finfo(dtype).smallest_normal):
+            if t in (-1.0, 0.1, 1e6, math.inf):  # (it is slow, and loses bfloat16's denormals)
                 assert same(launch(name, x, *args), value), args
                 assert same(launch_backward(name, grad, x, *args), grad * kept), args
 
@@ -104,7 +103,7 @@ def test_every_path_is_the_formula(name: str, dtype: torch.dtype) -> None:
 @NEW
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(name: str, layout: str) -> None:
-    for dtype in (torch.float32, torch.float16):
+    for dtype in (torch.float32, torch.float16) if layout == "permuted" else (torch.float32,):
         x = LAYOUTS[layout](values(0.1, dtype))
         before, grad = x.clone(), torch.full((), 3.0, dtype=dtype).expand(x.shape)
         for args in arguments(name, 0.1, x):
@@ -166,10 +165,9 @@ ARGS = dict.fromkeys(SCALAR, (torch.tensor(0.5),)) | {
 
 @NEW
 def test_opcheck(name: str) -> None:
-    for x in (X.clone(), X.clone().requires_grad_()):
-        for through in (False, True):
-            torch.library.opcheck(op(name).default, (x, *ARGS[name], through))
-        torch.library.opcheck(op(f"{name}_backward").default, (x, X, *ARGS[name]))
+    x = X.clone().requires_grad_()
+    torch.library.opcheck(op(name).default, (x, *ARGS[name], name in ("soft", "mean")))
+    torch.library.opcheck(op(f"{name}_backward").default, (x, X, *ARGS[name]))
 
 
 @NEW
@@ -205,7 +203,7 @@ def test_compiled_is_eager() -> None:
     from torch._inductor.utils import run_and_get_code
 
     xs = [values(0.1, dtype) for dtype in (torch.float32, torch.bfloat16)]
-    calls = [(name, x, args) for x in xs for name in KINDS for args in arguments(name, 0.1, x)]
+    calls = [(name, x, args) for x in xs for name in KINDS for args in arguments(name, 0.1, x)[-1:]]
 
     def chain(*xs: Tensor) -> list[Tensor]:
         return [op(name)(x.neg(), *args).neg() for x, (name, _, args) in zip(xs, calls, strict=True)]

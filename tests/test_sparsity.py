@@ -19,7 +19,7 @@ def shares(row):
 
 def test_on_a_real_model_it_is_the_hooks_count_and_calibrations_prediction(assets):
     model = assets.load("cifar_resnet2b_adv")
-    batches = assets.images("cifar10jpeg_test", 200)[0].split(50)
+    batches = assets.images("cifar10jpeg_test", 60)[0].split(30)
     stats = forged_fx.calibrate(model, batches)
     forged = forged_fx.transform(model, stats, 2**-5)
     found = forged_fx.sparsity(forged, batches)
