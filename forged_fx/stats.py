@@ -22,7 +22,7 @@ from forged_fx import checked
 from forged_fx.channels import PARTS, ChannelCounts
 from forged_fx.files import whole
 from forged_fx.histogram import BINS, quantile, share_below
-from forged_fx.sites import call_of, has_input, module_of
+from forged_fx.sites import call_of, has_input, is_activation, module_of
 
 FORMAT = 1
 
@@ -213,8 +213,8 @@ class Stats:
                 + ". Run forged_fx.calibrate on this model."
             )
 
-    def thresholds(self, ratio: Ratio, sites: list[str] | None = None) -> dict[str, float]:
-        """Site name -> threshold `c_th = c_r * c_max` (float32 values), for `sites`, or all that are not left out.
+    def thresholds(self, ratio: float | Mapping[str, float], sites: list[str] | None = None) -> dict[str, float]:
+        """Site name -> threshold `c_th = c_r * c_max` (float32 values), for `sites`, or all layers not left out.
 
         ratio: c_r in [0, 1], or a mapping from site name or glob to it. An exact name wins, then the first glob that
         matches; every site must be covered and every key must match something, else ValueError.
@@ -222,9 +222,10 @@ class Stats:
         """
         return {name: threshold(self.sites[name].c_max, r) for name, r in self.ratios(ratio, sites).items()}
 
-    def ratios(self, ratio: Ratio, sites: list[str] | None = None) -> dict[str, float]:
+    def ratios(self, ratio: float | Mapping[str, float], sites: list[str] | None = None) -> dict[str, float]:
         """Site name -> ratio: what `thresholds` multiplies c_max by."""
-        names = [n for n, site in self.sites.items() if site.left_out is None] if sites is None else sites
+        names = [n for n, s in self.sites.items() if s.left_out is None and not is_activation(n)]
+        names = names if sites is None else sites
         for pattern, value in ratio.items() if isinstance(ratio, Mapping) else [(None, ratio)]:
             check_ratio(value, "ratio" if pattern is None else f"ratio for {pattern!r}")
         return {name: float(value) for name, value in self.per_site(ratio, names, "ratio").items()}
@@ -305,7 +306,8 @@ class Stats:
                 channels = {i: _channel_counts(file, i, count) for i, count in of_channels.items()}
             if not np.isfinite(c_max).all() or any((a < 0).any() for a in (c_max, counts, bins)):
                 raise ValueError("a maximum or a count is negative or not finite")
-            if not (lowest <= c_max).all() and counts[:, _COUNTS.index("elements")].all():
+            seen = counts[:, _COUNTS.index("elements")] > 0
+            if not (lowest[seen] <= c_max[seen]).all():
                 raise ValueError("a minimum lies above its maximum, or is not a number")
             if max(counts.max(initial=0), bins.max(initial=0)) >= _MOST:
                 raise ValueError(f"a count is {_MOST} or larger")
@@ -341,6 +343,7 @@ _TEXT_FIELDS = (
 )  # fmt: skip
 _COUNTS = ("calls", "elements", "sampled", "zeros")
 _HINTS = get_type_hints(SiteStats)
+_MOST_DIMENSIONS = 64  # that a tensor has
 _MOST = 2**50  # of anything counted: sums of it fit into 64 bits
 
 
@@ -374,6 +377,8 @@ def _check_site(name: str, site: SiteStats, modules: Mapping[str, Any]) -> None:
         return
     if not has_input(site.kind, site.key):
         raise ValueError(f"{where}: no call of kind {checked.short(site.kind)} has an input {checked.short(site.key)}")
+    if not -_MOST_DIMENSIONS <= site.channel < 0:
+        raise ValueError(f"{where}: its channels lie along dimension {site.channel}")
     if module_of(name) not in modules or call_of(name) >= site.module_calls:
         raise ValueError(f"{where}: its module is not listed, or makes fewer calls")
 

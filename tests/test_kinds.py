@@ -3,11 +3,14 @@
 import copy
 import functools
 import io
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from torch import nn
 
 import forged_fx
@@ -448,6 +451,39 @@ def test_channels_are_exact_under_merge(model, tmp_path):
     whole.save(tmp_path / "s")
     assert forged_fx.Stats.load(tmp_path / "s") == whole
     assert forged_fx.calibrate(model, parts).merge(whole).sites["a"].channels is None
+
+
+def test_older_files_are_read_and_impossible_ones_refused(model, stats, tmp_path):
+    def rewritten(change):
+        stats.save(tmp_path / "s")
+        with safe_open(tmp_path / "s", "np") as file:
+            header = json.loads(file.metadata()["forged_fx.stats"])
+            arrays = {key: file.get_tensor(key) for key in file.keys()}
+        change(arrays, header)
+        save_file(arrays, tmp_path / "s", {"forged_fx.stats": json.dumps(header)})
+        return forged_fx.Stats.load(tmp_path / "s")
+
+    def as_before(arrays, header):
+        for key in [key for key in arrays if key == "lowest" or key.startswith("channels.")]:
+            del arrays[key]
+        del header["channel_counts"]
+        for site in header["sites"].values():
+            del site["channel"]
+
+    old = rewritten(as_before)
+    assert old.sites["e"].c_max == stats.sites["e"].c_max and old.sites["e"].channels is None
+    rows = forged_fx.describe(forged_fx.transform(model, old, 0.1, kind="one_sided"))
+    assert {row.share_zeroed for row in rows} == {None}  # whether an input was negative is not known
+    assert old.thresholds(0.1) == stats.thresholds(0.1) and not any("@" in site for site in stats.thresholds(0.1))
+    for change, says in (
+        (lambda a, h: a["lowest"].fill(np.nan), "minimum"),
+        (lambda a, h: a["channels.0"].fill(np.inf), "not finite"),
+        (lambda a, h: a.update({"channels.0": np.zeros((2, 3, 3))}), "channels.0 is an array of shape"),
+        (lambda a, h: h["channel_counts"].update({"0": -1}), "counts -1"),
+        (lambda a, h: h["sites"]["a"].update(channel=3), "dimension 3"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            rewritten(change)
 
 
 def test_sums_lose_nothing():
