@@ -1,8 +1,10 @@
 """Scan data once, without gradients, and record how large every site's inputs get."""
 
+import functools
 import inspect
 import os
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from forged_fx import channels, histogram
 from forged_fx.channels import ChannelCounts
 from forged_fx.memory import in_halves
-from forged_fx.modes import eval_mode
+from forged_fx.modes import eval_mode, is_sharded, unwrapped
 from forged_fx.observe import Observer, Sighting
+from forged_fx.processes import Processes, attempt, joined, result
 from forged_fx.progress import track
 from forged_fx.sites import SCRIPTED, mark_of, module_of
 from forged_fx.stats import SiteStats, Stats, parameter_shapes
@@ -30,6 +33,7 @@ def calibrate(
     where: str = "linear+conv",
     channels: bool = False,
     checkpoint: str | os.PathLike | None = None,
+    shard: bool | None = None,
 ) -> Stats:
     """Record, for every linear, convolution and matrix-product call, how large its inputs get.
 
@@ -46,7 +50,10 @@ def calibrate(
         checkpoint: a file that keeps the statistics so far, once a minute and when the scan is stopped. Killed at any
             moment, the same call goes on from there, and ends with the same statistics. The batches must be the same,
             in the same order: they are gone through from the beginning again, and compared. The file stays, and
-            `Stats.load` reads it; delete it when it has served.
+            `Stats.load` reads it; delete it when it has served. Of several processes each needs one of its own.
+        shard: put together what the processes have seen that torchrun started, or that torch.distributed has. Each
+            scans the batches that it is given, its own part of them, and all get the statistics of the whole: equal to
+            those of one process that scans every part. None: if there are any. False: this process alone.
 
     Returns:
         Stats: per site `c_max = max |x|` over all elements of all inputs (section 3 of arXiv 2406.19622), the number of
@@ -63,14 +70,19 @@ def calibrate(
         raise TypeError(f"calibrate takes the model first, then the batches; the model is {type(model).__name__}")
     if where not in ("linear+conv", "activations"):
         raise ValueError(f"where={where!r}: calibrate records 'linear+conv', or 'activations' besides")
-    model = getattr(model, "_orig_mod", model)  # a compiled model hides its calls; the model inside it does not
-    found = track(batches, "calibrating", max_batches)
-    if checkpoint is None:
-        stats = scan(model, found, where=where, channels=channels)
-    else:
+    model = unwrapped(model)
+
+    def own() -> Stats:
+        found = track(batches, "calibrating", max_batches)
+        if checkpoint is None:
+            return scan(model, found, where=where, channels=channels)
         from forged_fx.checkpoint import resumed
 
-        stats = resumed(model, found, Path(checkpoint), where=where, channels=channels)
+        return resumed(model, found, Path(checkpoint), where=where, channels=channels)
+
+    with joined(shard, "calibrate") as processes:
+        _agree(processes, model, batches)
+        stats = together(processes, own)
     if stats.batches == 0:
         raise ValueError("calibrate got no batch: an iterator that was already used up gives none a second time")
     if stats.sites and not any(site.elements or site.kind == "scripted" for site in stats.sites.values()):
@@ -104,6 +116,50 @@ def scan(
     for name in _scripted(model):
         run.sites[name] = SiteStats("scripted", None, (), None, (), layer=False, left_out=SCRIPTED)
     return Stats(run.sites, run.modules, n, run.observer.contexts, given, example)
+
+
+def _agree(processes: Processes, model: torch.nn.Module, batches: Iterable[Any]) -> None:
+    """ValueError where a sharded model would wait for ever: its processes run every forward pass together."""
+    if processes.size == 1 or not is_sharded(model) or not hasattr(batches, "__len__"):
+        return
+    lengths = [int(length) for length in processes.gather(str(len(batches)).encode())]
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"the processes of this sharded model have {', '.join(map(str, lengths))} batches: give all as many"
+        )
+
+
+def together(processes: Processes, own: Callable[[], Stats]) -> Stats:
+    """The statistics of all processes' scans, in each of them; what fails in one is raised in all."""
+    if processes.size == 1:
+        return own()
+    mine = Stats()
+
+    def part() -> bytes:
+        nonlocal mine
+        mine = own()
+        return _packed(mine) if mine.batches else b""
+
+    error, answer = attempt(part)
+    answers = processes.gather(answer)
+    if error:
+        raise error
+    parts = [result(answer, f"process {rank} of {processes.size}") for rank, answer in enumerate(answers)]
+    whole = functools.reduce(Stats.merge, (_unpacked(part) for part in parts if part), Stats())
+    whole.example = mine.example
+    return whole
+
+
+def _packed(stats: Stats) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        stats.save(Path(folder) / "stats")
+        return (Path(folder) / "stats").read_bytes()
+
+
+def _unpacked(data: bytes) -> Stats:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "stats").write_bytes(data)
+        return Stats.load(Path(folder) / "stats")
 
 
 class _Scan:
@@ -144,7 +200,7 @@ class _Scan:
             kind=seen.kind,
             shape=tuple(x.shape),
             weight_shape=tuple(weight.shape) if isinstance(weight, Tensor) else (),
-            weight=self.parameters.get(id(weight)),
+            weight=self.parameters.get(id(weight)) or self._own(seen.module, weight),
             key=seen.operand.key,
             layer=seen.reads_module_input,
             once=seen.first_run,
@@ -163,6 +219,11 @@ class _Scan:
             if self.channels and x.dim() >= -seen.channel:
                 measured += (channels.measure(x, seen.channel),)
         self._pending.append((seen.name, one, measured))
+
+    def _own(self, module: str, weight: Any) -> str | None:
+        """The name of a parameter that the module has had since it began to run: a sharded one's, gathered for it."""
+        own = self.observer.model.get_submodule(module).named_parameters(recurse=False)
+        return next((f"{module}.{name}".removeprefix(".") for name, value in own if value is weight), None)
 
 
 def _finished(site: str, one: SiteStats, measured: tuple[Tensor, ...], batch: str) -> SiteStats:

@@ -1,4 +1,4 @@
-"""Context managers that set a state for a while and put it back."""
+"""Context managers that set a state for a while and put it back; and models out of what others wrapped them in."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -45,3 +45,35 @@ def module_hooks(enter: Callable, leave: Callable) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model that torch.compile, DistributedDataParallel or DataParallel was given: they hide its calls or rename
+    its modules, and do nothing that a pass without gradients needs.
+
+    ValueError for FullyShardedDataParallel, which gives a module other parameters than it had.
+    """
+    from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+    while True:
+        if isinstance(model, DataParallel | DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            break
+    if type(model).__name__ == "FullyShardedDataParallel":
+        raise ValueError(
+            "FullyShardedDataParallel flattens its modules' parameters: shard with torch.distributed.fsdp.fully_shard, "
+            "which leaves them what they are, or calibrate and forge the model before it is wrapped"
+        )
+    return model
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether torch.distributed.fsdp.fully_shard has spread the model's parameters over processes."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())

@@ -14,6 +14,7 @@ from forged_fx.audit import AuditFailed, alike, audit, same
 from forged_fx.capture import Untraceable, capture, opened_modules
 from forged_fx.fuse import fuse as fuse_producers
 from forged_fx.kinds import OWN, Choice, choose
+from forged_fx.modes import is_sharded, unwrapped
 from forged_fx.regions import forge_regions
 from forged_fx.rewrite import WHOLE, Placed, find_calls, insert_thresholds, number
 from forged_fx.sites import ACTIVATIONS as ACTIVATION_CALLS
@@ -147,11 +148,16 @@ def transform(
         RuntimeError: the audit found sites that cannot be reached (it names each), or a result that is not the model.
     """
     stats = stats if isinstance(stats, Stats) else Stats.load(stats)
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     if fuse not in (None, True, False):
         raise ValueError(f"fuse={fuse!r}: True, False, or None to decide by the model's device")
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError("this model is TorchScript, which cannot be opened: forge the model that it was made from")
+    if is_sharded(model):
+        raise ValueError(
+            "this model is sharded: forge it before, and shard the forged one, "
+            "fully_shard(forged_fx.transform(model, stats)); statistics of the sharded model fit"
+        )
     if thresholds_of(model):
         raise ValueError("this model is forged already: move its thresholds with set_ratio, or forge the plain model")
     stats.check_model(model)

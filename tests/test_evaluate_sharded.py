@@ -13,7 +13,7 @@ import forged_fx
 from forged_fx.digits import one_thread
 from forged_fx.evaluate import blocks, probes
 from forged_fx.evaluate.attacks import ATTACKS
-from forged_fx.evaluate.processes import attempt, result
+from forged_fx.processes import attempt, result
 
 
 @pytest.fixture(scope="module")

@@ -97,7 +97,9 @@ def _hint(error: TyperException) -> str:
 
 
 def _say(text: str) -> None:
-    print(f"forged-fx: {text}", file=sys.stderr)
+    rank = os.environ.get("RANK")
+    who = "forged-fx" if rank is None else f"forged-fx, process {rank}"
+    print(f"{who}: {text}", file=sys.stderr)
 
 
 def _handle(handler: Any) -> Any:

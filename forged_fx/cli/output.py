@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 
-class Interrupted(Exception):
-    """Ctrl-C, with what was kept and how to go on."""
+class Interrupted(BaseException):
+    """Ctrl-C, with what was kept and how to go on: no error, and nothing that handles errors handles it."""
 
 
 def first() -> bool:

@@ -8,9 +8,11 @@ from typing import Any
 
 from forged_fx import Stats
 from forged_fx.calibrate import scan as scan_part
+from forged_fx.calibrate import together
 from forged_fx.cli.output import Interrupted
 from forged_fx.evaluate import fingerprint
 from forged_fx.files import whole
+from forged_fx.processes import joined
 from forged_fx.progress import track
 from forged_fx.sources import Batches, Model
 
@@ -21,10 +23,28 @@ SECONDS = 60.0  # between two copies on the disk
 def scan(model: Model, batches: Batches, out: Path, asked: dict[str, Any], **measured: Any) -> Stats:
     """The statistics of all batches, saved as `out`; exactly those of one `calibrate` over all of them.
 
+    Under torchrun each of n processes scans every n-th batch, and keeps its own part.
     asked: what tells this scan from another. measured: as `calibrate` takes it.
     """
-    kept = out.with_name(f"{out.name}.unfinished")
     asked = json.loads(json.dumps(asked | measured | {"weights": fingerprint.of_model(model.module)}))
+    with joined(None, "forged-fx calibrate") as processes:
+        share = f".{processes.rank}of{processes.size}" if processes.size > 1 else ""
+        kept = out.with_name(f"{out.name}.unfinished{share}")
+        mine = batches[processes.rank :: processes.size]
+        stats = together(processes, lambda: _part(model, mine, kept, asked, measured))
+
+        def save() -> bytes:
+            stats.save(out)
+            return b""
+
+        processes.first(save)
+        for path in (kept, _beside(kept)):
+            path.unlink(missing_ok=True)
+    return stats
+
+
+def _part(model: Model, batches: Batches, kept: Path, asked: dict[str, Any], measured: dict[str, Any]) -> Stats:
+    """The statistics of these batches; `kept` holds what an earlier attempt has."""
     stats, saved = _resume(kept, asked), time.monotonic()
     done = stats.batches
     todo = (model.inputs(x) for x, _ in track(batches[done:], "calibrating"))
@@ -40,9 +60,6 @@ def scan(model: Model, batches: Batches, out: Path, asked: dict[str, Any], **mea
         raise Interrupted(
             f"{stats.batches} of {len(batches)} batches are kept in {kept}; the same command goes on from there"
         ) from None
-    stats.save(out)
-    for path in (kept, _beside(kept)):
-        path.unlink(missing_ok=True)
     return stats
 
 

@@ -10,7 +10,6 @@
     gradients.py    the two backwards an attack may see: the true one and the straight-through one (BPDA)
     blocks.py       the unit of work, and of what is random: done here, recalled, or done by another process
     journal.py      an unfinished run, which the same call continues
-    processes.py    those that torchrun started, if it did
     harness.py      runs rows on what still stands, and believes no claim that it has not checked
     compiled.py     compiled models, and what they are eagerly
     threat.py       what an attacker may do: the ball and the box

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from forged_fx.evaluate.extras import need
 from forged_fx.evaluate.journal import Journal, pack
-from forged_fx.evaluate.processes import Processes, attempt, result
+from forged_fx.processes import Processes, attempt, result
 
 BLOCK = 250  # inputs; pyautoattack's own batch size, so that a row equals its figure
 ROUNDING = 1e-3  # share of the largest logit by which two runs of one model may differ: TF32 keeps 10 bits

@@ -23,8 +23,8 @@ from torch import Tensor
 from forged_fx import checked
 from forged_fx.evaluate import fingerprint
 from forged_fx.evaluate.extras import need
-from forged_fx.evaluate.processes import Processes
 from forged_fx.files import whole
+from forged_fx.processes import Processes
 
 UNFINISHED, LOG = "unfinished", "log.txt"
 MOST = 2**33  # bytes of a block's file

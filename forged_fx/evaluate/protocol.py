@@ -24,11 +24,11 @@ from forged_fx.evaluate.gradients import Context
 from forged_fx.evaluate.harness import Subject
 from forged_fx.evaluate.journal import agree
 from forged_fx.evaluate.probes import probe
-from forged_fx.evaluate.processes import joined
 from forged_fx.evaluate.record import begin, call, finish
 from forged_fx.evaluate.report import Progress
 from forged_fx.evaluate.result import Result, Row
 from forged_fx.memory import at_half_the_batch
+from forged_fx.processes import joined
 
 NO_BASE = "there is no base to make its examples on"
 REPEAT = "no gradient changes: the same row again"
@@ -133,7 +133,7 @@ def evaluate(
         notes = enter(checks.borrowed(model, "model"))
         if base is not None:
             notes = notes + enter(checks.borrowed(base, "base"))
-        processes = enter(joined(shard))
+        processes = enter(joined(shard, "evaluate"))
         for note in notes if processes.rank == 0 else ():
             warnings.warn(note, stacklevel=3)  # above `at_half_the_batch`
         blocks, shown = Blocks(seed, processes), Progress(progress if processes.rank == 0 else False)

@@ -25,10 +25,10 @@ from forged_fx.evaluate import checks, fingerprint
 from forged_fx.evaluate.extras import need
 from forged_fx.evaluate.gallery import SHOWN, Gallery
 from forged_fx.evaluate.journal import UNFINISHED, Call, Journal, check
-from forged_fx.evaluate.processes import Processes
 from forged_fx.evaluate.result import KINDS, STANDING, Finding, Result, Row, Side
 from forged_fx.evaluate.threat import Threat
 from forged_fx.files import whole
+from forged_fx.processes import Processes
 
 FORMAT = 2
 RECORD, EXAMPLES, TIMING = "result.json", "examples.safetensors", "timing.json"

@@ -1,4 +1,4 @@
-"""The processes that share an evaluation: those that torchrun started, or this one alone.
+"""The processes that share a calibration or an evaluation: those that torchrun started, or this one alone.
 
 They exchange bytes, on the CPU, over gloo: whatever the models run on, and whatever backend the caller's own process
 group has.
@@ -97,7 +97,7 @@ def _initialise() -> None:
     keeps its own under another name, so that it finds no other's, and no later one of the caller's finds ours.
     """
     store, rank, size = next(iter(dist.rendezvous("env://")))
-    own = dist.PrefixStore(f"forged_fx.evaluate {next(_groups)}", store)
+    own = dist.PrefixStore(f"forged_fx {next(_groups)}", store)
     dist.init_process_group("gloo", store=own, rank=rank, world_size=size, timeout=FOREVER)
 
 
@@ -105,7 +105,7 @@ _groups = count()
 
 
 @contextmanager
-def joined(shard: bool | None) -> Iterator[Processes]:
+def joined(shard: bool | None, call: str) -> Iterator[Processes]:
     """All processes of the caller's process group or of torchrun's; this one alone if there is but one, or not `shard`.
 
     RuntimeError if the others do not make the same call within two minutes.
@@ -123,8 +123,8 @@ def joined(shard: bool | None) -> Iterator[Processes]:
             dist.monitored_barrier(group, PATIENCE)
         except RuntimeError as error:
             raise RuntimeError(
-                f"evaluate is shared by the {size} processes of this group, and all must make the same call; "
-                "shard=False evaluates in one process alone"
+                f"{call} is shared by the {size} processes of this group, and all must make the same call; "
+                "shard=False keeps it to one process"
             ) from error
         yield Processes(dist.get_rank(), size, group)
     finally:
