@@ -9,6 +9,7 @@ Recorded, watched or compiled runs (gradients, function and dispatch modes, torc
 graph as it is written.
 """
 
+import copy
 import functools
 import sys
 from collections.abc import Callable
@@ -38,17 +39,18 @@ def offer(forged: fx.GraphModule) -> None:
 
 def _unrecorded(graph: fx.Graph) -> Callable:
     """The graph's code, with its thresholds as plain calls."""
-    thresholds = [node for node in graph.find_nodes(op="call_function", target=THRESHOLD) if len(node.args) == 2]
+    graph = copy.deepcopy(graph)
     order = {node: i for i, node in enumerate(graph.nodes)}
-    try:
-        for node in thresholds:
-            x = node.args[0]
-            last = x.op not in ("placeholder", "get_attr") and max(x.users, key=order.__getitem__) is node
-            node.target = overwrite if last else apply
-        return torch_internals.forward_of(graph)
-    finally:
-        for node in thresholds:
-            node.target = THRESHOLD
+    for node in graph.find_nodes(op="call_function", target=THRESHOLD):
+        if len(node.args) > 2:
+            continue  # its gradient was chosen
+        x, _ = node.args
+        node.target = apply
+        if x.op not in ("placeholder", "get_attr") and max(x.users, key=order.__getitem__) is node:
+            with graph.inserting_before(node):
+                references = graph.call_function(sys.getrefcount, (x,))
+            node.target, node.args = overwrite, (*node.args, references)
+    return torch_internals.forward_of(graph)
 
 
 def apply(x: Tensor, t: Tensor) -> Tensor:
@@ -58,9 +60,12 @@ def apply(x: Tensor, t: Tensor) -> Tensor:
     return torch.hardshrink(x, ops._largest_below(t.item(), x.dtype), out=torch.empty_like(x))
 
 
-def overwrite(x: Tensor, t: Tensor) -> Tensor:
-    """`threshold(x, t)` in the memory of x, if the caller's variable is all that owns it."""
-    if sys.getrefcount(x) != _ONE_VARIABLE or not _plain(x, t) or not _alone(x):
+def overwrite(x: Tensor, t: Tensor, references: int) -> Tensor:
+    """`threshold(x, t)` in the memory of x, if the caller's variable is all that owns it.
+
+    references: to x, as the caller counts them. (Here there would be one more or not, as Dynamo has calls run.)
+    """
+    if references != _ONE_VARIABLE or not _plain(x, t) or not _alone(x):
         return apply(x, t)
     return torch.hardshrink(x, ops._largest_below(t.item(), x.dtype), out=x)
 
@@ -76,14 +81,9 @@ def _alone(x: Tensor) -> bool:
     return dense and torch_internals.owners(x) == _ONE_TENSOR
 
 
-def _references(x: Tensor, t: Tensor) -> int:
-    """As `overwrite` counts them."""
-    return sys.getrefcount(x)
-
-
 def _of_one_variable() -> int:
-    x = torch.empty(1)
-    return _references(x, torch.empty(1))
+    x = object()
+    return sys.getrefcount(x)
 
 
 _ONE_VARIABLE = _of_one_variable()

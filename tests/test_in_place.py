@@ -82,6 +82,17 @@ def test_only_memory_that_nobody_else_owns_is_taken(forged, x):
     assert not any(addresses(forged, lambda: forged(x)).values()), "a gradient needs the input as it was"
 
 
+def test_that_dynamo_runs_the_calls_changes_nothing(forged, x):
+    @torch.compile(backend="eager")
+    def inside(value):
+        torch._dynamo.graph_break()  # what follows runs uncompiled, below Dynamo
+        return run(value)
+
+    run = torch._dynamo.disable(lambda value: addresses(forged, lambda: forged(value)))
+    with torch.no_grad():
+        assert inside(x) == IN_PLACE == addresses(forged, lambda: forged(x))
+
+
 def test_what_a_hook_keeps_stays_as_it_was(forged, x):
     def features(keep):
         kept = []
