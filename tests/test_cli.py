@@ -64,7 +64,7 @@ def test_every_commands_example_runs(name, capsys):
     assert program == "forged-fx" and arguments[0] == name
     code = main(arguments)
     out, err = capsys.readouterr()
-    assert code == 0 or (name in ("evaluate", "compare") and code in EXIT_CODES.values()), err
+    assert code == 0 or (name in ("evaluate", "compare", "search") and code in EXIT_CODES.values()), err
     assert out and err == ""  # no terminal, no progress
 
 
@@ -94,6 +94,7 @@ JSON = {
     "compare": ["demo", "demo"],
     "bench": [*MODEL, "--stats", "demo/stats.safetensors", "--modes", "eager", "--rounds", "1", "--batch", "1"],
     "transform": [*MODEL, "--stats", "demo/stats.safetensors", "--out", "forged.safetensors"],
+    "sparsity": [*MODEL, "--stats", "demo/stats.safetensors", "--limit", "9", "--save", "sparsity.csv"],
 }
 
 
@@ -240,8 +241,3 @@ def test_only_the_first_process_prints(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     output.show({}, "text", as_json=False)
     assert capsys.readouterr().out == ""
-
-
-def test_a_table_sets_numbers_flush_right():
-    lines = output.table(["name", "n"], [["a", 5], ["bc", 10]]).splitlines()
-    assert lines == ["name   n", "--------", "a      5", "bc    10"]

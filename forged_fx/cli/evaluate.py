@@ -60,7 +60,6 @@ def run(
     """
     import forged_fx
     from forged_fx.cli import given, output
-    from forged_fx.evaluate.attacks import PRESETS
     from forged_fx.evaluate.record import headline
     from forged_fx.report.run import save_sites
     from forged_fx.sources import load_model
@@ -81,8 +80,7 @@ def run(
     if stats is not None:
         how = {"ratio": ratio, "kind": kind, "where": where, "statistic": statistic}
         judged = given.forged(found, stats, **how, include=include, exclude=exclude, example=x[:2])
-    names = attacks.split(",")
-    try:
+    with output.resumable(folder):
         result = forged_fx.evaluate(
             found.classifier(judged),
             other,
@@ -90,15 +88,11 @@ def run(
             y=y,
             eps=radius,
             norm=norm or (of_list[0] if of_list else "Linf"),
-            attacks=names[0] if len(names) == 1 and names[0] in PRESETS else names,
+            attacks=options.attacks(attacks),
             seed=seed,
             batch_size=batch,
             folder=folder,
         )
-    except KeyboardInterrupt:
-        if folder is None:
-            raise
-        raise output.Interrupted(f"what was done is kept in {folder}; the same command goes on from there") from None
     if folder is not None and stats is not None and output.first():
         save_sites(folder, forged_fx.describe(judged), forged_fx.Stats.load(stats))
     document = {"headline": headline(result), "exit_code": result.exit_code, "folder": folder and str(folder)}

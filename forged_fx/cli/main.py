@@ -16,12 +16,15 @@ from typer.exceptions import TyperException
 from forged_fx.cli.output import Interrupted
 
 # in the order in which --help lists them
-COMMANDS = ("calibrate", "transform", "describe", "evaluate", "compare", "bench", "report", "demo")
+COMMANDS = (
+    *("calibrate", "transform", "describe", "evaluate", "compare"),
+    *("sparsity", "lipschitz", "sweep", "search", "bench", "report", "demo"),
+)
 
 ERROR, USAGE, INTERRUPTED = 1, 2, 130
 EXIT_NOTE = (
     "Exit codes: 0 done; 1 an error, said in one line; 2 a command line that was not understood; 130 interrupted. "
-    "evaluate and compare: 0 gain, 3 no measurable gain, 4 loss, 5 masking, 6 cannot say."
+    "evaluate, compare and search: 0 gain, 3 no measurable gain, 4 loss, 5 masking, 6 cannot say."
 )
 DEBUG = "FORGED_FX_DEBUG"  # set, errors come with their traceback
 

@@ -95,6 +95,12 @@ def ratio(text: str) -> Any:
     return by_site(text, lambda value: _ratio(value.strip()))
 
 
+def attacks(text: str) -> str | list[str]:
+    """A preset's name, or names of attacks."""
+    names = [name.strip() for name in text.split(",")]
+    return names[0] if len(names) == 1 else names
+
+
 def kind(text: str) -> str | dict[str, str]:
     """A kind's name, or one by site."""
     return by_site(text, str.strip)

@@ -1,9 +1,12 @@
 """What is printed: a table for people, or one JSON document for programs. Progress and errors go to stderr."""
 
+import contextlib
 import json
+import math
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 
@@ -28,17 +31,24 @@ def note(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Columns of text; a column is flush right where every cell is a number."""
-    lines = [[str(cell) for cell in row] for row in rows]
-    numbers = [all(not line[i] or line[i][0] in "+-0123456789" for line in lines) for i in range(len(headings))]
-    widths = [max(len(line[i]) for line in [list(headings), *lines]) for i in range(len(headings))]
+def finite(value: Any) -> Any:
+    """A number as JSON has it: None for NaN and the infinities, which it does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    def joined(cells: Sequence[str]) -> str:
-        set_ = (
-            cell.rjust(width) if figure else cell.ljust(width)
-            for cell, width, figure in zip(cells, widths, numbers, strict=True)
-        )
-        return "  ".join(set_).rstrip()
 
-    return "\n".join([joined(headings), "-" * (sum(widths) + 2 * len(widths) - 2), *map(joined, lines)])
+def keep(rows: Any, path: Path | None) -> None:
+    """Write rows (see `forged_fx.rows`) as the path's ending says: .json and .csv as text, all others as a picture."""
+    if path is None or not first():
+        return
+    rows.save(path) if path.suffix in (".json", ".csv") else rows.plot(path)
+
+
+@contextlib.contextmanager
+def resumable(folder: Path | None) -> Iterator[None]:
+    """Ctrl-C within says that the run's folder, if there is one, holds what was done."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if folder is None:
+            raise
+        raise Interrupted(f"what was done is kept in {folder}; the same command goes on from there") from None

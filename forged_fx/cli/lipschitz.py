@@ -1,0 +1,59 @@
+"""forged-fx lipschitz"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from forged_fx.cli import options
+
+EXAMPLE = (
+    "forged-fx lipschitz forged_fx.digits:cnn --weights demo/model.safetensors --stats demo/stats.safetensors "
+    "--data digits --limit 4 --eps 0.15 --steps 2"
+)
+
+
+def run(
+    model: options.Model,
+    stats: options.Stats,
+    data: options.Data,
+    eps: Annotated[str, typer.Option(help="How far the largest step is looked for, Linf.")] = "8/255",
+    steps: Annotated[int, typer.Option(min=1, help="Of the climb to it.")] = 20,
+    ratio: options.Ratio = None,
+    kind: options.Kind = options.KIND,
+    where: options.Where = options.WHERE,
+    statistic: options.Statistic = None,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images that the models are fed at a time.")] = 32,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write FILE.json, .csv or .svg.")
+    ] = None,
+    weights: options.Weights = None,
+    normalize: options.Normalize = None,
+    split: options.Split = None,
+    resize: options.Resize = None,
+    limit: options.Limit = None,
+    device: options.Device = None,
+    json: options.Json = False,
+) -> None:
+    """Measure how strongly the plain and the forged model react to small changes: gains by site, Jacobians, steps.
+
+    Takes the test images where the data has splits. docs/lipschitz.md says how to read it.
+    """
+    from dataclasses import asdict
+
+    import forged_fx
+    from forged_fx.cli import given, output
+    from forged_fx.sources.classifier import device_of
+
+    found = given.model(model, weights, normalize, device)
+    x, _ = given.images(data, split, resize, usual="test").tensors(limit)
+    how = {"ratio": ratio, "kind": kind, "where": where, "statistic": statistic}
+    forged = given.forged(found, stats, **how, include=include, exclude=exclude, example=x[:2])
+    pair = (found.classifier(), found.classifier(forged))
+    radius = options.number(eps, "eps")
+    rows = forged_fx.lipschitz(*pair, x.to(device_of(forged)), eps=radius, steps=steps, batch_size=batch)
+    output.keep(rows, save)
+    figures = [{key: output.finite(value) for key, value in asdict(row).items()} for row in rows]
+    output.show({"rows": figures, **rows.more()}, str(rows), json)

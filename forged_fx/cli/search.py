@@ -1,0 +1,81 @@
+"""forged-fx search"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from forged_fx.cli import options
+
+EXAMPLE = (
+    "forged-fx search forged_fx.digits:cnn --weights demo/model.safetensors --data digits --eps 0.15 --limit 16 "
+    "--kinds clamp --budget 2 --finalists 1 --attacks apgd-ce"
+)
+
+FOUND, NOTHING = 0, 3  # exit codes; 3 is also that of "no measurable gain"
+
+
+def run(
+    model: options.Model,
+    data: options.Data,
+    eps: Annotated[str, typer.Option(help="Radius of the attacker's ball, of pixels in [0, 1]: 8/255, ...")],
+    norm: Annotated[str, typer.Option(help="Linf, L2 or L1.")] = "Linf",
+    kinds: Annotated[str | None, typer.Option(help="Which may be used. Without it: all that search knows.")] = None,
+    max_natural_loss: Annotated[str, typer.Option(help="Natural accuracy that may be lost, a share.")] = "0.01",
+    budget: Annotated[int, typer.Option(min=1, help="Configurations that are tried, at most.")] = 200,
+    seconds: Annotated[float | None, typer.Option(help="Of trying, at most.")] = None,
+    finalists: Annotated[int | None, typer.Option(min=1, help="How many are confirmed, at most.")] = None,
+    calibrate: Annotated[
+        str | None, typer.Option(metavar="DATA", help="What to calibrate on. Without it: --data, its training images.")
+    ] = None,
+    calibrate_limit: options.Limit = None,
+    attacks: Annotated[str, typer.Option(help="Of the confirmation, as for evaluate.")] = "adaptive",
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Images that the models are fed at a time.")] = 250,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    folder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Record the run here; the same command goes on with it.")
+    ] = None,
+    weights: options.Weights = None,
+    normalize: options.Normalize = None,
+    split: options.Split = None,
+    resize: options.Resize = None,
+    limit: options.Limit = None,
+    device: options.Device = None,
+    json: options.Json = False,
+) -> int:
+    """Look for kinds, sites and ratios that make a model more robust, and confirm what is found on other images.
+
+    Calibrates the model first; half of the images are kept for the confirmation. Exit code 0: something beats the base;
+    3: nothing does. docs/search.md says how to read it.
+    """
+    import forged_fx
+    from forged_fx.cli import given, output
+
+    found = given.model(model, weights, normalize, device).classifier()
+    x, y = given.images(data, split, resize, usual="test").tensors(limit)
+    seen = given.images(calibrate or data, None, resize, usual="train").batches(batch, calibrate_limit)
+    chosen = [kind.strip() for kind in kinds.split(",")] if kinds is not None else None
+    given_only = {"kinds": chosen, "seconds": seconds, "finalists": finalists}
+    with output.resumable(folder):
+        result = forged_fx.search(
+            found,
+            forged_fx.calibrate(found, seen, channels="mean" in (chosen or ())),
+            x,
+            y,
+            eps=options.number(eps, "eps"),
+            norm=norm,
+            max_natural_loss=options.number(max_natural_loss, "max-natural-loss"),
+            budget=budget,
+            attacks=options.attacks(attacks),
+            seed=seed,
+            batch_size=batch,
+            include=include or None,
+            exclude=exclude or None,
+            folder=folder,
+            **{name: value for name, value in given_only.items() if value is not None},
+        )
+    rows = [{key: output.finite(value) for key, value in row.items()} for row in result.records()]
+    output.show({"sentence": result.sentence, "rows": rows}, str(result), json)
+    return NOTHING if result.best is None else FOUND

@@ -1,0 +1,73 @@
+"""forged-fx sweep"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from forged_fx.cli import options
+
+EXAMPLE = (
+    "forged-fx sweep forged_fx.digits:cnn --weights demo/model.safetensors --data digits --eps 0.15 --limit 8 "
+    "--ratios 2**-7,2**-5 --attacks apgd-ce --rounds 0"
+)
+
+
+def run(
+    model: options.Model,
+    data: options.Data,
+    eps: Annotated[str, typer.Option(help="Radius of the attacker's ball, of pixels in [0, 1]: 8/255, ...")],
+    norm: Annotated[str, typer.Option(help="Linf, L2 or L1.")] = "Linf",
+    ratios: Annotated[str, typer.Option(help="Of every kind; for kind band LOW:HIGH.")] = "2**-8,2**-7,2**-6,2**-5",
+    kinds: Annotated[str, typer.Option(help="hard, one_sided, shifted, soft, clamp, band, mean.")] = "hard",
+    calibrate: Annotated[
+        str | None, typer.Option(metavar="DATA", help="What to calibrate on. Without it: --data, its training images.")
+    ] = None,
+    calibrate_limit: options.Limit = None,
+    attacks: Annotated[str, typer.Option(help="As for evaluate.")] = "standard",
+    seed: Annotated[int, typer.Option(help="Of all attacks.")] = 0,
+    rounds: Annotated[int, typer.Option(min=0, help="Of timing; 0: none.")] = 15,
+    batch: Annotated[int, typer.Option(min=1, help="Images that the models are fed at a time.")] = 250,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    folder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Record the run here; the same command goes on with it.")
+    ] = None,
+    weights: options.Weights = None,
+    normalize: options.Normalize = None,
+    split: options.Split = None,
+    resize: options.Resize = None,
+    limit: options.Limit = None,
+    device: options.Device = None,
+    json: options.Json = False,
+) -> None:
+    """Forge a model at several ratios and kinds, and judge all of them under one pool of adversarial examples.
+
+    Calibrates the model first. docs/sweep.md says how to read it.
+    """
+    import forged_fx
+    from forged_fx.cli import given, output
+
+    found = given.model(model, weights, normalize, device)
+    x, y = given.images(data, split, resize, usual="test").tensors(limit)
+    seen = given.images(calibrate or data, None, resize, usual="train").batches(batch, calibrate_limit)
+    chosen = [kind.strip() for kind in kinds.split(",")]
+    with output.resumable(folder):
+        result = forged_fx.sweep(
+            found.classifier(),
+            seen,
+            x,
+            y,
+            eps=options.number(eps, "eps"),
+            ratios=[options.ratio(part) for part in ratios.split(",")],
+            kinds=chosen,
+            norm=norm,
+            attacks=options.attacks(attacks),
+            seed=seed,
+            batch_size=batch,
+            rounds=rounds,
+            include=include or None,
+            exclude=exclude or None,
+            folder=folder,
+        )
+    output.show({"sentence": result.sentence, "rows": result.records()}, str(result), json)
