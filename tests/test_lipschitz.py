@@ -143,8 +143,8 @@ def test_module_by_module_and_left_as_found(x, tmp_path, monkeypatch):
     model.register_forward_hook(lambda *_: None)
     hooked = forged_fx.transform(model, stats, 0.2)
     before, rng = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
-    found = forged_fx.lipschitz(model, whole, x, steps=3, batch_size=4)
-    again = forged_fx.lipschitz(model, hooked, x, steps=3, batch_size=4)
+    found = forged_fx.lipschitz(model, whole, x, steps=1, batch_size=4)
+    again = forged_fx.lipschitz(model, hooked, x, steps=1, batch_size=4)
     assert [row.where for row in found] == [row.where for row in again]
     for a, b in zip(found, again, strict=True):
         assert (a.base, a.forged, a.ratio) == pytest.approx((b.base, b.forged, b.ratio), rel=1e-4)

@@ -26,9 +26,7 @@ def run(
     include: options.Include = None,
     exclude: options.Exclude = None,
     batch: Annotated[int, typer.Option(min=1, help="Images that the models are fed at a time.")] = 32,
-    save: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write FILE.json, .csv or .svg.")
-    ] = None,
+    save: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write FILE.json, .csv or .svg.")] = None,
     weights: options.Weights = None,
     normalize: options.Normalize = None,
     split: options.Split = None,
