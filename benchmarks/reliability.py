@@ -42,8 +42,8 @@ def _run(*command: object) -> subprocess.CompletedProcess:
 def properties(scale: float) -> Rows:
     """The full run of hypothesis; a smaller scale takes the normal one."""
     profile = "full" if scale >= 1 else "normal"
-    done = _run("-m", "pytest", "tests/test_properties.py", f"--hypothesis-profile={profile}", "--hypothesis-show-statistics",
-                "-p", "no:cacheprovider", "-q")  # fmt: skip
+    options = (f"--hypothesis-profile={profile}", "--hypothesis-show-statistics", "-p", "no:cacheprovider", "-q")
+    done = _run("-m", "pytest", "tests/test_properties.py", *options)
     passing = sum(int(n) for n in re.findall(r"(\d+) passing examples", done.stdout))
     failing = sum(int(n) for n in re.findall(r"(\d+) failing examples", done.stdout))
     if done.returncode:

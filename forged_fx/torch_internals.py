@@ -1,9 +1,12 @@
-"""The private parts of PyTorch's compiler that the backend touches, one function each.
+"""What of PyTorch is used that PyTorch does not promise to keep. Written for torch 2.14; 2.13 is the oldest.
 
-What a new release of PyTorch moves breaks here; tests/test_backend.py runs each of them. Written for torch 2.14.
+`NAMES` lists every private name in the library's code, wherever it stands: tests/test_torch_internals.py says of a new
+release which of them it moved. Below are the parts of the compiler that the backend touches, one function each;
+tests/test_backend.py runs them.
 """
 
 import functools
+import re
 import sys
 import types
 import weakref
@@ -15,6 +18,70 @@ import torch.fx as fx
 import torch.utils.checkpoint
 from torch import Tensor
 from torch.autograd import forward_ad
+
+OLDEST = (2, 13)
+
+if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < OLDEST:
+    raise ImportError(
+        f"forged_fx needs PyTorch {OLDEST[0]}.{OLDEST[1]} or newer, and this is {torch.__version__}: "
+        "pip install --upgrade torch"
+    )
+
+# private name -> what it does here
+NAMES = {
+    # operators, eager
+    "torch._C._AutoDispatchBelowAutograd": "runs an operator below autograd",
+    "torch._C._any_requires_grad": "asks whether a call has to be recorded for the backward",
+    "torch._C._dispatch_keys": "tells ordinary CPU tensors, which take the short way, from others",
+    "torch._functorch.utils.enable_single_level_autograd_function": "lets the operators' autograd functions be applied",
+    "torch.autograd.function._SingleLevelFunction": "is the base of the operators' autograd functions",
+    "torch.overrides._get_current_function_mode_stack": "finds modes that want to see the operators",
+    "torch._dynamo.variables.torch_function.torch_function_mode_stack_state_mgr": "has the modes that Dynamo took off",
+    "torch._C._functorch.maybe_current_level": "tells whether torch.func transforms are at work",
+    "torch._C._len_torch_dispatch_stack": "tells whether dispatch modes are at work",
+    "torch._C._len_torch_function_stack": "tells whether function modes are at work",
+    "torch._C._storage_Use_Count": "counts who holds a tensor's memory, before it is written to in place",
+    "torch.fx._symbolic_trace.is_fx_symbolic_tracing": "tells whether a model is being traced",
+    "torch.fx.graph_module._forward_from_src": "makes a function of a graph's code",
+    # calibration and regions
+    "torch._C._set_grad_enabled": "is the call by which a model changes the grad mode in its forward",
+    "torch._C._current_graph_task_id": "tells one backward's recomputation from another's",
+    "torch._grouped_mm": "is a product that may be a site",
+    "torch.nn.Module._call_impl.__code__": "is the frame of a module's call, on the stack",
+    "torch.utils.checkpoint._checkpoint_impl.__code__": "is the frame of an activation checkpoint, on the stack",
+    "torch.utils._python_dispatch.TorchDispatchMode": "counts the thresholds that run",
+    "torch.utils._pytree.tree_leaves": "lists the tensors in a model's arguments",
+    "torch.utils._pytree.tree_map": "maps the tensors in a model's arguments",
+    "torch._native_multi_head_attention": "is a fused kernel that is opened",
+    "torch._transformer_encoder_layer_fwd": "is a fused kernel that is opened",
+    # graphs
+    "torch._assert": "stands in captured graphs for assertions",
+    "torch.fx._symbolic_trace._assert_is_none": "is what concrete arguments leave in a graph",
+    "torch.nn.modules.module._has_any_global_hook": "tells whether a module may be called past its __call__",
+    # the compiler
+    "torch._TorchCompileWrapper": "is how torch.compile holds a backend",
+    "torch._dynamo.backends.common.aot_autograd": "makes the graph of ATen calls that costs are read from",
+    "torch._dynamo.eval_frame.OptimizedModule": "is a compiled module, whose calls are checked",
+    "torch._dynamo.eval_frame.innermost_backend": "finds the backend of a compiled module",
+    "torch._dynamo.exc.BackendCompilerFailed": "is how a missing C++ compiler shows",
+    "torch._dynamo.guards.GuardBuilder": "compiles anew for another module",
+    "torch._dynamo.guards.install_guard": "compiles anew for another module, or other thresholds",
+    "torch._dynamo.source.ConstantSource": "says where a threshold in a graph comes from",
+    "torch._functorch.aot_autograd.make_boxed_func": "runs the graph of ATen calls as it is",
+    "torch._inductor.compile_fx.compile_fx": "is Inductor",
+    "torch._inductor.config": "says whether Inductor rounds as eager mode does",
+    "torch._inductor.custom_graph_pass.CustomGraphPass": "is the base of our pass over Inductor's graph",
+    "torch._inductor.decomposition": "takes fused operators apart under Inductor",
+    "torch._inductor.decomposition.select_decomp_table": "has what Inductor takes apart",
+    "torch._inductor.ir.Pointwise": "is the node that a threshold becomes",
+    "torch._inductor.ir.TensorBox": "is a tensor in Inductor's graph",
+    "torch._inductor.list_mode_options": "has what a mode of torch.compile stands for",
+    "torch._inductor.list_options": "has Inductor's own options",
+    "torch._inductor.lowering": "tells library calls from generated code",
+    "torch._inductor.lowering.register_lowering": "makes a threshold a pointwise node",
+    "torch._inductor.virtualized.V": "has the device that code is generated for",
+    "torch._inductor.virtualized.ops": "has the arithmetic of generated code",
+}
 
 # Eval-mode kernels of attention that run past the modules within them; Dynamo puts them into its graph as one call.
 FUSED_ATTENTION = (torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd)
