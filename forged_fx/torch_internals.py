@@ -48,7 +48,6 @@ NAMES = {
     "torch._C._current_graph_task_id": "tells one backward's recomputation from another's",
     "torch._grouped_mm": "is a product that may be a site",
     "torch.nn.Module._call_impl.__code__": "is the frame of a module's call, on the stack",
-    "torch.utils.checkpoint._checkpoint_impl.__code__": "is the frame of an activation checkpoint, on the stack",
     "torch.utils._python_dispatch.TorchDispatchMode": "counts the thresholds that run",
     "torch.utils._pytree.tree_leaves": "lists the tensors in a model's arguments",
     "torch.utils._pytree.tree_map": "maps the tensors in a model's arguments",
@@ -86,7 +85,11 @@ NAMES = {
 # Eval-mode kernels of attention that run past the modules within them; Dynamo puts them into its graph as one call.
 FUSED_ATTENTION = (torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd)
 
-CHECKPOINT = torch.utils.checkpoint._checkpoint_impl.__code__  # runs whatever is checkpointed, in both variants
+# runs whatever is checkpointed, in both variants; in torch 2.13 that is the function itself
+_run_checkpoint = (
+    getattr(torch.utils.checkpoint, "_checkpoint_impl", None) or torch.utils.checkpoint.checkpoint.__wrapped__
+)
+CHECKPOINT = _run_checkpoint.__code__
 
 
 def checkpoints() -> tuple[list[dict], dict | None]:

@@ -1,7 +1,8 @@
 """A program that starts a piece of work, kills it, and starts it again; run by test_evaluate_resume.py and others.
 
-Usage: python killed.py FOLDER KILLS [evaluate or calibrate]. Prints JSON. Each attempt is a fork of this process, which
-has imported torch already; a kill is a SIGKILL, at a moment when the attempt is about to change something on the disk.
+Usage: python killed.py FOLDER KILLS [evaluate, calibrate or sweep]. Prints JSON. Each attempt is a fork of this
+process, which has imported torch already; a kill is a SIGKILL, at a moment when the attempt is about to change
+something on the disk.
 """
 
 import json
@@ -54,8 +55,17 @@ def calibrate(folder):
     stats.save(folder / "stats")
 
 
+def sweep(folder):
+    hurry(6)
+    base, x = linear(classes=4), inputs(24)
+    y = base(x).argmax(1)
+    options = {"eps": 0.1, "ratios": (2**-6, 0.25), "attacks": ["step"], "rounds": 0}
+    forged_fx.sweep(base, [x], x, y, **options, folder=folder, progress=False)
+
+
 # name -> (the work, what counts as a part of it: a function of a module or class)
 WORKS = {"evaluate": (evaluate, blocks.Blocks, "_do"), "calibrate": (calibrate, checkpoint, "scan")}
+WORKS["sweep"] = (sweep, blocks.Blocks, "_do")
 
 
 def count_changes(limit=None, on_change=None):
@@ -98,7 +108,12 @@ def attempt(folder, limit=None):
 
 def content(folder):
     """Every file that must not depend on how often the run was killed."""
-    return {p.name: p.read_bytes().hex() for p in sorted(folder.iterdir()) if p.name not in ("log.txt", "timing.json")}
+    found = {p.name: p.read_bytes().hex() for p in sorted(folder.iterdir()) if p.name not in ("log.txt", "timing.json")}
+    found.pop("sweep.svg", None)  # it has a date
+    if "sweep.json" in found:
+        record = json.loads(bytes.fromhex(found["sweep.json"]))
+        found["sweep.json"] = record | {"facts": record["facts"] | {"seconds": None}}
+    return found
 
 
 if __name__ == "__main__":
@@ -111,7 +126,7 @@ if __name__ == "__main__":
     whole = attempt(folder / "whole")
     expected = content(folder / "whole")
     changes = whole[1]
-    result = next(i for i, name in enumerate(whole[3]) if name.endswith(("result.json", "stats")))
+    result = next(i for i, name in enumerate(whole[3]) if name.endswith(("result.json", "/stats", "sweep.json")))
     # spread over all, and around the moment when the result is there and the journal still is
     moments = sorted(
         {result, result + 1, result + 2, *(1 + k * (changes - 1) // (kills - 4) for k in range(kills - 3))}

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 import forged_fx
-from forged_fx.torch_internals import NAMES
+from forged_fx.torch_internals import CHECKPOINT, NAMES
 
 ROOT = Path(forged_fx.__file__).parents[1]
 CODE = [path for folder in ("forged_fx", "kernels") for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -60,6 +61,10 @@ def test_every_private_name_in_the_code_is_listed():
         "torch._z",
         "torch.a._b.c",
     }
+
+
+def test_the_frame_of_a_checkpoint_holds_its_generator():
+    assert "gen" in CHECKPOINT.co_varnames and CHECKPOINT.co_filename == torch.utils.checkpoint.__file__
 
 
 def test_a_missing_name_is_noticed():
