@@ -19,7 +19,7 @@ demo: $(VENV)/.installed-demo
 	$(VENV)/bin/python -m forged_fx.demo --out $(OUT) $(ARGS)
 
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/python -m pytest -n $(JOBS) $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

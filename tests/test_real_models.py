@@ -19,10 +19,10 @@ def _random(name):
     torch.manual_seed(0)
     library, _, kind = name.partition(":")
     if library == "preact":
-        return PreActResNet(width=16).eval(), torch.randn(8, 3, 32, 32)
+        return PreActResNet(width=16, blocks=(1, 1, 1)).eval(), torch.randn(8, 3, 32, 32)
     if library == "torchvision":
         return getattr(pytest.importorskip("torchvision").models, kind)().eval(), torch.randn(4, 3, 64, 64)
-    return pytest.importorskip("timm").create_model(kind, depth=3).eval(), torch.randn(2, 3, 224, 224)
+    return pytest.importorskip("timm").create_model(kind, depth=2).eval(), torch.randn(2, 3, 224, 224)
 
 
 @pytest.fixture(scope="module", params=[*REAL, *RANDOM])
