@@ -3,6 +3,7 @@
     python benchmarks/real_models.py sweep digits --kinds hard clamp --folder runs/digits-sweep
     python benchmarks/real_models.py search zoo:mnist_cnn_a_adv -n 300 --confirm 200 --folder runs/mnist-search
     python benchmarks/real_models.py judge zoo:mnist_cnn_a_adv "clamp 0.7 at 1.0" -n 200
+    python benchmarks/real_models.py behind zoo:mnist_cnn_a_adv "clamp 0.7 at 1.0" -n 200
 
 A network is the demo's, "digits", or one of the folder FORGED_FX_ASSETS, zoo:NAME; one thread. Calibrated on all the
 training images at hand. A search sees test images and is confirmed on others. Of CIFAR-10 those are the uncompressed
@@ -78,13 +79,52 @@ def judge(args: argparse.Namespace, base: nn.Module, stats: forged_fx.Stats, kep
     )
 
 
+def behind(args: argparse.Namespace, base: nn.Module, stats: forged_fx.Stats, kept: Images, eps: float) -> str:
+    """An attack on a clamp of the first site in which nothing can be masked: it works on what comes out of the clamp.
+
+    A clamp is monotone, so what an attacker's box of pixels becomes behind it is a smaller box, pixel by pixel, and all
+    of it can be reached. PGD with momentum in that box attacks the base itself, whose gradient is what it is.
+    """
+    x, y = (part[args.skip : args.skip + args.n] for part in kept)
+    ((site, kind, ratio),) = configuration(args.configuration, list(stats.sites)).places
+    forged = Configuration(((site, kind, ratio),)).forge(base, stats)
+    mean, std, limit = base[0].mean, base[0].std, ratio * stats.sites[site].c_max
+    low, high = (x - eps).clamp(0, 1), (x + eps).clamp(0, 1)
+    inner_low, inner_high = (((end - mean) / std).clamp(-limit, limit) * std + mean for end in (low, high))
+    torch.manual_seed(args.seed)
+    right = {"forged": forged(x).argmax(1) == y, "base": base(x).argmax(1) == y}
+    for begun in range(args.restarts):
+        for name, (floor, ceiling) in {"forged": (inner_low, inner_high), "base": (low, high)}.items():
+            adv, momentum = floor + torch.rand_like(x) * (ceiling - floor), torch.zeros_like(x)
+            for i in range(args.steps):
+                adv.requires_grad_()
+                logits = base(adv)
+                own = logits.gather(1, y[:, None]).squeeze(1)
+                other = logits.scatter(1, y[:, None], -torch.inf).amax(1)
+                loss = (
+                    (other - own).sum() if begun % 2 else torch.nn.functional.cross_entropy(logits, y, reduction="sum")
+                )
+                (grad,) = torch.autograd.grad(loss, adv)
+                momentum = 0.75 * momentum + grad / grad.flatten(1).norm(1, dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
+                step = 2 * eps * (1 - i / args.steps)
+                adv = (adv.detach() + step * momentum.sign()).clamp(floor, ceiling)
+                shown = adv.clamp(low, high)  # pixels that the attacker may choose, and that come to the same
+                with torch.no_grad():
+                    right[name] &= (forged if name == "forged" else base)(shown).argmax(1) == y
+        print(f"start {begun + 1}: " + ", ".join(f"{name} {int(r.sum())}" for name, r in right.items()), flush=True)
+    return f"right of {len(x)} after {args.restarts} starts of {args.steps} steps behind the clamp (base: as ever)"
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("sweep", "search", "judge"):
+    for name in ("sweep", "search", "judge", "behind"):
         command = commands.add_parser(name)
         command.add_argument("model", help="digits, or zoo:NAME")
-        if name == "judge":
+        if name == "behind":
+            command.add_argument("--restarts", type=int, default=10)
+            command.add_argument("--steps", type=int, default=100)
+        if name in ("judge", "behind"):
             command.add_argument("configuration", help='such as "clamp 0.7 at 1.0; hard 1/64 at inner"')
             command.add_argument("--skip", type=int, default=0, help="so many of the inputs, which a search has seen")
         command.add_argument(
@@ -92,9 +132,9 @@ def main(argv: list[str] | None = None) -> int:
         )
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--folder", type=Path, help="record the run here; the same command goes on with it")
-        usual = {"sweep": "standard", "search": "adaptive", "judge": "adaptive"}[name]
+        usual = {"sweep": "standard", "search": "adaptive", "judge": "adaptive", "behind": ""}[name]
         command.add_argument("--attacks", default=usual, help="default: %(default)s")
-        if name != "judge":
+        if name in ("sweep", "search"):
             command.add_argument("--kinds", nargs="+", default=["hard", "clamp"] if name == "sweep" else None)
         if name == "search":
             command.add_argument("--confirm", type=int, default=200, help="inputs kept for the finalists")
@@ -106,8 +146,8 @@ def main(argv: list[str] | None = None) -> int:
     began = time.process_time()
     base, x_train, seen, kept, eps = subject(args.model)
     stats = forged_fx.calibrate(base, x_train.split(250))
-    if args.command == "judge":
-        print(judge(args, base, stats, kept, eps))
+    if args.command in ("judge", "behind"):
+        print({"judge": judge, "behind": behind}[args.command](args, base, stats, kept, eps))
     elif args.command == "sweep":
         ratios = {
             kind: (0.9, 0.8, 0.7, 0.5) if kind == "clamp" else (2**-8, 2**-7, 2**-6, 2**-5) for kind in args.kinds
