@@ -6,9 +6,25 @@ Every public name is imported when it is first used, so that `import forged_fx` 
 import sys
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:  # what type checkers see in place of `__getattr__`
+    from forged_fx.calibrate import calibrate as calibrate
+    from forged_fx.cost import cost as cost
+    from forged_fx.describe import describe as describe
+    from forged_fx.evaluate import compare as compare
+    from forged_fx.evaluate import evaluate as evaluate
+    from forged_fx.lipschitz import lipschitz as lipschitz
+    from forged_fx.ops import decompositions as decompositions
+    from forged_fx.ops import straight_through as straight_through
+    from forged_fx.search import search as search
+    from forged_fx.sparsity import sparsity as sparsity
+    from forged_fx.stats import Stats as Stats
+    from forged_fx.sweep import sweep as sweep
+    from forged_fx.transform import set_ratio as set_ratio
+    from forged_fx.transform import transform as transform
 
 # public name -> the module that defines it
 _PUBLIC = {

@@ -1,5 +1,6 @@
 """What is shipped, and what `import forged_fx` costs. The installed wheel itself is tried by .ci/smoke."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import forged_fx
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -75,3 +78,10 @@ def test_the_import_costs_next_to_nothing_and_brings_nothing_else():
     seconds, brought = done.stdout.splitlines()
     assert float(seconds) < 0.05, done.stderr
     assert brought == "forged_fx"
+
+
+def test_type_checkers_see_every_public_name():
+    text = (ROOT / "forged_fx" / "__init__.py").read_text()
+    seen = {name: module for module, names in re.findall(r"^    from forged_fx\.(\w+) import (.+)$", text, re.MULTILINE)
+            for name in re.findall(r"(\w+) as \1", names)}  # fmt: skip
+    assert seen == forged_fx._PUBLIC
