@@ -8,6 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# test_properties.py: the same cases each time, or (pytest --hypothesis-profile=full) ten times as many others
+COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("normal", **COMMON, derandomize=True, database=None)
+settings.register_profile("full", **COMMON)
+settings.load_profile("normal")
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 

@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from generated import Case, Generated, models, same_state, scans, state_of, tensors
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreted import arithmetic_of_a_gpu, kernels  # noqa: F401 (a fixture)
 
@@ -27,11 +27,6 @@ from forged_fx.stats import Stats
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from dispatch_oracle import DispatchOracle
 
-COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": list(HealthCheck)}
-settings.register_profile("normal", **COMMON, derandomize=True, database=None)
-settings.register_profile("full", **COMMON)
-if settings.get_current_profile_name() != "full":
-    settings.load_profile("normal")
 TIMES = 10 if settings.get_current_profile_name() == "full" else 1
 
 
