@@ -175,12 +175,12 @@ class Sweep:
             shares = ["" if share is None else f"{100 * share:.1f} %" for share in (p.zeroed, p.limited)]
             speed = "" if p.speed is None else f"{p.speed:.2f} [{p.speed_low:.2f} {p.speed_high:.2f}]"
             figures = (str(p.worst), points, interval, f"{p.p_holm:.2g}", str(p.true), str(p.natural))
-            table.add_row(p.name, *figures, *shares, speed, style="bold" if p is self.best else "")
+            table.add_row(report.plain(p.name), *figures, *shares, speed, style="bold" if p is self.best else "")
         small = (
             f"{self.threat.norm} ball of radius {self.threat.eps:.6g}; attacks: {', '.join(self.facts['attacks'])}; "
             f"seed {self.facts['seed']}; one pool of examples for all; points and intervals: worst case less the base's"
         )
-        return need("rich.console").Group(need("rich.text").Text(self.sentence, style="bold"), table, small)
+        return need("rich.console").Group(report.plain(self.sentence, "bold"), table, report.plain(small))
 
     def __repr__(self) -> str:
         return f"<Sweep: {self.sentence}>"
