@@ -123,9 +123,10 @@ def transform(
     Args:
         model: the calibrated model.
         stats: what `calibrate(model, ...)` returned, or the path it was saved to.
-        ratio: c_r, a number in [0, 1] or a mapping from site name or glob to one. 0 changes nothing, bit for bit (to
-            rounding where a layer reads a slice with gaps in memory, which a threshold closes). By default 2^-6. For kind "clamp" the share that inputs are limited to, for "band" a pair (low, high), for
-            "mean" how many standard deviations; these have no default. None, for an end or a site, changes nothing.
+        ratio: c_r, a number in [0, 1] or a mapping from site name or glob to one. By default 2^-6. 0 changes nothing,
+            bit for bit (to rounding where a layer reads a slice with gaps in memory, which a threshold closes). For
+            kind "clamp" the share that inputs are limited to, for "band" a pair (low, high), for "mean" how many
+            standard deviations; these have no default. None, for an end or a site, changes nothing.
         kind: a key of `forged_fx.kinds.KINDS`, or a mapping from site name or glob to one.
         where: "linear+conv", or "activations" (calls of ReLU, GELU and the like, where
             `calibrate(..., where="activations")` saw them), or globs over the names of both.
