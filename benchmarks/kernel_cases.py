@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forged_fx import fused_ops, ops
+from forged_fx import fused_ops
 from forged_fx.kernels import fused, norm, reference, threshold
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -51,7 +51,7 @@ def cases(batch: int = 32, side: int = 56, length: int = 197) -> dict[str, Case]
 
 
 def _threshold(name: str, shape: tuple[int, ...], *more: str) -> Case:
-    launch, chain = getattr(threshold, f"launch_{name}"), getattr(ops, f"_{name}")
+    launch, chain = getattr(threshold, f"launch_{name}"), getattr(torch.ops.forged_fx, name).default
     return Case(threshold, launch, getattr(reference, name), chain, _tensors(shape, *more), most=8)
 
 

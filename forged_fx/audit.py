@@ -124,4 +124,6 @@ def _same_leaf(a: Any, b: Any) -> bool:
         return False
     if not a.numel():  # it may have strides that no view of bytes takes
         return True
-    return torch.equal(*(value.detach().contiguous().reshape(-1).view(torch.uint8) for value in (a, b)))
+    return torch.equal(
+        *(value.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8) for value in (a, b))
+    )
