@@ -85,7 +85,7 @@ def hostile(scale: float) -> Rows:
 
 
 def kills(scale: float) -> Rows:
-    for work in ("calibrate", "evaluate", "sweep"):
+    for work in ("calibrate", "evaluate", "sweep", "search"):
         with tempfile.TemporaryDirectory() as folder:
             done = _run("tests/killed.py", folder, max(5, round(KILLS * scale)), work)
         if done.returncode:

@@ -65,13 +65,13 @@ def _threshold_backward_cpu(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
 
 
 def _one_sided_cpu(x: Tensor, t: Tensor) -> Tensor:
-    if not t > 0:
+    if not _positive(t, x):
         return torch.empty_like(x).copy_(x)
     return torch.ops.aten.threshold.out(x, _largest_below(t.item(), x.dtype), 0, out=torch.empty_like(x))
 
 
 def _one_sided_backward_cpu(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    if not t > 0:
+    if not _positive(t, x):
         return torch.empty_like(x).copy_(grad)
     limit, result = _largest_below(t.item(), x.dtype), torch.empty_like(x)
     return torch.ops.aten.threshold_backward.grad_input(grad, x, limit, grad_input=result)
@@ -79,14 +79,14 @@ def _one_sided_backward_cpu(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
 
 def _shifted_cpu(x: Tensor, t: Tensor) -> Tensor:
     wide = reference.comparison_dtype(x.dtype)
-    if x.dtype != wide or not t > 0:  # a difference that is rounded twice
+    if x.dtype != wide or not _positive(t, x):  # a difference that is rounded twice
         return reference.shifted(x, t)
     return torch.sub(x, t.to(wide), out=torch.empty_like(x)).relu_()
 
 
 def _soft_cpu(x: Tensor, t: Tensor) -> Tensor:
     wide = reference.comparison_dtype(x.dtype)
-    if x.dtype != wide or not t > 0:
+    if x.dtype != wide or not _positive(t, x):
         return reference.soft(x, t)
     t = t.to(wide).item()  # softshrink would be one pass, but it leaves -0.0 where it drops
     inside = torch.clamp(x, -t, t, out=torch.empty_like(x))
@@ -94,14 +94,14 @@ def _soft_cpu(x: Tensor, t: Tensor) -> Tensor:
 
 
 def _clamp_cpu(x: Tensor, limit: Tensor) -> Tensor:
-    if not limit > 0:
+    if not _positive(limit, x):
         return reference.clamp(x, limit)
     end = limit.to(reference.comparison_dtype(x.dtype)).to(x.dtype).item()  # what lies beyond it rounds to it
     return torch.clamp(x, -end, end, out=torch.empty_like(x))
 
 
 def _clamp_backward_cpu(grad: Tensor, x: Tensor, limit: Tensor) -> Tensor:
-    if not limit > 0:
+    if not _positive(limit, x):
         return reference.clamp_backward(grad, x, limit)
     # hardtanh_backward would be one pass, but it zeroes the gradient where x is NaN.
     negative = torch.copysign(x, -1.0, out=torch.empty_like(x))
@@ -110,7 +110,7 @@ def _clamp_backward_cpu(grad: Tensor, x: Tensor, limit: Tensor) -> Tensor:
 
 
 def _band_cpu(x: Tensor, t: Tensor, limit: Tensor) -> Tensor:
-    if not limit > 0:
+    if not _positive(limit, x):
         return reference.band(x, t, limit)
     kept = _threshold_cpu(x, t)
     end = limit.to(reference.comparison_dtype(x.dtype)).to(x.dtype).item()
@@ -119,6 +119,11 @@ def _band_cpu(x: Tensor, t: Tensor, limit: Tensor) -> Tensor:
 
 def _band_backward_cpu(grad: Tensor, x: Tensor, t: Tensor, limit: Tensor) -> Tensor:
     return _clamp_backward_cpu(_threshold_backward_cpu(grad, x, t), x, limit)
+
+
+def _positive(t: Tensor, x: Tensor) -> bool:
+    """Whether a parameter is above 0 in the dtype of the comparison, which a float64 next to 0 is not in float32."""
+    return bool(t.to(reference.comparison_dtype(x.dtype)) > 0)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,6 +1,6 @@
 """A program that starts a piece of work, kills it, and starts it again; run by test_evaluate_resume.py and others.
 
-Usage: python killed.py FOLDER KILLS [evaluate, calibrate or sweep]. Prints JSON. Each attempt is a fork of this
+Usage: python killed.py FOLDER KILLS [evaluate, calibrate, sweep or search]. Prints JSON. Each attempt is a fork of this
 process, which has imported torch already; a kill is a SIGKILL, at a moment when the attempt is about to change
 something on the disk.
 """
@@ -63,9 +63,28 @@ def sweep(folder):
     forged_fx.sweep(base, [x], x, y, **options, folder=folder, progress=False)
 
 
+def search(folder):
+    hurry(6)
+    base, x = linear(classes=4), inputs(24)
+    y = base(x).argmax(1)
+    stats = forged_fx.calibrate(base, [x])
+    options = {
+        "eps": 0.1,
+        "attacks": ["step"],
+        "kinds": ("clamp",),
+        "budget": 6,
+        "finalists": 1,
+        "max_natural_loss": 0.5,
+    }
+    forged_fx.search(base, stats, x, y, **options, folder=folder, progress=False)
+
+
 # name -> (the work, what counts as a part of it: a function of a module or class)
 WORKS = {"evaluate": (evaluate, blocks.Blocks, "_do"), "calibrate": (calibrate, checkpoint, "scan")}
-WORKS["sweep"] = (sweep, blocks.Blocks, "_do")
+WORKS |= {name: (work, blocks.Blocks, "_do") for name, work in (("sweep", sweep), ("search", search))}
+
+
+RESULTS = ("/result.json", "/stats", "sweep.json", "search.json")
 
 
 def count_changes(limit=None, on_change=None):
@@ -107,13 +126,23 @@ def attempt(folder, limit=None):
 
 
 def content(folder):
-    """Every file that must not depend on how often the run was killed."""
-    found = {p.name: p.read_bytes().hex() for p in sorted(folder.iterdir()) if p.name not in ("log.txt", "timing.json")}
-    found.pop("sweep.svg", None)  # it has a date
-    if "sweep.json" in found:
-        record = json.loads(bytes.fromhex(found["sweep.json"]))
-        found["sweep.json"] = record | {"facts": record["facts"] | {"seconds": None}}
+    """Every file that must not depend on how often the run was killed: all but logs, times and dated pictures."""
+    found = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        if (
+            path.name not in ("log.txt", "timing.json", "search.csv") and path.suffix != ".svg"
+        ):  # search.json has it all
+            record = path.name in ("sweep.json", "search.json")
+            found[str(path.relative_to(folder))] = (
+                timeless(json.loads(path.read_text())) if record else path.read_bytes().hex()
+            )
     return found
+
+
+def timeless(value):
+    if isinstance(value, dict):
+        return {key: timeless(part) for key, part in value.items() if key != "seconds"}
+    return [timeless(part) for part in value] if isinstance(value, list) else value
 
 
 if __name__ == "__main__":
@@ -126,7 +155,7 @@ if __name__ == "__main__":
     whole = attempt(folder / "whole")
     expected = content(folder / "whole")
     changes = whole[1]
-    result = next(i for i, name in enumerate(whole[3]) if name.endswith(("result.json", "/stats", "sweep.json")))
+    result = next(i for i, name in enumerate(whole[3]) if name.endswith(RESULTS))
     # spread over all, and around the moment when the result is there and the journal still is
     moments = sorted(
         {result, result + 1, result + 2, *(1 + k * (changes - 1) // (kills - 4) for k in range(kills - 3))}

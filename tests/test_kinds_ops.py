@@ -241,3 +241,11 @@ def test_compiled_autograd_tells_them_apart() -> None:
                 functools.partial(op(name), straight_through=through)(x, *ARGS[name]).sum().backward()
             kept = op(f"{name}_backward")(torch.ones_like(X), X, *ARGS[name])
             assert torch.equal(x.grad, torch.ones_like(X) if through else kept)
+
+
+@pytest.mark.parametrize("name", sorted(ops.FUNCTIONS.keys() - {"mean"}))
+def test_a_parameter_that_is_zero_in_the_dtype_of_the_comparison(name):
+    x, f = torch.tensor([-torch.inf, -2.0, -0.0, 0.5, torch.inf]), ops.FUNCTIONS[name]
+    tiny = [torch.tensor(1e-60, dtype=torch.float64)] * len(f.parameters)
+    assert torch.equal(f.op(x, *tiny), getattr(reference, name)(x, *tiny))
+    assert torch.equal(f.backward(x, x, *tiny), getattr(reference, f"{name}_backward")(x, x, *tiny))

