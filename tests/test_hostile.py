@@ -132,6 +132,18 @@ def test_results_that_are_none(sound, tmp_path, what, file):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("archive", [False, True])
+def test_a_pickle_is_refused_in_no_time_however_long_its_names(tmp_path, archive):
+    """torch searches what it says of it by expressions that take the square of its length."""
+    data, path = b"\x80\x02c" + b"a" * 300_000 + b"\nb\n.", tmp_path / "weights.pt"
+    path.write_bytes(data)
+    if archive:
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("weights/data.pkl", data)
+            file.writestr("weights/version", "3")
+    refused(read_weights, path, "cannot be read as weights alone")
+
+
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("what", ["a pickle", "a zip", "a header of 2**63 bytes", "a shape larger than any memory"])
 @pytest.mark.parametrize("file", ["weights.pt", "weights.safetensors"])

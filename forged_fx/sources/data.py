@@ -141,7 +141,7 @@ def _sides(text: str) -> tuple[int, int | None]:
 
 
 def _resize(x: Tensor, side: int, crop: int) -> Tensor:
-    functional = need("torchvision", "models").transforms.v2.functional
+    functional = need("torchvision.transforms.v2", "models").functional
     return functional.center_crop(functional.resize(x, [side], antialias=True), [crop, crop])
 
 
