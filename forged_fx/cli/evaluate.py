@@ -37,14 +37,12 @@ def run(
     ] = None,
     base_weights: options.Weights = None,
     base_normalize: options.Normalize = None,
-    folder: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Record the run here; the same command goes on with it.")
-    ] = None,
+    folder: options.Folder = None,
     attacks: Annotated[
         str, typer.Option(help="standard, quick, thorough, adaptive, relentless, or names of attacks: apgd-ce,square")
     ] = "standard",
     seed: Annotated[int, typer.Option(help="Of all attacks.")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Images that the models are fed at a time.")] = 250,
+    batch: options.Fed = 250,
     weights: options.Weights = None,
     normalize: options.Normalize = None,
     split: options.Split = None,

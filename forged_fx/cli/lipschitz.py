@@ -1,6 +1,5 @@
 """forged-fx lipschitz"""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,8 +24,8 @@ def run(
     statistic: options.Statistic = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images that the models are fed at a time.")] = 32,
-    save: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write FILE.json, .csv or .svg.")] = None,
+    batch: options.Fed = 32,
+    save: options.Save = None,
     weights: options.Weights = None,
     normalize: options.Normalize = None,
     split: options.Split = None,

@@ -67,6 +67,15 @@ Statistic = Annotated[
 ]
 Include = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Forge only these sites; may be repeated.")]
 Exclude = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Do not forge these; may be repeated.")]
+Eps = Annotated[str, typer.Option(help="Radius of the attacker's ball, of pixels in [0, 1]: 8/255, ...")]
+Calibrate = Annotated[
+    str | None, typer.Option(metavar="DATA", help="What to calibrate on. Without it: --data, its training images.")
+]
+Fed = Annotated[int, typer.Option(min=1, help="Images that the models are fed at a time.")]
+Folder = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Record the run here; the same command goes on with it.")
+]
+Save = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write FILE.json, .csv or .svg.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 
 KIND, WHERE = "hard", "linear+conv"

@@ -1,6 +1,5 @@
 """forged-fx search"""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,25 +17,21 @@ FOUND, NOTHING = 0, 3  # exit codes; 3 is also that of "no measurable gain"
 def run(
     model: options.Model,
     data: options.Data,
-    eps: Annotated[str, typer.Option(help="Radius of the attacker's ball, of pixels in [0, 1]: 8/255, ...")],
+    eps: options.Eps,
     norm: Annotated[str, typer.Option(help="Linf, L2 or L1.")] = "Linf",
     kinds: Annotated[str | None, typer.Option(help="Which may be used. Without it: all that search knows.")] = None,
     max_natural_loss: Annotated[str, typer.Option(help="Natural accuracy that may be lost, a share.")] = "0.01",
     budget: Annotated[int, typer.Option(min=1, help="Configurations that are tried, at most.")] = 200,
     seconds: Annotated[float | None, typer.Option(help="Of trying, at most.")] = None,
     finalists: Annotated[int | None, typer.Option(min=1, help="How many are confirmed, at most.")] = None,
-    calibrate: Annotated[
-        str | None, typer.Option(metavar="DATA", help="What to calibrate on. Without it: --data, its training images.")
-    ] = None,
+    calibrate: options.Calibrate = None,
     calibrate_limit: options.Limit = None,
     attacks: Annotated[str, typer.Option(help="Of the confirmation, as for evaluate.")] = "adaptive",
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Images that the models are fed at a time.")] = 250,
+    batch: options.Fed = 250,
     include: options.Include = None,
     exclude: options.Exclude = None,
-    folder: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Record the run here; the same command goes on with it.")
-    ] = None,
+    folder: options.Folder = None,
     weights: options.Weights = None,
     normalize: options.Normalize = None,
     split: options.Split = None,

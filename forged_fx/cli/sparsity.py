@@ -1,6 +1,5 @@
 """forged-fx sparsity"""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -24,7 +23,7 @@ def run(
     include: options.Include = None,
     exclude: options.Exclude = None,
     batch: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 128,
-    save: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write FILE.json, .csv or .svg.")] = None,
+    save: options.Save = None,
     weights: options.Weights = None,
     normalize: options.Normalize = None,
     split: options.Split = None,

@@ -1,6 +1,5 @@
 """forged-fx sweep"""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,23 +15,19 @@ EXAMPLE = (
 def run(
     model: options.Model,
     data: options.Data,
-    eps: Annotated[str, typer.Option(help="Radius of the attacker's ball, of pixels in [0, 1]: 8/255, ...")],
+    eps: options.Eps,
     norm: Annotated[str, typer.Option(help="Linf, L2 or L1.")] = "Linf",
     ratios: Annotated[str, typer.Option(help="Of every kind; for kind band LOW:HIGH.")] = "2**-8,2**-7,2**-6,2**-5",
     kinds: Annotated[str, typer.Option(help="hard, one_sided, shifted, soft, clamp, band, mean.")] = "hard",
-    calibrate: Annotated[
-        str | None, typer.Option(metavar="DATA", help="What to calibrate on. Without it: --data, its training images.")
-    ] = None,
+    calibrate: options.Calibrate = None,
     calibrate_limit: options.Limit = None,
     attacks: Annotated[str, typer.Option(help="As for evaluate.")] = "standard",
     seed: Annotated[int, typer.Option(help="Of all attacks.")] = 0,
     rounds: Annotated[int, typer.Option(min=0, help="Of timing; 0: none.")] = 15,
-    batch: Annotated[int, typer.Option(min=1, help="Images that the models are fed at a time.")] = 250,
+    batch: options.Fed = 250,
     include: options.Include = None,
     exclude: options.Exclude = None,
-    folder: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Record the run here; the same command goes on with it.")
-    ] = None,
+    folder: options.Folder = None,
     weights: options.Weights = None,
     normalize: options.Normalize = None,
     split: options.Split = None,
