@@ -8,7 +8,6 @@ The cheap attack ranks and proves nothing: a search takes what looks best among 
 it is. That is why the figure that counts comes from other inputs, and is corrected for the number of finalists.
 """
 
-import csv
 import json
 import os
 import random
@@ -35,13 +34,13 @@ from forged_fx.evaluate.journal import UNFINISHED, Journal, check
 from forged_fx.evaluate.result import Result
 from forged_fx.evaluate.statistics import LEVEL, holm
 from forged_fx.evaluate.threat import Threat
-from forged_fx.files import whole
+from forged_fx.rows import keep
 from forged_fx.stats import Stats
 from forged_fx.transform import select
 from forged_fx.trials import Spent, Trial, Trials
 
 FORMAT = 1
-RECORD, TABLE, PICTURE = "search.json", "search.csv", "search.svg"
+RECORD = "search.json"
 KINDS = ("hard", "soft", "clamp", "band")
 STARTS = 3  # configurations from which moves begin, and at most so many finalists
 
@@ -132,20 +131,8 @@ class Search:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write search.json and search.csv, each whole or not at all; with matplotlib also search.svg."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = self.records()
-        with whole(folder / TABLE) as path, path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-        try:
-            self.plot(folder / PICTURE)
-        except ImportError:  # the figures stand without it
-            pass
         record = {"format": FORMAT, "sentence": self.sentence} | {f.name: getattr(self, f.name) for f in fields(self)}
-        with whole(folder / RECORD) as path:  # last: a folder with a search.json is complete
-            path.write_text(json.dumps(record, indent=1, default=_plain) + "\n", encoding="utf-8")
+        keep(folder, "search", self.records(), json.dumps(record, indent=1, default=_plain), self.plot)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Search":

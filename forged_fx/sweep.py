@@ -1,6 +1,5 @@
 """How forging trades natural accuracy for robustness: one model, many ratios and kinds, one pool of examples."""
 
-import csv
 import json
 import os
 import shutil
@@ -30,14 +29,13 @@ from forged_fx.evaluate.result import Side
 from forged_fx.evaluate.statistics import LEVEL, compare, holm
 from forged_fx.evaluate.threat import Threat
 from forged_fx.files import whole
+from forged_fx.rows import keep
 from forged_fx.stats import Ratio, Stats
 from forged_fx.throughput import interleave
 from forged_fx.transform import select
 
 FORMAT = 1
-RECORD, TABLE, PICTURE, EXAMPLES, STATISTICS = (
-    *("sweep.json", "sweep.csv", "sweep.svg", "examples.safetensors", "stats.safetensors"),
-)
+RECORD, EXAMPLES, STATISTICS = "sweep.json", "examples.safetensors", "stats.safetensors"
 BASE = "base"
 
 
@@ -116,20 +114,8 @@ class Sweep:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write sweep.json and sweep.csv, each whole or not at all; with matplotlib also sweep.svg."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = self.records()
-        with whole(folder / TABLE) as path, path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-        try:
-            self.plot(folder / PICTURE)
-        except ImportError:  # the figures stand without it
-            pass
         record = {"format": FORMAT, "sentence": self.sentence, **asdict(self)}
-        with whole(folder / RECORD) as path:  # last: a folder with a sweep.json is complete
-            path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        keep(folder, "sweep", self.records(), json.dumps(record, indent=1), self.plot)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Sweep":
