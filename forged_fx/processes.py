@@ -1,14 +1,18 @@
 """The processes that share a calibration or an evaluation: those that torchrun started, or this one alone.
 
 They exchange bytes, on the CPU, over gloo: whatever the models run on, and whatever backend the caller's own process
-group has.
+group has. A slow one is waited for, and it is said for which; one that has ended is an error.
 """
 
 import builtins
+import functools
 import json
 import os
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import count
 from typing import Any
@@ -16,28 +20,91 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PATIENCE = timedelta(minutes=2)  # for the others to make the same call
+PATIENCE = timedelta(minutes=10)  # for the others to make the same call
 FOREVER = timedelta(days=30)  # for the others to finish a block: attacks on large models take long
+WORD = timedelta(minutes=1)  # between two words of whoever waits
+
+
+class Roll:
+    """Who has come how often to where all processes meet. call: what they do together, for messages."""
+
+    def __init__(self, store: Any, rank: int, size: int, call: str) -> None:
+        self.store, self.rank, self.size, self.call = store, rank, size, call
+
+    @contextmanager
+    def waiting(self, what: str = "") -> Iterator[int]:
+        """This one has come once more, and waits for the others; yields how often it has come.
+
+        One process of those that wait says for whom, again and again, on standard error: so a slow one can be told from
+        one that will never come. what: they meet for, in words.
+        """
+        number, over = self.store.add(str(self.rank), 1), threading.Event()
+        self.store.add("all", 1)
+        at = f"{self.call}, {what}" if what else self.call
+
+        def tell() -> None:
+            with suppress(RuntimeError):  # the store is gone; whoever waits learns it by itself
+                for times in count(1):
+                    if over.wait(WORD.total_seconds()):
+                        return
+                    late = self.late(number)
+                    if late and min(set(range(self.size)) - set(late)) == self.rank:
+                        waited = _lasting(times * WORD)
+                        print(f"{at}: process {self.rank} has waited {waited} for {_named(late)}", file=sys.stderr)
+
+        threading.Thread(target=tell, daemon=True).start()
+        try:
+            yield number
+        finally:
+            over.set()
+
+    def late(self, number: int) -> list[int]:
+        """Those that have not come so often."""
+        return [rank for rank in range(self.size) if self.store.add(str(rank), 0) < number]
+
+    def call_over(self) -> int:
+        """Wait for all, and return how often they have met. RuntimeError names those that do not come in time."""
+        began = time.monotonic()
+        with self.waiting() as number:
+            while self.store.add("all", 0) < self.size * number:
+                if time.monotonic() - began > PATIENCE.total_seconds():
+                    late = _named(self.late(number))
+                    for key in (str(self.rank), "all"):
+                        self.store.add(key, -1)
+                    raise RuntimeError(
+                        f"{self.call} is shared by the {self.size} processes of this group, and all must make the same "
+                        f"call: {late} did not within {_lasting(PATIENCE)}; shard=False keeps it to one process"
+                    )
+                time.sleep(0.05)
+        return number
+
+
+def _named(ranks: list[int]) -> str:
+    return f"process{'es' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def _lasting(time: timedelta) -> str:
+    seconds = time.total_seconds()
+    return f"{seconds / 60:g} minutes" if seconds >= 120 else f"{seconds:g} s"
 
 
 class Processes:
     """One of `size` processes. Every method must be called by all of them, in the same order."""
 
-    def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
-        self.rank, self.size, self._group = rank, size, group
+    def __init__(self, rank: int = 0, size: int = 1, group: Any = None, roll: Roll | None = None) -> None:
+        self.rank, self.size, self._group, self._roll = rank, size, group, roll
 
-    def gather(self, data: bytes) -> list[bytes]:
-        """What each process passed, by rank; the same list everywhere."""
+    def gather(self, data: bytes, what: str = "") -> list[bytes]:
+        """What each process passed, by rank; the same list everywhere. what: that is, for whoever waits."""
         if self.size == 1:
             return [data]
-        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        with _alive():
+        with self._exchange(what):
+            lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
             dist.all_gather(lengths, torch.tensor([len(data)]), group=self._group)
-        longest = max(map(int, lengths))
-        if not longest:
-            return [b""] * self.size
-        everyone = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
-        with _alive():
+            longest = max(map(int, lengths))
+            if not longest:
+                return [b""] * self.size
+            everyone = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
             dist.all_gather(everyone, _tensor(data.ljust(longest, b"\0")), group=self._group)
         return [part[: int(length)].numpy().tobytes() for part, length in zip(everyone, lengths, strict=True)]
 
@@ -47,7 +114,7 @@ class Processes:
             return act()
         error, data = attempt(act) if self.rank == 0 else (None, b"")
         length = torch.tensor([len(data)])
-        with _alive():
+        with self._exchange():
             dist.broadcast(length, 0, group=self._group)
             buffer = _tensor(data) if self.rank == 0 else torch.empty(int(length), dtype=torch.uint8)
             dist.broadcast(buffer, 0, group=self._group)
@@ -55,16 +122,17 @@ class Processes:
             raise error
         return result(buffer.numpy().tobytes(), "process 0")
 
-
-@contextmanager
-def _alive() -> Iterator[None]:
-    """An exchange that fails says why: the others are gone."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise ConnectionError(
-            "another process of this evaluation has ended or cannot be reached: its own error, if any, says why"
-        ) from error
+    @contextmanager
+    def _exchange(self, what: str = "") -> Iterator[None]:
+        """An exchange that fails says why: the others are gone."""
+        try:
+            with self._roll.waiting(what):
+                yield
+        except RuntimeError as error:
+            raise ConnectionError(
+                f"another process of this call of {self._roll.call} has ended or cannot be reached: its own error, if "
+                "any, says why"
+            ) from error
 
 
 def _tensor(data: bytes) -> torch.Tensor:
@@ -90,43 +158,44 @@ def result(answer: bytes, who: str) -> bytes:
     raise kind(f"{who}: {text}")
 
 
-def _initialise() -> None:
-    """A process group of torchrun's processes.
-
-    torchrun's store outlives the group, and has the addresses of every group that this program has made. Each of ours
-    keeps its own under another name, so that it finds no other's, and no later one of the caller's finds ours.
-    """
-    store, rank, size = next(iter(dist.rendezvous("env://")))
-    own = dist.PrefixStore(f"forged_fx {next(_groups)}", store)
-    dist.init_process_group("gloo", store=own, rank=rank, world_size=size, timeout=FOREVER)
-
-
-_groups = count()
+@functools.cache
+def _torchruns() -> tuple[Any, int, int]:
+    """The store of torchrun's processes, this one's rank, and how many there are."""
+    return next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
 
 
 @contextmanager
 def joined(shard: bool | None, call: str) -> Iterator[Processes]:
     """All processes of the caller's process group or of torchrun's; this one alone if there is but one, or not `shard`.
 
-    RuntimeError if the others do not make the same call within two minutes.
+    RuntimeError if the others do not make the same call within ten minutes.
     """
     initialised = dist.is_available() and dist.is_initialized()
     size = dist.get_world_size() if initialised else int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
     if shard is False or size == 1:
         yield Processes()
         return
-    if not initialised:
-        _initialise()
-    try:
-        group = dist.new_group(backend="gloo", timeout=FOREVER)
+    if initialised:
+        from torch.distributed.distributed_c10d import _get_default_store
+
+        store, rank = _get_default_store(), dist.get_rank()
+    else:
         try:
-            dist.monitored_barrier(group, PATIENCE)
+            store, rank, size = _torchruns()
         except RuntimeError as error:
             raise RuntimeError(
-                f"{call} is shared by the {size} processes of this group, and all must make the same call; "
-                "shard=False keeps it to one process"
+                f"{call} is shared by the {size} processes that WORLD_SIZE says there are, and they do not find each "
+                f"other ({error}): start all of them, or pass shard=False"
             ) from error
-        yield Processes(dist.get_rank(), size, group)
+    # A group waits for all of its processes as long as it lives, so they meet before there is one.
+    number = Roll(dist.PrefixStore("forged_fx", store), rank, size, call).call_over()
+    # The store outlives groups, and has the addresses of each that this program has made. Ours keep theirs under a
+    # name for each call: they find no other's, and no later group of the caller's finds ours.
+    own = dist.PrefixStore(f"forged_fx {number}", store)
+    if not initialised:
+        dist.init_process_group("gloo", store=own, rank=rank, world_size=size, timeout=FOREVER)
+    try:
+        yield Processes(rank, size, dist.new_group(backend="gloo", timeout=FOREVER), Roll(own, rank, size, call))
     finally:
         if not initialised:
             dist.destroy_process_group()

@@ -53,6 +53,8 @@ NAMES = {
     "torch.utils._pytree.tree_map": "maps the tensors in a model's arguments",
     "torch._native_multi_head_attention": "is a fused kernel that is opened",
     "torch._transformer_encoder_layer_fwd": "is a fused kernel that is opened",
+    # processes
+    "torch.distributed.distributed_c10d._get_default_store": "is where processes find each other before they connect",
     # graphs
     "torch._assert": "stands in captured graphs for assertions",
     "torch.fx._symbolic_trace._assert_is_none": "is what concrete arguments leave in a graph",

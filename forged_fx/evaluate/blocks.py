@@ -93,7 +93,7 @@ class Blocks:
             return self._do(blocks[team[self.processes.rank]], work)
 
         error, answer = attempt(mine) if self.processes.rank < len(team) else (None, b"")
-        answers = self.processes.gather(answer)[: len(team)]
+        answers = self.processes.gather(answer, name)[: len(team)]
         if journal:
             for number, answer in zip(team, answers, strict=True):
                 if answer[:1] == b"+":
