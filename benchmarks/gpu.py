@@ -64,14 +64,15 @@ class KernelRow:
 
 
 def filled(case: Case, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """The case's tensors with random values; a threshold that drops about a third of them."""
+    """The case's tensors with random values. The threshold drops about a third of them; a quarter pass the limit."""
     generator = torch.Generator(device).manual_seed(0)
     given = case.make(dtype, device)
     for name, tensor in given.items():
         tensor.normal_(generator=generator)
-        if name == "var":
+        if name in ("var", "width"):
             tensor.abs_().add_(0.5)
-    given["t"].fill_(0.4)
+        if name in ("t", "limit"):
+            tensor.fill_({"t": 0.4, "limit": 1.2}[name])
     return given
 
 

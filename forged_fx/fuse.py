@@ -6,6 +6,8 @@ The producer is what `forged_fx/fused_ops.py` can compute: an addition, a norm o
 activation. Each step has a row in `MODULES` or `FUNCTIONS`. A value on the way that others read too, such as a residual
 stream, becomes a second result.
 
+A threshold is any forged function here whose parameters are scalars (`fused_ops.FORGED`).
+
 The call holds the modules themselves, and asks them each time: in train mode, with hooks, replaced by another module
 or under autocast they run one by one, as written. So nothing is frozen, and every name stays in the checkpoint. A
 compiler too gets them one by one, and fuses them by itself.
@@ -23,11 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from forged_fx import fused_ops  # noqa: F401 (defines the operators)
 from forged_fx.capture import has_hooks
+from forged_fx.fused_ops import FORGED
 from forged_fx.sites import CALLS
 
-THRESHOLD = torch.ops.forged_fx.threshold.default
+THRESHOLDS = {function.op: name for name, function in FORGED.items()}
 
 Arguments = dict[str, Any]  # of a fused operator
 
@@ -140,23 +142,26 @@ ROLES = {
 Step = tuple[nn.Module | str, int, tuple, dict]  # module, or name of a function; where x goes; its other arguments
 
 
-def producer_threshold(x: Tensor, t: Tensor, steps: list[Step], keep: int | None = None) -> Any:
-    """The steps, one after the other, and the threshold: as one operator if that can be, else one by one.
+def producer_threshold(
+    x: Tensor, parameters: tuple[Tensor, ...], steps: list[Step], keep: int | None, function: str
+) -> Any:
+    """The steps, one after the other, and the forged function: as one operator if that can be, else one by one.
 
     keep: the index of the step whose result is returned too.
     """
     if isinstance(x, fx.Proxy):  # a graph is unpickled by tracing it again: the call is to stay one
-        return x.tracer.create_proxy("call_function", producer_threshold, (x, t, steps, keep), {})
+        return x.tracer.create_proxy("call_function", producer_threshold, (x, parameters, steps, keep, function), {})
     one = None if torch.compiler.is_compiling() else _as_one(x, steps, keep)
     if one is not None:
         op, arguments = one
-        return op(x, t, **arguments)
+        t, *limit = parameters
+        return op(x, t, function=function, limit=limit[0] if limit else None, **arguments)
     kept = None
     for i, (what, position, args, kwargs) in enumerate(steps):
-        function = FUNCTIONS[what][0] if isinstance(what, str) else what
-        x = function(*args[:position], x, *args[position:], **kwargs)
+        step = FUNCTIONS[what][0] if isinstance(what, str) else what
+        x = step(*args[:position], x, *args[position:], **kwargs)
         kept = x if i == keep else kept
-    y = THRESHOLD(x, t)
+    y = FORGED[function].op(x, *parameters)
     return y if keep is None else (y, kept)
 
 
@@ -245,7 +250,8 @@ def fuse(forged: fx.GraphModule) -> dict[str, str]:
     Returns site -> what its kernel computes besides, for each of them.
     """
     done = {}
-    for threshold in forged.graph.find_nodes(op="call_function", target=THRESHOLD):
+    thresholds = [node for node in forged.graph.nodes if node.op == "call_function" and node.target in THRESHOLDS]
+    for threshold in thresholds:
         steps, keep = _chain(threshold, forged)
         if any(step.row.role != "pass" for step in steps):
             _replace(threshold, steps, keep)
@@ -368,12 +374,13 @@ def _is_fresh(node: fx.Node, root: nn.Module) -> bool:
 def _replace(threshold: fx.Node, steps: list[_Found], keep: int | None) -> None:
     graph, last = threshold.graph, threshold.args[0]
     with graph.inserting_before(last):
-        t = graph.get_attr(threshold.args[1].target)
+        parameters = tuple(graph.get_attr(t.target) for t in threshold.args[1:])
         written = []
         for step in steps:
             what = step.what if isinstance(step.what, str) else graph.get_attr(step.node.target)
             written.append((what, step.position, step.args, dict(step.node.kwargs)))
-        new = graph.call_function(producer_threshold, (steps[0].x, t, written, keep))
+        function = THRESHOLDS[threshold.target]
+        new = graph.call_function(producer_threshold, (steps[0].x, parameters, written, keep, function))
         new.meta = dict(threshold.meta)
         y = new if keep is None else graph.call_function(operator.getitem, (new, 0))
         kept = None if keep is None else graph.call_function(operator.getitem, (new, 1))

@@ -1,14 +1,15 @@
 """torch.ops.forged_fx.*: a producer and the threshold behind it, as one operator.
 
-    elementwise_threshold(x, t, residual, add_first, mean, var, weight, bias, eps, channel, activation)
+    elementwise_threshold(x, t, residual, add_first, mean, var, weight, bias, eps, channel, activation, function, limit)
                                              x -> affine -> add -> activation -> threshold
-    norm_threshold(x, t, shape, residual, weight, bias, eps, rms)
+    norm_threshold(x, t, shape, residual, weight, bias, eps, rms, function, limit)
                                              x -> add -> LayerNorm or RMSNorm -> threshold
 
-`kernels/reference.py` says what the arguments mean. Each has an overload `keep`, which takes `keep="value"` or "sum"
-too and also returns that tensor: a residual stream, which is not thresholded. `straight_through` is as in
+`kernels/reference.py` says what the arguments mean. `function` is the forged function that stands in the threshold's
+place: any of `ops.FUNCTIONS` whose parameters are scalars. Each has an overload `keep`, which takes `keep="value"` or
+"sum" too and also returns that tensor: a residual stream, which is not thresholded. `straight_through` is as in
 forged_fx/ops.py. What an operator computes is its *chain*: the same steps by PyTorch's own operators, one by one, and
-`torch.ops.forged_fx.threshold` behind them.
+`torch.ops.forged_fx.threshold`, or what stands in its place, behind them.
 
     CUDA                 one Triton kernel for a dense x in float16, bfloat16 or float32; else the chain
     CPU and elsewhere    the chain: fused and unfused are equal bit for bit
@@ -39,9 +40,10 @@ from forged_fx import ops
 
 SCHEMAS = {
     "elementwise_threshold": "Tensor x, Tensor t, Tensor? residual=None, bool add_first=False, Tensor? mean=None, "
-    "Tensor? var=None, Tensor? weight=None, Tensor? bias=None, float eps=1e-05, int channel=1, str activation='none'",
+    "Tensor? var=None, Tensor? weight=None, Tensor? bias=None, float eps=1e-05, int channel=1, str activation='none', "
+    "str function='threshold', Tensor? limit=None",
     "norm_threshold": "Tensor x, Tensor t, int[] shape, Tensor? residual=None, Tensor? weight=None, "
-    "Tensor? bias=None, float? eps=1e-05, bool rms=False",
+    "Tensor? bias=None, float? eps=1e-05, bool rms=False, str function='threshold', Tensor? limit=None",
 }
 OVERLOADS = {
     "default": "*, bool straight_through=False) -> Tensor",
@@ -78,6 +80,8 @@ def elementwise_threshold(
     eps: float = 1e-5,
     channel: int = 1,
     activation: str = "none",
+    function: str = "threshold",
+    limit: Tensor | None = None,
     *,
     keep: str | None = None,
     straight_through: bool = False,
@@ -93,7 +97,8 @@ def elementwise_threshold(
     if residual is not None and not add_first:
         v = v + residual
     v = ACTIVATIONS[activation](v)
-    return _with_kept(ops._threshold(v, t, straight_through), {"value": v, "sum": total}.get(keep))
+    y = ops.FUNCTIONS[function].op(v, *_parameters(t, limit), straight_through)
+    return _with_kept(y, {"value": v, "sum": total}.get(keep))
 
 
 def norm_threshold(
@@ -105,13 +110,20 @@ def norm_threshold(
     bias: Tensor | None = None,
     eps: float | None = 1e-5,
     rms: bool = False,
+    function: str = "threshold",
+    limit: Tensor | None = None,
     *,
     keep: str | None = None,
     straight_through: bool = False,
 ) -> Result:
     total = x if residual is None else x + residual
     v = F.rms_norm(total, shape, weight, eps) if rms else F.layer_norm(total, shape, weight, bias, eps)
-    return _with_kept(ops._threshold(v, t, straight_through), {"value": v, "sum": total}.get(keep))
+    y = ops.FUNCTIONS[function].op(v, *_parameters(t, limit), straight_through)
+    return _with_kept(y, {"value": v, "sum": total}.get(keep))
+
+
+def _parameters(t: Tensor, limit: Tensor | None) -> tuple[Tensor, ...]:
+    return (t,) if limit is None else (t, limit)
 
 
 def _with_kept(y: Tensor, kept: Tensor | None) -> Result:
@@ -125,6 +137,19 @@ CHAINS: dict[str, Callable[..., Result]] = {
 
 
 # ---- what a caller may pass
+
+
+FORGED = {f.name: f for f in ops.FUNCTIONS.values() if not f.channels}  # what may stand in the threshold's place
+
+
+def _check_function(name: str, a: dict[str, Any]) -> None:
+    function = FORGED.get(a["function"])
+    if function is None:
+        raise ValueError(f"{name}: no function {a['function']!r} to forge by; there are {', '.join(FORGED)}")
+    if len(function.parameters) != len(_parameters(a["t"], a["limit"])):
+        hint = "pass the second as limit=" if a["limit"] is None else "leave limit out"
+        raise ValueError(f"{name}: {function.name} has the parameters {', '.join(function.parameters)}; {hint}")
+    ops._check_function(function, a["x"], *_parameters(a["t"], a["limit"]))
 
 
 def _check_elementwise(a: dict[str, Any]) -> None:
@@ -187,7 +212,7 @@ CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
 def _arguments(name: str, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a call by name, checked. (The dispatcher leaves out those that have their default.)"""
     arguments = {**_DEFAULTS[name], **dict(zip(_DEFAULTS[name], args, strict=False)), **kwargs}
-    ops._check(arguments["x"], arguments["t"])
+    _check_function(name, arguments)
     CHECKS[name](arguments)
     return arguments
 

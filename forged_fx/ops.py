@@ -208,8 +208,6 @@ for _function in FUNCTIONS.values():
     for _name, _schema in _function.schemas().items():
         _library.define(_name + _schema, tags=(torch.Tag.pointwise, *TAGS))
 
-_threshold = FUNCTIONS["threshold"].op
-
 # Every operator that applies a forged function, its parameters from the second argument on, and takes
 # `straight_through`; as overload and as packet. The value: how many arguments may come ahead of `straight_through`
 # (None: it is a keyword). Other files add theirs.
@@ -219,10 +217,6 @@ THRESHOLD_OPS: dict[Callable, int | None] = {
 
 
 # ---- what a caller may pass
-
-
-def _check(x: Tensor, t: Tensor) -> None:
-    _check_function(FUNCTIONS["threshold"], x, t)
 
 
 def _check_function(f: Function, x: Tensor, *arguments: Any) -> None:

@@ -1,7 +1,7 @@
 """A producer and the threshold behind it in one kernel: `x -> affine -> add -> activation -> threshold`.
 
 Each step may be left out, and the addition may come ahead of the affine map instead. The threshold is the device
-function of kernels/threshold.py.
+function of kernels/threshold.py, or any other that kernels/kinds.py forges by.
 
 Every step is computed in float32 and rounded to the tensor's dtype, as the same steps in kernels of their own are. So
 the threshold decides on the value that it would have been given there, even where a sum cancels.
@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .threshold import NUM_WARPS, VECTOR_BYTES, threshold
+from .kinds import forged, parameter
+from .threshold import NUM_WARPS, VECTOR_BYTES
 
 ACTIVATIONS = ("none", "relu", "relu6", "gelu", "gelu_tanh", "silu", "hardswish")
 VECTORS_PER_THREAD = 4  # at most: a channel's parameters are loaded and prepared once for all of them
@@ -101,8 +102,8 @@ def affine(v, channel, mask, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, DTYPE
 
 @triton.jit
 def elementwise_threshold_kernel(
-    x_ptr, t_ptr, y_ptr, raw_ptr, residual_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps,
-    rows, columns, channels,
+    x_ptr, t_ptr, limit_ptr, y_ptr, raw_ptr, residual_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, eps,
+    rows, columns, channels, RULE: tl.constexpr,
     CHANNEL: tl.constexpr, INNER: tl.constexpr, CHANNELS: tl.constexpr,
     ADD_FIRST: tl.constexpr, RAW_SUM: tl.constexpr, ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INDEX: tl.constexpr,
@@ -139,7 +140,8 @@ def elementwise_threshold_kernel(
     if not RAW_SUM:
         if raw_ptr is not None:
             tl.store(raw_ptr + offsets, v, mask=mask)
-    tl.store(y_ptr + offsets, threshold(v, tl.load(t_ptr)), mask=mask)
+    limit = parameter(limit_ptr, None, None, 1, 0)
+    tl.store(y_ptr + offsets, forged(v, tl.load(t_ptr), limit, RULE), mask=mask)
 
 
 def tile_rule(dtype: torch.dtype, rows: int, columns: int) -> dict:
@@ -185,6 +187,8 @@ def launch_elementwise_threshold(
     channel: int = 1,
     activation: str = "none",
     keep: str | None = None,
+    function: str = "threshold",
+    limit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`reference.elementwise_threshold` in one kernel launch; float16, bfloat16 or float32.
 
@@ -203,7 +207,7 @@ def launch_elementwise_threshold(
         grid = (triton.cdiv(rows, rule["ROWS"]) * triton.cdiv(columns, rule["COLUMNS"]),)
         with torch.cuda.device_of(y):  # Triton launches on the current device
             elementwise_threshold_kernel[grid](
-                x, t, y, raw, residual, *parameters, eps, rows, columns, channels,
+                x, t, limit, y, raw, residual, *parameters, eps, rows, columns, channels, RULE=function,
                 **where, ADD_FIRST=add_first, RAW_SUM=keep == "sum", ACTIVATION=activation, **rule,
             )  # fmt: skip
     return y, raw

@@ -1,7 +1,8 @@
 """The other forged functions (one-sided, shifted, soft, clamp, band, mean) and their gradients, as Triton kernels.
 
 One kernel for each direction, compiled for each function: what tells them apart are the device functions `drops` and
-`forged`, with a branch per row of `reference.RULES`. The layout is as in kernels/threshold.py.
+`forged`, with a branch per row of `reference.RULES`. `forged` knows the threshold too, for the kernels that compute a
+producer ahead of any of them. The layout is as in kernels/threshold.py.
 """
 
 import torch
@@ -9,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .threshold import _launch, block_offsets
+from .threshold import _launch, block_offsets, threshold
 
 
 @triton.jit
@@ -37,6 +38,15 @@ def drops(x, a, b, RULE: tl.constexpr):
 @triton.jit
 def forged(x, a, b, RULE: tl.constexpr):
     """The function itself, in x's dtype."""
+    if RULE == "threshold":
+        y = threshold(x, a)
+    else:
+        y = other(x, a, b, RULE)
+    return y
+
+
+@triton.jit
+def other(x, a, b, RULE: tl.constexpr):
     wide, a = wide_of(x), a.to(wide_of(x).dtype)
     if b is not None:
         b = b.to(wide.dtype)

@@ -2,7 +2,7 @@
 
 A row stays in registers between its statistics and its results, so it is read once. As in kernels/fused.py, the sum and
 the norm are rounded to the tensor's dtype, as they are in kernels of their own; mean and variance are taken in two
-steps, in float32. The threshold is the device function of kernels/threshold.py.
+steps, in float32. The threshold is the same device function as there.
 """
 
 import math
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .fused import rounded
-from .threshold import threshold
+from .kinds import forged, parameter
 
 LONGEST = 2**14  # elements of a row that fit into the registers of a block
 PER_THREAD = 32  # elements that a thread holds, so that a short row is one warp's, which needs no shared memory
@@ -28,8 +28,9 @@ def mean_of_rows(v, columns):
 
 @triton.jit
 def norm_threshold_kernel(
-    x_ptr, t_ptr, y_ptr, raw_ptr, residual_ptr, weight_ptr, bias_ptr, eps, rows, columns: tl.constexpr,
-    RMS: tl.constexpr, RAW_SUM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INDEX: tl.constexpr,
+    x_ptr, t_ptr, limit_ptr, y_ptr, raw_ptr, residual_ptr, weight_ptr, bias_ptr, eps, rows, columns: tl.constexpr,
+    RULE: tl.constexpr, RMS: tl.constexpr, RAW_SUM: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """A matrix of `rows` x `columns`; a program takes ROWS whole rows.
 
@@ -64,7 +65,8 @@ def norm_threshold_kernel(
     if not RAW_SUM:
         if raw_ptr is not None:
             tl.store(raw_ptr + offsets, v, mask=mask)
-    tl.store(y_ptr + offsets, threshold(v, tl.load(t_ptr)), mask=mask)
+    limit = parameter(limit_ptr, None, None, 1, 0)
+    tl.store(y_ptr + offsets, forged(v, tl.load(t_ptr), limit, RULE), mask=mask)
 
 
 def row_rule(rows: int, columns: int) -> dict:
@@ -92,6 +94,8 @@ def launch_norm_threshold(
     eps: float | None = 1e-5,
     rms: bool = False,
     keep: str | None = None,
+    function: str = "threshold",
+    limit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`reference.norm_threshold` in one kernel launch; float16, bfloat16 or float32, rows of up to LONGEST elements.
 
@@ -106,7 +110,7 @@ def launch_norm_threshold(
         rule = row_rule(rows, columns)
         with torch.cuda.device_of(y):  # Triton launches on the current device
             norm_threshold_kernel[(triton.cdiv(rows, rule["ROWS"]),)](
-                x, t, y, raw, residual, weight, bias, FLOAT32_EPS if eps is None else eps, rows, columns,
-                RMS=rms, RAW_SUM=keep == "sum", **rule,
+                x, t, limit, y, raw, residual, weight, bias, FLOAT32_EPS if eps is None else eps, rows, columns,
+                RULE=function, RMS=rms, RAW_SUM=keep == "sum", **rule,
             )  # fmt: skip
     return y, raw

@@ -205,6 +205,8 @@ def elementwise_threshold(
     channel: int = 1,
     activation: str = "none",
     keep: str | None = None,
+    function: str = "threshold",
+    limit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`x -> affine -> add -> activation -> threshold`; each step in float32, and rounded to x's dtype.
 
@@ -216,6 +218,8 @@ def elementwise_threshold(
     residual: of x's shape and dtype, added behind the affine map, or ahead of it (add_first).
     activation: a key of `ACTIVATIONS`; gelu is the exact one, by erf, gelu_tanh its approximation.
     keep: the second result: None, "value", what the threshold is given, or "sum", what add_first adds up to.
+    function: what stands in the threshold's place, a key of `RULES` but "mean"; t is its first parameter, limit the
+        second one of "band".
     Returns two new tensors of x's shape and dtype, with the strides of `torch.empty_like(x)`; the second may be None.
     """
     wide = comparison_dtype(x.dtype)
@@ -239,7 +243,7 @@ def elementwise_threshold(
     if residual is not None and not add_first:
         v = rounded(v + residual)
     v = rounded(ACTIVATIONS[activation](v))
-    return _results(x, v, t, {None: None, "value": v, "sum": kept}[keep])
+    return _results(x, v, {None: None, "value": v, "sum": kept}[keep], function, t, limit)
 
 
 def norm_threshold(
@@ -252,13 +256,16 @@ def norm_threshold(
     eps: float | None = 1e-5,
     rms: bool = False,
     keep: str | None = None,
+    function: str = "threshold",
+    limit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`x -> add -> LayerNorm or RMSNorm -> threshold`, in float32; the sum and the norm are rounded to x's dtype.
 
     Over the last dimensions, which are `shape`: `(x - mean) / sqrt(variance + eps) * weight + bias`, and with rms
     (Zhang and Sennrich 2019, arXiv 1910.07467) `x / sqrt(mean of squares + eps) * weight`; eps=None is float32's.
 
-    residual: of x's shape and dtype. weight, bias: of the shape `shape`. keep: as in `elementwise_threshold`.
+    residual: of x's shape and dtype. weight, bias: of the shape `shape`. keep, function, limit: as in
+    `elementwise_threshold`.
     Returns two new contiguous tensors of x's shape and dtype; the second may be None.
     """
     wide = comparison_dtype(x.dtype)
@@ -277,7 +284,7 @@ def norm_threshold(
         v = _fma(v, weight.to(wide), None if bias is None else bias.to(wide))
     elif bias is not None:
         v = v + bias.to(wide)
-    return _results(x, v, t, {None: None, "value": v, "sum": kept}[keep])
+    return _results(x, v, {None: None, "value": v, "sum": kept}[keep], function, t, limit)
 
 
 def _fma(a: Tensor, b: Tensor, c: Tensor | None) -> Tensor:
@@ -290,7 +297,9 @@ def _sqrt(v: Tensor) -> Tensor:
     return torch.sqrt(v.double()).to(v.dtype)
 
 
-def _results(x: Tensor, v: Tensor, t: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """In x's dtype and layout: the value behind the threshold, and the one that is kept."""
-    y = threshold(torch.empty_like(x).copy_(v), t)
+def _results(
+    x: Tensor, v: Tensor, kept: Tensor | None, function: str, *parameters: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """In x's dtype and layout: the value behind the forged function, and the one that is kept."""
+    y = _forward(function, torch.empty_like(x).copy_(v), *(p for p in parameters if p is not None))
     return y, None if kept is None else torch.empty_like(x).copy_(kept)

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import forged_fx
 from forged_fx import fused_ops
 from forged_fx.audit import alike
+from forged_fx.kinds import KINDS
 from forged_fx.thresholds import thresholds_of
 from forged_fx.transform import ForgedModule
 
@@ -128,12 +129,12 @@ def ran(forged: nn.Module, x: Tensor) -> dict[str, int]:
     return dict(counted.ran)
 
 
-def pair(between: Callable) -> tuple[ForgedModule, ForgedModule, Tensor]:
+def pair(between: Callable, ratio: object = RATIO, **more: str) -> tuple[ForgedModule, ForgedModule, Tensor]:
     """The same model, forged without and with fusion, and an input."""
     torch.manual_seed(0)
     model, x = Net(between).eval(), torch.randn(4, 3, 8, 8)
     stats = forged_fx.calibrate(model, [x])
-    plain, fused = (forged_fx.transform(model, stats, RATIO, fuse=fuse) for fuse in (False, True))
+    plain, fused = (forged_fx.transform(model, stats, ratio, fuse=fuse, **more) for fuse in (False, True))
     return plain, fused, x
 
 
@@ -169,6 +170,30 @@ def test_fused_is_unfused(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(fused.state_dict().values(), plain.state_dict().values(), strict=True))
     fused.eval(), plain.eval()
     assert torch.equal(fused(x), plain(x))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind].function in fused_ops.FORGED])
+def test_any_kind_whose_parameters_are_scalars(kind: str) -> None:
+    ratio = (0.1, 0.5) if kind == "band" else 0.4
+    plain, fused, x = pair(residual_stream, ratio, kind=kind)
+    assert ran(fused, x) == {KINDS[kind].function: 1, "elementwise_threshold": 1}
+    for change in (None, ratio):
+        forged_fx.set_ratio(fused, change), forged_fx.set_ratio(plain, change)
+        assert torch.equal(fused(x), plain(x))
+    for mode in (torch.enable_grad, forged_fx.straight_through):
+        with mode():
+            found, expected = (
+                torch.autograd.grad(m(leaf := x.clone().requires_grad_()).sum(), leaf) for m in (fused, plain)
+            )
+        assert torch.equal(found[0], expected[0])
+
+
+def test_a_kind_with_channels_is_not_fused() -> None:
+    torch.manual_seed(0)
+    model, x = Net(residual_stream).eval(), torch.randn(4, 3, 8, 8)
+    stats = forged_fx.calibrate(model, [x], channels=True)
+    fused = forged_fx.transform(model, stats, 0.2, kind="mean", fuse=True)
+    assert fused.forging.fused == 0 and ran(fused, x) == {"mean": 2}
 
 
 def test_train_mode_is_not_fused(resnet) -> None:

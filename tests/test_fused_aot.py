@@ -23,9 +23,11 @@ SOME = [
     ("batch norm, residual, relu; kept", torch.bfloat16, 90),
     ("batch norm, relu; contiguous", torch.float32, 80),
     ("batch norm, relu; 7x7 contiguous", torch.float16, 100),
+    ("batch norm, relu, band", torch.bfloat16, 100),
     ("gelu", torch.float32, 100),
     ("residual, layer norm 768; kept", torch.float16, 80),
     ("residual, layer norm 768; kept", torch.bfloat16, 100),
+    ("layer norm 768, clamp", torch.float16, 90),
     ("residual, rms norm 4096; kept", torch.float32, 90),
 ]
 

@@ -78,6 +78,22 @@ def test_elementwise_is_the_reference(dtype: torch.dtype, activation: str) -> No
                 assert dtype == torch.float32 or (one != other).sum() <= 2
 
 
+@pytest.mark.parametrize("function", [name for name in fused_ops.FORGED if name != "threshold"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_forged_function_behind_a_producer(dtype: torch.dtype, function: str) -> None:
+    """It is given what is kept, and is what the reference makes of that."""
+    x, residual, t = data((2, 8, 5, 16), dtype), data((2, 8, 5, 16), dtype, 1), torch.tensor(0.4)
+    limit = torch.tensor(1.0) if function == "band" else None
+    parameters = [p for p in (t, limit) if p is not None]
+    for given in (x, x.contiguous(memory_format=torch.channels_last), x[:1].expand(2, -1, -1, -1)):
+        arguments = {**batch_norm(8), "residual": residual, "keep": "value", "function": function, "limit": limit}
+        found, kept = fused.launch_elementwise_threshold(given, t, **arguments)
+        assert all(map(same, (found, kept), reference.elementwise_threshold(given, t, **arguments)))
+        assert same(found, getattr(reference, function)(kept, *parameters)) and not torch.equal(found, kept)
+        found, kept = norm.launch_norm_threshold(given, t, [16], keep="value", function=function, limit=limit)
+        assert same(found, getattr(reference, function)(kept, *parameters)) and not torch.equal(found, kept)
+
+
 @pytest.mark.parametrize("given", [(), ("weight",), ("bias",), ("weight", "bias"), ("mean", "var")])
 @pytest.mark.parametrize("channel", [0, 1, -1])
 def test_any_parameters_along_any_dimension(given: tuple[str, ...], channel: int) -> None:

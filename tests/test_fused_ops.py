@@ -16,7 +16,7 @@ elementwise = torch.ops.forged_fx.elementwise_threshold
 norm = torch.ops.forged_fx.norm_threshold
 threshold = torch.ops.forged_fx.threshold
 
-T = torch.tensor(0.5)
+T, LIMIT = torch.tensor(0.5), torch.tensor(1.0)
 G = torch.Generator().manual_seed(0)
 X, R = (torch.randn(2, 6, 5, 4, generator=G) for _ in range(2))
 BN = dict(zip(("mean", "var", "weight", "bias"), torch.rand(4, 6, generator=G) + 0.5, strict=True))
@@ -52,6 +52,14 @@ CALLS: dict[str, tuple[Callable, Callable]] = {
     "layer norm": (
         lambda x: norm.keep(x, T, [4], weight=W, bias=B, keep="value"),
         lambda x: (threshold(y := F.layer_norm(x, [4], W, B), T), y),
+    ),
+    "residual, a band": (
+        lambda x: elementwise.keep(x, T, R, function="band", limit=LIMIT, keep="value"),
+        lambda x: (torch.ops.forged_fx.band(y := x + R, T, LIMIT), y),
+    ),
+    "layer norm, soft": (
+        lambda x: (norm(x, T, [4], weight=W, bias=B, function="soft"),),
+        lambda x: (torch.ops.forged_fx.soft(F.layer_norm(x, [4], W, B), T),),
     ),
     "residual + rms norm": (
         lambda x: norm.keep(x, T, [5, 4], R, eps=None, rms=True, keep="sum"),
@@ -90,6 +98,7 @@ def test_opcheck(tracked: bool) -> None:
     check(elementwise.keep, (x, T, R, True), {**BN, "keep": "sum", "straight_through": True})
     check(norm.default, (x, T, [4]), {"weight": W, "bias": B})
     check(norm.keep, (x, T, [5, 4], R), {"rms": True, "keep": "value"})
+    check(elementwise.default, (x, T, R), {"function": "band", "limit": LIMIT})
 
 
 def test_inductor_fuses_the_chain() -> None:
@@ -136,6 +145,9 @@ def test_exported_programs_have_standard_operators() -> None:
         (lambda: norm(X, T, [4], bias=B, rms=True), ValueError, "has no bias"),
         (lambda: norm(X, T, [4], eps=None), ValueError, "LayerNorm needs a number"),
         (lambda: norm(X, torch.ones(2), [4]), TypeError, "0-dim"),
+        (lambda: norm(X, T, [4], function="mean"), ValueError, "no function 'mean'.*soft"),
+        (lambda: norm(X, T, [4], function="band"), ValueError, "band has the parameters t, limit; pass"),
+        (lambda: elementwise(X, T, limit=T), ValueError, "threshold has the parameters t; leave limit out"),
         (lambda: elementwise(X.int(), T), TypeError, "int32.*float16"),
     ],
 )
@@ -170,8 +182,8 @@ def test_cuda_launches_the_kernel(on_cuda: list[str]) -> None:
         for one, other in zip(found, expected, strict=True):
             assert one.stride() == other.stride() and torch.allclose(one, other, atol=1e-5)
     assert on_cuda == ["elementwise_threshold"] * 2
-    found = fused_ops._cuda("norm_threshold", X, T, [4], R, W, keep="sum")
-    expected = norm.keep(X, T, [4], R, W, keep="sum")
+    found = fused_ops._cuda("norm_threshold", X, T, [4], R, W, function="band", limit=LIMIT, keep="sum")
+    expected = norm.keep(X, T, [4], R, W, function="band", limit=LIMIT, keep="sum")
     assert all(map(functools.partial(torch.allclose, atol=1e-5), found, expected))
 
 
@@ -191,9 +203,9 @@ def test_cuda_runs_the_chain_for_what_the_kernel_lays_out_otherwise(on_cuda: lis
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("dtype", fused_ops.KERNEL_DTYPES, ids=str)
 def test_device_is_the_chain(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    for key in ("T", "R", "W", "B"):
+    for key in ("T", "LIMIT", "R", "W", "B"):
         value = globals()[key].cuda()
-        monkeypatch.setitem(globals(), key, value if key == "T" else value.to(dtype))
+        monkeypatch.setitem(globals(), key, value if value.dim() == 0 else value.to(dtype))
     monkeypatch.setitem(globals(), "BN", {key: value.cuda() for key, value in BN.items()})
     call, chain = CALLS[name]
     x = X.cuda().to(dtype)
