@@ -1,4 +1,4 @@
-"""The processes that share a calibration or an evaluation: those that torchrun started, or this one alone.
+"""The processes that share a piece of work: those that torchrun started, or this one alone.
 
 They exchange bytes, on the CPU, over gloo: whatever the models run on, and whatever backend the caller's own process
 group has. A slow one is waited for, and it is said for which; one that has ended is an error.
@@ -108,10 +108,10 @@ class Processes:
             dist.all_gather(everyone, _tensor(data.ljust(longest, b"\0")), group=self._group)
         return [part[: int(length)].numpy().tobytes() for part, length in zip(everyone, lengths, strict=True)]
 
-    def first(self, act: Callable[[], bytes]) -> bytes:
+    def first(self, act: Callable[[], bytes | None]) -> bytes:
         """What `act` returns in process 0, which alone runs it; an error of its is raised in every process."""
         if self.size == 1:
-            return act()
+            return act() or b""
         error, data = attempt(act) if self.rank == 0 else (None, b"")
         length = torch.tensor([len(data)])
         with self._exchange():
@@ -139,10 +139,10 @@ def _tensor(data: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
-def attempt(act: Callable[[], bytes]) -> tuple[Exception | None, bytes]:
+def attempt(act: Callable[[], bytes | None]) -> tuple[Exception | None, bytes]:
     """(the error that `act` raised or None, what `result` turns into its result or such an error elsewhere)"""
     try:
-        return None, b"+" + act()
+        return None, b"+" + (act() or b"")
     except Exception as error:
         return error, b"-" + json.dumps([type(error).__name__, str(error)]).encode()
 

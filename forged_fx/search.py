@@ -11,7 +11,6 @@ it is. That is why the figure that counts comes from other inputs, and is correc
 import json
 import os
 import random
-import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -30,10 +29,11 @@ from forged_fx.evaluate import checks, evaluate, fingerprint, pool, report
 from forged_fx.evaluate.attacks import choose
 from forged_fx.evaluate.blocks import Blocks
 from forged_fx.evaluate.extras import need
-from forged_fx.evaluate.journal import UNFINISHED, Journal, check
+from forged_fx.evaluate.journal import Journal, agree, begin
 from forged_fx.evaluate.result import Result
 from forged_fx.evaluate.statistics import LEVEL, holm
 from forged_fx.evaluate.threat import Threat
+from forged_fx.processes import joined
 from forged_fx.rows import keep
 from forged_fx.stats import Stats
 from forged_fx.transform import select
@@ -137,9 +137,13 @@ class Search:
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Search":
         """Read what `save` wrote. ValueError for anything else."""
-        path = Path(folder) / RECORD
+        return cls.parse({RECORD: checked.read(Path(folder) / RECORD)}, str(folder))
+
+    @classmethod
+    def parse(cls, files: dict[str, bytes], where: str) -> "Search":
+        """What is in these files, of the folder of this name. ValueError for anything else."""
         try:
-            record = checked.parse(checked.read(path))
+            record = checked.parse(files[RECORD])
             if not isinstance(record, dict) or record.pop("format", None) != FORMAT:
                 raise ValueError(f"its format is not {FORMAT}")
             record.pop("sentence")
@@ -153,7 +157,7 @@ class Search:
                 raise ValueError(f"its facts lack {', '.join(sorted(missing))}")
             return checked.build(cls, record, "search", base=base, threat=threat, **lists)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} holds no search: {error}") from error
+            raise ValueError(f"{Path(where) / RECORD} holds no search: {error}") from error
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """A picture: each trial's natural accuracy and how many inputs stand. SVG, PNG or PDF, by suffix."""
@@ -237,6 +241,7 @@ def search(
     exclude: str | Iterable[str] | None = None,
     folder: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
+    shard: bool | None = None,
 ) -> Search:
     """Look for kinds, sites and ratios that make `model` more robust in the worst case, and confirm what is found.
 
@@ -249,13 +254,14 @@ def search(
     Args:
         model: a classifier, x -> logits (n, classes).
         stats: what `calibrate(model, ...)` returned, or the path it was saved to.
-        x, y, eps, norm, batch_size, progress: as in `forged_fx.evaluate`.
+        x, y, eps, norm, batch_size, progress, shard: as in `forged_fx.evaluate`. Processes that share a search try as
+            many configurations at once as they are.
         kinds: which kinds may be used, of `moves.LADDERS`. "mean" needs statistics by channel.
         max_natural_loss: how much natural accuracy may be lost, a share of all inputs: in the search, and again in the
             confirmation.
         budget: how many configurations are tried, at most.
-        seconds: how long trying may take, at most, in seconds of computing; those of a run that was killed count. The
-            confirmation is not in it.
+        seconds: how long trying may take, at most, in seconds of computing, of all processes together; those of a run
+            that was killed count. The confirmation is not in it.
         confirm: which share of the inputs, the last ones, is kept for confirmation; or other inputs and their classes.
         finalists: how many are confirmed, at most.
         attacks: of the confirmation, as in `evaluate`; "adaptive" is what a reported gain should have faced, at least.
@@ -298,16 +304,17 @@ def search(
         "versions": {name: version(name) for name in ("forged_fx", "pyautoattack", "torch")},
     }
     with ExitStack() as stack:
-        blocks, shown = Blocks(seed), report.Progress(progress)
+        processes = stack.enter_context(joined(shard, "search"))
+        agree(processes, call)
+        blocks, shown = Blocks(seed, processes), report.Progress(progress if processes.rank == 0 else False)
         if folder is not None:
             folder = Path(folder)
-            if (folder / RECORD).exists():
-                found = Search.load(folder)
-                check(found.facts["call"], call, folder)
-                shutil.rmtree(folder / UNFINISHED, ignore_errors=True)  # killed when all was written
-                return found
-            blocks.journal = stack.enter_context(Journal(folder, call | {"command": list(sys.argv)}))
-            shown.log = blocks.journal.log_once
+            asked = call | {"command": list(sys.argv)}
+            journal, finished = begin(folder, asked, processes, RECORD, Search.parse)
+            if finished:
+                return finished
+            if journal:
+                blocks.journal, shown.log = stack.enter_context(journal), journal.log_once
         with pool.at_peace({"model": model}), shown:
             tried = Trials(
                 model,
@@ -339,7 +346,7 @@ def search(
                 batch_size=batch_size,
                 folder=where,
                 progress=progress,
-                shard=False,
+                shard=shard,
             )
             results.append((trial.configuration, where, judged))
         result = Search(
@@ -360,10 +367,15 @@ def search(
             },
         )
         if folder is not None:
-            result.save(folder)
-            blocks.journal.log(f"finished: {result.sentence}")
-            blocks.journal.finish()
+            processes.first(lambda: _finish(result, folder, journal))
     return result
+
+
+def _finish(result: Search, folder: Path, journal: Journal) -> None:
+    """The result takes the unfinished run's place."""
+    result.save(folder)
+    journal.log(f"finished: {result.sentence}")
+    journal.finish()
 
 
 def walk(tried: Trials, sites: Sequence[str], kinds: Sequence[str], chance: random.Random) -> tuple[list[Trial], str]:
@@ -380,13 +392,13 @@ def walk(tried: Trials, sites: Sequence[str], kinds: Sequence[str], chance: rand
         while here[k] is not before:
             before = here[k]
             for site in chance.sample(sites, len(sites)):
-                for configuration in moves.at(here[k].configuration, site, sites, kinds):
-                    here[k] = max(here[k], tried.try_out(configuration), key=lambda trial: trial.score)
+                for trial in tried.try_out(moves.at(here[k].configuration, site, sites, kinds)):
+                    here[k] = max(here[k], trial, key=lambda trial: trial.score)
                 yield
 
     try:
-        for configuration in moves.starts(sites, kinds):
-            tried.try_out(configuration)
+        for _ in tried.try_out(moves.starts(sites, kinds)):
+            pass
         here += sorted((tried.base, *tried.made.values()), key=lambda trial: trial.score, reverse=True)[:STARTS]
         ascents = [ascend(k) for k in range(len(here))]
         while ascents:

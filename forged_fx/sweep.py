@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -24,11 +23,12 @@ from forged_fx.evaluate import checks, fingerprint, gradients, pool, report
 from forged_fx.evaluate.attacks import choose
 from forged_fx.evaluate.blocks import Blocks
 from forged_fx.evaluate.extras import need
-from forged_fx.evaluate.journal import UNFINISHED, Journal, check
+from forged_fx.evaluate.journal import Journal, agree, begin
 from forged_fx.evaluate.result import Side
 from forged_fx.evaluate.statistics import LEVEL, compare, holm
 from forged_fx.evaluate.threat import Threat
 from forged_fx.files import whole
+from forged_fx.processes import joined
 from forged_fx.rows import keep
 from forged_fx.stats import Ratio, Stats
 from forged_fx.throughput import interleave
@@ -120,9 +120,13 @@ class Sweep:
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Sweep":
         """Read what `save` wrote. ValueError for anything else."""
-        path = Path(folder) / RECORD
+        return cls.parse({RECORD: checked.read(Path(folder) / RECORD)}, str(folder))
+
+    @classmethod
+    def parse(cls, files: dict[str, bytes], where: str) -> "Sweep":
+        """What is in these files, of the folder of this name. ValueError for anything else."""
         try:
-            record = checked.parse(checked.read(path))
+            record = checked.parse(files[RECORD])
             if not isinstance(record, dict) or record.pop("format", None) != FORMAT:
                 raise ValueError(f"its format is not {FORMAT}")
             record.pop("sentence")
@@ -137,7 +141,7 @@ class Sweep:
                 raise ValueError("it has no point")
             return checked.build(cls, record, "sweep", points=points, threat=threat)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} holds no sweep: {error}") from error
+            raise ValueError(f"{Path(where) / RECORD} holds no sweep: {error}") from error
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """A picture: accuracies above, shares and throughput below, a column per kind. SVG, PNG or PDF, by suffix."""
@@ -190,6 +194,7 @@ def sweep(
     exclude: str | Iterable[str] | None = None,
     folder: str | os.PathLike[str] | None = None,
     progress: bool | None = None,
+    shard: bool | None = None,
 ) -> Sweep:
     """Forge `model` at each ratio and kind, and judge all of them and `model` itself under one pool of examples.
 
@@ -201,6 +206,8 @@ def sweep(
         model: a classifier, x -> logits (n, classes).
         batches: what to calibrate on, as `forged_fx.calibrate` takes it, or its result.
         x, y, eps, norm, attacks, seed, batch_size, progress: as in `forged_fx.evaluate`.
+        shard: as there; of processes that share a sweep each calibrates on the batches that it is given, see
+            `forged_fx.calibrate`, and process 0 alone takes the times.
         ratios: of every kind, or by kind: {"hard": [2**-7], "clamp": [0.7, 0.5]}.
         kinds: names from `forged_fx.kinds.KINDS`.
         rounds: of timing, see `forged_fx/throughput.py`, eager, on the first `batch_size` inputs; 0: none.
@@ -219,7 +226,7 @@ def sweep(
     grid = [(kind, ratio) for kind in kinds for ratio in (ratios[kind] if isinstance(ratios, Mapping) else ratios)]
     if not grid or len(set(grid)) < len(grid):
         raise ValueError(f"kinds={list(kinds)}, ratios={ratios}: at least one point, and none twice")
-    stats = batches if isinstance(batches, Stats) else calibrate(model, batches, channels="mean" in kinds)
+    stats = batches if isinstance(batches, Stats) else calibrate(model, batches, channels="mean" in kinds, shard=shard)
     sites, _ = select(stats, include, exclude)
     forged = {
         f"{kind} {written(ratio)}": Configuration.uniform(sites, kind, ratio).forge(model, stats, ((x[:8],), {}))
@@ -237,29 +244,30 @@ def sweep(
         "versions": {name: version(name) for name in ("forged_fx", "pyautoattack", "torch")},
     }
     with ExitStack() as stack:
-        blocks, shown = Blocks(seed), report.Progress(progress)
+        processes = stack.enter_context(joined(shard, "sweep"))
+        agree(processes, call)
+        blocks, shown = Blocks(seed, processes), report.Progress(progress if processes.rank == 0 else False)
         if folder is not None:
-            if (Path(folder) / RECORD).exists():
-                found = Sweep.load(folder)
-                check(found.facts["call"], call, Path(folder))
-                shutil.rmtree(Path(folder) / UNFINISHED, ignore_errors=True)  # killed when all was written
-                return found
-            blocks.journal = stack.enter_context(Journal(folder, call | {"command": list(sys.argv)}))
-            shown.log = blocks.journal.log_once
-            stats.save(Path(folder) / STATISTICS)
+            asked = call | {"command": list(sys.argv)}
+            journal, finished = begin(folder, asked, processes, RECORD, Sweep.parse)
+            if finished:
+                return finished
+            if journal:
+                blocks.journal, shown.log = stack.enter_context(journal), journal.log_once
+            processes.first(lambda: stats.save(Path(folder) / STATISTICS))
         stack.enter_context(pool.at_peace(models))
         stack.enter_context(shown)
         sides = pool.judge(
             models, x, y, threat, plan, bpda=gradients.straight_through(), blocks=blocks, batch_size=batch_size,
             progress=shown,
         )  # fmt: skip
-        speeds = _speeds(models, x[:batch_size], rounds) if rounds else {}
+        timed = processes.first(lambda: json.dumps(_speeds(models, x[:batch_size], rounds)).encode())
         result = Sweep(
             n=len(x),
             threat=threat,
             **_counts(sides[BASE]),
             sites=sites,
-            points=_points(grid, forged, sides, stats, speeds),
+            points=_points(grid, forged, sides, stats, json.loads(timed)),
             facts={
                 "call": call,
                 "command": list(sys.argv),
@@ -270,15 +278,20 @@ def sweep(
             },
         )
         if folder is not None:
-            tensors: dict[str, Tensor] = {}
-            for name, side in sides.items():
-                tensors |= {f"{name}.broken_by": side.broken_by, f"{name}.x": side.examples.contiguous()}
-            with whole(Path(folder) / EXAMPLES) as path:
-                need("safetensors.torch").save_file(tensors, path)
-            result.save(folder)
-            blocks.journal.log(f"finished: {result.sentence}")
-            blocks.journal.finish()
+            processes.first(lambda: _finish(result, sides, Path(folder), journal))
     return result
+
+
+def _finish(result: Sweep, sides: Mapping[str, Side], folder: Path, journal: Journal) -> None:
+    """The result takes the unfinished run's place, with the examples of each model."""
+    tensors: dict[str, Tensor] = {}
+    for name, side in sides.items():
+        tensors |= {f"{name}.broken_by": side.broken_by, f"{name}.x": side.examples.contiguous()}
+    with whole(folder / EXAMPLES) as path:
+        need("safetensors.torch").save_file(tensors, path)
+    result.save(folder)
+    journal.log(f"finished: {result.sentence}")
+    journal.finish()
 
 
 def _counts(side: Side) -> dict[str, int]:
@@ -318,7 +331,10 @@ def shares_changed(forged: nn.Module, stats: Stats) -> tuple[float | None, float
 
 
 def _speeds(models: Mapping[str, nn.Module], x: Tensor, rounds: int) -> dict[str, tuple[float, float, float]]:
-    """Of each model but the base: throughput as a share of the base's, its median and quartiles."""
+    """Of each model but the base: throughput as a share of the base's, its median and quartiles. Of none without
+    rounds."""
+    if not rounds:
+        return {}
     device = checks.device_of(models[BASE], x.device)
     batch = x.to(device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None

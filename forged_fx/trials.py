@@ -3,10 +3,12 @@
 It ranks, and proves nothing: what `evaluate` finds is what counts.
 """
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from forged_fx.configuration import Configuration
 from forged_fx.evaluate import checks, fingerprint, further, gradients
 from forged_fx.evaluate.attacks import Setting, toolbox
-from forged_fx.evaluate.blocks import Blocks, Fields, Outcome
+from forged_fx.evaluate.blocks import Blocks, Fields, Job, Outcome
 from forged_fx.evaluate.gradients import Context, Logits
 from forged_fx.evaluate.report import Progress
 from forged_fx.evaluate.threat import Threat
@@ -94,7 +96,7 @@ class Trials:
             margins, worst = self._attack(self.model, x, y, [nullcontext])
             return {"margins": margins, "examples": worst.cpu(), "right": _lead(self.model(x), y) > 0}
 
-        found, seconds = self._all("base", torch.arange(len(self.x)), attack, BEGUN)
+        ((found, seconds),) = self._all([Job("base", torch.arange(len(self.x)), attack, BEGUN)])
         margins, right, self.examples = found["margins"], found["right"], found["examples"]
         nearest = margins.abs().masked_fill(~right, math.inf).argsort(stable=True)
         self.near = nearest[: min(NEAR, int(right.sum()))].sort().values
@@ -104,58 +106,70 @@ class Trials:
         self.least = int(right.sum()) - max_natural_loss * len(self.x)
         self.base = self._trial(Configuration(), margins[self.near], int(right.sum()), seconds)
 
-    def try_out(self, configuration: Configuration) -> Trial:
-        """Its trial: made now, or before. Raises Spent where a new one would go beyond the budget."""
-        if not configuration.places:
-            return self.base
-        if configuration not in self.made:
-            if len(self.made) >= self.budget or self.spent >= self.seconds:
-                raise Spent
-            self.made[configuration] = trial = self._make(configuration)
-            self.progress.advance(1)
-            natural = f"natural {trial.natural}" + ("" if trial.fit else ", too few")
-            self.progress.log(f"{configuration}: {trial.standing} stand, margin {trial.margin:+.3f}, {natural}")
-        return self.made[configuration]
+    def try_out(self, configurations: Iterable[Configuration]) -> Iterator[Trial]:
+        """Their trials, in order: made before, or now, as many at once as there are processes.
 
-    def _make(self, configuration: Configuration) -> Trial:
-        forged: list[nn.Module] = []  # only where something is left to do
+        Raises Spent where a new one would go beyond the budget.
+        """
+        wanted = list(configurations)
+        for configuration in wanted:
+            if configuration.places and configuration not in self.made:
+                new = [one for one in dict.fromkeys(wanted) if one.places and one not in self.made]
+                team = new[: min(self.blocks.processes.size, self.budget - len(self.made))]
+                if not team or self.spent >= self.seconds:
+                    raise Spent
+                self._make(team)
+            yield self.made[configuration] if configuration.places else self.base
 
-        def module() -> nn.Module:
-            if not forged:
-                forged.append(configuration.forge(self.model, self.stats, self.example))
-            return forged[0]
+    def _make(self, team: Sequence[Configuration]) -> None:
+        @functools.cache  # only where something is left to do
+        def forged(configuration: Configuration) -> nn.Module:
+            return configuration.forge(self.model, self.stats, self.example)
 
-        def ask(indices: Tensor) -> Outcome:
+        def ask(configuration: Configuration, indices: Tensor) -> Outcome:
             x, y = self._inputs(indices)
-            logits = torch.cat([module()(part) for part in x.split(self.batch_size)])
+            logits = torch.cat([forged(configuration)(part) for part in x.split(self.batch_size)])
             return {"right": _lead(logits, y) > 0}
 
-        def attack(indices: Tensor) -> Outcome:
-            x, y = self._inputs(indices)
-            shown = _lead(module()(self.examples[indices].to(self.device)), y)  # the base's: transfer
-            margins, _ = self._attack(module(), x, y, [nullcontext, gradients.straight_through()])
+        def attack(configuration: Configuration, indices: Tensor) -> Outcome:
+            (x, y), module = self._inputs(indices), forged(configuration)
+            shown = _lead(module(self.examples[indices].to(self.device)), y)  # the base's: transfer
+            margins, _ = self._attack(module, x, y, [nullcontext, gradients.straight_through()])
             return {"margins": margins.minimum(shown)}
 
-        name = fingerprint.of_tensors([("configuration", configuration.record())])[:16]
-        asked, seconds = self._all(f"{name} natural", torch.arange(len(self.x)), ask, RIGHT)
-        natural = int(asked["right"].sum())
-        if natural < self.least:
-            return self._trial(configuration, torch.full((len(self.near),), -math.inf), natural, seconds)
-        found, more = self._all(f"{name} attacked", self.near, attack, MARGINS)
-        return self._trial(configuration, found["margins"], natural, seconds + more)
+        def all_of(
+            few: Sequence[Configuration], what: str, indices: Tensor, work: Callable[..., Outcome], fields: Fields
+        ) -> dict[Configuration, tuple[Outcome, float]]:
+            names = [fingerprint.of_tensors([("configuration", one.record())])[:16] for one in few]
+            pairs = zip(few, names, strict=True)
+            jobs = [Job(f"{name} {what}", indices, partial(work, one), fields) for one, name in pairs]
+            return dict(zip(few, self._all(jobs), strict=True))
+
+        asked = all_of(team, "natural", torch.arange(len(self.x)), ask, RIGHT)
+        natural = {one: int(outcome["right"].sum()) for one, (outcome, _) in asked.items()}
+        fit = [one for one in team if natural[one] >= self.least]
+        attacked = all_of(fit, "attacked", self.near, attack, MARGINS)
+        unfit = {"margins": torch.full((len(self.near),), -math.inf)}, 0.0
+        for one in team:
+            outcome, seconds = attacked.get(one, unfit)
+            self.made[one] = trial = self._trial(one, outcome["margins"], natural[one], asked[one][1] + seconds)
+            self.progress.advance(1)
+            said = f"natural {trial.natural}" + ("" if trial.fit else ", too few")
+            self.progress.log(f"{one}: {trial.standing} stand, margin {trial.margin:+.3f}, {said}")
 
     def _trial(self, configuration: Configuration, margins: Tensor, natural: int, seconds: float) -> Trial:
         standing, margin = int((margins > 0).sum()), float((margins / self.scale).clamp(-1, 1).mean())
         return Trial(configuration, standing, margin, natural, natural >= self.least, seconds)
 
-    def _all(
-        self, name: str, indices: Tensor, work: Callable[[Tensor], Outcome], fields: Fields
-    ) -> tuple[Outcome, float]:
-        """Every block's outcome, put together, and the seconds that they took."""
-        outcomes = [outcome for _, outcome in self.blocks.run(name, indices, work, fields)]
-        seconds = sum(float(outcome["seconds"]) for outcome in outcomes)
-        self.spent += seconds
-        return {key: torch.cat([outcome[key] for outcome in outcomes]) for key in fields}, seconds
+    def _all(self, jobs: Sequence[Job]) -> list[tuple[Outcome, float]]:
+        """Of each job every block's outcome, put together, and the seconds that they took."""
+        found: dict[str, list[Outcome]] = {job.name: [] for job in jobs}
+        for job, _, outcome in self.blocks.run_all(jobs):
+            found[job.name].append(outcome)
+        seconds = [sum(float(outcome["seconds"]) for outcome in found[job.name]) for job in jobs]
+        self.spent += sum(seconds)
+        whole = [{key: torch.cat([part[key] for part in found[job.name]]) for key in job.fields} for job in jobs]
+        return list(zip(whole, seconds, strict=True))
 
     def _inputs(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         x, y = self.x[indices.to(self.x.device)], self.y[indices.to(self.y.device)]

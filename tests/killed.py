@@ -55,19 +55,20 @@ def calibrate(folder):
     stats.save(folder / "stats")
 
 
-def sweep(folder):
+def sweep(folder, share=slice(None), **options):
+    """share: which of two batches this process calibrates on."""
     hurry(6)
     base, x = linear(classes=4), inputs(24)
     y = base(x).argmax(1)
-    options = {"eps": 0.1, "ratios": (2**-6, 0.25), "attacks": ["step"], "rounds": 0}
-    forged_fx.sweep(base, [x], x, y, **options, folder=folder, progress=False)
+    options = {"eps": 0.1, "ratios": (2**-6, 0.25), "attacks": ["step"], "rounds": 0, "folder": folder} | options
+    return forged_fx.sweep(base, x.split(12)[share], x, y, **options, progress=False)
 
 
-def search(folder):
+def search(folder, **options):
     hurry(6)
     base, x = linear(classes=4), inputs(24)
     y = base(x).argmax(1)
-    stats = forged_fx.calibrate(base, [x])
+    stats = forged_fx.calibrate(base, [x], shard=False)
     options = {
         "eps": 0.1,
         "attacks": ["step"],
@@ -75,8 +76,9 @@ def search(folder):
         "budget": 6,
         "finalists": 1,
         "max_natural_loss": 0.5,
-    }
-    forged_fx.search(base, stats, x, y, **options, folder=folder, progress=False)
+        "folder": folder,
+    } | options
+    return forged_fx.search(base, stats, x, y, **options, progress=False)
 
 
 # name -> (the work, what counts as a part of it: a function of a module or class)

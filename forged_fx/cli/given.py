@@ -10,7 +10,7 @@ from torch import nn
 import forged_fx
 from forged_fx.cli import options
 from forged_fx.cli.output import note
-from forged_fx.sources import DATA, Images, Model, load_data, load_model
+from forged_fx.sources import DATA, Batches, Images, Model, load_data, load_model
 from forged_fx.sources.classifier import device_of
 
 
@@ -38,6 +38,11 @@ def images(name: str, split: str | None, resize: str | None, usual: str) -> Imag
     """The images that the arguments name. usual: the split that the command is for, where the data has splits."""
     source = DATA.get(name.partition(":")[0])
     return load_data(name, split or (usual if source is not None and source.splits else None), resize)
+
+
+def share(batches: Batches) -> Batches:
+    """Of processes that torchrun started every n-th batch is this one's; else all are."""
+    return batches[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
 
 
 def forged(

@@ -43,14 +43,14 @@ def run(
     """Look for kinds, sites and ratios that make a model more robust, and confirm what is found on other images.
 
     Calibrates the model first; half of the images are kept for the confirmation. Exit code 0: something beats the base;
-    3: nothing does. docs/search.md says how to read it.
+    3: nothing does. Under torchrun it is shared by all processes. docs/search.md says how to read it.
     """
     import forged_fx
     from forged_fx.cli import given, output
 
     found = given.model(model, weights, normalize, device).classifier()
     x, y = given.images(data, split, resize, usual="test").tensors(limit)
-    seen = given.images(calibrate or data, None, resize, usual="train").batches(batch, calibrate_limit)
+    seen = given.share(given.images(calibrate or data, None, resize, usual="train").batches(batch, calibrate_limit))
     chosen = [kind.strip() for kind in kinds.split(",")] if kinds is not None else None
     given_only = {"kinds": chosen, "seconds": seconds, "finalists": finalists}
     with output.resumable(folder):

@@ -38,14 +38,14 @@ def run(
 ) -> None:
     """Forge a model at several ratios and kinds, and judge all of them under one pool of adversarial examples.
 
-    Calibrates the model first. docs/sweep.md says how to read it.
+    Calibrates the model first. Under torchrun it is shared by all processes. docs/sweep.md says how to read it.
     """
     import forged_fx
     from forged_fx.cli import given, output
 
     found = given.model(model, weights, normalize, device)
     x, y = given.images(data, split, resize, usual="test").tensors(limit)
-    seen = given.images(calibrate or data, None, resize, usual="train").batches(batch, calibrate_limit)
+    seen = given.share(given.images(calibrate or data, None, resize, usual="train").batches(batch, calibrate_limit))
     chosen = [kind.strip() for kind in kinds.split(",")]
     with output.resumable(folder):
         result = forged_fx.sweep(

@@ -6,7 +6,8 @@ That is why a block's outcome may come from the journal of an earlier run, or fr
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,6 +36,30 @@ def misfits(outcome: Outcome, fields: Fields) -> str:
     return ", ".join(sorted(key for key in outcome.keys() | fields.keys() if not fits(key)))
 
 
+@dataclass(frozen=True)
+class Job:
+    """The same work on every block of some inputs.
+
+    name: tells it from all other in the run. indices: the inputs, (n,) int64. work: is given a block of them, (k,); it
+    must depend on nothing that another block's work changes. fields: what its outcome holds, by which what comes from
+    the journal is checked; None: it is not kept there.
+    """
+
+    name: str
+    indices: Tensor
+    work: Callable[[Tensor], Outcome]
+    fields: Fields | None
+
+
+@dataclass(frozen=True)
+class Task:
+    """One block of a job: the number-th."""
+
+    job: Job
+    number: int
+    block: Tensor
+
+
 class Blocks:
     """journal: where finished blocks are kept, in process 0 if at all."""
 
@@ -44,64 +69,65 @@ class Blocks:
     def run(
         self, name: str, indices: Tensor, work: Callable[[Tensor], Outcome], fields: Fields | None
     ) -> Iterator[tuple[Tensor, Outcome]]:
-        """Yields (block, work(block)) for each block of `indices`, in order; "seconds" is added to the outcome.
+        """Yields (block, work(block)) for each block of a `Job`, in order; "seconds" is added to the outcome."""
+        for _, block, outcome in self.run_all([Job(name, indices, work, fields)]):
+            yield block, outcome
 
-        name: tells this work from all other in the evaluation. work: is given a block of indices, (k,) int64; it must
-        depend on nothing that another block's work changes. fields: what its outcome holds, by which what comes
-        from the journal is checked; None: it is not kept there.
-        """
-        blocks = indices.split(BLOCK) if len(indices) else ()
-        journal = self.journal if fields else None
-        known = self._known(journal, name, len(blocks)) if fields else {}
-        todo = [number for number in range(len(blocks)) if number not in known]
-        done: dict[int, bytes] = {}
-        for number, block in enumerate(blocks):
-            if number in known:
-                data = self.processes.first(lambda number=number: known[number])
+    def run_all(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Tensor, Outcome]]:
+        """Several jobs that do not depend on each other: the first block of each, then the second of each, and so on.
+        So of as many processes as jobs each has one."""
+        blocks = [job.indices.split(BLOCK) if len(job.indices) else () for job in jobs]
+        rounds = range(max(map(len, blocks), default=0))
+        tasks = [Task(job, k, mine[k]) for k in rounds for job, mine in zip(jobs, blocks, strict=True) if k < len(mine)]
+        known = {job.name: self._known(job, len(mine)) for job, mine in zip(jobs, blocks, strict=True)}
+        todo = [task for task in tasks if task.number not in known[task.job.name]]
+        done: dict[tuple[str, int], bytes] = {}
+        for task in tasks:
+            name, number = key = task.job.name, task.number
+            if number in known[name]:
+                data = self.processes.first(lambda name=name, number=number: known[name][number])
             else:
-                if number not in done:
+                if key not in done:
                     team, todo = todo[: self.processes.size], todo[self.processes.size :]
-                    done = self._together(journal, name, team, blocks, work)
-                data = done[number]
-            outcome = need("safetensors.torch").load(data)
+                    done = self._together(team)
+                data = done[key]
+            outcome, fields = need("safetensors.torch").load(data), task.job.fields
             if fields and (wrong := misfits(outcome, fields | OWN)):
                 raise ValueError(f"{name}: its file in the unfinished run holds {wrong}; choose another folder")
-            if not torch.equal(outcome.pop("block"), block):
+            if not torch.equal(outcome.pop("block"), task.block):
                 raise ValueError(
                     f"{name}: other inputs stand than in the unfinished run, so the model's code or its arithmetic "
                     "has changed since; choose another folder"
                 )
-            yield block, outcome
+            yield task.job, task.block, outcome
 
-    def _known(self, journal: Journal | None, name: str, count: int) -> dict[int, bytes]:
+    def _known(self, job: Job, count: int) -> dict[int, bytes]:
         """What the journal has; in processes other than 0 the numbers only."""
-        mine = journal.recall(name, count) if journal else {}
+        if not job.fields:
+            return {}
+        mine = self.journal.recall(job.name, count) if self.journal else {}
         numbers = self.processes.first(lambda: b"".join(number.to_bytes(8, "big") for number in mine))
         return {k: mine.get(k, b"") for k in (int.from_bytes(numbers[i : i + 8]) for i in range(0, len(numbers), 8))}
 
-    def _together(
-        self,
-        journal: Journal | None,
-        name: str,
-        team: list[int],
-        blocks: tuple[Tensor, ...],
-        work: Callable[[Tensor], Outcome],
-    ) -> dict[int, bytes]:
-        """Each process does one block of the team; all get all outcomes."""
+    def _together(self, team: list[Task]) -> dict[tuple[str, int], bytes]:
+        """Each process does one task of the team; all get all outcomes."""
 
         def mine() -> bytes:
-            return self._do(blocks[team[self.processes.rank]], work)
+            task = team[self.processes.rank]
+            return self._do(task.block, task.job.work)
 
         error, answer = attempt(mine) if self.processes.rank < len(team) else (None, b"")
-        answers = self.processes.gather(answer, name)[: len(team)]
-        if journal:
-            for number, answer in zip(team, answers, strict=True):
-                if answer[:1] == b"+":
-                    journal.keep(name, number, answer[1:])
+        answers = self.processes.gather(answer, team[0].job.name)[: len(team)]
+        for task, answer in zip(team, answers, strict=True):
+            if self.journal and task.job.fields and answer[:1] == b"+":
+                self.journal.keep(task.job.name, task.number, answer[1:])
         if error:
             raise error
-        who = f"process {{}} of {self.processes.size}, {name}"
-        return {k: result(answer, who.format(rank)) for rank, (k, answer) in enumerate(zip(team, answers, strict=True))}
+        who = f"process {{}} of {self.processes.size}, {{}}"
+        return {
+            (task.job.name, task.number): result(answer, who.format(rank, task.job.name))
+            for rank, (task, answer) in enumerate(zip(team, answers, strict=True))
+        }
 
     def _do(self, block: Tensor, work: Callable[[Tensor], Outcome]) -> bytes:
         began = time.perf_counter()

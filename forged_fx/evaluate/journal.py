@@ -12,12 +12,13 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from forged_fx import checked
@@ -30,6 +31,7 @@ UNFINISHED, LOG = "unfinished", "log.txt"
 MOST = 2**33  # bytes of a block's file
 STAMP = "%Y-%m-%d %H:%M:%SZ"
 
+Found = TypeVar("Found")
 Call = dict[str, Any]  # what was asked, as JSON has it: two runs of equal calls have equal results
 
 
@@ -135,6 +137,43 @@ class Journal:
         self._lock.release()
 
 
+def begin(
+    folder: str | os.PathLike[str],
+    asked: Call,
+    processes: Processes,
+    record: str,
+    parse: Callable[[dict[str, bytes], str], Found],
+    *,
+    read: Callable[[Path], dict[str, bytes]] | None = None,
+    call_of: Callable[[Found], Call] = lambda found: found.facts["call"],
+) -> tuple[Journal | None, Found | None]:
+    """The journal to work with, in process 0; or the result, in every process, if the folder holds it already.
+
+    record: the file that only a folder with a result has. parse: the result that files hold, name -> content, in the
+    folder of this name. read: these files, by default the record alone. call_of: what was asked of a result.
+    FileExistsError if the folder holds the run of another call.
+    """
+    folder, journal = Path(folder), None
+
+    def open_folder() -> bytes:
+        nonlocal journal
+        if not (folder / record).exists():
+            journal = Journal(folder, asked)
+            return b""
+        files = read(folder) if read else {record: checked.read(folder / record)}
+        check(call_of(parse(files, str(folder))), asked, folder)
+        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)  # killed when all was written
+        return need("safetensors.torch").save(
+            {name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in files.items()}
+        )
+
+    packed = processes.first(open_folder)
+    if not packed:
+        return journal, None
+    files = need("safetensors.torch").load(packed)
+    return None, parse({name: data.numpy().tobytes() for name, data in files.items()}, str(folder))
+
+
 def pack(tensors: dict[str, Tensor]) -> bytes:
     """As safetensors, with a sum by which `intact` knows a damaged file."""
     tensors = {key: value.contiguous() for key, value in tensors.items()}
@@ -178,7 +217,7 @@ def agree(processes: Processes, call: Call) -> None:
         for name, first, mine in differences(calls[0], one)
     }
     if different:
-        raise ValueError(f"the processes that share an evaluation make different calls: {'; '.join(sorted(different))}")
+        raise ValueError(f"the processes that share a run make different calls: {'; '.join(sorted(different))}")
 
 
 def differences(there: Any, here: Any, name: str = "") -> Iterator[tuple[str, str, str]]:

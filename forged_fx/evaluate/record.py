@@ -9,7 +9,6 @@ timing.json            how long each row took, and on what; apart, because it is
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from forged_fx import checked
-from forged_fx.evaluate import checks, fingerprint
+from forged_fx.evaluate import checks, fingerprint, journal
 from forged_fx.evaluate.extras import need
 from forged_fx.evaluate.gallery import SHOWN, Gallery
-from forged_fx.evaluate.journal import UNFINISHED, Call, Journal, check
+from forged_fx.evaluate.journal import UNFINISHED, Call, Journal
 from forged_fx.evaluate.result import KINDS, STANDING, Finding, Result, Row, Side
 from forged_fx.evaluate.threat import Threat
 from forged_fx.files import whole
@@ -62,36 +61,15 @@ def call_of(result: Result) -> Call:
 
 
 def begin(folder: str | os.PathLike[str], asked: Call, processes: Processes) -> tuple[Journal | None, Result | None]:
-    """The journal to work with, in process 0; or the result, in every process, if the folder holds it already.
-
-    FileExistsError if the folder holds the run of another call.
-    """
-    journal = None
-
-    def open_folder() -> bytes:
-        nonlocal journal
-        if not (Path(folder) / RECORD).exists():
-            journal = Journal(folder, asked)
-            return b""
-        check(call_of(load(folder)), asked, Path(folder))
-        shutil.rmtree(Path(folder) / UNFINISHED, ignore_errors=True)  # killed when all was written
-        files = {name: (Path(folder) / name) for name in (RECORD, EXAMPLES, TIMING)}
-        data = {name: bytearray(path.read_bytes()) for name, path in files.items() if path.exists()}
-        return need("safetensors.torch").save({k: torch.frombuffer(v, dtype=torch.uint8) for k, v in data.items()})
-
-    packed = processes.first(open_folder)
-    if not packed:
-        return journal, None
-    files = need("safetensors.torch").load(packed)
-    return journal, parse({name: data.numpy().tobytes() for name, data in files.items()}, str(folder))
+    """See `journal.begin`."""
+    return journal.begin(folder, asked, processes, RECORD, parse, read=_read, call_of=call_of)
 
 
-def finish(result: Result, folder: str | os.PathLike[str], journal: Journal) -> bytes:
-    """The result takes the unfinished run's place. (Returns nothing that counts: see `Processes.first`.)"""
+def finish(result: Result, folder: str | os.PathLike[str], unfinished: Journal) -> None:
+    """The result takes the unfinished run's place."""
     save(result, folder, overwrite=True)
-    journal.log(f"finished: {result.verdict}: {result.sentence}")
-    journal.finish()
-    return b""
+    unfinished.log(f"finished: {result.verdict}: {result.sentence}")
+    unfinished.finish()
 
 
 def headline(result: Result) -> dict[str, Any]:
