@@ -51,6 +51,7 @@ def cases(batch: int = 32, side: int = 56, length: int = 197) -> dict[str, Case]
         "batch norm, relu, band": _elementwise(image, *BN, "limit", activation="relu", function="band"),
         "residual; kept": _elementwise(tokens, "residual", keep="value"),
         "layer norm 768": _norm(tokens, "weight", "bias"),
+        "layer norm over 96 channels": _norm((batch, 96, side, side), "weight", "bias", channels_first=True),
         "layer norm 768, clamp": _norm(tokens, "weight", "bias", function="clamp"),
         "residual, layer norm 768; kept": _norm(tokens, "residual", "weight", "bias", keep="sum"),
         "residual, layer norm 384; kept": _norm((batch, length, 384), "residual", "weight", "bias", keep="sum"),
@@ -79,7 +80,8 @@ def _elementwise(shape: tuple[int, ...], *more: str, last: bool = True, **fixed:
 
 
 def _norm(shape: tuple[int, ...], *more: str, **fixed: Any) -> Case:
-    return _fused(norm, "norm_threshold", {**fixed, "shape": [shape[-1]]}, _tensors(shape, *more, channels=shape[-1]))
+    over = shape[1 if fixed.get("channels_first") else -1]
+    return _fused(norm, "norm_threshold", {**fixed, "shape": [over]}, _tensors(shape, *more, channels=over))
 
 
 def _fused(module: ModuleType, name: str, fixed: dict[str, Any], make: Callable) -> Case:

@@ -151,8 +151,9 @@ def _inductor_row(name: str, dtype: torch.dtype, arch: int, kernel: Any, x: Tens
     launch = aot.Launch(kernel.fn, signature, constants, frozenset(aligned), config.num_warps, programs=0, tensors={})
     figures = aot.figures(launch.compiled_for(arch))
     block = math.prod(size for key, size in config.kwargs.items() if key in ("XBLOCK", "YBLOCK", "ZBLOCK"))
-    rows = x.numel() // x.shape[-1] if "r0_" in kernel.size_hints else x.numel()
-    read = sum(key in ("residual", "grad") for key in CASES[name].make(dtype, "meta")) + 1
+    given = CASES[name].make(dtype, "meta")
+    rows = x.numel() // given["weight"].numel() if "r0_" in kernel.size_hints else x.numel()
+    read = sum(key in ("residual", "grad") for key in given) + 1
     written = sum(key.startswith(("out_ptr", "in_out_ptr")) for key in signature)
     programs = math.ceil(rows / block)
     row = _row(name, "Inductor", dtype, arch, figures, config.num_warps, programs, x.numel(), read + written, read)

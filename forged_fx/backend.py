@@ -26,7 +26,7 @@ from forged_fx import ops, torch_internals
 from forged_fx.frames import Compilation, Frame, passes
 from forged_fx.hoist import hoist
 from forged_fx.kinds import OWN, choose
-from forged_fx.prologue import offer
+from forged_fx.prologue import Patience, offer
 from forged_fx.rewrite import find_calls, insert_thresholds, nested
 from forged_fx.share import share
 from forged_fx.sites import OPENED, Origin, is_activation, names_of
@@ -68,9 +68,11 @@ def forged(
                 "this model is not forged, and there is no options={'stats': ...}: compiled as it is", stacklevel=2
             )
         share(gm.graph)
-        return compile_fx(gm, inputs, config_patches=patches)
+        with torch_internals.choosing(Patience):
+            return compile_fx(gm, inputs, config_patches=patches)
     frame = _forge_graph(torch_internals.twin(gm), ours)
-    return frame.bind(compile_fx(frame.gm, [*inputs, *frame.examples], config_patches=patches))
+    with torch_internals.choosing(Patience):
+        return frame.bind(compile_fx(frame.gm, [*inputs, *frame.examples], config_patches=patches))
 
 
 def _place(graph: fx.Graph) -> None:

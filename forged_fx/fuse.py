@@ -52,8 +52,23 @@ def _batch_norm(m: Any) -> Arguments | None:
     return {"mean": m.running_mean, "var": m.running_var, "weight": m.weight, "bias": m.bias, "eps": m.eps}
 
 
+def _batch_norm_act(m: Any) -> Arguments | None:
+    """timm's BatchNorm with an activation behind it, which is a module within it."""
+    affine, activation = _batch_norm(m), _row(m.act)
+    usual = type(m.drop) is nn.Identity and activation is not None and activation.role in ("activation", "pass")
+    if affine is None or not usual or has_hooks(m.act) or has_hooks(m.drop):
+        return None
+    more = activation.arguments(m.act)
+    return None if more is None else affine | more
+
+
 def _layer_norm(shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Arguments:
     return {"shape": shape, "weight": weight, "bias": bias, "eps": eps}
+
+
+def _channels_first(m: Any) -> Arguments | None:
+    """A LayerNorm2d, which permutes its input, and permutes it back."""
+    return None if getattr(m, "_fast_norm", False) else {**_LAYER_NORM.arguments(m), "channels_first": True}
 
 
 def _rms_norm(shape: Any, weight: Any = None, eps: float | None = None) -> Arguments:
@@ -85,6 +100,9 @@ MODULES: dict[str, Producer] = {
     "torch.nn.modules.batchnorm.BatchNorm3d": _AFFINE,
     "torch.nn.modules.normalization.LayerNorm": _LAYER_NORM,
     "timm.layers.norm.LayerNorm": Producer("norm", lambda m: None if m._fast_norm else _LAYER_NORM.arguments(m)),
+    "timm.layers.norm_act.BatchNormAct2d": Producer("affine, activation", _batch_norm_act),
+    "timm.layers.norm.LayerNorm2d": Producer("norm", _channels_first),
+    "torchvision.models.convnext.LayerNorm2d": Producer("norm", _channels_first),
     "torch.nn.modules.normalization.RMSNorm": Producer(
         "norm", lambda m: _rms_norm(m.normalized_shape, m.weight, m.eps)
     ),
@@ -132,9 +150,11 @@ ROLES = {
     "add": set(),
     "scale": set(),
     "affine": {"scale"},  # it has a scale itself
-    "norm": {"activation", "add", "scale", "affine"},  # a kernel of its own
+    "affine, activation": {"activation", "add", "scale", "affine"},
+    "norm": {"activation", "add", "scale", "affine", "affine, activation"},  # a kernel of its own
     "first": {"add"},  # there is one residual
 }
+MAPS = ("scale", "affine", "affine, activation")  # the roles that have one parameter per channel
 
 
 # ---- what runs
@@ -181,7 +201,7 @@ def _as_one(x: Tensor, steps: list[Step], keep: int | None) -> tuple[Callable, A
             more = _operand(x, row.role, *more.values())
         if more is None or not _goes_with(found, more):
             return None
-        if row.role in ("scale", "affine") and "residual" in found:
+        if row.role in MAPS and "residual" in found:
             found["add_first"] = True
         found |= more
         roles.append(row.role)
@@ -270,7 +290,7 @@ def _chain(threshold: fx.Node, root: nn.Module) -> tuple[list[_Found], int | Non
     node = threshold.args[0]
     while (step := _step(node, root)) is not None:
         role = step.row.role
-        if role == "add" and {"scale", "affine", "norm"}.intersection(roles):
+        if role == "add" and {*MAPS, "norm"}.intersection(roles):
             role = "first"
         if role != "pass":
             below = [*ROLES].index(role)

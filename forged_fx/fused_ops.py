@@ -2,7 +2,7 @@
 
     elementwise_threshold(x, t, residual, add_first, mean, var, weight, bias, eps, channel, activation, function, limit)
                                              x -> affine -> add -> activation -> threshold
-    norm_threshold(x, t, shape, residual, weight, bias, eps, rms, function, limit)
+    norm_threshold(x, t, shape, residual, weight, bias, eps, rms, function, limit, channels_first)
                                              x -> add -> LayerNorm or RMSNorm -> threshold
 
 `kernels/reference.py` says what the arguments mean. `function` is the forged function that stands in the threshold's
@@ -43,7 +43,8 @@ SCHEMAS = {
     "Tensor? var=None, Tensor? weight=None, Tensor? bias=None, float eps=1e-05, int channel=1, str activation='none', "
     "str function='threshold', Tensor? limit=None",
     "norm_threshold": "Tensor x, Tensor t, int[] shape, Tensor? residual=None, Tensor? weight=None, "
-    "Tensor? bias=None, float? eps=1e-05, bool rms=False, str function='threshold', Tensor? limit=None",
+    "Tensor? bias=None, float? eps=1e-05, bool rms=False, str function='threshold', Tensor? limit=None, "
+    "bool channels_first=False",
 }
 OVERLOADS = {
     "default": "*, bool straight_through=False) -> Tensor",
@@ -112,12 +113,15 @@ def norm_threshold(
     rms: bool = False,
     function: str = "threshold",
     limit: Tensor | None = None,
+    channels_first: bool = False,
     *,
     keep: str | None = None,
     straight_through: bool = False,
 ) -> Result:
     total = x if residual is None else x + residual
-    v = F.rms_norm(total, shape, weight, eps) if rms else F.layer_norm(total, shape, weight, bias, eps)
+    v = total.movedim(1, -1) if channels_first else total
+    v = F.rms_norm(v, shape, weight, eps) if rms else F.layer_norm(v, shape, weight, bias, eps)
+    v = v.movedim(-1, 1) if channels_first else v
     y = ops.FUNCTIONS[function].op(v, *_parameters(t, limit), straight_through)
     return _with_kept(y, {"value": v, "sum": total}.get(keep))
 
@@ -178,8 +182,10 @@ def _check_elementwise(a: dict[str, Any]) -> None:
 
 def _check_norm(a: dict[str, Any]) -> None:
     name, x, shape = "norm_threshold", a["x"], list(a["shape"])
-    if not shape or list(x.shape[-len(shape) :]) != shape:
-        raise ValueError(f"{name}: shape={shape} are not the last dimensions of x, which is {tuple(x.shape)}")
+    over = list(x.shape[1:2] if a["channels_first"] else x.shape[-len(shape) :])
+    if not shape or over != shape:
+        which = "dimension 1" if a["channels_first"] else "the last dimensions"
+        raise ValueError(f"{name}: shape={shape} is not that of {which} of x, which is {tuple(x.shape)}")
     if a["rms"] and a["bias"] is not None:
         raise ValueError(f"{name}: an RMSNorm has no bias; leave it out, or take the LayerNorm with rms=False")
     if a["eps"] is None and not a["rms"]:
@@ -246,7 +252,8 @@ def _elementwise_fits(a: dict[str, Any]) -> bool:
 
 def _norm_fits(a: dict[str, Any]) -> bool:
     fits = math.prod(a["shape"]) <= _kernels("norm_threshold").LONGEST
-    return fits and a["x"].is_contiguous() and _same_kind(a["x"], a["residual"])
+    rows = a["x"].movedim(1, -1) if a["channels_first"] else a["x"]
+    return fits and rows.is_contiguous() and _same_kind(a["x"], a["residual"])
 
 
 def _same_kind(x: Tensor, residual: Tensor | None) -> bool:

@@ -11,6 +11,7 @@ import sys
 import types
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ NAMES = {
     "torch._inductor.list_options": "has Inductor's own options",
     "torch._inductor.lowering": "tells library calls from generated code",
     "torch._inductor.lowering.register_lowering": "makes a threshold a pointwise node",
-    "torch._inductor.virtualized.V": "has the device that code is generated for",
+    "torch._inductor.virtualized.V": "has the graph that code is generated for, and the choices that are made",
     "torch._inductor.virtualized.ops": "has the arithmetic of generated code",
 }
 
@@ -333,6 +334,20 @@ def is_library_call(node: fx.Node) -> bool:
     if node.target is aten.convolution.default and node.args[2] is not None:
         return node.meta["val"].device.type == "cpu"  # on a GPU, a bias is added by a kernel of Inductor's
     return node.target in products or node.target in lowering.fallbacks or node.target not in lowering.lowerings
+
+
+def choosing(wrap: Callable[[Any], Any]) -> AbstractContextManager:
+    """Within it, Inductor's choices are what `wrap` makes of those that it would make."""
+    from torch._inductor.virtualized import V
+
+    return V.set_choices_handler(wrap(V.choices))
+
+
+def offered_as_prologue(node: Any) -> bool:
+    """Whether a node of Inductor's schedule is on its list of prologues worth a try."""
+    from torch._inductor.virtualized import V
+
+    return node.get_operation_names() <= V.graph.invoke_quant_ops
 
 
 def forward_of(graph: fx.Graph) -> Callable:

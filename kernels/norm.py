@@ -96,11 +96,14 @@ def launch_norm_threshold(
     keep: str | None = None,
     function: str = "threshold",
     limit: Tensor | None = None,
+    channels_first: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`reference.norm_threshold` in one kernel launch; float16, bfloat16 or float32, rows of up to LONGEST elements.
 
-    What is not contiguous is copied first.
+    What does not lie in memory row by row is copied first.
     """
+    if channels_first:
+        x, residual = (v if v is None else v.movedim(1, -1) for v in (x, residual))
     x, residual, weight, bias = (v if v is None else v.contiguous() for v in (x, residual, weight, bias))
     y = torch.empty_like(x)
     raw = None if keep is None else torch.empty_like(x)
@@ -113,4 +116,4 @@ def launch_norm_threshold(
                 x, t, limit, y, raw, residual, weight, bias, FLOAT32_EPS if eps is None else eps, rows, columns,
                 RULE=function, RMS=rms, RAW_SUM=keep == "sum", **rule,
             )  # fmt: skip
-    return y, raw
+    return tuple(v.movedim(-1, 1) if channels_first and v is not None else v for v in (y, raw))

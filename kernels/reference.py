@@ -258,6 +258,7 @@ def norm_threshold(
     keep: str | None = None,
     function: str = "threshold",
     limit: Tensor | None = None,
+    channels_first: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`x -> add -> LayerNorm or RMSNorm -> threshold`, in float32; the sum and the norm are rounded to x's dtype.
 
@@ -265,9 +266,14 @@ def norm_threshold(
     (Zhang and Sennrich 2019, arXiv 1910.07467) `x / sqrt(mean of squares + eps) * weight`; eps=None is float32's.
 
     residual: of x's shape and dtype. weight, bias: of the shape `shape`. keep, function, limit: as in
-    `elementwise_threshold`.
-    Returns two new contiguous tensors of x's shape and dtype; the second may be None.
+    `elementwise_threshold`. channels_first: the norm is over dimension 1 instead (a LayerNorm2d).
+    Returns two new tensors of x's shape and dtype, contiguous but that dimension 1 lies innermost with channels_first;
+    the second may be None.
     """
+    if channels_first:
+        x, residual = (v if v is None else v.movedim(1, -1) for v in (x, residual))
+        results = norm_threshold(x, t, shape, residual, weight, bias, eps, rms, keep, function, limit)
+        return tuple(v if v is None else v.movedim(-1, 1) for v in results)
     wide = comparison_dtype(x.dtype)
     x = x.contiguous()
     v = x.to(wide)

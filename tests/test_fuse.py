@@ -196,6 +196,24 @@ def test_a_kind_with_channels_is_not_fused() -> None:
     assert fused.forging.fused == 0 and ran(fused, x) == {"mean": 2}
 
 
+@pytest.mark.parametrize(
+    ("path", "kernel"),
+    [
+        ("torchvision.models.convnext.LayerNorm2d", "norm_threshold"),
+        ("timm.layers.LayerNorm2d", "norm_threshold"),
+        ("timm.layers.BatchNormAct2d", "elementwise_threshold"),
+    ],
+)
+def test_norms_of_other_libraries(path: str, kernel: str) -> None:
+    where, _, name = path.rpartition(".")
+    torch.manual_seed(0)
+    model, x = Net(lambda m, x, last: last(m.same(x))).eval(), torch.randn(4, 3, 8, 8)
+    model.same = getattr(pytest.importorskip(where), name)(6).eval()
+    stats = forged_fx.calibrate(model, [x])
+    plain, fused = (forged_fx.transform(model, stats, RATIO, fuse=fuse) for fuse in (False, True))
+    assert ran(fused, x) == {"threshold": 1, kernel: 1} and torch.equal(fused(x), plain(x))
+
+
 def test_train_mode_is_not_fused(resnet) -> None:
     _, fused, x = resnet
     fused.bn.train()

@@ -160,6 +160,22 @@ def test_norm_is_the_reference(dtype: torch.dtype, shape: list[int], rms: bool) 
         assert ulps(found[0][~differ], expected[0][~differ], at=scale(expected[0][~differ])) <= 4
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_norm_over_channels(layout: torch.memory_format) -> None:
+    x, residual, t = data((2, 24, 5, 3), torch.float16), data((2, 24, 5, 3), torch.float16, 1), torch.tensor(0.2)
+    x = x.contiguous(memory_format=layout)
+    arguments = {"residual": residual, "weight": data((24,), torch.float16, 2), "keep": "sum", "channels_first": True}
+    found = norm.launch_norm_threshold(x, t, [24], **arguments)
+    expected = reference.norm_threshold(x, t, [24], **arguments)
+    for one, other in zip(found, expected, strict=True):
+        assert one.is_contiguous(memory_format=torch.channels_last) and one.stride() == other.stride()
+        assert ulps(one, other, at=scale(other)) <= 4
+    over_last, _ = reference.norm_threshold(
+        x.permute(0, 2, 3, 1), t, [24], residual.permute(0, 2, 3, 1), arguments["weight"]
+    )
+    assert torch.equal(expected[0], over_last.permute(0, 3, 1, 2))
+
+
 def scale(v: Tensor) -> Tensor:
     """Each term of `v * weight + bias` is about this large, whatever is left of their sum."""
     return v.abs().clamp_min(8)

@@ -27,6 +27,10 @@ def batch_norm(x: Tensor) -> Tensor:
     return F.batch_norm(x, BN["mean"], BN["var"], BN["weight"], BN["bias"])
 
 
+def layer_norm_2d(x: Tensor) -> Tensor:
+    return F.layer_norm(x.permute(0, 2, 3, 1), [6], BN["weight"], BN["bias"]).permute(0, 3, 1, 2)
+
+
 # A call of an operator, and the chain that it stands for, written out: x -> (result,) or (result, what is kept).
 CALLS: dict[str, tuple[Callable, Callable]] = {
     "batch norm": (
@@ -60,6 +64,10 @@ CALLS: dict[str, tuple[Callable, Callable]] = {
     "layer norm, soft": (
         lambda x: (norm(x, T, [4], weight=W, bias=B, function="soft"),),
         lambda x: (torch.ops.forged_fx.soft(F.layer_norm(x, [4], W, B), T),),
+    ),
+    "layer norm over channels": (
+        lambda x: norm.keep(x, T, [6], R, BN["weight"], BN["bias"], channels_first=True, keep="sum"),
+        lambda x: (threshold(layer_norm_2d(y := x + R), T), y),
     ),
     "residual + rms norm": (
         lambda x: norm.keep(x, T, [5, 4], R, eps=None, rms=True, keep="sum"),
@@ -142,6 +150,7 @@ def test_exported_programs_have_standard_operators() -> None:
         (lambda: elementwise.keep(X, T, R, keep="both"), ValueError, "keep='both'; it is 'value'.*'sum'"),
         (lambda: elementwise.keep(X, T, keep="value"), ValueError, "is x itself"),
         (lambda: norm(X, T, [5]), ValueError, r"shape=\[5\].*last dimensions"),
+        (lambda: norm(X, T, [5], channels_first=True), ValueError, r"shape=\[5\].*dimension 1 of.*\(2, 6, 5, 4\)"),
         (lambda: norm(X, T, [4], bias=B, rms=True), ValueError, "has no bias"),
         (lambda: norm(X, T, [4], eps=None), ValueError, "LayerNorm needs a number"),
         (lambda: norm(X, torch.ones(2), [4]), TypeError, "0-dim"),
@@ -185,6 +194,11 @@ def test_cuda_launches_the_kernel(on_cuda: list[str]) -> None:
     found = fused_ops._cuda("norm_threshold", X, T, [4], R, W, function="band", limit=LIMIT, keep="sum")
     expected = norm.keep(X, T, [4], R, W, function="band", limit=LIMIT, keep="sum")
     assert all(map(functools.partial(torch.allclose, atol=1e-5), found, expected))
+    last = X.contiguous(memory_format=torch.channels_last)
+    found = fused_ops._cuda("norm_threshold", last, T, [6], channels_first=True)
+    expected = norm(last, T, [6], channels_first=True)
+    assert found.stride() == expected.stride() and torch.allclose(found, expected, atol=1e-5)
+    assert on_cuda.count("norm_threshold") == 4  # (it is asked for the longest row, too)
 
 
 def test_cuda_runs_the_chain_for_what_the_kernel_lays_out_otherwise(on_cuda: list[str]) -> None:
