@@ -395,8 +395,6 @@ def _record(function: type[_Masked], op: Callable, *args: Any) -> Tensor:
     if tracked or forward_ad._current_level >= 0:
         with enable_single_level_autograd_function():
             return function.apply(*args)
-    if op in _CPU and torch._C._dispatch_keys(args[0]) == _PLAIN and not _modes_listen():
-        return _CPU[op](*args)  # what the dispatcher would come to, without another round of it: a third of the call
     return _run(op, *args)
 
 
@@ -405,16 +403,25 @@ def _modes_listen() -> bool:
     return bool(torch._C._len_torch_dispatch_stack()) or torch._C._functorch.maybe_current_level() is not None
 
 
+def _is_plain(op: Callable, x: Tensor) -> bool:
+    """Whether an operator comes to plain code on this tensor, and nothing else is to see it."""
+    return op in _CPU and torch._C._dispatch_keys(x) == _PLAIN and not _modes_listen()
+
+
 _PLAIN = torch._C._dispatch_keys(torch.empty(0))  # of an ordinary CPU tensor
 _CPU: dict[Callable, Callable] = {}
 
 
 def _run(op: Callable, *args: Any) -> Tensor:
+    if _is_plain(op, args[0]):
+        return _CPU[op](*args)  # what the dispatcher would come to, without another round of it: a third of the call
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 
 
 def _run_recorded(op: Callable, *args: Any) -> Tensor:
+    if _is_plain(op, args[0]):
+        return _CPU[op](*args)
     # autograd.Function switches both modes off; a torch.func transform further out has yet to record this.
     with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
         return _run(op, *args)
