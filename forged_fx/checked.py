@@ -3,12 +3,13 @@
 import json
 import stat
 import types
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 TEXT = 2**25  # bytes that a JSON text may have; the record of a million inputs has 16 MB
+DEPTH = 64  # of lists and objects within each other
 
 
 def regular(path: Path) -> int:
@@ -32,18 +33,31 @@ def parse(text: str | bytes) -> Any:
     if len(text) > TEXT:
         raise ValueError(f"a text of {len(text):,} bytes, where at most {TEXT:,} belong")
     try:
-        return json.loads(text.decode() if isinstance(text, bytes) else text)
+        value = json.loads(text.decode() if isinstance(text, bytes) else text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    level, depth = [value], 0
+    while level := [inner for node in level for inner in _items(node) if isinstance(inner, dict | list)]:
+        depth += 1
+        if depth > DEPTH:  # whoever goes through it, or writes it again, may do so by recursion
+            raise ValueError("it is nested too deeply")
+    return value
+
+
+def _items(node: Any) -> Iterable[Any]:
+    return node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
 
 
 def fit(value: Any, kind: Any, where: str) -> Any:
     """A JSON value as `kind` has it, an annotation: `int`, `str | None`, `tuple[int, ...]`, `dict[str, list[str]]`, ...
+    Or a dataclass, which is made by its own `of`, if it has one, or by `build`.
 
     Lists become tuples where those are asked for, whole numbers floats. Nothing else is converted: ValueError says
     where the value stands, and what belongs there.
     """
     origin, inner = get_origin(kind), get_args(kind)
+    if is_dataclass(kind):
+        return kind.of(value) if hasattr(kind, "of") else build(kind, value, where)
     if kind is Any or (type(value) is kind and kind in _EXACT and _EXACT[kind](value)):
         return value
     if kind is float and type(value) is int and abs(value) < 2**63:
@@ -54,7 +68,7 @@ def fit(value: Any, kind: Any, where: str) -> Any:
                 return fit(value, one, where)
             except ValueError:
                 continue
-    elif origin in (list, tuple) and isinstance(value, list):
+    elif origin in (list, tuple) and isinstance(value, list) and (... in inner or len(inner) in (1, len(value))):
         return origin(fit(item, inner[0], f"{where}[{i}]") for i, item in enumerate(value))
     elif origin in (dict, Mapping) and isinstance(value, dict):
         return {fit(k, inner[0], where): fit(v, inner[1], f"{where}.{k}") for k, v in value.items()}

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from forged_fx.stats import Ratio, Stats
+from forged_fx import checked
+from forged_fx.stats import Ends, Ratio, Stats
 from forged_fx.transform import transform
 
-Place = tuple[str, str, Ratio]  # site, kind, ratio
+Place = tuple[str, str, Ends]  # site, kind, ratio
 LISTED = 3  # sites that are named one by one
 
 
@@ -30,15 +31,20 @@ class Configuration:
     def of(cls, record: Any) -> "Configuration":
         """From what `record` wrote; ValueError for anything else."""
         try:
-            return cls(tuple((str(site), str(kind), ratio_of(ratio)) for site, kind, ratio in record))
+            return cls(
+                tuple(
+                    (checked.fit(site, str, "a site"), checked.fit(kind, str, "a kind"), ratio_of(ratio))
+                    for site, kind, ratio in record
+                )
+            )
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{record!r:.80} is no configuration: {error}") from None
+            raise ValueError(f"{checked.short(record)} is no configuration: {error}") from None
 
     def record(self) -> list[list[Any]]:
         """As JSON has it."""
         return [[site, kind, list(ratio) if isinstance(ratio, tuple) else ratio] for site, kind, ratio in self.places]
 
-    def at(self, site: str) -> tuple[str, Ratio] | None:
+    def at(self, site: str) -> tuple[str, Ends] | None:
         """Kind and ratio at a site; None where it is not forged."""
         return next(((kind, ratio) for name, kind, ratio in self.places if name == site), None)
 
@@ -69,7 +75,7 @@ class Configuration:
             yield f"{text} at {named}"
 
 
-def written(ratio: Ratio) -> str:
+def written(ratio: Ends) -> str:
     """A ratio as people write it: 1/64, 0.7, 1/64 to 0.7."""
     if isinstance(ratio, tuple):
         return " to ".join(map(written, ratio))
@@ -80,10 +86,10 @@ def written(ratio: Ratio) -> str:
     return f"{ratio:g}"
 
 
-def ratio_of(value: Any) -> Ratio:
-    """A ratio from JSON: a number, null, or a pair of them."""
-    if isinstance(value, list | tuple) and len(value) == 2:
-        return tuple(ratio_of(end) for end in value)
-    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
-        return value
-    raise ValueError(f"{value!r:.40} is no ratio")
+def ratio_of(value: Any) -> Ends:
+    """A ratio from JSON: a finite number, null, or a pair of them."""
+    pair = isinstance(value, list | tuple) and len(value) == 2
+    for end in value if pair else [value]:
+        if end is not None and not (type(end) in (int, float) and abs(end) < math.inf):
+            raise ValueError(f"{checked.short(value)} is no ratio")
+    return tuple(value) if pair else value

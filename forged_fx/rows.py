@@ -38,29 +38,6 @@ class Rows(list[Row], Generic[Row]):
         return {}
 
 
-def keep(
-    folder: str | os.PathLike[str],
-    name: str,
-    rows: Sequence[dict[str, Any]],
-    record: str,
-    plot: Callable[[Path], None],
-) -> None:
-    """Write `name`.csv, .svg where there is matplotlib, and .json, each whole or not at all. The record comes last: a
-    folder that has it is complete."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with whole(folder / f"{name}.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    try:
-        plot(folder / f"{name}.svg")
-    except ImportError:  # the figures stand without it
-        pass
-    with whole(folder / f"{name}.json") as path:
-        path.write_text(record + "\n", encoding="utf-8")
-
-
 def text(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table as text: what begins with a letter is set to the left, numbers to the right."""
     lines = [list(headings), *map(list, rows)]

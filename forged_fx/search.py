@@ -8,7 +8,7 @@ The cheap attack ranks and proves nothing: a search takes what looks best among 
 it is. That is why the figure that counts comes from other inputs, and is corrected for the number of finalists.
 """
 
-import json
+import math
 import os
 import random
 import sys
@@ -17,12 +17,12 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from forged_fx import checked, moves, trials
+from forged_fx import moves, trials
 from forged_fx.configuration import Configuration
 from forged_fx.evaluate import blocks as unit
 from forged_fx.evaluate import checks, evaluate, fingerprint, pool, report
@@ -34,13 +34,11 @@ from forged_fx.evaluate.result import Result
 from forged_fx.evaluate.statistics import LEVEL, holm
 from forged_fx.evaluate.threat import Threat
 from forged_fx.processes import joined
-from forged_fx.rows import keep
+from forged_fx.recorded import LIMIT, Recorded, within
 from forged_fx.stats import Stats
 from forged_fx.transform import select
 from forged_fx.trials import Spent, Trial, Trials
 
-FORMAT = 1
-RECORD = "search.json"
 KINDS = ("hard", "soft", "clamp", "band")
 STARTS = 3  # configurations from which moves begin, and at most so many finalists
 
@@ -69,13 +67,16 @@ class Finalist:
 
 
 @dataclass(eq=False, repr=False)
-class Search:
+class Search(Recorded):
     """What `search` found. `print` shows tables; `save`, `plot`, `forge`.
 
     base: the model itself under the cheap attack, an empty configuration. trials: all others, in order. finalists: the
     best worst case first. near, seen, kept: inputs on which trials were scored, inputs of the search in all, and those
     kept for confirmation. facts: what was asked, and of which data, by which versions.
     """
+
+    NAME: ClassVar[str] = "search"
+    FACTS: ClassVar[dict[str, Any]] = Recorded.FACTS | {"attacks": str | list[str], "stopped": str}
 
     threat: Threat
     near: int
@@ -129,35 +130,18 @@ class Search:
             rows.append(row | {f"confirmed_{name}": getattr(finalist, name, None) for name in names})
         return rows
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write search.json and search.csv, each whole or not at all; with matplotlib also search.svg."""
-        record = {"format": FORMAT, "sentence": self.sentence} | {f.name: getattr(self, f.name) for f in fields(self)}
-        keep(folder, "search", self.records(), json.dumps(record, indent=1, default=_plain), self.plot)
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> "Search":
-        """Read what `save` wrote. ValueError for anything else."""
-        return cls.parse({RECORD: checked.read(Path(folder) / RECORD)}, str(folder))
-
-    @classmethod
-    def parse(cls, files: dict[str, bytes], where: str) -> "Search":
-        """What is in these files, of the folder of this name. ValueError for anything else."""
-        try:
-            record = checked.parse(files[RECORD])
-            if not isinstance(record, dict) or record.pop("format", None) != FORMAT:
-                raise ValueError(f"its format is not {FORMAT}")
-            record.pop("sentence")
-            base = _built(Trial, record.pop("base"))
-            lists = {
-                name: [_built(row, entry) for entry in checked.fit(record.pop(name), list[Any], name)]
-                for name, row in (("trials", Trial), ("finalists", Finalist))
-            }
-            threat = checked.build(Threat, record.pop("threat"), "threat")
-            if missing := {"call", "seed", "attacks", "stopped"} - record["facts"].keys():
-                raise ValueError(f"its facts lack {', '.join(sorted(missing))}")
-            return checked.build(cls, record, "search", base=base, threat=threat, **lists)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{Path(where) / RECORD} holds no search: {error}") from error
+    def check(self) -> None:
+        super().check()
+        within("near, seen and kept", (self.near, self.seen, self.kept), 1, math.inf)
+        for trial in (self.base, *self.trials):
+            within("standing", [trial.standing], 0, self.near)
+            within("margin", [trial.margin], -1, 1)
+            within("natural", [trial.natural], 0, self.seen)
+            within("seconds", [trial.seconds], 0, LIMIT)
+        for f in self.finalists:
+            within("right", (f.natural, f.worst, f.base_natural, f.base_worst), 0, self.kept)
+            within("interval", (f.low, f.high), -1, 1)
+            within("p", (f.p, f.p_holm), 0, 1)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """A picture: each trial's natural accuracy and how many inputs stand. SVG, PNG or PDF, by suffix."""
@@ -165,17 +149,16 @@ class Search:
 
         pictures.trials(self, path)
 
-    def __str__(self) -> str:
-        return report.text(self)
-
     def __rich__(self) -> Any:
         return need("rich.console").Group(
-            need("rich.text").Text(self.sentence, style="bold"),
+            report.plain(self.sentence, "bold"),
             *([self._confirmed()] if self.finalists else []),
             self._tried(),
-            f"{self.threat.norm} ball of radius {self.threat.eps:.6g}, seed {self.facts['seed']}; scored on the "
-            f"{self.near} inputs nearest to the boundary of {self.seen}, confirmed on {self.kept} others (attacks: "
-            f"{self.facts['attacks']}); {self.facts['stopped']}",
+            report.plain(
+                f"{self.threat.norm} ball of radius {self.threat.eps:.6g}, seed {self.facts['seed']}; scored on the "
+                f"{self.near} inputs nearest to the boundary of {self.seen}, confirmed on {self.kept} others (attacks: "
+                f"{self.facts['attacks']}); {self.facts['stopped']}"
+            ),
         )
 
     def _confirmed(self) -> Any:
@@ -188,7 +171,8 @@ class Search:
             points = f"{100 * (f.worst - f.base_worst) / self.kept:+.1f}"
             interval = f"{100 * f.low:+.1f} {100 * f.high:+.1f}"
             counts = (str(f.worst), str(f.base_worst), points, interval, f"{f.p:.2g}", f"{f.p_holm:.2g}")
-            table.add_row(str(f.configuration), *counts, str(f.natural), str(f.base_natural), f.reason or "stands")
+            cells = (str(f.configuration), *counts, str(f.natural), str(f.base_natural), f.reason or "stands")
+            table.add_row(*map(report.plain, cells))
         return table
 
     def _tried(self, most: int = 10) -> Any:
@@ -201,23 +185,8 @@ class Search:
         for trial in (self.base, *ranked[:most]):
             name = str(trial.configuration) if trial.configuration.places else "base"
             natural = f"{trial.natural}" + ("" if trial.fit else " (too few)")
-            table.add_row(name, str(trial.standing), f"{trial.margin:+.3f}", natural)
+            table.add_row(report.plain(name), str(trial.standing), f"{trial.margin:+.3f}", natural)
         return table
-
-    def __repr__(self) -> str:
-        return f"<Search: {self.sentence}>"
-
-
-def _plain(value: Any) -> Any:
-    """What JSON does not know."""
-    if isinstance(value, Configuration):
-        return value.record()
-    return {f.name: getattr(value, f.name) for f in fields(value)}
-
-
-def _built(row: type, record: dict[str, Any]) -> Any:
-    given = {key: value for key, value in record.items() if key != "configuration"}
-    return checked.build(row, given, row.__name__, configuration=Configuration.of(record["configuration"]))
 
 
 def search(
@@ -310,7 +279,7 @@ def search(
         if folder is not None:
             folder = Path(folder)
             asked = call | {"command": list(sys.argv)}
-            journal, finished = begin(folder, asked, processes, RECORD, Search.parse)
+            journal, finished = begin(folder, asked, processes, f"{Search.NAME}.json", Search.parse)
             if finished:
                 return finished
             if journal:

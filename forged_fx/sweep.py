@@ -1,6 +1,7 @@
 """How forging trades natural accuracy for robustness: one model, many ratios and kinds, one pool of examples."""
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from forged_fx import checked
 from forged_fx.calibrate import calibrate
-from forged_fx.configuration import Configuration, ratio_of, written
+from forged_fx.configuration import Configuration, written
 from forged_fx.describe import describe
 from forged_fx.evaluate import blocks as unit
 from forged_fx.evaluate import checks, fingerprint, gradients, pool, report
@@ -28,14 +29,14 @@ from forged_fx.evaluate.result import Side
 from forged_fx.evaluate.statistics import LEVEL, compare, holm
 from forged_fx.evaluate.threat import Threat
 from forged_fx.files import whole
+from forged_fx.kinds import KINDS
 from forged_fx.processes import joined
-from forged_fx.rows import keep
-from forged_fx.stats import Ratio, Stats
+from forged_fx.recorded import LIMIT, Recorded, within
+from forged_fx.stats import Ends, Ratio, Stats
 from forged_fx.throughput import interleave
 from forged_fx.transform import select
 
-FORMAT = 1
-RECORD, EXAMPLES, STATISTICS = "sweep.json", "examples.safetensors", "stats.safetensors"
+EXAMPLES, STATISTICS = "examples.safetensors", "stats.safetensors"
 BASE = "base"
 
 
@@ -51,7 +52,7 @@ class Point:
     """
 
     kind: str
-    ratio: Ratio
+    ratio: Ends
     natural: int
     true: int
     worst: int
@@ -71,11 +72,14 @@ class Point:
 
 
 @dataclass(eq=False, repr=False)
-class Sweep:
+class Sweep(Recorded):
     """What `sweep` found. `print` shows a table; `save`, `plot`. natural, true, worst: the base's, as in `Point`.
 
     sites: those that are forged. facts: what was asked, and of which data, by which versions.
     """
+
+    NAME: ClassVar[str] = "sweep"
+    FACTS: ClassVar[dict[str, Any]] = Recorded.FACTS | {"attacks": list[str]}
 
     n: int
     threat: Threat
@@ -112,45 +116,24 @@ class Sweep:
         rows = [base, *({**asdict(point), "ratio": written(point.ratio)} for point in self.points)]
         return [{name: row.get(name) for name in (f.name for f in fields(Point))} | common for row in rows]
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write sweep.json and sweep.csv, each whole or not at all; with matplotlib also sweep.svg."""
-        record = {"format": FORMAT, "sentence": self.sentence, **asdict(self)}
-        keep(folder, "sweep", self.records(), json.dumps(record, indent=1), self.plot)
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> "Sweep":
-        """Read what `save` wrote. ValueError for anything else."""
-        return cls.parse({RECORD: checked.read(Path(folder) / RECORD)}, str(folder))
-
-    @classmethod
-    def parse(cls, files: dict[str, bytes], where: str) -> "Sweep":
-        """What is in these files, of the folder of this name. ValueError for anything else."""
-        try:
-            record = checked.parse(files[RECORD])
-            if not isinstance(record, dict) or record.pop("format", None) != FORMAT:
-                raise ValueError(f"its format is not {FORMAT}")
-            record.pop("sentence")
-            points = [
-                checked.build(Point, {k: v for k, v in p.items() if k != "ratio"}, "points", ratio=ratio_of(p["ratio"]))
-                for p in checked.fit(record.pop("points"), list[dict[str, Any]], "points")
-            ]
-            threat = checked.build(Threat, record.pop("threat"), "threat")
-            if missing := {"call", "seed", "attacks"} - record["facts"].keys():
-                raise ValueError(f"its facts lack {', '.join(sorted(missing))}")
-            if not points:
-                raise ValueError("it has no point")
-            return checked.build(cls, record, "sweep", points=points, threat=threat)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{Path(where) / RECORD} holds no sweep: {error}") from error
+    def check(self) -> None:
+        super().check()
+        within("points", [len(self.points)], 1, math.inf)
+        within("n", [self.n], 1, math.inf)
+        for row in (self, *self.points):
+            within("right", (row.natural, row.true, row.worst), 0, self.n)
+        for point in self.points:
+            if point.kind not in KINDS:
+                raise ValueError(f"its kind {checked.short(point.kind)} is none of {', '.join(KINDS)}")
+            within("interval", (point.low, point.high), -1, 1)
+            within("p, and shares", (point.p, point.p_holm, point.zeroed, point.limited), 0, 1)
+            within("speed", (point.speed, point.speed_low, point.speed_high), 0, LIMIT)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """A picture: accuracies above, shares and throughput below, a column per kind. SVG, PNG or PDF, by suffix."""
         from forged_fx import pictures
 
         pictures.trade_off(self, path)
-
-    def __str__(self) -> str:
-        return report.text(self)
 
     def __rich__(self) -> Any:
         table = need("rich.table").Table(title=f"right, of {self.n} inputs", title_justify="left")
@@ -171,9 +154,6 @@ class Sweep:
             f"seed {self.facts['seed']}; one pool of examples for all; points and intervals: worst case less the base's"
         )
         return need("rich.console").Group(report.plain(self.sentence, "bold"), table, report.plain(small))
-
-    def __repr__(self) -> str:
-        return f"<Sweep: {self.sentence}>"
 
 
 def sweep(
@@ -249,7 +229,7 @@ def sweep(
         blocks, shown = Blocks(seed, processes), report.Progress(progress if processes.rank == 0 else False)
         if folder is not None:
             asked = call | {"command": list(sys.argv)}
-            journal, finished = begin(folder, asked, processes, RECORD, Sweep.parse)
+            journal, finished = begin(folder, asked, processes, f"{Sweep.NAME}.json", Sweep.parse)
             if finished:
                 return finished
             if journal:

@@ -158,13 +158,17 @@ class Trials:
             self.progress.log(f"{one}: {trial.standing} stand, margin {trial.margin:+.3f}, {said}")
 
     def _trial(self, configuration: Configuration, margins: Tensor, natural: int, seconds: float) -> Trial:
-        standing, margin = int((margins > 0).sum()), float((margins / self.scale).clamp(-1, 1).mean())
+        standing, margin = int((margins > 0).sum()), float((margins / self.scale).clamp(-1, 1).nan_to_num(-1).mean())
         return Trial(configuration, standing, margin, natural, natural >= self.least, seconds)
 
     def _all(self, jobs: Sequence[Job]) -> list[tuple[Outcome, float]]:
         """Of each job every block's outcome, put together, and the seconds that they took."""
         found: dict[str, list[Outcome]] = {job.name: [] for job in jobs}
-        for job, _, outcome in self.blocks.run_all(jobs):
+        for job, block, outcome in self.blocks.run_all(jobs):
+            for key in job.fields:
+                inner = self.x.shape[1:] if key == "examples" else ()
+                if outcome[key].shape != (len(block), *inner):
+                    raise ValueError(f"{job.name}: {key} in the unfinished run are not of {len(block)} inputs")
             found[job.name].append(outcome)
         seconds = [sum(float(outcome["seconds"]) for outcome in found[job.name]) for job in jobs]
         self.spent += sum(seconds)

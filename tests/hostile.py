@@ -10,14 +10,17 @@ import math
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
+from killed import step
 from planted import Hidden, inputs, linear, straight_through
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -25,10 +28,13 @@ from safetensors.torch import save_file as save_weights
 from torch import nn
 
 import forged_fx
-from forged_fx import Stats
-from forged_fx.evaluate import Result, journal
+from forged_fx import Stats, checkpoint, trials
+from forged_fx.evaluate import Result, blocks, journal, probes
+from forged_fx.evaluate.attacks import ATTACKS, Attack
 from forged_fx.evaluate.journal import Journal
+from forged_fx.search import Search
 from forged_fx.sources.weights import load_weights, read_weights
+from forged_fx.sweep import Sweep
 
 MARKUP = "<script>alert(1)</script>"
 ESCAPE = "\x1b]0;owned\x07\x1b[2J"
@@ -151,8 +157,10 @@ def alter_array(array: np.ndarray, chance: random.Random) -> np.ndarray:
         case _:
             if array.size:
                 flat, i = array.reshape(-1), chance.randrange(array.size)
-                odd = (np.nan, np.inf, -1.0) if array.dtype.kind == "f" else (-1, 2**62, np.iinfo(array.dtype).max, 1)
-                flat[i] = chance.choice(odd) if array.dtype != bool else not flat[i]
+                odd = (np.nan, np.inf, -1.0) if array.dtype.kind == "f" else (not flat[i],)
+                if array.dtype.kind in "iu":
+                    odd = (-1, 2**62, np.iinfo(array.dtype).max, 1)
+                flat[i] = chance.choice(odd)
             return array
 
 
@@ -177,12 +185,13 @@ def alter_tensors(path: Path, chance: random.Random) -> None:
 @dataclass(frozen=True)
 class Target:
     """make: writes the files into an empty folder. spoil: damages them. load: what is under test, on the folder. use:
-    does all that can be done with what was loaded; neither may raise anything but `NAMED`, and load runs nothing."""
+    does all that can be done with what was loaded, and returns the name of an error that this may end with. load may
+    raise nothing but `NAMED`, and runs nothing."""
 
     make: Callable[[Path], None]
     spoil: Callable[[Path, random.Random], None]
     load: Callable[[Path], Any]
-    use: Callable[[Any, Path], None]
+    use: Callable[[Any, Path], str | None]
 
 
 NAMED = (ValueError, FileNotFoundError, FileExistsError)
@@ -199,8 +208,8 @@ def _stats(folder: Path) -> None:
     forged_fx.calibrate(NET, [x]).save(folder / "stats.safetensors")
 
 
-def _spoil_stats(folder: Path, chance: random.Random) -> None:
-    path = folder / "stats.safetensors"
+def _spoil_stats(folder: Path, chance: random.Random, name: str = "stats.safetensors") -> None:
+    path = folder / name
     match chance.randrange(3):
         case 0:
             data = path.read_bytes()
@@ -326,6 +335,128 @@ def _use_unfinished(found: dict[int, bytes], folder: Path) -> None:
         assert data == journal.pack(BLOCKS[number])
 
 
+# ---- unfinished scans
+
+BATCHES = torch.randn(12, 1, 6, 6, generator=torch.Generator().manual_seed(1)).split(3)
+
+
+def _scan(folder: Path, batches: Iterable[torch.Tensor] = BATCHES) -> Stats:
+    return forged_fx.calibrate(NET, batches, checkpoint=folder / "scan")
+
+
+def _unfinished_scan(folder: Path) -> None:
+    def stops() -> Iterator[torch.Tensor]:
+        yield from BATCHES[:2]
+        raise InterruptedError
+
+    with suppress(InterruptedError):
+        _scan(folder, stops())
+
+
+def _load_scan(folder: Path) -> Path:
+    checkpoint._read(folder / "scan")
+    return folder
+
+
+def _use_scan(where: Path, folder: Path) -> str | None:
+    return _go_on(folder, lambda: _use_stats(_scan(folder), folder))
+
+
+def _go_on(folder: Path, act: Callable[[], object]) -> str | None:
+    """What is left to do; or the name of an error that says where."""
+    try:
+        act()
+    except NAMED as error:
+        said = " ".join([str(error), *getattr(error, "__notes__", [])])
+        assert str(folder) in said and len(said) < 4000 and "\x1b" not in said, said
+        return type(error).__name__
+    return None
+
+
+# ---- what sweep and search record, finished and not
+
+
+@contextmanager
+def _hurried() -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(blocks, "BLOCK", 4))
+        stack.enter_context(mock.patch.object(probes, "PROBED", 2))
+        stack.enter_context(mock.patch.multiple(trials, STEPS=2, NEAR=4))
+        stack.enter_context(mock.patch.dict(ATTACKS, step=Attack("step", step)))
+        yield
+
+
+def _sweep(folder: Path) -> Sweep:
+    base, x = linear(classes=3), inputs(12)
+    options = {"ratios": {"hard": [2**-6], "clamp": [0.7]}, "kinds": ("hard", "clamp"), "rounds": 0}
+    options |= {"eps": 0.1, "attacks": ["step"], "folder": folder / "run", "progress": False}
+    with _hurried():
+        return forged_fx.sweep(base, [x], x, base(x).argmax(1), **options)
+
+
+def _evaluate(folder: Path) -> Result:
+    base, x = linear(classes=3), inputs(12)
+    call = {"x": x, "y": base(x).argmax(1), "eps": 0.1, "attacks": ["step"], "bpda": straight_through}
+    with _hurried(), mock.patch.multiple(probes, STEPS=(1, 2), RADII=(1.0,)):
+        return forged_fx.evaluate(Hidden(base), base, **call, folder=folder / "run", progress=False)
+
+
+def _search(folder: Path) -> Search:
+    base, x = linear(classes=3), inputs(12)
+    options = {"kinds": ("clamp",), "budget": 3, "finalists": 1, "max_natural_loss": 0.5}
+    options |= {"eps": 0.1, "attacks": ["step"], "folder": folder / "run", "progress": False}
+    with _hurried():
+        return forged_fx.search(base, forged_fx.calibrate(base, [x]), x, base(x).argmax(1), **options)
+
+
+def _spoil_record(name: str, folder: Path, chance: random.Random) -> None:
+    path = folder / "run" / name
+    if chance.random() < 0.4:
+        path.write_bytes(spoil(path.read_bytes(), chance))
+    else:
+        path.write_bytes(text(alter(json.loads(path.read_bytes()), chance)))
+
+
+def _use_record(found: Sweep | Search, folder: Path) -> None:
+    assert not any(c in str(found) + repr(found) for c in "\x1b\x07\x00")
+    found.save(folder / "again")
+    again = type(found).load(folder / "again")
+    assert str(again) == str(found) and again.records() == found.records()
+
+
+def _stopped(work: Callable[[Path], object], after: int, folder: Path) -> None:
+    """The work's folder, when so many blocks were done."""
+    done, do = [], blocks.Blocks._do
+
+    def stops(*args: Any) -> bytes:
+        done.append(1)
+        if len(done) > after:
+            raise InterruptedError
+        return do(*args)
+
+    with suppress(InterruptedError), mock.patch.object(blocks.Blocks, "_do", stops):
+        work(folder)
+
+
+def _spoil_stopped(folder: Path, chance: random.Random) -> None:
+    """As an attacker does, who knows the sum; or who does not, and so the block is done anew."""
+    unfinished = folder / "run" / "unfinished"
+    if chance.random() < 0.1:
+        path = unfinished / "call.json"
+        path.write_bytes(text(alter(json.loads(path.read_bytes()), chance)))
+        return
+    path = chance.choice(sorted(unfinished.glob("*.safetensors")))
+    if chance.random() < 0.3:
+        path.write_bytes(spoil(path.read_bytes(), chance))
+        return
+    alter_tensors(path, chance)
+    path.write_bytes(journal.pack({key: torch.from_numpy(value) for key, value in load_file(path).items()}))
+
+
+def _load_stopped(folder: Path) -> Path:
+    return folder
+
+
 # ---- weights
 
 
@@ -366,6 +497,25 @@ TARGETS = {
     "statistics": Target(_stats, _spoil_stats, _load_stats, _use_stats),
     "result": Target(_result, _spoil_result, _load_result, _use_result),
     "unfinished run": Target(_unfinished, _spoil_unfinished, _load_unfinished, _use_unfinished),
+    "unfinished scan": Target(_unfinished_scan, partial(_spoil_stats, name="scan"), _load_scan, _use_scan),
+    **{
+        name: Target(
+            work,
+            partial(_spoil_record, f"{name}.json"),
+            lambda folder, kind=kind: kind.load(folder / "run"),
+            _use_record,
+        )
+        for name, work, kind in (("sweep", _sweep, Sweep), ("search", _search, Search))
+    },
+    **{
+        f"unfinished {name}": Target(
+            partial(_stopped, work, after),
+            _spoil_stopped,
+            _load_stopped,
+            lambda where, folder, work=work: _go_on(folder, lambda: str(work(folder))),
+        )
+        for name, work, after in (("evaluation", _evaluate, 8), ("sweep", _sweep, 20), ("search", _search, 20))
+    },
 }
 
 
@@ -383,7 +533,7 @@ def attempt(target: Target, sound: dict[Path, bytes], number: int, folder: Path)
             assert str(folder) in str(error) and len(str(error)) < 4000 and "\x1b" not in str(error)
         else:
             outcome, loading = "taken", len(seen)
-            target.use(loaded, folder)
+            outcome = target.use(loaded, folder) or outcome
             seen[loading:] = [what for what in seen[loading:] if what.startswith("open")]
     astray = [what for what in seen if not what.startswith(f"open {folder}")]
     assert not astray, astray

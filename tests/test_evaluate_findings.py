@@ -9,6 +9,7 @@ import pytest
 import torch
 from planted import Changed, Cut, Hidden, evaluate
 
+import forged_fx
 from forged_fx.digits import EPS, one_thread
 from forged_fx.evaluate.findings import CHECKS, Case, examine
 from forged_fx.evaluate.probes import Probes
@@ -190,6 +191,7 @@ def test_probes_at_their_bounds(name, fine, bad):
     [
         ("train mode", {"training": 3}),
         ("inputs outside [0, 1]", {"outside": 1}),
+        ("calibrated on another scale", {"scale": (1.0, 4.1)}),
         ("base and model identical", {"same": True}),
     ],
 )
@@ -197,6 +199,22 @@ def test_what_accuses_nobody(name, change):
     assert not verdict_of(name).raised
     finding = verdict_of(name, **change)
     assert finding.raised and not finding.masking
+
+
+def test_a_model_calibrated_on_another_scale_is_noticed(hurried):
+    base, x = planted.linear(classes=3), planted.inputs(12)
+    y = base(x).argmax(1)
+    name = "calibrated on another scale"
+    for factor in (255, 1, 1 / 8):
+        stats = forged_fx.calibrate(base, [factor * x])
+        forged = forged_fx.transform(base, stats, 2**-8)
+        for model in (forged, torch.nn.Sequential(torch.nn.Identity(), forged)):
+            result = evaluate(model, base, x=x, y=y)
+            (finding,) = (one for one in result.findings if one.name == name)
+            assert finding.value == pytest.approx(max(factor, 1 / factor), rel=1e-6)
+            assert finding.raised == (factor != 1) and not finding.masking
+    (finding,) = (one for one in evaluate(base, x=x, y=y).findings if one.name == name)
+    assert finding.note.startswith("not made: no site")
 
 
 def test_a_check_that_cannot_be_made_says_why():

@@ -28,7 +28,8 @@ from forged_fx.evaluate.journal import Journal
 from forged_fx.files import whole
 from forged_fx.sources.weights import read_weights
 
-CASES = {"weights": 120, "statistics": 250, "result": 40, "unfinished run": 120}
+CASES = {"weights": 120, "statistics": 250, "result": 40, "unfinished run": 120, "unfinished scan": 60}
+CASES |= {"sweep": 20, "search": 20, "unfinished evaluation": 20, "unfinished sweep": 5, "unfinished search": 10}
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ not from how many inputs the model is fed at a time, nor from what ran before, n
 That is why a block's outcome may come from the journal of an earlier run, or from another process.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -94,6 +95,8 @@ class Blocks:
             outcome, fields = need("safetensors.torch").load(data), task.job.fields
             if fields and (wrong := misfits(outcome, fields | OWN)):
                 raise ValueError(f"{name}: its file in the unfinished run holds {wrong}; choose another folder")
+            if fields and not 0 <= float(outcome["seconds"]) < math.inf:
+                raise ValueError(f"{name}: its file in the unfinished run says that it took {outcome['seconds']:g} s")
             if not torch.equal(outcome.pop("block"), task.block):
                 raise ValueError(
                     f"{name}: other inputs stand than in the unfinished run, so the model's code or its arithmetic "
@@ -151,6 +154,6 @@ class Blocks:
         if not data:
             return True
         old = need("safetensors.torch").load(data).get("value")
-        if old is None or old.shape != value.shape:
+        if old is None or (old.shape, old.dtype) != (value.shape, value.dtype):
             return False
-        return torch.allclose(old, value, rtol=0, atol=ROUNDING * float(old.abs().max()))
+        return bool(((old - value).abs() <= ROUNDING * old.abs().max()).all())  # NaN is within nothing

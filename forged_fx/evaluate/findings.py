@@ -22,7 +22,7 @@ from forged_fx.evaluate.statistics import beyond_chance
 @dataclass(frozen=True)
 class Case:
     """What the checks look at. logits: the model's on all inputs, unattacked, (n, classes). training: how many of its
-    modules were in train mode. outside: how many elements of x lie outside [0, 1]."""
+    modules were in train mode. outside: how many elements of x lie outside [0, 1]. scale: see `scale.of`."""
 
     model: Side
     base: Side | None
@@ -31,6 +31,7 @@ class Case:
     probes: Probes
     training: int
     outside: int
+    scale: tuple[float, float] | None = None
 
     @property
     def n(self) -> int:
@@ -123,6 +124,14 @@ def _clipped(case: Case) -> Measured:
     return float(at_limit) / out.numel(), 0.01
 
 
+def _scale(case: Case) -> Measured:
+    """How often the larger of the two sizes holds the smaller."""
+    if case.scale is None:
+        return "no site that forged_fx.transform has forged is seen to run"
+    small, large = sorted(case.scale)
+    return (large / small, 4) if small > 0 else "nothing but zeros enters the first forged site"
+
+
 @dataclass(frozen=True)
 class Check:
     name: str
@@ -151,6 +160,7 @@ CHECKS = (
     ),
     Check("train mode", lambda case: (case.training, 0), "modules", False),
     Check("inputs outside [0, 1]", lambda case: (case.outside, 0), "elements", False),
+    Check("calibrated on another scale", _scale, "times as large or small at the first forged site", False),
     Check(
         "base and model identical",
         lambda case: (float(case.same), 0) if case.base else "there is no base",

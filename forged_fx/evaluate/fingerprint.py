@@ -15,7 +15,9 @@ def of_tensors(named: Iterable[tuple[str, Any]]) -> str:
     for name, value in named:
         if isinstance(value, Tensor):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            flat = flat.as_strided(flat.shape, (1,))  # one element alone may have any stride, and `view` asks for 1
+            digest.update(flat.view(torch.uint8).numpy().data)
         else:
             digest.update(f"{name} {value!r}\n".encode())
     return digest.hexdigest()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from forged_fx.evaluate import blocks as unit
-from forged_fx.evaluate import checks, fingerprint, further, gallery, gradients, surrogate
+from forged_fx.evaluate import checks, fingerprint, further, gallery, gradients, scale, surrogate
 from forged_fx.evaluate.attacks import ATTACKS, STRONGEST, Attack, Plan, Setting, choose
 from forged_fx.evaluate.blocks import Blocks
 from forged_fx.evaluate.extras import need
@@ -23,7 +23,7 @@ from forged_fx.evaluate.findings import Case, examine
 from forged_fx.evaluate.gradients import Context
 from forged_fx.evaluate.harness import Subject
 from forged_fx.evaluate.journal import agree
-from forged_fx.evaluate.probes import probe
+from forged_fx.evaluate.probes import PROBED, probe
 from forged_fx.evaluate.record import begin, call, finish
 from forged_fx.evaluate.report import Progress
 from forged_fx.evaluate.result import Result, Row
@@ -178,6 +178,7 @@ def evaluate(
             probes=probe(subject, settings["model"], bpda),
             training=training,
             outside=int(((x < 0) | (x > 1)).sum()),
+            scale=scale.of(subject.attacked, x[:PROBED].to(subject.device)),
         )
         result = Result(
             n=len(x),

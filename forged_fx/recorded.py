@@ -1,0 +1,101 @@
+"""What `sweep` and `search` find, in a folder: written whole, and checked when it is read.
+
+NAME.json    everything
+NAME.csv     a row for the base and for each configuration
+NAME.svg     a picture, where there is matplotlib
+"""
+
+import csv
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from forged_fx import checked
+from forged_fx.evaluate import checks, report
+from forged_fx.files import whole
+
+FORMAT = 1
+LIMIT = 1e9  # of figures that know no other
+
+
+class Recorded:
+    """A base of dataclasses that have `threat` and `facts`. NAME: of the files. FACTS: what facts must hold."""
+
+    NAME: ClassVar[str]
+    FACTS: ClassVar[dict[str, Any]] = {"call": dict[str, Any], "seed": int}
+
+    sentence: str
+
+    def records(self) -> list[dict[str, Any]]:
+        """A row for the base and for each configuration, as the CSV has them."""
+        raise NotImplementedError
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """A picture: SVG, PNG or PDF, by suffix."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """ValueError where figures cannot be."""
+        checks.threat(self.threat.eps, self.threat.norm)
+        for name, kind in self.FACTS.items():
+            checked.fit(self.facts.get(name), kind, f"facts.{name}")
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the files, each whole or not at all. The record comes last: a folder that has it is complete."""
+        folder, rows = Path(folder), self.records()
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole(folder / f"{self.NAME}.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        try:
+            self.plot(folder / f"{self.NAME}.svg")
+        except ImportError:  # the figures stand without it
+            pass
+        record = {"format": FORMAT, "sentence": self.sentence} | _plain(self)
+        with whole(folder / f"{self.NAME}.json") as path:
+            path.write_text(json.dumps(record, indent=1, default=_plain) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Self:
+        """Read what `save` wrote. ValueError for anything else."""
+        name = f"{cls.NAME}.json"
+        return cls.parse({name: checked.read(Path(folder) / name)}, str(folder))
+
+    @classmethod
+    def parse(cls, files: dict[str, bytes], where: str) -> Self:
+        """What is in these files, of the folder of this name. ValueError for anything else."""
+        name = f"{cls.NAME}.json"
+        try:
+            record = checked.fit(checked.parse(files[name]), dict[str, Any], "it")
+            if record.pop("format", None) != FORMAT:
+                raise ValueError(f"its format is not {FORMAT}")
+            record.pop("sentence", None)
+            found = checked.build(cls, record, cls.NAME)
+            found.check()
+            return found
+        except ValueError as error:
+            raise ValueError(f"{Path(where) / name} holds no {cls.NAME}: {error}") from error
+
+    def __str__(self) -> str:
+        return report.text(self)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {checked.visible(self.sentence)}>"
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not know."""
+    if hasattr(value, "record"):
+        return value.record()
+    return {f.name: getattr(value, f.name) for f in fields(value)}
+
+
+def within(name: str, figures: Iterable[float | None], least: float, most: float) -> None:
+    """ValueError unless each figure that there is lies in [least, most], to rounding."""
+    for figure in figures:
+        if figure is not None and not least - 1e-9 <= figure <= most + 1e-9:
+            raise ValueError(f"{name}: {figure!r} is not in [{least:g}, {most:g}]")
