@@ -28,7 +28,7 @@ from safetensors.torch import save_file as save_weights
 from torch import nn
 
 import forged_fx
-from forged_fx import Stats, checkpoint, trials
+from forged_fx import Stats, checkpoint, pictures, trials
 from forged_fx.evaluate import Result, blocks, journal, probes
 from forged_fx.evaluate.attacks import ATTACKS, Attack
 from forged_fx.evaluate.journal import Journal
@@ -383,6 +383,7 @@ def _hurried() -> Iterator[None]:
         stack.enter_context(mock.patch.object(probes, "PROBED", 2))
         stack.enter_context(mock.patch.multiple(trials, STEPS=2, NEAR=4))
         stack.enter_context(mock.patch.dict(ATTACKS, step=Attack("step", step)))
+        stack.enter_context(mock.patch.multiple(pictures, trade_off=mock.DEFAULT, trials=mock.DEFAULT))
         yield
 
 
