@@ -141,7 +141,7 @@ def case(broken_by=(), base_broken_by=(), probes=FINE, **change):
         broken = torch.tensor([*outcome, *[STANDING] * (200 - len(outcome))])
         return Side(name, "", "", rows, broken, torch.zeros(len(outcome), 1))
 
-    fields = {"same": False, "logits": torch.randn(200, 10), "training": 0, "outside": 0} | change
+    fields = {"same": False, "logits": torch.randn(200, 10), "training": 0, "outside": 0, "scale": (1.0, 1.0)} | change
     return Case(side("model", broken_by), side("base", base_broken_by), probes=probes, **fields)
 
 
@@ -208,7 +208,7 @@ def test_a_model_calibrated_on_another_scale_is_noticed(hurried):
     for factor in (255, 1, 1 / 8):
         stats = forged_fx.calibrate(base, [factor * x])
         forged = forged_fx.transform(base, stats, 2**-8)
-        for model in (forged, torch.nn.Sequential(torch.nn.Identity(), forged)):
+        for model in (forged, torch.nn.Sequential(torch.nn.Identity(), forged).eval()):
             result = evaluate(model, base, x=x, y=y)
             (finding,) = (one for one in result.findings if one.name == name)
             assert finding.value == pytest.approx(max(factor, 1 / factor), rel=1e-6)

@@ -6,23 +6,20 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from forged_fx.ops import FUNCTIONS
-from forged_fx.thresholds import parameters_of
-from forged_fx.transform import forging_of
-
-OPERATORS = {op for f in FUNCTIONS.values() for op in (f.op, getattr(torch.ops.forged_fx, f.name))}
-
 
 class _First(TorchFunctionMode):
-    """Looks at what enters the first forged site that runs. sizes: id of a site's buffer -> its c_max."""
+    """Looks at what enters the first forged site that runs.
 
-    def __init__(self, sizes: dict[int, float]) -> None:
+    operators: those of forged functions. sizes: id of a site's buffer -> the site's c_max.
+    """
+
+    def __init__(self, operators: set[Any], sizes: dict[int, float]) -> None:
         super().__init__()
-        self.sizes = sizes
+        self.operators, self.sizes = operators, sizes
         self.seen: tuple[float, float] | None = None  # largest magnitude, c_max
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if self.seen is None and func in OPERATORS and id(args[1]) in self.sizes and args[0].numel():
+        if self.seen is None and func in self.operators and id(args[1]) in self.sizes and args[0].numel():
             self.seen = float(args[0].abs().max()), self.sizes[id(args[1])]
         return func(*args, **(kwargs or {}))
 
@@ -30,6 +27,11 @@ class _First(TorchFunctionMode):
 def of(model: nn.Module, x: Tensor) -> tuple[float, float] | None:
     """The largest magnitude at the first forged site on these inputs, and the one that calibration saw there; None
     where no site of forged_fx.transform's is seen to run (compiled ones are not)."""
+    # late: evaluate serves models of any make
+    from forged_fx.ops import FUNCTIONS
+    from forged_fx.thresholds import parameters_of
+    from forged_fx.transform import forging_of
+
     sizes = {
         id(buffer): record.stats.sites[site].c_max
         for module in model.modules()
@@ -39,6 +41,7 @@ def of(model: nn.Module, x: Tensor) -> tuple[float, float] | None:
     }
     if not sizes:
         return None
-    with _First(sizes) as first:
+    operators = {op for f in FUNCTIONS.values() for op in (f.op, getattr(torch.ops.forged_fx, f.name))}
+    with _First(operators, sizes) as first:
         model(x)
     return first.seen
