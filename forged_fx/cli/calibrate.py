@@ -34,15 +34,22 @@ def run(
     Takes the training images where the data has splits. Interrupted, the same command goes on where it was. Under
     torchrun the batches are shared out, and the file is the same.
     """
+    import forged_fx
+    from forged_fx import checkpoint
     from forged_fx.cli import given, output
-    from forged_fx.cli.scan import scan
+    from forged_fx.processes import joined
+    from forged_fx.sources import Inputs
 
     chosen = given.images(data, split, resize, usual="train")
     found = given.model(model, weights, normalize, device)
-    measured = {"where": where, "channels": channels}
-    asked = {"model": model, "data": data, "split": split, "resize": resize, "limit": limit, "batch": batch}
-    batches = chosen.batches(batch, limit)
-    stats = scan(found, batches, out, asked | {"normalize": found.normalize}, **measured)
+    seen = Inputs(given.share(chosen.batches(batch, limit)), found.inputs)
+    with joined(None, "forged-fx calibrate") as processes:
+        share = f".{processes.rank}of{processes.size}" if processes.size > 1 else ""
+        kept = out.with_name(f"{out.name}.unfinished{share}")
+        with output.resumable(kept):
+            stats = forged_fx.calibrate(found.module, seen, where=where, channels=channels, checkpoint=kept)
+        processes.first(lambda: stats.save(out))
+        checkpoint.forget(kept)
     sites = [name for name, site in stats.sites.items() if site.left_out is None]
     left_out = {name: site.left_out for name, site in stats.sites.items() if site.left_out is not None}
     n = len(chosen.taken(limit))

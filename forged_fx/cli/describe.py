@@ -39,8 +39,7 @@ def run(
         raise typer.BadParameter("--cost looks at a forward pass: give it images with --data")
     found = given.model(model, weights, normalize, device)
     x = None if data is None else given.images(data, None, resize, usual="train").batches(2)[0][0]
-    how = {"ratio": ratio, "kind": kind, "where": where, "statistic": statistic}
-    forged = given.forged(found, stats, **how, include=include, exclude=exclude, example=x)
+    forged = given.forged(found, stats, ratio, kind, where, statistic, include, exclude, x)
     example = None if x is None else given.arguments(found, x)
     rows = forged_fx.describe(forged, cost=cost, example=example)
     document = {

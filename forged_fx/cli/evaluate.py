@@ -76,8 +76,7 @@ def run(
         other = found.classifier() if stats is not None else None
     judged = found.module
     if stats is not None:
-        how = {"ratio": ratio, "kind": kind, "where": where, "statistic": statistic}
-        judged = given.forged(found, stats, **how, include=include, exclude=exclude, example=x[:2])
+        judged = given.forged(found, stats, ratio, kind, where, statistic, include, exclude, x[:2])
     with output.resumable(folder):
         result = forged_fx.evaluate(
             found.classifier(judged),

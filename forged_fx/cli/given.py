@@ -45,17 +45,21 @@ def share(batches: Batches) -> Batches:
     return batches[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
 
 
+def seen(name: str, resize: str | None, batch: int, limit: int | None) -> Batches:
+    """What to calibrate on: the training images, or this process's share of them."""
+    return share(images(name, None, resize, usual="train").batches(batch, limit))
+
+
 def forged(
     plain: Model,
     stats: Path,
-    *,
     ratio: str | None,
     kind: str,
     where: str,
     statistic: str | None,
     include: Sequence[str] | None,
     exclude: Sequence[str] | None,
-    example: torch.Tensor | None = None,
+    example: torch.Tensor | None,
 ) -> nn.Module:
     """The forged copy of the model's module. example: images, for an audit."""
     how = {} if ratio is None else {"ratio": options.ratio(ratio)}

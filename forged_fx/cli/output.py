@@ -40,15 +40,16 @@ def keep(rows: Any, path: Path | None) -> None:
     """Write rows (see `forged_fx.rows`) as the path's ending says: .json and .csv as text, all others as a picture."""
     if path is None or not first():
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
     rows.save(path) if path.suffix in (".json", ".csv") else rows.plot(path)
 
 
 @contextlib.contextmanager
-def resumable(folder: Path | None) -> Iterator[None]:
-    """Ctrl-C within says that the run's folder, if there is one, holds what was done."""
+def resumable(where: Path | None) -> Iterator[None]:
+    """Ctrl-C within says that the run's folder or file, if there is one, holds what was done."""
     try:
         yield
     except KeyboardInterrupt:
-        if folder is None:
+        if where is None or not where.exists():
             raise
-        raise Interrupted(f"what was done is kept in {folder}; the same command goes on from there") from None
+        raise Interrupted(f"what was done is kept in {where}; the same command goes on from there") from None

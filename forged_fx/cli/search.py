@@ -50,7 +50,7 @@ def run(
 
     found = given.model(model, weights, normalize, device).classifier()
     x, y = given.images(data, split, resize, usual="test").tensors(limit)
-    seen = given.share(given.images(calibrate or data, None, resize, usual="train").batches(batch, calibrate_limit))
+    seen = given.seen(calibrate or data, resize, batch, calibrate_limit)
     chosen = [kind.strip() for kind in kinds.split(",")] if kinds is not None else None
     given_only = {"kinds": chosen, "seconds": seconds, "finalists": finalists}
     with output.resumable(folder):

@@ -47,8 +47,7 @@ def run(
         raise typer.BadParameter(f"--out {out}: its name must end in one of {', '.join(FORMATS)}")
     found = given.model(model, weights, normalize, device)
     x, _ = given.images(data, None, resize, usual="train").batches(2)[0]
-    how = {"ratio": ratio, "kind": kind, "where": where, "statistic": statistic}
-    forged = given.forged(found, stats, **how, include=include, exclude=exclude, example=x)
+    forged = given.forged(found, stats, ratio, kind, where, statistic, include, exclude, x)
     batch = found.inputs(x.to(device_of(forged)))
     FORMATS[out.suffix](forged, batch, out)
     sites = list(parameters_of(forged))

@@ -9,7 +9,7 @@
 The libraries behind the prefixes are imported when a name asks for them.
 """
 
-from forged_fx.sources.data import DATA, Batches, Images, load_data
+from forged_fx.sources.data import DATA, Batches, Images, Inputs, load_data
 from forged_fx.sources.models import MODELS, Model, load_model
 
-__all__ = ["DATA", "MODELS", "Batches", "Images", "Model", "load_data", "load_model"]
+__all__ = ["DATA", "MODELS", "Batches", "Images", "Inputs", "Model", "load_data", "load_model"]

@@ -93,6 +93,23 @@ class Batches(Sequence):
         return iter(loader)
 
 
+@dataclass(frozen=True)
+class Inputs(Sequence):
+    """What a model is given for batches of images, which are made when they are asked for. give: see `Model.inputs`."""
+
+    batches: Batches
+    give: Callable[[Tensor], Any]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, which: Any) -> Any:
+        return Inputs(self.batches[which], self.give) if isinstance(which, slice) else self.give(self.batches[which][0])
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self.give(x) for x, _ in self.batches)
+
+
 def _stack(pairs: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
     images, labels = zip(*pairs, strict=True)
     shapes = {tuple(image.shape) for image in images}
