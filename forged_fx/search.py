@@ -147,7 +147,7 @@ class Search(Recorded):
         """A picture: each trial's natural accuracy and how many inputs stand. SVG, PNG or PDF, by suffix."""
         from forged_fx import pictures
 
-        pictures.trials(self, path)
+        pictures.trials(self).save(path)
 
     def __rich__(self) -> Any:
         return need("rich.console").Group(

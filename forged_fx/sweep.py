@@ -133,7 +133,7 @@ class Sweep(Recorded):
         """A picture: accuracies above, shares and throughput below, a column per kind. SVG, PNG or PDF, by suffix."""
         from forged_fx import pictures
 
-        pictures.trade_off(self, path)
+        pictures.trade_off(self).save(path)
 
     def __rich__(self) -> Any:
         table = need("rich.table").Table(title=f"right, of {self.n} inputs", title_justify="left")

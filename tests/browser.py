@@ -67,7 +67,7 @@ class Browser:
             pass
 
     def run(self, script):
-        answer = self.send("Runtime.evaluate", expression=script, returnByValue=True)
+        answer = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 

@@ -3,10 +3,12 @@
 import json
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,6 @@ from safetensors.torch import save_file
 import forged_fx
 from forged_fx import demo, digits
 from forged_fx.cli import given, main, options, output
-from forged_fx.cli import scan as scanning
 from forged_fx.cli.main import COMMANDS, EXIT_NOTE
 from forged_fx.evaluate.verdict import EXIT_CODES
 
@@ -105,6 +106,16 @@ def test_json_is_all_that_is_printed(name, capsys):
     assert isinstance(json.loads(out), dict) and err == ""
 
 
+def test_a_page_shows_what_was_measured_into_its_folder(capsys, tmp_path):
+    shutil.copytree("demo", tmp_path / "run")
+    for command in (["sparsity", "--limit", "9"], ["lipschitz", "--limit", "2", "--steps", "1"]):
+        arguments = [*MODEL, "--stats", "demo/stats.safetensors", *command[1:], "--folder", str(tmp_path / "run")]
+        assert main([command[0], *arguments]) == 0
+    assert main(["report", str(tmp_path / "run")]) == 0
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "Share zeroed by site, measured" in page and "Gain by site" in page
+
+
 def test_describe_says_what_the_library_says(capsys):
     main(["describe", *JSON["describe"], "--ratio", "0=0,*=1/64", "--json"])
     rows = {row["site"]: row for row in json.loads(capsys.readouterr().out)["sites"]}
@@ -192,17 +203,20 @@ def test_an_interrupted_scan_goes_on_where_it_was(monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(given.Model, "inputs", watched)
         assert main(arguments) == 130
-        assert "8 of 25 batches are kept in kept.safetensors.unfinished; the same" in one_line(capsys)
+        assert "what was done is kept in kept.safetensors.unfinished; the same" in one_line(capsys)
         assert main([*arguments, "--limit", "70"]) == 1
-        assert "of another scan (limit)" in one_line(capsys)
+        assert "is a scan of 11 batches, and there are 2: delete it" in one_line(capsys)
+        assert main([*arguments, "--batch", "32"]) == 1
+        assert "is a scan of other batches than these" in one_line(capsys)
+        made = len(seen)
         assert main(arguments) == 0
-    assert len(seen) == 12 + 17
+    assert len(seen) - made == 14 + 3  # the first, the last that was scanned, and the sum of the last
     model = given.model(MODEL[0], MODEL[2], None, None).module
     expected = forged_fx.calibrate(model, digits.load()[0].split(64))
     expected.save("expected.safetensors")
     assert forged_fx.Stats.load("kept.safetensors") == expected
     assert open("kept.safetensors", "rb").read() == open("expected.safetensors", "rb").read()
-    assert not scanning._beside(scanning.Path("kept.safetensors.unfinished")).exists()
+    assert not list(Path().glob("*kept.safetensors.unfinished*")) and not list(Path().glob(".kept*"))
 
 
 def test_termination_is_an_interruption_and_the_handler_is_put_back(monkeypatch, capsys):
@@ -219,6 +233,7 @@ def test_an_interrupted_evaluation_says_how_to_go_on(monkeypatch, capsys):
 
     monkeypatch.setattr(forged_fx, "evaluate", interrupted)
     arguments = ["evaluate", *MODEL, "--eps", "0.1", "--limit", "2"]
+    Path("stopped").mkdir()
     assert main([*arguments, "--folder", "stopped"]) == 130
     assert "kept in stopped; the same command goes on" in one_line(capsys)
     assert main(arguments) == 130

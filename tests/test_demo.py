@@ -105,5 +105,5 @@ def test_a_folder_that_cannot_be_written_is_an_error_of_one_line(tmp_path, capsy
 
 
 def test_a_picture_is_the_same_bytes_every_time():
-    shares = [("a", 0.1, 0.2), ("b", 0.0, 1.0)]
-    assert pictures.zeroed_by_site(shares) == pictures.zeroed_by_site(shares)
+    shares = [("a", 0.1, 0.2, None), ("b", 0.0, 1.0, 0.9)]
+    assert pictures.zeroed_by_site(shares, "words").svg() == pictures.zeroed_by_site(shares, "words").svg()

@@ -14,39 +14,64 @@ from browser import CHROMIUM, Browser
 from page import Outline
 from torch import nn
 
-from forged_fx import calibrate, describe, report, transform
+from forged_fx import calibrate, describe, lipschitz, pictures, report, sparsity, transform
+from forged_fx.configuration import Configuration
 from forged_fx.digits import one_thread
 from forged_fx.evaluate import Result, evaluate
 from forged_fx.evaluate.findings import CHECKS
 from forged_fx.report import markup
 from forged_fx.report.findings import paragraphs
 from forged_fx.report.run import facts, save_sites, save_speeds
+from forged_fx.search import Finalist, Search
+from forged_fx.sweep import Point, Sweep
 from forged_fx.throughput import Speed
+from forged_fx.trials import Trial
 
 NASTY = "<b onclick=x()>$&amp;$</script>"
+# names of sites: what would run if it were markup, and what the page's own pictures are made with
+MARKUP = (
+    "<script>ran=1</script>",
+    "<img src=x onerror=ran=1>",
+    """'"><svg onload=ran=1>""",
+    ' id="a" url(#b) #010101 font-family: d; xmlns="c"',
+)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A run whose names could break a page, with all that a page can show."""
-    folder = tmp_path_factory.mktemp("run")
+    folder = tmp_path_factory.mktemp("search") / "finalist-1"
+    folder.mkdir()
     model = nn.Sequential()
     torch.manual_seed(0)
     model.add_module("flat", nn.Flatten())
-    for name in (NASTY, "layer10", "layer2"):
+    for name in (NASTY, *MARKUP, "layer10", "layer2"):
         model.add_module(name, nn.Linear(12, 12))
     model.add_module("out", nn.Linear(12, 3))
+    for layer in model[1:]:
+        nn.init.orthogonal_(layer.weight)
+        nn.init.zeros_(layer.bias)
     x = torch.rand(6, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     with one_thread():
         stats = calibrate(model.eval(), [x])
-        forged = transform(model, stats, ratio=0.4, exclude="out")
+        forged = transform(model, stats, ratio=0.2, exclude="out")
         y = forged(x).argmax(1)
         result = evaluate(forged, model, x=x, y=y, eps=0.5, attacks=["apgd-ce"])
+        sparsity(forged, [x]).save(folder / "sparsity.json")
+        lipschitz(model, forged, x, eps=0.5, steps=1).save(folder / "lipschitz.json")
     result.notes.append(NASTY)
     result.model.rows[1].note = NASTY
     result.save(folder)
     save_sites(folder, describe(forged), stats)
     save_speeds(folder, [Speed("eager", 1e-3, 2e-3, 0.5, 0.4, 0.6)])
+    facts, counts = {"call": {}, "seed": 0, "attacks": "quick", "stopped": "the budget is spent"}, (5, 4, 3)
+    points = [Point(kind, 0.5, *counts, -0.5, 0.4, 1.0, 1.0, 0.2, 0.1, 0.9, 0.8, 1.0) for kind in ("hard", NASTY)]
+    Sweep(6, result.threat, *counts, ["out"], points, facts).save(folder / "sweep")
+    trials = [Trial(Configuration(places), 3, 0.1, 5, True, 0.0) for places in ((), (("out", "hard", 0.5),))]
+    finalist = Finalist(trials[1].configuration, 3, 2, 3, 2, -0.5, 0.5, 1.0, 1.0, NASTY, False, NASTY, folder.name)
+    found = Search(result.threat, 4, 6, 3, trials[0], trials[1:], [finalist], facts)
+    for where in (folder / "search", folder.parent):  # beside it; and of a search, whose finalist it is
+        found.save(where)
     return folder
 
 
@@ -67,19 +92,26 @@ def test_the_one_script_is_its_own_and_nothing_else_is_loaded(page):
         assert attributes.get("src", "data:image/png;base64,").startswith("data:image/png;base64,")
 
 
+def test_pictures_do_not_share_ids(page):
+    ids = [attributes["id"] for _, attributes in Outline(page).tags if "id" in attributes]
+    assert len(ids) == len(set(ids)) > 0 and page.count("<svg") == 6
+
+
 def test_every_text_from_outside_is_escaped(page):
     assert "<b o" not in page and page.count("</script>") == 1
-    assert (
-        "".join(Outline(page).words).count(NASTY) >= 6
-    )  # the title twice, a class, a row, the picture, a site, a note
+    words = Outline(page).words
+    # the title twice, two pictures, a row, a site, two gains, a sweep's kind, a search's sentence, a note
+    assert "".join(words).count(NASTY) >= 11
+    for name in MARKUP:
+        assert sum(word in (name, pictures.shortened(name)) for word in words) >= 5  # two pictures, a site, two gains
 
 
 def test_the_page_has_its_sections_the_verdict_first(page, folder):
     headings = re.findall(r"<h2>(.*?)</h2>", page)
     assert headings == [
-        "What stands", "Accuracy by attack", "Share zeroed by site", "What broke the model",
-        "Signs that attacks failed", "Row by row", "Site by site", "Cost", "What the words mean",
-        "How to get this again",
+        "What stands", "Accuracy by attack", "Share zeroed by site, measured", "Reaction to small changes",
+        "Gain by site", "What broke the model", "Signs that attacks failed", "Row by row", "Site by site",
+        "Small changes", "The sweep", "The search", "Cost", "What the words mean", "How to get this again",
     ]  # fmt: skip
     assert page.index(f">{Result.load(folder).verdict}<") < page.index("<h2>")
 
@@ -118,14 +150,55 @@ def test_a_bare_result_makes_a_shorter_page(folder, tmp_path):
         shutil.copy(folder / name, tmp_path)
     bare = report.page(report.Run.load(tmp_path))
     assert "Site by site" not in bare and "A forward pass" not in bare and "What broke the model" in bare
+    assert bare.count("<svg") == 1
 
 
-@pytest.mark.parametrize("name", ["sites.json", "speeds.json"])
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"sites": [{}], "notes": [], "zeros": {}, "speeds": [1]}'])
+def test_shares_come_from_calibration_where_none_were_measured(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run" / "sparsity.json").unlink()
+    page = report.page(report.Run.load(tmp_path / "run"))
+    assert "<h2>Share zeroed by site</h2>" in page and "inputs in calibration" in page
+
+
+def test_a_finalists_page_shows_its_search_and_a_search_names_its_finalists(folder, tmp_path):
+    whole = tmp_path / "search"
+    shutil.copytree(folder.parent, whole)
+    shutil.rmtree(whole / "finalist-1" / "search")
+    assert report.Run.load(whole / "finalist-1").search is not None
+    (whole / "finalist-1").rename(whole / "other")
+    assert report.Run.load(whole / "other").search is None
+    with pytest.raises(FileNotFoundError, match=r"holds a search: .*finalist-1"):
+        report.Run.load(whole)
+
+
+BROKEN = '{"sites": [{}], "notes": [], "zeros": {}, "speeds": [1], "rows": [{"site": 1}]}'
+
+
+@pytest.mark.parametrize("name", ["sites.json", "speeds.json", "sparsity.json", "lipschitz.json"])
+@pytest.mark.parametrize("content", ["", "[]", "{}", BROKEN])
 def test_a_damaged_part_is_named(folder, tmp_path, name, content):
     shutil.copytree(folder, tmp_path / "run")
     (tmp_path / "run" / name).write_text(content)
     with pytest.raises(ValueError, match=f"{name}.*(delete it)"):
+        report.Run.load(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["sweep", "search"])
+def test_a_damaged_sweep_or_search_is_named(folder, tmp_path, name):
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run" / name / f"{name}.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"{name}.json holds no {name}"):
+        report.Run.load(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["sparsity.json", "lipschitz.json"])
+def test_a_figure_that_is_none_is_refused(folder, tmp_path, name):
+    shutil.copytree(folder, tmp_path / "run")
+    measured = json.loads((folder / name).read_text())
+    key = "before" if name == "sparsity.json" else "ratio"
+    measured["rows"][0][key] = float("nan")
+    (tmp_path / "run" / name).write_text(json.dumps(measured))
+    with pytest.raises(ValueError, match=name):
         report.Run.load(tmp_path / "run")
 
 
@@ -145,29 +218,60 @@ def test_prose():
     assert markup.prose("<script>") == "<p>&lt;script&gt;</p>"
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
-def test_a_browser_shows_it_and_sorts_it(page, tmp_path):
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium")
+    with Browser(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
+
+
+def test_a_browser_shows_it_and_sorts_it(page, browser, tmp_path):
     (tmp_path / "page.html").write_text(page, encoding="utf-8")
-    column = "[...document.querySelectorAll('table.sortable tbody tr')].map(r => r.cells[{}].textContent)"
-    with Browser(tmp_path / "profile") as browser:
-        browser.open(tmp_path / "page.html")
-        assert browser.run("document.title") == NASTY
-        assert browser.run(column.format(0)) == [NASTY, "layer10", "layer2", "out"]
-        click = "document.querySelectorAll('table.sortable th button')[{}].click()"
-        browser.run(click.format(0))
-        assert browser.run(column.format(0)) == [NASTY, "layer2", "layer10", "out"]
-        browser.run(click.format(0))
-        assert browser.run(column.format(0)) == ["out", "layer10", "layer2", NASTY]
-        browser.run(click.format(4))  # the threshold, of which one site has none
-        *figures, last = browser.run(column.format(4))
-        assert list(map(float, figures)) == sorted(map(float, figures)) and last == ""
-        paper = {}
-        for width, dark in ((1100, False), (1100, True), (380, False)):
-            browser.look(width, dark)
-            paper[width, dark] = browser.run("getComputedStyle(document.body).backgroundColor")
-            assert browser.run("document.documentElement.scrollWidth") <= width  # wide tables scroll by themselves
-            assert len(browser.screenshot()) > 10_000
-        assert paper[1100, False] != paper[1100, True]
-        browser.run("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=alert(1)>')")
-        refused = [error for error in browser.errors if "Content Security Policy" in error]
-        assert refused and refused == browser.errors  # of what was just put in, and of nothing before
+    sites = "[...document.querySelectorAll('table.sortable')][0]"
+    column = f"[...{sites}.tBodies[0].rows].map(r => r.cells[{{}}].textContent)"
+    browser.open(tmp_path / "page.html")
+    assert browser.run("document.title") == NASTY
+    names = (NASTY, *MARKUP, "layer10", "layer2", "out")
+    assert browser.run(column.format(0)) == list(names)
+
+    def order():
+        found = browser.run(column.format(0))
+        assert sorted(found) == sorted(names)
+        return [name for name in found if name[0].isalpha()]
+
+    click = f"{sites}.querySelectorAll('th button')[{{}}].click()"
+    browser.run(click.format(0))
+    assert order() == ["layer2", "layer10", "out"]
+    browser.run(click.format(0))
+    assert order() == ["out", "layer10", "layer2"]
+    browser.run(click.format(4))  # the threshold, of which one site has none
+    *figures, last = browser.run(column.format(4))
+    assert list(map(float, figures)) == sorted(map(float, figures)) and last == ""
+    paper = {}
+    for width, dark in ((1100, False), (1100, True), (380, False)):
+        browser.look(width, dark)
+        paper[width, dark] = browser.run("getComputedStyle(document.body).backgroundColor")
+        assert browser.run("document.documentElement.scrollWidth") <= width  # wide tables scroll by themselves
+        assert len(browser.screenshot()) > 10_000
+    assert paper[1100, False] != paper[1100, True]
+    browser.run("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=alert(1)>')")
+    refused = [error for error in browser.errors if "Content Security Policy" in error]
+    assert refused and refused == browser.errors  # of what was just put in, and of nothing before
+
+
+def test_names_that_are_markup_are_shown_and_do_nothing(page, browser, tmp_path):
+    """Not only because the policy forbids it: here the page has none."""
+    bare, count = re.subn("<meta http-equiv[^>]*>", "", page)
+    assert count == 1
+    (tmp_path / "page.html").write_text(bare, encoding="utf-8")
+    browser.open(tmp_path / "page.html")
+    assert browser.run("document.querySelectorAll('script').length") == 1
+    assert browser.run("document.querySelectorAll('img[src=x], svg[onload], b[onclick], [onerror]').length") == 0
+    assert browser.run("typeof ran") == "undefined"
+    for what in ("td", "svg text"):
+        shown = browser.run(f"[...document.querySelectorAll('{what}')].map(e => e.textContent)")
+        assert {pictures.shortened(name) if what != "td" else name for name in (NASTY, *MARKUP)} <= set(shown)
+    # and it would have run
+    browser.run("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=ran=1>')")
+    assert browser.run("new Promise(done => setTimeout(() => done(typeof ran), 50))") == "number"

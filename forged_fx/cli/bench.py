@@ -1,6 +1,5 @@
 """forged-fx bench"""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -26,9 +25,7 @@ def run(
     batch: Annotated[int, typer.Option(min=1, help="Images in the batch that is timed.")] = 8,
     modes: Annotated[str, typer.Option(help="eager, compiled, or both.")] = "eager,compiled",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds in turn.")] = 15,
-    folder: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A run of evaluate, whose page is to show the figures.")
-    ] = None,
+    folder: options.Beside = None,
     weights: options.Weights = None,
     normalize: options.Normalize = None,
     resize: options.Resize = None,
@@ -46,8 +43,7 @@ def run(
         raise typer.BadParameter(f"--modes {unknown[0]}: choose of {', '.join(throughput.MODES)}")
     found = given.model(model, weights, normalize, device)
     x, _ = given.images(data, None, resize, usual="train").batches(batch)[0]
-    how = {"ratio": ratio, "kind": kind, "where": where, "statistic": statistic}
-    forged = given.forged(found, stats, **how, include=include, exclude=exclude, example=x)
+    forged = given.forged(found, stats, ratio, kind, where, statistic, include, exclude, x)
     pair = (found.classifier(), found.classifier(forged))
     speeds = throughput.compare(*pair, x.to(device_of(forged)), rounds=rounds, modes=chosen)
     if folder is not None:

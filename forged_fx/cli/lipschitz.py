@@ -26,6 +26,7 @@ def run(
     exclude: options.Exclude = None,
     batch: options.Fed = 32,
     save: options.Save = None,
+    folder: options.Beside = None,
     weights: options.Weights = None,
     normalize: options.Normalize = None,
     split: options.Split = None,
@@ -42,15 +43,16 @@ def run(
 
     import forged_fx
     from forged_fx.cli import given, output
+    from forged_fx.report.run import LIPSCHITZ
     from forged_fx.sources.classifier import device_of
 
     found = given.model(model, weights, normalize, device)
     x, _ = given.images(data, split, resize, usual="test").tensors(limit)
-    how = {"ratio": ratio, "kind": kind, "where": where, "statistic": statistic}
-    forged = given.forged(found, stats, **how, include=include, exclude=exclude, example=x[:2])
+    forged = given.forged(found, stats, ratio, kind, where, statistic, include, exclude, x[:2])
     pair = (found.classifier(), found.classifier(forged))
     radius = options.number(eps, "eps")
     rows = forged_fx.lipschitz(*pair, x.to(device_of(forged)), eps=radius, steps=steps, batch_size=batch)
     output.keep(rows, save)
+    output.keep(rows, folder and folder / LIPSCHITZ)
     figures = [{key: output.finite(value) for key, value in asdict(row).items()} for row in rows]
     output.show({"rows": figures, **rows.more()}, str(rows), json)

@@ -75,6 +75,9 @@ Fed = Annotated[int, typer.Option(min=1, help="Images that the models are fed at
 Folder = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Record the run here; the same command goes on with it.")
 ]
+Beside = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="A run of evaluate, whose page is to show the figures.")
+]
 Save = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write FILE.json, .csv or .svg.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 

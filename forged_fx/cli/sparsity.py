@@ -24,6 +24,7 @@ def run(
     exclude: options.Exclude = None,
     batch: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 128,
     save: options.Save = None,
+    folder: options.Beside = None,
     weights: options.Weights = None,
     normalize: options.Normalize = None,
     split: options.Split = None,
@@ -40,11 +41,12 @@ def run(
 
     import forged_fx
     from forged_fx.cli import given, output
+    from forged_fx.report.run import SPARSITY
 
     found = given.model(model, weights, normalize, device)
     batches = given.images(data, split, resize, usual="test").batches(batch, limit)
-    how = {"ratio": ratio, "kind": kind, "where": where, "statistic": statistic}
-    forged = given.forged(found, stats, **how, include=include, exclude=exclude, example=batches[0][0][:2])
+    forged = given.forged(found, stats, ratio, kind, where, statistic, include, exclude, batches[0][0][:2])
     rows = forged_fx.sparsity(forged, (found.inputs(x) for x, _ in batches))
     output.keep(rows, save)
+    output.keep(rows, folder and folder / SPARSITY)
     output.show({"rows": [asdict(row) for row in rows], **rows.more()}, str(rows), json)

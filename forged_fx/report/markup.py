@@ -4,7 +4,7 @@ import html
 import io
 import re
 from base64 import b64encode
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -18,6 +18,12 @@ def section(title: str, content: str) -> str:
 def picture(title: str, legend: str, svg: str) -> str:
     """legend: markup."""
     return f"<figure><h2>{html.escape(title)}</h2><figcaption>{legend}</figcaption>{svg}</figure>"
+
+
+def legend(keys: Mapping[str, str]) -> str:
+    """What each colour stands for: its name in the style sheet -> words."""
+    pairs = (f'<span class="key {name}"></span>{text(what)}' for name, what in keys.items())
+    return "".join(f'<span class="keyed">{pair}</span>' for pair in pairs)
 
 
 def table(

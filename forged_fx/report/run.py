@@ -2,8 +2,11 @@
 
 A run's folder holds the result (see `forged_fx.evaluate.record`), and beside it what else is known:
 
-sites.json    what `describe` says of the forged model, and what was zero in calibration
-speeds.json   what `throughput.compare` measured
+sites.json        what `describe` says of the forged model, and what was zero in calibration
+speeds.json       what `throughput.compare` measured
+sparsity.json     what `sparsity` measured: the rows' own `save` writes it
+lipschitz.json    what `lipschitz` measured
+sweep/sweep.json, search/search.json    a sweep's or a search's folder; of a search's finalist, the one that it lies in
 """
 
 import json
@@ -11,17 +14,26 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from forged_fx import checked
 from forged_fx.describe import Description, Row
 from forged_fx.evaluate import Result
+from forged_fx.evaluate.record import RECORD
 from forged_fx.files import whole
+from forged_fx.lipschitz import Lipschitz
+from forged_fx.search import RECORD as SEARCH
+from forged_fx.search import Search
+from forged_fx.sparsity import Sparsity
 from forged_fx.stats import Stats
+from forged_fx.sweep import RECORD as SWEEP
+from forged_fx.sweep import Sweep
 from forged_fx.throughput import Speed
 
-SITES, SPEEDS = "sites.json", "speeds.json"
+SITES, SPEEDS, SPARSITY, LIPSCHITZ = "sites.json", "speeds.json", "sparsity.json", "lipschitz.json"
+Measured = TypeVar("Measured", Sparsity, Lipschitz)
 
 
 @dataclass(frozen=True)
@@ -29,8 +41,9 @@ class Run:
     """What a page can show. Only the result must be there.
 
     title, about: what was judged, in a line each. sites: what `describe` gave. zeros: for each site, the share of its
-    inputs in calibration that is zero without forging, in [0, 1]. speeds: what `throughput.compare` gave. notes:
-    further findings, a sentence each. facts: how to get this page again. classes: their names, by number.
+    inputs in calibration that is zero without forging, in [0, 1]. speeds: what `throughput.compare` gave. sparsity,
+    lipschitz, sweep, search: what the calls of these names gave. notes: further findings, a sentence each. facts: how
+    to get this page again. classes: their names, by number.
     """
 
     title: str
@@ -39,6 +52,10 @@ class Run:
     sites: Description = field(default_factory=Description)
     zeros: Mapping[str, float] = field(default_factory=dict)
     speeds: Sequence[Speed] = ()
+    sparsity: Sparsity = field(default_factory=Sparsity)
+    lipschitz: Lipschitz = field(default_factory=Lipschitz)
+    sweep: Sweep | None = None
+    search: Search | None = None
     notes: Sequence[str] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
     classes: Sequence[str] = ()
@@ -47,12 +64,25 @@ class Run:
     def load(cls, folder: str | os.PathLike[str], title: str = "", classes: Sequence[str] = ()) -> "Run":
         """The run in a folder. ValueError names a file that is damaged; FileNotFoundError: there is no result."""
         folder = Path(folder)
+        if not (folder / RECORD).exists() and (folder / SEARCH).exists():
+            raise FileNotFoundError(f"{folder} holds a search: pages are of its finalists, such as {folder}/finalist-1")
         result = Result.load(folder)
         sites, zeros = _sites(folder / SITES) if (folder / SITES).exists() else (Description(), {})
-        speeds = _speeds(folder / SPEEDS) if (folder / SPEEDS).exists() else []
         sides = f"model: {result.model.description}" + (f"; base: {result.base.description}" if result.base else "")
-        title = title or f"forged_fx: {folder.resolve().name}"
-        return cls(title, result, sides, sites, zeros, speeds, facts=facts(result), classes=classes)
+        return cls(
+            title or f"forged_fx: {folder.resolve().name}",
+            result,
+            sides,
+            sites,
+            zeros,
+            speeds=_speeds(folder / SPEEDS) if (folder / SPEEDS).exists() else [],
+            sparsity=_measured(folder / SPARSITY, Sparsity()),
+            lipschitz=_measured(folder / LIPSCHITZ, Lipschitz()),
+            sweep=Sweep.load(folder / "sweep") if (folder / "sweep" / SWEEP).exists() else None,
+            search=_search(folder),
+            facts=facts(result),
+            classes=classes,
+        )
 
 
 def facts(result: Result) -> dict[str, str]:
@@ -106,6 +136,30 @@ def _speeds(path: Path) -> list[Speed]:
         return [checked.build(Speed, row, f"speeds[{i}]") for i, row in enumerate(rows)]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no speeds ({error}): delete it, or run forged-fx bench anew") from error
+
+
+def _measured(path: Path, rows: Measured) -> Measured:
+    """The rows in the file, if there is one."""
+    if not path.exists():
+        return rows
+    found, what = _read(path), path.stem
+    try:
+        for i, row in enumerate(checked.fit(found["rows"], list[dict[str, Any]], "rows")):
+            rows.append(checked.build(rows.row, row, f"rows[{i}]"))
+        if not all(isfinite(value) for row in rows for value in vars(row).values() if isinstance(value, float)):
+            raise ValueError("a figure that is not finite")
+        return rows
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path} holds no {what} ({error}): delete it, or run forged-fx {what} anew") from error
+
+
+def _search(folder: Path) -> Search | None:
+    """The search in the folder, or that of which the folder is a finalist's."""
+    if (folder / "search" / SEARCH).exists():
+        return Search.load(folder / "search")
+    above = folder.resolve().parent
+    found = Search.load(above) if (above / SEARCH).exists() else None
+    return found if found and folder.resolve().name in [one.folder for one in found.finalists] else None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -11,8 +11,9 @@ import torch
 
 from forged_fx import pictures
 from forged_fx.evaluate.result import Finding
+from forged_fx.lipschitz import SITE_NONZERO, SITE_WHOLE, Figure
 from forged_fx.report.findings import paragraphs
-from forged_fx.report.markup import image, picture, prose, section, share, table, terms, text
+from forged_fx.report.markup import image, legend, picture, prose, section, share, table, terms, text
 from forged_fx.report.run import Run
 
 DRAWN = 60  # sites in a picture
@@ -69,19 +70,83 @@ def _pictures(run: Run) -> str:
     for name, kind in run.result.figures.items():
         model, *base = (round(side.accuracy(kind) * run.result.n) for side in run.result.sides)
         figures.append((name, model, base[0] if base else None))
-    legend = '<span class="key model"></span>model' + '<span class="key base"></span>base' * bool(run.result.base)
-    drawn = [picture("Accuracy by attack", legend, pictures.accuracy_by_attack(figures, run.result.n))]
-    forged = [row for row in run.sites if row.share_zeroed is not None]
-    shares = [(row.site, run.zeros.get(row.site, 0.0), row.share_zeroed) for row in forged]
-    if shares:
-        left = ""
-        if len(shares) > DRAWN:
-            most = sorted(shares, key=lambda one: one[1] - one[2])[:DRAWN]
-            left = f" (the {DRAWN} of {len(shares)} sites of which forging zeroes most)"
-            shares = [one for one in shares if one in most]
-        legend = '<span class="key line"></span>zero already<span class="key model"></span>zeroed by forging' + left
-        drawn.append(picture("Share zeroed by site", legend, pictures.zeroed_by_site(shares)))
+    keys = {"model": "model", **({"base": "base"} if run.result.base else {})}
+    bars = pictures.accuracy_by_attack(figures, run.result.n)
+    drawn = [picture("Accuracy by attack", legend(keys), bars.svg()), _zeros(run), *_smoothness(run)]
     return f'<section class="pictures">{"".join(drawn)}</section>'
+
+
+def _zeros(run: Run) -> str:
+    """What was measured, if it was; else what calibration tells."""
+    if run.sparsity:
+        zeroed = run.sparsity.overall.net
+        title, when = "Share zeroed by site, measured", "as measured"
+        shares = [(r.site or "(root)", r.before, r.after, r.before + r.predicted if r.predicted is not None else None)
+                  for r in run.sparsity]  # fmt: skip
+        keys = {"line": "zero already", "model": f"zeroed by forging, {100 * zeroed:.1f} % overall",
+                "base": "predicted from calibration"}  # fmt: skip
+    else:
+        title, when = "Share zeroed by site", "in calibration"
+        shares = [
+            (row.site or "(root)", run.zeros.get(row.site, 0.0), row.share_zeroed, None)
+            for row in run.sites
+            if row.share_zeroed is not None
+        ]
+        keys = {"line": "zero already", "model": "zeroed by forging"}
+    if not shares:
+        return ""
+    most = sorted(shares, key=lambda one: one[1] - one[2])[:DRAWN]
+    left = f" (the {DRAWN} of {len(shares)} sites of which forging zeroes most)" if len(shares) > DRAWN else ""
+    drawn = pictures.zeroed_by_site([one for one in shares if one in most], when)
+    return picture(title, legend(keys) + left, drawn.svg())
+
+
+def _smoothness(run: Run) -> list[str]:
+    """How strongly the forged model reacts to small changes beside the base: end to end, and site by site."""
+    ends = [row for row in run.lipschitz if not _of_site(row)]
+    sites: dict[str, dict[str, pictures.Ratio]] = {}
+    for row in run.lipschitz:
+        if _of_site(row):
+            sites.setdefault(row.where, {})[row.what] = (row.ratio, row.low, row.high)
+    both = [(site, gains) for site, gains in sites.items() if len(gains) == 2]
+    drawn = []
+    if ends:
+        rows = [(f"{row.what}:\n{row.where}", [(row.ratio, row.low, row.high)]) for row in ends]
+        note = "measured on a few inputs: it bounds nothing elsewhere; left of 1 the forged model reacts less"
+        found = pictures.ratios("smoothness", rows, "forged / base: mean, 95 % interval")
+        drawn.append(picture("Reaction to small changes", html.escape(note), found.svg()))
+    if both:
+        both = sorted(both, key=lambda one: one[1][SITE_NONZERO][0])[:DRAWN]
+        rows = [
+            (pictures.shortened(site or "(root)"), [gains[SITE_WHOLE], gains[SITE_NONZERO]]) for site, gains in both
+        ]
+        keys = {"model": SITE_WHOLE.removeprefix("gain of "), "base": SITE_NONZERO.removeprefix("gain of ")}
+        left = f" (the {DRAWN} of {len(sites)} sites with the least)" if len(sites) > DRAWN else ""
+        found = pictures.ratios("gains", rows, "gain: mean, 95 % interval")
+        drawn.append(picture("Gain by site", legend(keys) + left, found.svg()))
+    return drawn
+
+
+def _of_site(row: Figure) -> bool:
+    return row.what in (SITE_WHOLE, SITE_NONZERO)
+
+
+def _sweep(run: Run) -> str:
+    if run.sweep is None:
+        return ""
+    return section("The sweep", _with_picture(run.sweep.sentence, pictures.trade_off(run.sweep)))
+
+
+def _search(run: Run) -> str:
+    if run.search is None:
+        return ""
+    return section("The search", _with_picture(run.search.sentence, pictures.trials(run.search)))
+
+
+def _with_picture(sentence: str, drawn: pictures.Picture) -> str:
+    width = f"width: {96 * drawn.size[0]:.0f}px"  # as it was drawn; where a page has less room it is scrolled
+    said = text(sentence[:1].upper() + sentence[1:])
+    return f'<p>{said}.</p><div class="wide"><div style="{width}">{drawn.svg()}</div></div>'
 
 
 def _gallery(run: Run) -> str:
@@ -170,6 +235,24 @@ def _sites(run: Run) -> str:
     )
 
 
+def _reactions(run: Run) -> str:
+    """The figures of `lipschitz`."""
+    headings = ["", "", "base", "forged", "forged / base", "95 % interval", "inputs"]
+
+    def cells(row: Figure) -> list[object]:
+        interval = "" if row.low is None or row.high is None else f"{row.low:.4f} to {row.high:.4f}"
+        figures = (f"{row.base:.4g}", f"{row.forged:.4g}", f"{row.ratio:.4f}")
+        return [row.what, row.where or "(root)", *figures, interval, row.n]
+
+    ends, sites = ([cells(row) for row in run.lipschitz if _of_site(row) is so] for so in (False, True))
+    if not ends and not sites:
+        return ""
+    note = "Measured on these inputs; none of it bounds what happens elsewhere."
+    folded = table(headings, sites, sortable=True)
+    more = f"<details><summary>{len(sites)} gains by site</summary>{folded}</details>" if sites else ""
+    return section("Small changes", f'<p class="soft">{note}</p>{table(headings, ends)}{more}')
+
+
 def _cost(run: Run) -> str:
     result = run.result
     spent = [
@@ -215,6 +298,9 @@ SECTIONS: tuple[Callable[[Run], str], ...] = (
     _findings,
     _rows,
     _sites,
+    _reactions,
+    _sweep,
+    _search,
     _cost,
     _terms,
     _facts,
