@@ -24,11 +24,10 @@ from forged_fx.evaluate import Result
 from forged_fx.evaluate.record import RECORD
 from forged_fx.files import whole
 from forged_fx.lipschitz import Lipschitz
-from forged_fx.search import RECORD as SEARCH
+from forged_fx.recorded import Recorded
 from forged_fx.search import Search
 from forged_fx.sparsity import Sparsity
 from forged_fx.stats import Stats
-from forged_fx.sweep import RECORD as SWEEP
 from forged_fx.sweep import Sweep
 from forged_fx.throughput import Speed
 
@@ -64,7 +63,7 @@ class Run:
     def load(cls, folder: str | os.PathLike[str], title: str = "", classes: Sequence[str] = ()) -> "Run":
         """The run in a folder. ValueError names a file that is damaged; FileNotFoundError: there is no result."""
         folder = Path(folder)
-        if not (folder / RECORD).exists() and (folder / SEARCH).exists():
+        if not (folder / RECORD).exists() and _there(folder, Search):
             raise FileNotFoundError(f"{folder} holds a search: pages are of its finalists, such as {folder}/finalist-1")
         result = Result.load(folder)
         sites, zeros = _sites(folder / SITES) if (folder / SITES).exists() else (Description(), {})
@@ -78,7 +77,7 @@ class Run:
             speeds=_speeds(folder / SPEEDS) if (folder / SPEEDS).exists() else [],
             sparsity=_measured(folder / SPARSITY, Sparsity()),
             lipschitz=_measured(folder / LIPSCHITZ, Lipschitz()),
-            sweep=Sweep.load(folder / "sweep") if (folder / "sweep" / SWEEP).exists() else None,
+            sweep=Sweep.load(folder / "sweep") if _there(folder / "sweep", Sweep) else None,
             search=_search(folder),
             facts=facts(result),
             classes=classes,
@@ -153,12 +152,16 @@ def _measured(path: Path, rows: Measured) -> Measured:
         raise ValueError(f"{path} holds no {what} ({error}): delete it, or run forged-fx {what} anew") from error
 
 
+def _there(folder: Path, kind: type[Recorded]) -> bool:
+    return (folder / f"{kind.NAME}.json").exists()
+
+
 def _search(folder: Path) -> Search | None:
     """The search in the folder, or that of which the folder is a finalist's."""
-    if (folder / "search" / SEARCH).exists():
+    if _there(folder / "search", Search):
         return Search.load(folder / "search")
     above = folder.resolve().parent
-    found = Search.load(above) if (above / SEARCH).exists() else None
+    found = Search.load(above) if _there(above, Search) else None
     return found if found and folder.resolve().name in [one.folder for one in found.finalists] else None
 
 
