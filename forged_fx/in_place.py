@@ -72,7 +72,7 @@ def overwrite(x: Tensor, t: Tensor, references: int) -> Tensor:
 
 def _plain(x: Tensor, t: Tensor) -> bool:
     """Ordinary CPU tensors of a dtype that is served: what the dispatcher would come to is known."""
-    return torch._C._dispatch_keys(x) in _PLAIN and torch._C._dispatch_keys(t) in _PLAIN and x.dtype in ops.DTYPES
+    return torch._C._dispatch_keys(x) in ops.PLAIN and torch._C._dispatch_keys(t) in ops.PLAIN and x.dtype in ops.DTYPES
 
 
 def _alone(x: Tensor) -> bool:
@@ -88,5 +88,3 @@ def _of_one_variable() -> int:
 
 _ONE_VARIABLE = _of_one_variable()
 _ONE_TENSOR = torch_internals.owners(torch.empty(1))
-with torch.inference_mode():
-    _PLAIN = (ops._PLAIN, torch._C._dispatch_keys(torch.empty(0)))

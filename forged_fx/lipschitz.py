@@ -14,7 +14,7 @@ from forged_fx.gains import Gains, gains
 from forged_fx.modes import eval_mode, fast_path_off
 from forged_fx.ops import straight_through
 from forged_fx.progress import track
-from forged_fx.rows import Rows, draw, text
+from forged_fx.rows import Rows, text
 from forged_fx.thresholds import parameters_of
 
 EXACT = 64  # outputs: up to so many, the Jacobian is made row by row; beyond, its norms are estimated
@@ -69,19 +69,10 @@ class Lipschitz(Rows[Figure]):
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Every ratio with its interval; what lies left of 1 is smaller in the forged model."""
+        from forged_fx import pictures
 
-        def paint(axes: Any) -> None:
-            for i, r in enumerate(self):
-                if r.low is not None:
-                    axes.plot([r.low, r.high], [i, i], color="C0", linewidth=2)
-                axes.plot(r.ratio, i, "o", color="C0", markersize=4)
-            axes.set_yticks(range(len(self)), [f"{r.what}: {r.where or '(root)'}" for r in self], fontsize=7)
-            axes.axvline(1, color="0.6", linewidth=1)
-            axes.set_xscale("log")
-            axes.set_xlabel("forged / base")
-            axes.invert_yaxis()
-
-        draw(path, len(self), paint)
+        rows = [(f"{r.what}: {r.where or '(root)'}", [(r.ratio, r.low, r.high)]) for r in self]
+        pictures.ratios("lipschitz", rows, "forged / base").save(path)
 
 
 def lipschitz(

@@ -34,6 +34,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
+from forged_fx import torch_internals
 from forged_fx.kernels import reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -398,17 +399,14 @@ def _record(function: type[_Masked], op: Callable, *args: Any) -> Tensor:
     return _run(op, *args)
 
 
-def _modes_listen() -> bool:
-    """Whether a dispatch mode or a torch.func transform is to see what runs below autograd."""
-    return bool(torch._C._len_torch_dispatch_stack()) or torch._C._functorch.maybe_current_level() is not None
-
-
 def _is_plain(op: Callable, x: Tensor) -> bool:
     """Whether an operator comes to plain code on this tensor, and nothing else is to see it."""
-    return op in _CPU and torch._C._dispatch_keys(x) == _PLAIN and not _modes_listen()
+    return op in _CPU and torch._C._dispatch_keys(x) in PLAIN and not torch_internals.dispatched()
 
 
-_PLAIN = torch._C._dispatch_keys(torch.empty(0))  # of an ordinary CPU tensor
+PLAIN = [torch._C._dispatch_keys(torch.empty(0))]  # of ordinary CPU tensors
+with torch.inference_mode():
+    PLAIN.append(torch._C._dispatch_keys(torch.empty(0)))
 _CPU: dict[Callable, Callable] = {}
 
 

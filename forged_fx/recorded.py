@@ -5,7 +5,6 @@ NAME.csv     a row for the base and for each configuration
 NAME.svg     a picture, where there is matplotlib
 """
 
-import csv
 import json
 import os
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from typing import Any, ClassVar, Self
 from forged_fx import checked
 from forged_fx.evaluate import checks, report
 from forged_fx.files import whole
+from forged_fx.rows import write_csv
 
 FORMAT = 1
 LIMIT = 1e9  # of figures that know no other
@@ -47,10 +47,7 @@ class Recorded:
         """Write the files, each whole or not at all. The record comes last: a folder that has it is complete."""
         folder, rows = Path(folder), self.records()
         folder.mkdir(parents=True, exist_ok=True)
-        with whole(folder / f"{self.NAME}.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(folder / f"{self.NAME}.csv", list(rows[0]), rows)
         try:
             self.plot(folder / f"{self.NAME}.svg")
         except ImportError:  # the figures stand without it

@@ -3,7 +3,7 @@
 import csv
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -24,18 +24,24 @@ class Rows(list[Row], Generic[Row]):
         if path.suffix not in (".json", ".csv"):
             raise ValueError(f"{path}: the name has to end with .json or .csv")
         records = [asdict(row) for row in self]
-        with whole(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
-            if path.suffix == ".json":
-                json.dump({"rows": records, **self.more()}, file, indent=1, allow_nan=False)
-                file.write("\n")
-            else:
-                writer = csv.DictWriter(file, [field.name for field in fields(self.row)], lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(records)
+        if path.suffix == ".csv":
+            write_csv(path, [field.name for field in fields(self.row)], records)
+            return
+        with whole(path) as part:
+            text = json.dumps({"rows": records, **self.more()}, indent=1, allow_nan=False)
+            part.write_text(text + "\n", encoding="utf-8")
 
     def more(self) -> dict[str, Any]:
         """What a JSON file holds besides the rows."""
         return {}
+
+
+def write_csv(path: Path, columns: Sequence[str], records: Iterable[dict[str, Any]]) -> None:
+    """A CSV file, whole or not at all."""
+    with whole(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
 
 
 def text(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -55,16 +61,3 @@ def text(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def share(value: float | None) -> str:
     """A share as text; nothing where it is not known."""
     return "" if value is None else f"{100 * value:.1f} %"
-
-
-def draw(path: str | os.PathLike[str], rows: float, paint: Callable[[Any], None]) -> None:
-    """A picture of about `rows` lines of text, in any format that matplotlib writes; `paint` is given its axes."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install forged_fx[report]") from error
-    figure = Figure(figsize=(8, 1.2 + 0.28 * rows), layout="constrained")
-    axes = figure.add_subplot()
-    paint(axes)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)

@@ -14,7 +14,7 @@ from forged_fx import ops
 from forged_fx.calibrate import model_inputs
 from forged_fx.modes import eval_mode
 from forged_fx.progress import track
-from forged_fx.rows import Rows, draw, share, text
+from forged_fx.rows import Rows, share, text
 from forged_fx.sites import is_activation, module_of
 from forged_fx.stats import SiteStats
 from forged_fx.thresholds import parameters_of
@@ -90,21 +90,13 @@ class Sparsity(Rows[SiteSparsity]):
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """A bar for each site: zero before, zeroed by forging, and a mark for what was predicted."""
+        from forged_fx import pictures
 
-        def paint(axes: Any) -> None:
-            names = [row.site or "(root)" for row in self]
-            axes.barh(names, [100 * row.before for row in self], color="0.82", label="zero before")
-            lefts = [100 * row.before for row in self]
-            axes.barh(names, [100 * row.net for row in self], left=lefts, color="C0", label="zeroed by forging")
-            marks = [(100 * (row.before + row.predicted), i) for i, row in enumerate(self) if row.predicted is not None]
-            if marks:
-                axes.plot(*zip(*marks, strict=True), "|", color="C3", markersize=9, label="predicted by calibration")
-            axes.invert_yaxis()
-            axes.set_xlim(0, 100)
-            axes.set_xlabel(f"% of the site's inputs; overall {100 * self.overall.net:.1f} % zeroed by forging")
-            axes.legend(loc="lower right", fontsize=8)
+        def after(row: SiteSparsity, share: float | None) -> float | None:
+            return None if share is None else row.before + share
 
-        draw(path, len(self), paint)
+        shares = [(row.site or "(root)", row.before, after(row, row.net), after(row, row.predicted)) for row in self]
+        pictures.zeroed_by_site(shares, "(grey: before; blue: predicted)").save(path)
 
 
 def sparsity(forged: torch.nn.Module, batches: Iterable[Any], *, max_batches: int | None = None) -> Sparsity:

@@ -358,12 +358,16 @@ def forward_of(graph: fx.Graph) -> Callable:
     return _forward_from_src(code.src, code.globals)
 
 
+def dispatched() -> bool:
+    """Whether a dispatch mode or a torch.func transform is to see what runs below autograd."""
+    return bool(torch._C._len_torch_dispatch_stack()) or torch._C._functorch.maybe_current_level() is not None
+
+
 def watched() -> bool:
     """Whether anything besides the caller is to see what runs now: a mode, a torch.func transform, a tracer."""
     return bool(
         torch._C._len_torch_function_stack()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.maybe_current_level() is not None
+        or dispatched()
         or forward_ad._current_level >= 0
         or torch.jit.is_tracing()
         or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
