@@ -1,6 +1,6 @@
 """What holds for every tensor, every model and every scan; hypothesis looks for one for which it does not.
 
-1,000 cases in all, the same ones each time. `pytest tests/test_properties.py --hypothesis-profile=full`: 10,000 others.
+More than 1,000 cases in all, the same ones each time; with `--hypothesis-profile=full` ten times as many others.
 """
 
 import functools
@@ -15,6 +15,8 @@ from generated import Case, Generated, models, same_state, scans, state_of, tens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreted import arithmetic_of_a_gpu, kernels  # noqa: F401 (a fixture)
+from planted import inputs, linear, straight_through
+from torch import nn
 
 import forged_fx
 from forged_fx import ops
@@ -279,3 +281,70 @@ def test_a_file_is_the_statistics_and_thresholds_are_monotone(tmp_path_factory, 
         for name, site in sites(loaded).items():
             assert 0 <= few[name] <= more[name] <= site.c_max
             assert site.share_zeroed(few[name]) <= site.share_zeroed(more[name]) + 1e-12
+
+
+# ---- a finished evaluation
+
+
+class Edited(nn.Module):
+    """A classifier, and code of its own: what it adds to the logits of some inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.edits = linear(classes=3), []
+        self.eval()
+
+    def forward(self, x):
+        logits = self.inner(x)
+        for known, change in self.edits:
+            logits = logits + change * (x == known).flatten(1).all(1, keepdim=True)
+        return logits
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(the call, its result, every input and every example with its class)"""
+    x = inputs(12)
+    y = Edited()(x).argmax(1)
+    y[:2] = (y[:2] + 1) % 3
+    call = {"x": x, "y": y, "eps": 0.02, "attacks": ["apgd-ce"], "bpda": straight_through}
+    call["folder"] = tmp_path_factory.mktemp("finished") / "run"
+    with one_thread():
+        result = forged_fx.evaluate(Edited(), **call)
+    broken = (result.model.broken_by > 0).nonzero().flatten()
+    assert 0 < len(broken) < 10
+    examples = result.model.examples[(result.model.broken_by[result.model.broken] > 0)]
+    return call, result, [*zip(x, y, strict=True), *zip(examples, y[broken], strict=True)]
+
+
+@cases(30)
+@given(st.integers(0, 110), st.integers(0, 31))
+def test_a_finished_evaluation_sees_every_bit_of_the_weights(finished, element, bit):
+    model = Edited()
+    weights = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    weights.view(torch.int32)[element % len(weights)] ^= 1 << bit if bit < 31 else -(1 << 31)
+    torch.nn.utils.vector_to_parameters(weights, model.parameters())
+    with pytest.raises(FileExistsError, match="fingerprint"):
+        forged_fx.evaluate(model, **finished[0])
+
+
+@cases(30)
+@given(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 2), st.sampled_from([-50.0, 1e-7, 50.0])), max_size=2))
+def test_a_finished_evaluation_sees_code_that_does_otherwise_than_its_figures_say(finished, drawn):
+    """Inputs that are right or wrong without attack where they were not; examples that do not break the model now. Code
+    that changes neither goes unseen."""
+    call, result, known = finished
+    model, plain = Edited(), Edited()
+    chosen = {which % len(known): (label, change) for which, label, change in drawn}
+    for which, (label, change) in chosen.items():
+        model.edits.append((known[which][0], change * torch.eye(3)[label]))
+    seen = False
+    for which in chosen:
+        x, y = known[which]
+        before, after = (bool(net(x[None]).argmax() == y) for net in (plain, model))
+        seen |= before != after and (which < len(call["x"]) or after)
+    if seen:
+        with pytest.raises(ValueError, match=r"classified (otherwise without attack|rightly)"):
+            forged_fx.evaluate(model, **call)
+    else:
+        assert torch.equal(forged_fx.evaluate(model, **call).model.broken_by, result.model.broken_by)

@@ -162,6 +162,13 @@ def test_thresholds_stay_float32(model, stats, x, dtype):
     assert forged(x.to(dtype))["logits"].dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_thresholds_move_with_the_model(model, stats, dtype):
+    forged = forged_fx.transform(model, stats, 2**-3).to("meta", dtype)
+    assert {value.device.type for value in forged.state_dict().values()} == {"meta"}
+    assert all(value.dtype == torch.float32 for key, value in forged.state_dict().items() if "forged" in key)
+
+
 def test_channels_last(model, stats, x):
     """Set before or after the transform: the same layout at every site's call, and the same bits."""
     last = torch.channels_last
