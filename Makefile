@@ -1,6 +1,6 @@
 # make demo    the main job on real handwritten digits; writes demo/report.html
 # make test    every test
-# make lint    style
+# make lint    style and types
 #
 # Both need Python 3.11 or newer and an internet connection, and make their own environment in .venv.
 
@@ -24,6 +24,7 @@ test: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 clean:
 	rm -rf $(VENV)

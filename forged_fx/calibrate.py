@@ -4,7 +4,7 @@ import functools
 import inspect
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def calibrate(
     model = unwrapped(model)
 
     def own() -> Stats:
-        measured = {"where": where, "channels": channels}
+        measured: dict[str, Any] = {"where": where, "channels": channels}
         if checkpoint is None:
             return scan(model, track(batches, "calibrating", max_batches), **measured)
         from forged_fx.checkpoint import resumed
@@ -122,7 +122,7 @@ def scan(
 
 def _agree(processes: Processes, model: torch.nn.Module, batches: Iterable[Any]) -> None:
     """ValueError where a sharded model would wait for ever: its processes run every forward pass together."""
-    if processes.size == 1 or not is_sharded(model) or not hasattr(batches, "__len__"):
+    if processes.size == 1 or not is_sharded(model) or not isinstance(batches, Sized):
         return
     lengths = [int(length) for length in processes.gather(str(len(batches)).encode())]
     if len(set(lengths)) > 1:
@@ -256,12 +256,14 @@ def _scripted(model: torch.nn.Module) -> list[str]:
 
 def model_inputs(batch: Any, model: torch.nn.Module) -> tuple[tuple, dict]:
     """A batch as the model's (args, kwargs), with tensors on its device."""
+    args: tuple = ()
+    kwargs: dict[str, Any] = {}
     if isinstance(batch, Tensor):
-        args, kwargs = (batch,), {}
+        args = (batch,)
     elif isinstance(batch, tuple | list) and batch and any(isinstance(leaf, Tensor) for leaf in tree_leaves(batch[0])):
-        args, kwargs = (batch[0],), {}
+        args = (batch[0],)
     elif hasattr(batch, "keys"):
-        args, kwargs = (), {key: batch[key] for key in batch.keys()}
+        kwargs = {key: batch[key] for key in batch.keys()}
     else:
         raise ValueError(
             f"a batch must be a tensor, a tuple or list whose first item is the input tensor, or a dict of keyword "

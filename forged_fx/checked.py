@@ -56,7 +56,7 @@ def fit(value: Any, kind: Any, where: str) -> Any:
     where the value stands, and what belongs there.
     """
     origin, inner = get_origin(kind), get_args(kind)
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         return kind.of(value) if hasattr(kind, "of") else build(kind, value, where)
     if kind is Any or (type(value) is kind and kind in _EXACT and _EXACT[kind](value)):
         return value

@@ -40,8 +40,11 @@ def resumed(
     Batch by batch, and merged, so that what is kept is always the statistics of whole batches. BlockingIOError if
     another process works on the file.
     """
-    made_when_asked = isinstance(batches, Sequence) and not isinstance(batches, list | tuple)
-    source = (Made if made_when_asked else Gone)(model, batches, max_batches)
+    source: Gone | Made
+    if isinstance(batches, Sequence) and not isinstance(batches, list | tuple):
+        source = Made(model, batches, max_batches)
+    else:
+        source = Gone(model, batches, max_batches)
     lock = filelock.FileLock(_lock(path))
     try:
         held = lock.acquire(timeout=0)

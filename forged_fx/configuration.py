@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from forged_fx import checked
-from forged_fx.stats import Ends, Ratio, Stats
+from forged_fx.stats import Ends, Stats
 from forged_fx.transform import transform
 
 Place = tuple[str, str, Ends]  # site, kind, ratio
@@ -23,7 +23,7 @@ class Configuration:
     places: tuple[Place, ...] = ()
 
     @classmethod
-    def uniform(cls, sites: Iterable[str], kind: str, ratio: Ratio) -> "Configuration":
+    def uniform(cls, sites: Iterable[str], kind: str, ratio: Ends) -> "Configuration":
         """The same at every one of these sites."""
         return cls(tuple((site, kind, ratio) for site in sites))
 

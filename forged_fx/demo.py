@@ -54,7 +54,7 @@ def run(
     n: int = digits.TEST,
     *,
     epochs: int = 12,
-    attacks: str | Sequence[str] = "standard",
+    attacks: str | list[str] = "standard",
     rounds: int = 15,
 ) -> report.Run:
     """Run it all, print what was found, the least flattering first, and write the folder `out`.

@@ -53,7 +53,7 @@ class Description(list[Row]):
         self.notes: list[str] = []  # how each forged model was captured
 
     def __str__(self) -> str:
-        table = [("site", "kind", "input seen", "c_max", "threshold", "zeroed, placed")]
+        table: list[tuple[str, ...]] = [("site", "kind", "input seen", "c_max", "threshold", "zeroed, placed")]
         table += [_cells(row) for row in self]
         widths = [max(len(line[i]) for line in table) for i in range(5)]
         lines = ["  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[5]]) for line in table]

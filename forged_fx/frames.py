@@ -10,6 +10,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,10 +84,10 @@ class Compilation:
         for check in at_end:
             if isinstance(check, Pass) and check.compilation is self:
                 return check
-        at_end.append(Pass(self))
-        return at_end[-1]
+        at_end.append(new := Pass(self))
+        return new
 
-    def refuse(self, missed: set[str]) -> None:
+    def refuse(self, missed: AbstractSet[str]) -> None:
         names = [site for site in self.stats.sites if site in missed]
         raise ValueError(
             f"sites {', '.join(map(repr, names))} did not run in any graph that torch.compile made: their code runs "

@@ -233,7 +233,7 @@ def _operand(x: Tensor, role: str, value: Tensor) -> Arguments | None:
 
 
 def _row(what: nn.Module | str) -> Producer | None:
-    return FUNCTIONS[what][1] if isinstance(what, str) else _row_of_class(type(what))
+    return FUNCTIONS[what][1] if isinstance(what, str) else _row_of_class(type(what))  # type: ignore[arg-type]
 
 
 @functools.cache

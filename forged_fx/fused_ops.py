@@ -29,7 +29,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,7 @@ OVERLOADS = {
 }
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-Result = Tensor | tuple[Tensor, Tensor]
+Result: TypeAlias = Tensor | tuple[Tensor, Tensor]
 
 
 # ---- the chains

@@ -96,8 +96,8 @@ class Kind:
         elif len(self.ends) == 1:
             ratio = (ratio,)
         elif not isinstance(ratio, tuple | list) or len(ratio) != len(self.ends):
-            names = ", ".join(end.ratio for end in self.ends)
-            raise ValueError(f"{what} must be a pair ({names}) for kind {self.name!r}; got {ratio!r}")
+            pair = ", ".join(end.ratio for end in self.ends)
+            raise ValueError(f"{what} must be a pair ({pair}) for kind {self.name!r}; got {ratio!r}")
         names = [what] if len(self.ends) == 1 else [f"{what}, its {end.ratio} end," for end in self.ends]
         found = [end.check(r, statistic, name) for end, r, name in zip(self.ends, ratio, names, strict=True)]
         if self.ends == (LOW, HIGH) and found[0] > found[1]:
@@ -108,7 +108,7 @@ class Kind:
         """What the buffers hold, each rounded once to float32."""
         if self.statistic == MEAN_STD:
             mean, std = site.channel_mean_std()
-            return np.float32(mean), np.float32(ratios[0] * std)
+            return np.asarray(mean, np.float32), np.asarray(ratios[0] * std, np.float32)
         size = site.statistic(statistic)
         return tuple(float(np.float32(r * size)) if math.isfinite(r) else end.off for end, r in self._ends(ratios))
 
@@ -125,14 +125,14 @@ class Kind:
         """
         if self.statistic == MEAN_STD:
             return None
-        low = dict(zip(self.ends, values, strict=True)).get(LOW, 0.0)
+        low: Any = dict(zip(self.ends, values, strict=True)).get(LOW, 0.0)
         if self.signed and low > 0 and not site.lowest >= 0:
             return None
         return site.share_zeroed(low)
 
     def share_limited(self, site: SiteStats, values: tuple[Value, ...]) -> float | None:
         """The share of the inputs seen in calibration that would have been limited; None where there is no limit."""
-        limit = dict(zip(self.buffers, values, strict=True)).get(HIGH.buffer)
+        limit: Any = dict(zip(self.buffers, values, strict=True)).get(HIGH.buffer)
         return None if limit is None else site.share_above(limit)
 
     def _ends(self, ratios: tuple[float, ...]) -> list[tuple[End, float]]:

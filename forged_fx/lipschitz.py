@@ -126,10 +126,10 @@ def lipschitz(
                 found.setdefault((STEP, f"within {share * eps:.2g}"), []).append(pair)
     result = Lipschitz()
     for what, below in ((SITE_WHOLE, "whole"), (SITE_NONZERO, "nonzero")):
-        for site, values in sites.items():
-            pair = (torch.cat([getattr(value, key) for value in values]) for key in (below, "kept"))
-            result.append(_figure(what, site, *pair))
-    steps_of = {}
+        for site, seen in sites.items():
+            whole, kept = (torch.cat([getattr(values, key) for values in seen]) for key in (below, "kept"))
+            result.append(_figure(what, site, whole, kept))
+    steps_of: dict[str, tuple[Tensor, Tensor]] = {}
     for (what, where), pairs in sorted(found.items(), key=lambda item: (SPECTRAL, FROBENIUS, STEP).index(item[0][0])):
         one, other = (torch.cat(values) for values in zip(*pairs, strict=True))
         result.append(_figure(what, where, one, other))
@@ -235,9 +235,8 @@ def _figure(what: str, where: str, base: Tensor, forged: Tensor) -> Figure:
         return Figure(what, where, float(base.mean()), float(forged.mean()), 1.0, None, None, 0)
     ratios = (forged[usable] / base[usable]).numpy()
     low, high = interval(ratios)
-    return Figure(
-        what, where, *(float(v[usable].mean()) for v in (base, forged)), float(ratios.mean()), low, high, len(ratios)
-    )
+    one, other = (float(v[usable].mean()) for v in (base, forged))
+    return Figure(what, where, one, other, float(ratios.mean()), low, high, len(ratios))
 
 
 def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:

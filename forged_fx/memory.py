@@ -3,11 +3,13 @@
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
+
+Function = TypeVar("Function", bound=Callable)
 
 
 def ran_out(error: BaseException) -> bool:
@@ -34,7 +36,7 @@ def in_halves(run: Callable[[tuple, dict], Any], args: tuple, kwargs: dict, what
         run(*tree_map(lambda value, half=half: value[half] if isinstance(value, Tensor) else value, (args, kwargs)))
 
 
-def at_half_the_batch(function: Callable) -> Callable:
+def at_half_the_batch(function: Function) -> Function:
     """The function; if memory does not suffice, once more at half its `batch_size`."""
 
     @functools.wraps(function)
@@ -47,4 +49,4 @@ def at_half_the_batch(function: Callable) -> Callable:
         warnings.warn(f"out of memory at batch_size={batch_size}: it goes on at {batch_size // 2}", stacklevel=2)
         return function(*args, batch_size=batch_size // 2, **rest)
 
-    return run
+    return cast(Function, run)

@@ -1,9 +1,10 @@
 """Where a search begins, and where it may go from there: a ratio up or down, another kind, or off, at one site."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from forged_fx.configuration import Configuration
-from forged_fx.stats import Ratio
+from forged_fx.stats import Ends
 
 Ladder = tuple[float, ...]
 
@@ -50,7 +51,7 @@ def at(configuration: Configuration, site: str, sites: Sequence[str], kinds: Seq
         yield Configuration(tuple(changed[name] for name in sites if name in changed))
 
 
-def _steps(kind: str, ratio: Ratio) -> list[tuple[str, Ratio]]:
+def _steps(kind: str, ratio: Ends) -> list[tuple[str, Ends]]:
     """The same kind with one of its ends a rung up or down."""
     ends, found = _ends(ratio), []
     for i, (ladder, end) in enumerate(zip(LADDERS[kind], ends, strict=True)):
@@ -61,15 +62,16 @@ def _steps(kind: str, ratio: Ratio) -> list[tuple[str, Ratio]]:
     return found
 
 
-def _converted(kind: str, now: tuple[str, Ratio] | None) -> Ratio:
+def _converted(kind: str, now: tuple[str, Ends] | None) -> Ends:
     """The ratio of another kind: what it has in common with the one that stands there, and else the middle."""
     known = dict(zip(LADDERS[now[0]], _ends(now[1]), strict=True)) if now else {}
     return _ratio(tuple(known.get(ladder, ladder[len(ladder) // 2]) for ladder in LADDERS[kind]))
 
 
-def _ends(ratio: Ratio) -> tuple[float, ...]:
+def _ends(ratio: Any) -> tuple[float, ...]:
     return ratio if isinstance(ratio, tuple) else (ratio,)
 
 
-def _ratio(ends: tuple[float, ...]) -> Ratio:
-    return ends if len(ends) > 1 else ends[0]
+def _ratio(ends: tuple[float, ...]) -> Ends:
+    low, *high = ends
+    return (low, high[0]) if high else low

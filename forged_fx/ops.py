@@ -173,7 +173,7 @@ class Function:
     moves: bool = True
 
     @property
-    def op(self) -> Callable:
+    def op(self) -> Any:
         return getattr(torch.ops.forged_fx, self.name).default
 
     @property
@@ -224,7 +224,7 @@ def _check_function(f: Function, x: Tensor, *arguments: Any) -> None:
     if x.dtype not in DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"{f.name}: x is {x.dtype}; cast it to one of {known}")
-    shape = ()
+    shape: tuple[int, ...] = ()
     if f.channels:
         channel = arguments[-1]
         if not -x.dim() <= channel < x.dim():

@@ -66,7 +66,7 @@ class Picture:
 
     def svg(self) -> str:
         """An <svg> element for a page, as wide as there is room."""
-        with _matplotlib().rc_context(_STYLE | self.style):
+        with _matplotlib().rc_context({**_STYLE, **self.style}):
             figure = self._figure({colour: colour for colour in _THEME})
             file = io.StringIO()
             figure.savefig(file, format="svg", transparent=True)
@@ -74,7 +74,7 @@ class Picture:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """A file, whole or not at all, of the format that its suffix names: .svg, .png or .pdf."""
-        path, style = Path(path), _STYLE | self.style
+        path, style = Path(path), {**_STYLE, **self.style}
         with _matplotlib().rc_context({key: _PAPER.get(value, value) for key, value in style.items()}):
             figure = self._figure(_PAPER)
             with whole(path) as part:

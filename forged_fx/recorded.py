@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 
 from forged_fx import checked
 from forged_fx.evaluate import checks, report
+from forged_fx.evaluate.threat import Threat
 from forged_fx.files import whole
 from forged_fx.rows import write_csv
 
@@ -25,9 +26,14 @@ class Recorded:
     """A base of dataclasses that have `threat` and `facts`. NAME: of the files. FACTS: what facts must hold."""
 
     NAME: ClassVar[str]
+    threat: Threat
+    facts: dict[str, Any]
     FACTS: ClassVar[dict[str, Any]] = {"call": dict[str, Any], "seed": int}
 
-    sentence: str
+    @property
+    def sentence(self) -> str:
+        """What was found, in a sentence."""
+        raise NotImplementedError
 
     def records(self) -> list[dict[str, Any]]:
         """A row for the base and for each configuration, as the CSV has them."""

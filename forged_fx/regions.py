@@ -168,21 +168,21 @@ def _follow_submodules(region: torch.nn.Module, own: _OwnCalls) -> contextlib.Ab
 _classes: dict[tuple[type, type], type] = {}
 
 
-def _derive(region: type, plain: type) -> type:
+def _derive(region: Any, plain: Any) -> type:
     """The class of a forged module: `region` first, so that its forward wraps the plain one."""
     if (region, plain) not in _classes:
 
         def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
             return region.forward(self, *args, **kwargs)
 
-        forward.__signature__ = inspect.signature(plain.forward)  # exporters and trainers read it
+        vars(forward)["__signature__"] = inspect.signature(plain.forward)  # exporters and trainers read it
         members = {"forged_from": (region, plain), "forward": forward, "__module__": plain.__module__}
         _classes[region, plain] = type(f"Forged{plain.__name__}", (region, plain), members)
     return _classes[region, plain]
 
 
 def _rebuild(region: type, plain: type) -> torch.nn.Module:
-    derived = _derive(region, plain)
+    derived: Any = _derive(region, plain)
     return derived.__new__(derived)
 
 
@@ -212,7 +212,7 @@ def forge_regions(model: torch.nn.Module, stats: Stats, wanted: list[str], choic
         inside = f"{name}." if name else ""
         if isinstance(module, _FUSES_CHILDREN) and any(m.startswith(inside) for m in sites_of):
             sites_of.setdefault(name, [])
-    reached = {}
+    reached: dict[str, str] = {}
     for name, sites in sites_of.items():
         module = model.get_submodule(name)
         rows = [stats.sites[site] for site in sites]

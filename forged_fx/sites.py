@@ -58,7 +58,7 @@ class Call:
         return "@" if self.roles == "a" else "#"
 
     def operands(self, args: tuple, kwargs: dict) -> list[tuple[str, Key, Any]]:
-        found = []
+        found: list[tuple[str, Key, Any]] = []
         for role, (position, keyword) in zip(self.roles, self.keys, strict=True):
             if keyword in kwargs:
                 found.append((role, (keyword,), kwargs[keyword]))

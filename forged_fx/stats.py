@@ -265,7 +265,7 @@ class Stats:
             ),
             "histogram": np.array([row.histogram for row in rows], np.int64).reshape(-1, BINS),
         }
-        header = {
+        header: dict[str, Any] = {
             "format": FORMAT,
             "batches": self.batches,
             "contexts": sorted(self.contexts),
@@ -327,8 +327,8 @@ class Stats:
             modules = checked.fit(header["modules"], dict[str, dict[str, tuple[int, ...]]], "modules")
             for name, site in sites.items():
                 _check_site(name, site, modules)
-            sets = (set(checked.fit(header[key], list[str], key)) for key in ("contexts", "given"))
-            return cls(sites, modules, checked.fit(header["batches"], int, "batches"), *sets)
+            contexts, given = (set(checked.fit(header[key], list[str], key)) for key in ("contexts", "given"))
+            return cls(sites, modules, checked.fit(header["batches"], int, "batches"), contexts, given)
         except FileNotFoundError:
             raise
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError, OSError) as error:

@@ -32,7 +32,7 @@ from forged_fx.files import whole
 from forged_fx.kinds import KINDS
 from forged_fx.processes import joined
 from forged_fx.recorded import LIMIT, Recorded, within
-from forged_fx.stats import Ends, Ratio, Stats
+from forged_fx.stats import Ends, Stats
 from forged_fx.throughput import interleave
 from forged_fx.transform import select
 
@@ -120,7 +120,8 @@ class Sweep(Recorded):
         super().check()
         within("points", [len(self.points)], 1, math.inf)
         within("n", [self.n], 1, math.inf)
-        for row in (self, *self.points):
+        rows: list[Sweep | Point] = [self, *self.points]
+        for row in rows:
             within("right", (row.natural, row.true, row.worst), 0, self.n)
         for point in self.points:
             if point.kind not in KINDS:
@@ -163,7 +164,7 @@ def sweep(
     y: Tensor,
     *,
     eps: float,
-    ratios: Sequence[Ratio] | Mapping[str, Sequence[Ratio]] = (2**-8, 2**-7, 2**-6, 2**-5),
+    ratios: Sequence[Ends] | Mapping[str, Sequence[Ends]] = (2**-8, 2**-7, 2**-6, 2**-5),
     kinds: Sequence[str] = ("hard",),
     norm: str = "Linf",
     attacks: str | list[str] | tuple[str, ...] = "standard",
@@ -280,7 +281,7 @@ def _counts(side: Side) -> dict[str, int]:
 
 
 def _points(
-    grid: Sequence[tuple[str, Ratio]],
+    grid: Sequence[tuple[str, Ends]],
     forged: Mapping[str, nn.Module],
     sides: Mapping[str, Side],
     stats: Stats,

@@ -195,7 +195,8 @@ def declare_buffer(gm: fx.GraphModule, name: str) -> None:
 
 def twin(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy of Dynamo's graph that may be given more inputs: Dynamo goes on to read its own."""
-    graph, known = fx.Graph(), {}
+    graph = fx.Graph()
+    known: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(gm.graph, known))
     for old, new in known.items():
         if old.op == "placeholder":

@@ -54,7 +54,7 @@ class ForgedModule(HoldsThresholds, fx.GraphModule):
         return self.meta["forged_fx"]
 
     @property
-    def threshold_buffers(self) -> dict[str, tuple[str, ...]]:
+    def threshold_buffers(self) -> dict[str, tuple[str, ...]]:  # type: ignore[override]
         return self.meta["threshold_buffers"]
 
     def recompile(self) -> Any:
@@ -206,7 +206,7 @@ def _costly(
         raise ValueError(f"only={only!r}: 'free' is the one choice; to name sites, take include= or exclude=")
     if example is None:
         raise ValueError("only='free' runs the model to see what costs: pass example=(args, kwargs)")
-    given = {"kind": choice.kinds, "where": wanted, "statistic": choice.statistic}
+    given: dict[str, Any] = {"kind": choice.kinds, "where": wanted, "statistic": choice.statistic}
     forged = transform(model, stats, None, **given, strict=strict, example=example, fuse=False)
     costs = cost(forged, *example)
     return {site: f"not free: {price}" for site, price in costs.items() if not price.free}

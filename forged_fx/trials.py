@@ -83,7 +83,7 @@ class Trials:
         self.budget, self.seconds = budget, math.inf if seconds is None else seconds
         self.blocks, self.batch_size, self.progress = blocks, batch_size, progress
         self.device = checks.device_of(model, x.device)
-        self.example = ((x[:8].to(self.device),), {})
+        self.example: tuple[tuple, dict] = ((x[:8].to(self.device),), {})
         self.classes = checks.logits(model(self.example[0][0]), x[:8], y[:8], "model").shape[1]
         self.made: dict[Configuration, Trial] = {}
         self.spent = 0.0

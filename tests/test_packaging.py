@@ -85,3 +85,9 @@ def test_type_checkers_see_every_public_name():
     seen = {name: module for module, names in re.findall(r"^    from forged_fx\.(\w+) import (.+)$", text, re.MULTILINE)
             for name in re.findall(r"(\w+) as \1", names)}  # fmt: skip
     assert seen == forged_fx._PUBLIC
+
+
+def test_the_typed_client_uses_every_public_name():
+    """mypy checks it, in `make lint`."""
+    text = (ROOT / "tests" / "typed_client.py").read_text()
+    assert {*re.findall(r"forged_fx\.(\w+)\(", text), "Stats"} >= {*forged_fx._PUBLIC}

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from safetensors.torch import save_model
@@ -12,7 +13,7 @@ import forged_fx
 from forged_fx.files import whole
 from forged_fx.sources.models import need
 
-Batch = Tensor | dict[str, Tensor]
+Batch: TypeAlias = Tensor | dict[str, Tensor]
 
 
 def _program(forged: nn.Module, batch: Batch) -> torch.export.ExportedProgram:

@@ -84,7 +84,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 KIND, WHERE = "hard", "linear+conv"
 
 _NUMBER = r"[0-9.]+(?:e[-+]?[0-9]+)?"
-_FORMS = {
+_FORMS: dict[str, Callable[..., float]] = {
     rf"({_NUMBER})": lambda a: a,
     rf"({_NUMBER})/({_NUMBER})": lambda a, b: a / b,
     rf"({_NUMBER})(?:\*\*|\^)(-?[0-9]+)": lambda a, b: a**b,

@@ -1,6 +1,6 @@
 """forged-fx search"""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -52,7 +52,7 @@ def run(
     x, y = given.images(data, split, resize, usual="test").tensors(limit)
     seen = given.seen(calibrate or data, resize, batch, calibrate_limit)
     chosen = [kind.strip() for kind in kinds.split(",")] if kinds is not None else None
-    given_only = {"kinds": chosen, "seconds": seconds, "finalists": finalists}
+    given_only: dict[str, Any] = {"kinds": chosen, "seconds": seconds, "finalists": finalists}
     with output.resumable(folder):
         result = forged_fx.search(
             found,

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ class Blocks:
         for task in tasks:
             name, number = key = task.job.name, task.number
             if number in known[name]:
-                data = self.processes.first(lambda name=name, number=number: known[name][number])
+                data = self.processes.first(partial(known[name].get, number))
             else:
                 if key not in done:
                     team, todo = todo[: self.processes.size], todo[self.processes.size :]

@@ -193,7 +193,8 @@ class Subject:
 
         def search(indices: Tensor) -> Outcome:
             x, y = self.inputs(indices)
-            examples, outcome = attack.run(tools, x.clone(), y.clone()).detach(), {}
+            examples = attack.run(tools, x.clone(), y.clone()).detach()
+            outcome: Outcome = {}
             for side in sides:
                 mine = side.broken_by[indices] == STANDING
                 found = side.judge(setting, indices[mine], examples[mine.to(x.device)].to(side.device))

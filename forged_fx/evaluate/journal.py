@@ -145,7 +145,7 @@ def begin(
     parse: Callable[[dict[str, bytes], str], Found],
     *,
     read: Callable[[Path], dict[str, bytes]] | None = None,
-    call_of: Callable[[Found], Call] = lambda found: found.facts["call"],
+    call_of: Callable[[Any], Call] = lambda found: found.facts["call"],
 ) -> tuple[Journal | None, Found | None]:
     """The journal to work with, in process 0; or the result, in every process, if the folder holds it already.
 

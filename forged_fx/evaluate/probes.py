@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ def _scaled(logits: Tensor) -> Tensor:
     return logits / (logits.norm(dim=1, keepdim=True) + 1e-10)
 
 
-def _apgd(logits: _Watched, x: Tensor, y: Tensor, setting: Setting, radius: float, steps: int) -> int:
+def _apgd(logits: Any, x: Tensor, y: Tensor, setting: Setting, radius: float, steps: int) -> int:
     """How many are right after so many steps of APGD on the cross-entropy, with one start."""
     threat = replace(setting.threat, eps=radius * setting.threat.eps)
     tools = toolbox(logits, replace(setting, threat=threat))

@@ -10,6 +10,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -139,7 +140,7 @@ def evaluate(
         blocks, shown = Blocks(seed, processes), Progress(progress if processes.rank == 0 else False)
         subject = Subject("model", model, x, y, threat, batch_size, blocks, shown)
         rival = Subject("base", base, x, y, threat, batch_size, blocks, shown) if base is not None else None
-        asked = {
+        asked: dict[str, Any] = {
             "plan": {kind: list(names) for kind, names in asdict(plan).items()},
             "seed": seed,
             "block": unit.BLOCK,

@@ -147,8 +147,8 @@ def _side(record: dict[str, Any], tensors: dict[str, Tensor], seconds: list[floa
         for i, (row, spent) in enumerate(zip(record["rows"], seconds, strict=True))
     ]
     broken_by = torch.tensor(checked.fit(record["broken_by"], list[int], f"{name}.broken_by"), dtype=torch.int64)
-    texts = (checked.fit(record[key], str, f"{name}.{key}") for key in ("description", "fingerprint"))
-    side = Side(name, *texts, rows, broken_by, tensors[f"{name}.x"])
+    said, print_ = (checked.fit(record[key], str, f"{name}.{key}") for key in ("description", "fingerprint"))
+    side = Side(name, said, print_, rows, broken_by, tensors[f"{name}.x"])
     known = torch.arange(STANDING, len(side.rows))
     sound = (
         side.broken_by.shape == (n,)

@@ -86,7 +86,7 @@ class smooth(TorchFunctionMode):
         kwargs = kwargs or {}
         if func not in THRESHOLD_OPS:
             return func(*args, **kwargs)
-        op = getattr(func, "default", func)
+        op: Any = getattr(func, "default", func)
         if op in DECOMPOSITIONS:  # a producer and its threshold: their chain, which comes here for the threshold
             with self:
                 return DECOMPOSITIONS[op](*args, **kwargs)

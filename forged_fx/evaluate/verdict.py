@@ -91,8 +91,10 @@ def weigh(
     true, worst = right("true gradient"), right()
     lost = true & ~worst
     if base_right is None:
-        counts = (int(part.sum()) for part in (true, worst, lost))
-        return Evidence(len(true), *counts, complete=complete, finders=finders, doubts=doubts)
+        right_true, right_worst, number_lost = (int(part.sum()) for part in (true, worst, lost))
+        return Evidence(
+            len(true), right_true, right_worst, number_lost, complete=complete, finders=finders, doubts=doubts
+        )
     base_true, base_worst = base_right("true gradient"), base_right()
     base_lost = base_true & ~base_worst
     return Evidence(

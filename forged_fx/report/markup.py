@@ -31,15 +31,15 @@ def table(
 ) -> str:
     """A table. Columns of figures are set flush right, the first, which names the row, never. first: the first row is
     the one to read. sortable: by a click on a heading."""
-    rows = [[str(cell) for cell in row] for row in rows]
-    figures = [i > 0 and all(not row[i] or row[i][0] in "+-0123456789" for row in rows) for i in range(len(headings))]
+    shown = [[str(cell) for cell in row] for row in rows]
+    figures = [i > 0 and all(not row[i] or row[i][0] in "+-0123456789" for row in shown) for i in range(len(headings))]
 
     def line(cells: Sequence[str], tag: str) -> str:
         kinds = [_wrap(cell) + (" n" if figure else "") for figure, cell in zip(figures, cells, strict=True)]
         inner = [f"<button>{text(c)}</button>" if sortable and tag == "th" and c else text(c) for c in cells]
         return "".join(f'<{tag} class="{k}">{c}</{tag}>' for k, c in zip(kinds, inner, strict=True))
 
-    body = "".join(f'<tr class="{"first" * (first and not i)}">{line(row, "td")}</tr>' for i, row in enumerate(rows))
+    body = "".join(f'<tr class="{"first" * (first and not i)}">{line(row, "td")}</tr>' for i, row in enumerate(shown))
     head = f"<thead><tr>{line(headings, 'th')}</tr></thead>"
     return f'<div class="wide"><table class="{"sortable" * sortable}">{head}<tbody>{body}</tbody></table></div>'
 

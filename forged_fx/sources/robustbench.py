@@ -33,7 +33,7 @@ def package(name: str = "robustbench") -> ModuleType:
 
 def _autoattack() -> dict[str, ModuleType]:
     """pyautoattack under its former name, with its former arguments."""
-    new = importlib.import_module("pyautoattack")
+    new: Any = importlib.import_module("pyautoattack")
 
     class AutoAttack(new.AutoAttack):
         def __init__(self, model: nn.Module, log_path: str | None = None, verbose: bool = True, **rest: Any) -> None:
