@@ -6,7 +6,7 @@ it any more robust. Writes into the folder `--out`:
     report.html            the page to read
     result.json            every figure of the evaluation; beside it examples.safetensors, the adversarial images, and
                            timing.json, how long it took
-    sites.json, speeds.json     what else `forged-fx report` shows
+    sites.json, speeds.json, sparsity.json, lipschitz.json    what else `forged-fx report` shows
     stats.safetensors      what calibration measured
     model.safetensors      the trained model's weights
 """
@@ -26,9 +26,10 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import forged_fx
 from forged_fx import digits, report, throughput
-from forged_fx.report.run import save_sites, save_speeds
+from forged_fx.report.run import LIPSCHITZ, SPARSITY, save_sites, save_speeds
 
 RATIO = 2**-7
+CHANGED = 20  # images at which small changes are made
 COMMAND = "python -m forged_fx.demo"
 
 
@@ -62,7 +63,7 @@ def run(
     seed: of the training and of the attacks. n: how many test images are attacked, at most 200. epochs, attacks and
     rounds: of the training, `evaluate` and `throughput.compare`; smaller ones make it quick and mean less.
     """
-    began, step, ratio = time.perf_counter(), Steps(7), f"1/{1 / RATIO:.0f}"
+    began, step, ratio = time.perf_counter(), Steps(8), f"1/{1 / RATIO:.0f}"
     out.mkdir(parents=True, exist_ok=True)
     with digits.one_thread():
         with step(f"train a CNN on attacked digits, seed {seed}", 10):
@@ -82,6 +83,9 @@ def run(
         with step(f"attack {n} test images, plain and forged, Linf {digits.EPS}", 60):
             result = forged_fx.evaluate(forged, base=model, x=x, y=y, eps=digits.EPS, attacks=attacks, seed=seed)
             result.save(out, overwrite=True)
+        with step(f"count zeros, and see what small changes do to {min(n, CHANGED)} images", 4):
+            zeroed = forged_fx.sparsity(forged, [x])
+            reactions = forged_fx.lipschitz(model, forged, x[:CHANGED], eps=digits.EPS)
         with step(f"write {out / 'report.html'}", 3):
             found = report.Run(
                 title="forged_fx: scikit-learn's handwritten digits",
@@ -90,11 +94,15 @@ def run(
                 sites=sites,
                 zeros={name: site.zeros / max(site.sampled, 1) for name, site in stats.sites.items()},
                 speeds=speeds,
+                sparsity=zeroed,
+                lipschitz=reactions,
                 notes=[agreement],
                 facts={"command": f"{COMMAND} --out {shlex.quote(str(out))} --seed {seed} -n {n}", "threads": "1"},
             )
             save_sites(out, sites, stats)
             save_speeds(out, speeds)
+            zeroed.save(out / SPARSITY)
+            reactions.save(out / LIPSCHITZ)
             (out / "report.html").write_text(report.page(found), encoding="utf-8")
     print(f"\n{result}\n{agreement}\n\n{throughput.text(speeds)}\n{sites}\n")
     print(f"{time.perf_counter() - began:.0f} s in all. The page to read: {out / 'report.html'}")

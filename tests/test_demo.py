@@ -37,6 +37,8 @@ def test_it_writes_what_it_says(folder):
         "model.safetensors",
         "sites.json",
         "speeds.json",
+        "sparsity.json",
+        "lipschitz.json",
     }
     assert Result.load(folder).n == 8
 
@@ -58,13 +60,13 @@ def test_the_verdict_stands_first_and_the_worst_case_beside_the_base(folder):
     assert f"{100 * result.worst_case:.1f} %" in head
 
 
-def test_the_page_holds_every_row_every_site_and_both_pictures(folder):
+def test_the_page_holds_every_row_every_site_and_all_pictures(folder):
     page, result = (folder / "report.html").read_text(encoding="utf-8"), Result.load(folder)
     outline = Outline(page)
-    assert [tag for tag, _ in outline.tags].count("svg") == 2
+    assert [tag for tag, _ in outline.tags].count("svg") == 4
     rows = [tag for tag, _ in outline.tags].count("tr")
-    heads, figures, sites, speeds, spent = 6, 4, 4, 2, 2 + 4 + 4
-    assert rows == heads + figures + len(result.rows) + sites + speeds + spent
+    heads, figures, sites, speeds, spent, reactions = 8, 4, 4, 2, 2 + 4 + 4, 10 + 2 * 4
+    assert rows == heads + figures + len(result.rows) + sites + speeds + spent + reactions
     ids = re.findall(r' id="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     for used in re.findall(r'(?:url\(#|href="#)([^")]+)', page):
@@ -74,7 +76,7 @@ def test_the_page_holds_every_row_every_site_and_both_pictures(folder):
 def test_what_is_printed_begins_with_the_worst_case(ran):
     folder, printed = ran
     steps, _, results = printed.partition("\n\n")
-    assert "[7/7]" in steps
+    assert "[8/8]" in steps
     assert results.startswith(f"{Result.load(folder).verdict}: ")
     assert results.index("in the worst case") < results.index("true gradient") < results.index("eager ")
 
