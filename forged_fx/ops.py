@@ -462,7 +462,14 @@ def register_lowerings() -> None:
     A backend calls it. Under plain `torch.compile` it happens by itself: see `_lower_if_inductor_runs`.
     """
     from torch._inductor import config
-    from torch._inductor.ir import Pointwise, TensorBox
+    from torch._inductor.ir import (
+        FlexibleLayout,
+        Pointwise,
+        TensorBox,
+        as_storage_and_layout,
+        get_stride_order,
+        is_storage_and_layout,
+    )
     from torch._inductor.lowering import register_lowering
     from torch._inductor.virtualized import V
     from torch._inductor.virtualized import ops as inner
@@ -499,13 +506,26 @@ def register_lowerings() -> None:
     def forged(f: Function, x: TensorBox, arguments: tuple) -> TensorBox:
         return pointwise(f, x, arguments, lambda index, *three: inner.where(*three))
 
+    def write(x: TensorBox) -> None:
+        """Have the input written, laid out as in eager mode: as its reader would without the threshold. So others that
+        read it need not compute it anew, and a product shall compute the threshold, and not all that comes ahead."""
+        x.realize()
+        if is_storage_and_layout(x) and isinstance(x.get_layout(), FlexibleLayout):
+            strides = V.graph.current_node.args[0].meta["val"].stride()
+            order = get_stride_order(strides, V.graph.sizevars.shape_env)
+            as_storage_and_layout(x, want_contiguous=False, stride_order=order)
+
     def forward(f: Function, x: TensorBox, *arguments: Any) -> TensorBox:
         arguments = arguments[: f.arguments]
-        tunes = config.max_autotune or config.max_autotune_gemm
-        if not (tunes and config.prologue_fusion and V.graph.current_node.meta.get("prologue")):
+        meta = V.graph.current_node.meta
+        if not (config.max_autotune or config.max_autotune_gemm):
             return forged(f, x, arguments)
-        x.realize()  # the product shall compute the function, not everything ahead of it as well
+        offered = config.prologue_fusion and meta.get("prologue")
+        if offered or meta.get("raw"):
+            write(x)
         result = forged(f, x, arguments)
+        if not offered:
+            return result
         result.realize()
         V.graph.invoke_quant_ops.add(result.get_operation_name())  # Inductor's list of prologues worth a try
         return result

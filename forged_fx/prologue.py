@@ -16,15 +16,17 @@ from typing import Any
 
 import torch.fx as fx
 
-from forged_fx.cost import price
+from forged_fx.cost import WRITE, price
 from forged_fx.hoist import FORGED, thresholds
 from forged_fx.torch_internals import offered_as_prologue
 
 
 def offer(graph: fx.Graph) -> None:
-    """Mark the thresholds of a graph of ATen calls that a product may apply."""
+    """Mark the thresholds of a graph of ATen calls that a product may apply, and those whose input is read raw too."""
     for node in thresholds(graph):
-        node.meta["prologue"] = FORGED[node.target].moves and price(node).prologue
+        cost = price(node)
+        node.meta["prologue"] = FORGED[node.target].moves and cost.prologue
+        node.meta["raw"] = cost.kind == WRITE and node.meta["val"].device.type != "cpu"
 
 
 class Patience:
