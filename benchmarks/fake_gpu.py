@@ -171,6 +171,7 @@ def _tell_inductor(capability: tuple[int, int]) -> None:
 
 
 def _tell_triton(capability: tuple[int, int]) -> None:
+    from torch.utils import _triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import DriverBase
     from triton.runtime import driver
@@ -213,6 +214,9 @@ def _tell_triton(capability: tuple[int, int]) -> None:
         get_benchmarker = get_empty_cache_for_benchmark = clear_cache = absent
 
     driver.set_active(Driver())
+    for asked in vars(_triton).values():  # what was answered, and kept, while there was no GPU
+        if hasattr(asked, "cache_clear"):
+            asked.cache_clear()
 
 
 def _choose_attention() -> None:
