@@ -500,3 +500,21 @@ def test_nothing_waits_for_a_threshold(model, stats, x):
         _, (code,) = run_and_get_code(torch.compile(forged, backend="forged"), x)
     runner = code.partition("class Runner")[2].partition("def get_args")[0]
     assert "call(self, args)" in runner and ".item()" not in runner and "_local_scalar_dense" not in runner
+
+
+def test_low_precision_agrees_with_eager_on_request():
+    """By default a threshold that rides on its producer sees the value before it is rounded: docs/cost.md."""
+    x = torch.randn(2**18, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def f(x, t):
+        return torch.ops.forged_fx.threshold(F.gelu(x), t)
+
+    exact, default = (
+        torch.compile(f, backend="forged", options={"emulate_precision_casts": exact}) for exact in (True, False)
+    )
+    differ = {exact: 0, default: 0}
+    for t in torch.linspace(0.01, 0.1, 16):
+        expected = f(x, t) == 0
+        for fast in differ:
+            differ[fast] += ((fast(x, t) == 0) != expected).sum().item()
+    assert differ[exact] == 0 and 0 < differ[default] <= x.numel() * 16 / 1000
