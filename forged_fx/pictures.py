@@ -228,7 +228,7 @@ def _rows(axes: Any, paint: Paint, names: Sequence[str]) -> None:
     size = 10 if max(len(line) for name in names for line in name.split("\n")) <= 20 else 8
     axes.set_yticks(range(len(names)), names, fontsize=size)
     axes.tick_params(left=False)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.4, -0.6)  # the first on top
     axes.grid(axis="x", color=paint[LINE], linewidth=0.6)
     axes.set_axisbelow(True)
 

@@ -16,7 +16,7 @@ from killed import search, sweep
 
 from forged_fx.evaluate import blocks
 
-SWEEP, SEARCH = {"ratios": [0.25]}, {"budget": 4}
+SWEEP, SEARCH = {"ratios": [0.25]}, {"budget": 2}
 
 
 def clock(step=0.0):
