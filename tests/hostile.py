@@ -435,8 +435,11 @@ def _stopped(work: Callable[[Path], object], after: int, folder: Path) -> None:
             raise InterruptedError
         return do(*args)
 
-    with suppress(InterruptedError), mock.patch.object(blocks.Blocks, "_do", stops):
-        work(folder)
+    with mock.patch.object(blocks.Blocks, "_do", stops):
+        try:
+            work(folder)
+        except InterruptedError as error:
+            assert f"kept in {folder / 'run'}: the same call goes on" in " ".join(error.__notes__)
 
 
 def _spoil_stopped(folder: Path, chance: random.Random) -> None:
