@@ -11,6 +11,7 @@ from planted import Changed, Cut, Hidden, evaluate
 
 import forged_fx
 from forged_fx.digits import EPS, one_thread
+from forged_fx.evaluate import scale
 from forged_fx.evaluate.findings import CHECKS, Case, examine
 from forged_fx.evaluate.probes import Probes
 from forged_fx.evaluate.result import STANDING, Row, Side
@@ -199,6 +200,16 @@ def test_what_accuses_nobody(name, change):
     assert not verdict_of(name).raised
     finding = verdict_of(name, **change)
     assert finding.raised and not finding.masking
+
+
+@pytest.mark.parametrize("batch_size", [3, 64])
+def test_the_scale_is_seen_in_batches_and_does_not_depend_on_them(batch_size):
+    model, x = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()), torch.randn(10, 4)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-6)
+    fed = []
+    forged.register_forward_pre_hook(lambda _, args: fed.append(len(args[0])))
+    assert scale.of(forged, 5 * x, batch_size) == (float(5 * x.abs().max()), float(x.abs().max()))
+    assert max(fed) == min(batch_size, 10)
 
 
 def test_a_model_calibrated_on_another_scale_is_noticed(hurried):

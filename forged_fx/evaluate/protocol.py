@@ -179,7 +179,7 @@ def evaluate(
             probes=probe(subject, settings["model"], bpda),
             training=training,
             outside=int(((x < 0) | (x > 1)).sum()),
-            scale=scale.of(subject.attacked, x[:PROBED].to(subject.device)),
+            scale=scale.of(subject.attacked, x[:PROBED].to(subject.device), batch_size),
         )
         result = Result(
             n=len(x),

@@ -24,9 +24,9 @@ class _First(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def of(model: nn.Module, x: Tensor) -> tuple[float, float] | None:
+def of(model: nn.Module, x: Tensor, batch_size: int) -> tuple[float, float] | None:
     """The largest magnitude at the first forged site on these inputs, and the one that calibration saw there; None
-    where no site of forged_fx.transform's is seen to run (compiled ones are not)."""
+    where no site of forged_fx.transform's is seen to run (compiled ones are not). x: (n, ...), fed in such batches."""
     # late: evaluate serves models of any make
     from forged_fx.ops import FUNCTIONS
     from forged_fx.thresholds import parameters_of
@@ -42,6 +42,9 @@ def of(model: nn.Module, x: Tensor) -> tuple[float, float] | None:
     if not sizes:
         return None
     operators = {op for f in FUNCTIONS.values() for op in (f.op, getattr(torch.ops.forged_fx, f.name))}
-    with _First(operators, sizes) as first:
-        model(x)
-    return first.seen
+    seen = []
+    for part in x.split(batch_size):
+        with _First(operators, sizes) as first:
+            model(part)
+        seen += [first.seen] if first.seen else []
+    return max(seen, default=None)
