@@ -1,4 +1,4 @@
-"""What `sweep` and `search` find, in a folder: written whole, and checked when it is read.
+"""Runs of `sweep` and `search`, and what they find, in a folder: written whole, and checked when it is read.
 
 NAME.json    everything
 NAME.csv     a row for the base and for each configuration
@@ -7,15 +7,20 @@ NAME.svg     a picture, where there is matplotlib
 
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import fields
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from forged_fx import checked
 from forged_fx.evaluate import checks, report
+from forged_fx.evaluate.blocks import Blocks
+from forged_fx.evaluate.journal import Call, Journal, agree, begin
 from forged_fx.evaluate.threat import Threat
 from forged_fx.files import whole
+from forged_fx.processes import Processes, joined
 from forged_fx.rows import write_csv
 
 FORMAT = 1
@@ -62,6 +67,12 @@ class Recorded:
         with whole(folder / f"{self.NAME}.json") as path:
             path.write_text(json.dumps(record, indent=1, default=_plain) + "\n", encoding="utf-8")
 
+    def finish(self, folder: str | os.PathLike[str], journal: Journal) -> None:
+        """It takes the unfinished run's place."""
+        self.save(folder)
+        journal.log(f"finished: {self.sentence}")
+        journal.finish()
+
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Self:
         """Read what `save` wrote. ValueError for anything else."""
@@ -88,6 +99,42 @@ class Recorded:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {checked.visible(self.sentence)}>"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process's part in a run. journal: in process 0, where there is a folder. finished: what that holds already,
+    in every process."""
+
+    processes: Processes
+    blocks: Blocks
+    shown: report.Progress
+    journal: Journal | None = None
+    finished: Any = None
+
+
+@contextmanager
+def running(
+    kind: type[Recorded],
+    call: Call,
+    *,
+    seed: int,
+    folder: str | os.PathLike[str] | None,
+    progress: bool | None,
+    shard: bool | None,
+) -> Iterator[Run]:
+    """A run of this kind, by all processes that share it. Raises as `joined` and `journal.begin` do."""
+    with ExitStack() as stack:
+        processes = stack.enter_context(joined(shard, kind.NAME))
+        agree(processes, call)
+        blocks, shown = Blocks(seed, processes), report.Progress(progress if processes.rank == 0 else False)
+        journal = finished = None
+        if folder is not None:
+            asked = call | {"command": list(sys.argv)}
+            journal, finished = begin(folder, asked, processes, f"{kind.NAME}.json", kind.parse)
+            if journal:
+                blocks.journal, shown.log = stack.enter_context(journal), journal.log_once
+        yield Run(processes, blocks, shown, journal, finished)
 
 
 def _plain(value: Any) -> Any:

@@ -13,7 +13,6 @@ import os
 import random
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -27,14 +26,11 @@ from forged_fx.configuration import Configuration
 from forged_fx.evaluate import blocks as unit
 from forged_fx.evaluate import checks, evaluate, fingerprint, pool, report
 from forged_fx.evaluate.attacks import choose
-from forged_fx.evaluate.blocks import Blocks
 from forged_fx.evaluate.extras import need
-from forged_fx.evaluate.journal import Journal, agree, begin
 from forged_fx.evaluate.result import Result
 from forged_fx.evaluate.statistics import LEVEL, holm
 from forged_fx.evaluate.threat import Threat
-from forged_fx.processes import joined
-from forged_fx.recorded import LIMIT, Recorded, within
+from forged_fx.recorded import LIMIT, Recorded, running, within
 from forged_fx.stats import Stats
 from forged_fx.transform import select
 from forged_fx.trials import Spent, Trial, Trials
@@ -272,19 +268,11 @@ def search(
         "data": {name: fingerprint.of_tensors([(name, value)]) for name, value in data.items()},
         "versions": {name: version(name) for name in ("forged_fx", "pyautoattack", "torch")},
     }
-    with ExitStack() as stack:
-        processes = stack.enter_context(joined(shard, "search"))
-        agree(processes, call)
-        blocks, shown = Blocks(seed, processes), report.Progress(progress if processes.rank == 0 else False)
-        if folder is not None:
-            folder = Path(folder)
-            asked = call | {"command": list(sys.argv)}
-            journal, finished = begin(folder, asked, processes, f"{Search.NAME}.json", Search.parse)
-            if finished:
-                return finished
-            if journal:
-                blocks.journal, shown.log = stack.enter_context(journal), journal.log_once
-        with pool.at_peace({"model": model}), shown:
+    folder = None if folder is None else Path(folder)
+    with running(Search, call, seed=seed, folder=folder, progress=progress, shard=shard) as run:
+        if run.finished:
+            return run.finished
+        with pool.at_peace({"model": model}), run.shown:
             tried = Trials(
                 model,
                 stats,
@@ -294,9 +282,9 @@ def search(
                 max_natural_loss=max_natural_loss,
                 budget=budget,
                 seconds=seconds,
-                blocks=blocks,
+                blocks=run.blocks,
                 batch_size=batch_size,
-                progress=shown,
+                progress=run.shown,
             )
             ends, stopped = walk(tried, sites, kinds, random.Random(seed))
         results = []
@@ -336,15 +324,8 @@ def search(
             },
         )
         if folder is not None:
-            processes.first(lambda: _finish(result, folder, journal))
+            run.processes.first(lambda: result.finish(folder, run.journal))
     return result
-
-
-def _finish(result: Search, folder: Path, journal: Journal) -> None:
-    """The result takes the unfinished run's place."""
-    result.save(folder)
-    journal.log(f"finished: {result.sentence}")
-    journal.finish()
 
 
 def walk(tried: Trials, sites: Sequence[str], kinds: Sequence[str], chance: random.Random) -> tuple[list[Trial], str]:

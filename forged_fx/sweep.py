@@ -22,16 +22,14 @@ from forged_fx.describe import describe
 from forged_fx.evaluate import blocks as unit
 from forged_fx.evaluate import checks, fingerprint, gradients, pool, report
 from forged_fx.evaluate.attacks import choose
-from forged_fx.evaluate.blocks import Blocks
 from forged_fx.evaluate.extras import need
-from forged_fx.evaluate.journal import Journal, agree, begin
+from forged_fx.evaluate.journal import Journal
 from forged_fx.evaluate.result import Side
 from forged_fx.evaluate.statistics import LEVEL, compare, holm
 from forged_fx.evaluate.threat import Threat
 from forged_fx.files import whole
 from forged_fx.kinds import KINDS
-from forged_fx.processes import joined
-from forged_fx.recorded import LIMIT, Recorded, within
+from forged_fx.recorded import LIMIT, Recorded, running, within
 from forged_fx.stats import Ends, Stats
 from forged_fx.throughput import interleave
 from forged_fx.transform import select
@@ -224,25 +222,18 @@ def sweep(
         "rounds": rounds,
         "versions": {name: version(name) for name in ("forged_fx", "pyautoattack", "torch")},
     }
-    with ExitStack() as stack:
-        processes = stack.enter_context(joined(shard, "sweep"))
-        agree(processes, call)
-        blocks, shown = Blocks(seed, processes), report.Progress(progress if processes.rank == 0 else False)
+    with running(Sweep, call, seed=seed, folder=folder, progress=progress, shard=shard) as run, ExitStack() as stack:
+        if run.finished:
+            return run.finished
         if folder is not None:
-            asked = call | {"command": list(sys.argv)}
-            journal, finished = begin(folder, asked, processes, f"{Sweep.NAME}.json", Sweep.parse)
-            if finished:
-                return finished
-            if journal:
-                blocks.journal, shown.log = stack.enter_context(journal), journal.log_once
-            processes.first(lambda: stats.save(Path(folder) / STATISTICS))
+            run.processes.first(lambda: stats.save(Path(folder) / STATISTICS))
         stack.enter_context(pool.at_peace(models))
-        stack.enter_context(shown)
+        stack.enter_context(run.shown)
         sides = pool.judge(
-            models, x, y, threat, plan, bpda=gradients.straight_through(), blocks=blocks, batch_size=batch_size,
-            progress=shown,
+            models, x, y, threat, plan, bpda=gradients.straight_through(), blocks=run.blocks, batch_size=batch_size,
+            progress=run.shown,
         )  # fmt: skip
-        timed = processes.first(lambda: json.dumps(_speeds(models, x[:batch_size], rounds)).encode())
+        timed = run.processes.first(lambda: json.dumps(_speeds(models, x[:batch_size], rounds)).encode())
         result = Sweep(
             n=len(x),
             threat=threat,
@@ -259,7 +250,7 @@ def sweep(
             },
         )
         if folder is not None:
-            processes.first(lambda: _finish(result, sides, Path(folder), journal))
+            run.processes.first(lambda: _finish(result, sides, Path(folder), run.journal))
     return result
 
 
@@ -270,9 +261,7 @@ def _finish(result: Sweep, sides: Mapping[str, Side], folder: Path, journal: Jou
         tensors |= {f"{name}.broken_by": side.broken_by, f"{name}.x": side.examples.contiguous()}
     with whole(folder / EXAMPLES) as path:
         need("safetensors.torch").save_file(tensors, path)
-    result.save(folder)
-    journal.log(f"finished: {result.sentence}")
-    journal.finish()
+    result.finish(folder, journal)
 
 
 def _counts(side: Side) -> dict[str, int]:
