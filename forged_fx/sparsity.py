@@ -76,6 +76,14 @@ class Sparsity(Rows[SiteSparsity]):
         places = dict.fromkeys(row.place for row in self)
         return [_together([row for row in self if row.place == place], place) for place in places]
 
+    @property
+    def bars(self) -> list[tuple[str, float, float, float | None]]:
+        """As `pictures.zeroed_by_site` takes them: site, zero before, zero after, and what was predicted of that."""
+        return [
+            (row.site or "(root)", row.before, row.after, None if row.predicted is None else row.before + row.predicted)
+            for row in self
+        ]
+
     def more(self) -> dict[str, Any]:
         return {"overall": vars(self.overall), "by_place": [vars(row) for row in self.by_place]}
 
@@ -92,11 +100,7 @@ class Sparsity(Rows[SiteSparsity]):
         """A bar for each site: zero before, zeroed by forging, and a mark for what was predicted."""
         from forged_fx import pictures
 
-        def after(row: SiteSparsity, share: float | None) -> float | None:
-            return None if share is None else row.before + share
-
-        shares = [(row.site or "(root)", row.before, after(row, row.net), after(row, row.predicted)) for row in self]
-        pictures.zeroed_by_site(shares, "(grey: before; blue: predicted)").save(path)
+        pictures.zeroed_by_site(self.bars, "(grey: before; blue: predicted)").save(path)
 
 
 def sparsity(forged: torch.nn.Module, batches: Iterable[Any], *, max_batches: int | None = None) -> Sparsity:

@@ -79,12 +79,12 @@ def _pictures(run: Run) -> str:
 def _zeros(run: Run) -> str:
     """What was measured, if it was; else what calibration tells."""
     if run.sparsity:
-        zeroed = run.sparsity.overall.net
-        title, when = "Share zeroed by site, measured", "as measured"
-        shares = [(r.site or "(root)", r.before, r.after, r.before + r.predicted if r.predicted is not None else None)
-                  for r in run.sparsity]  # fmt: skip
-        keys = {"line": "zero already", "model": f"zeroed by forging, {100 * zeroed:.1f} % overall",
-                "base": "predicted from calibration"}  # fmt: skip
+        title, when, shares = "Share zeroed by site, measured", "as measured", run.sparsity.bars
+        keys = {
+            "line": "zero already",
+            "model": f"zeroed by forging, {100 * run.sparsity.overall.net:.1f} % overall",
+            "base": "predicted from calibration",
+        }
     else:
         title, when = "Share zeroed by site", "in calibration"
         shares = [
@@ -117,9 +117,7 @@ def _smoothness(run: Run) -> list[str]:
         drawn.append(picture("Reaction to small changes", html.escape(note), found.svg()))
     if both:
         both = sorted(both, key=lambda one: one[1][SITE_NONZERO][0])[:DRAWN]
-        rows = [
-            (pictures.shortened(site or "(root)"), [gains[SITE_WHOLE], gains[SITE_NONZERO]]) for site, gains in both
-        ]
+        rows = [(site or "(root)", [gains[SITE_WHOLE], gains[SITE_NONZERO]]) for site, gains in both]
         keys = {"model": SITE_WHOLE.removeprefix("gain of "), "base": SITE_NONZERO.removeprefix("gain of ")}
         left = f" (the {DRAWN} of {len(sites)} sites with the least)" if len(sites) > DRAWN else ""
         found = pictures.ratios("gains", rows, "gain: mean, 95 % interval")
