@@ -9,8 +9,9 @@
 2. Every kernel's time: median and quartiles, the cache flushed ahead of each run; the bytes that it has to move, per
    second, as a share of what a copy reaches in the same run; and how often faster it is than the same chain by
    PyTorch's operators, one by one.
-3. Models, plain and forged, in turn: throughput forged / plain, median and quartiles. What does not fit into --budget
-   is listed, not dropped. "eager, unfused" is the forged model with a kernel for each threshold alone.
+3. Models, plain and forged, in turn: throughput forged / plain, median and quartiles; and how many kernels a forward
+   pass of each launches, counted by the profiler. What does not fit into --budget is listed, not dropped. "eager,
+   unfused" is the forged model with a kernel for each threshold alone.
 
 Without a GPU it says so, and that is all. A rehearsal of every step, whose times mean nothing:
     TRITON_INTERPRET=1 python benchmarks/gpu.py --device cpu --dtype float16 --models digits --modes eager
@@ -20,6 +21,7 @@ import argparse
 import csv
 import datetime
 import functools
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -161,7 +163,9 @@ MODES = {
 @dataclass(frozen=True)
 class ModelRow:
     """plain_ms, forged_ms: the fastest round. ratio, low, high: throughput forged / plain, median and quartiles.
-    fused: how many of the thresholds run in a kernel with their producer. left_out: why there is no figure."""
+    launches: kernels in a forward pass of the plain model; more: what the forged one launches beyond them; not a number
+    where the profiler saw none. fused: how many of the thresholds run in a kernel with their producer. left_out: why
+    there is no figure."""
 
     model: str
     dtype: str
@@ -172,6 +176,8 @@ class ModelRow:
     ratio: float
     low: float
     high: float
+    launches: float
+    more: float
     fused: int
     left_out: str = ""
 
@@ -190,10 +196,25 @@ def measure(name: str, dtype: torch.dtype, mode: Mode, args: argparse.Namespace)
     calls = {("", key): functools.partial(m, x) for key, m in models.items()}
     with torch.no_grad():
         times = interleave(calls, args.runs, torch.cuda.synchronize if args.device == "cuda" else lambda: None)
+        counts = {key: launches(call) if args.device == "cuda" else math.nan for (_, key), call in calls.items()}
     plain, ours = times["", "plain"], times["", "forged"]
     low, ratio, high = np.quantile(plain / ours, (0.25, 0.5, 0.75))
     fastest = {"plain_ms": 1e3 * plain.min(), "forged_ms": 1e3 * ours.min()}
-    return {**fastest, "ratio": ratio, "low": low, "high": high, "fused": getattr(_record(forged), "fused", None) or 0}
+    counted = {"launches": counts["plain"], "more": counts["forged"] - counts["plain"]}
+    fused = getattr(_record(forged), "fused", None) or 0
+    return {**fastest, "ratio": ratio, "low": low, "high": high, **counted, "fused": fused}
+
+
+def launches(call: Callable[[], Any]) -> float:
+    """How many kernels run on the device in one call. Memory that is copied or set is not counted."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as watched:
+        call()
+        torch.cuda.synchronize()
+    names = [event.name for event in watched.events() if event.device_type == DeviceType.CUDA]
+    return sum(not name.startswith(("Memcpy", "Memset")) for name in names) or math.nan
 
 
 def _record(forged: nn.Module) -> Any:
@@ -205,7 +226,7 @@ def _record(forged: nn.Module) -> Any:
 def model_rows(args: argparse.Namespace, ends: float) -> Iterator[ModelRow]:
     """The cheapest modes of all models first, so that what has no time left is what takes most."""
     costs = {name: mode.cost for name, mode in MODES.items()}
-    nothing = dict.fromkeys(("plain_ms", "forged_ms", "ratio", "low", "high"), float("nan"))
+    nothing = dict.fromkeys(("plain_ms", "forged_ms", "ratio", "low", "high", "launches", "more"), math.nan)
     for mode in (name for name in MODES if name in args.modes):
         for model in args.models:
             for dtype in (key for key in args.dtype if key != "float32" or args.dtype == ["float32"]):
@@ -233,7 +254,7 @@ KERNEL_COLUMNS = {
 MODEL_COLUMNS = {
     "model": ("<32", ""), "dtype": ("<8", ""), "mode": ("<15", ""), "batch": (">5", "d"), "plain_ms": (">9", ".3f"),
     "forged_ms": (">9", ".3f"), "ratio": (">6", ".3f"), "low": (">6", ".3f"), "high": (">6", ".3f"),
-    "fused": (">5", "d"), "left_out": ("", ""),
+    "launches": (">8", ".0f"), "more": (">5", "+.0f"), "fused": (">5", "d"), "left_out": ("", ""),
 }  # fmt: skip
 
 

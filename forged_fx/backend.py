@@ -58,9 +58,9 @@ def forged(
     ours, inductor = _split(options or {})
     ops.register_lowerings()
     patches = {**list_mode_options(mode), **inductor} if mode else inductor
-    theirs = patches.get("post_grad_custom_pre_pass") or []
-    place = [torch_internals.graph_pass(_place, _version()), *(theirs if isinstance(theirs, list) else [theirs])]
-    patches = {**patches, "post_grad_custom_pre_pass": place}
+    place, theirs = torch_internals.graph_pass(_place, _version()), patches.get("post_grad_custom_pre_pass") or []
+    several = [place, *(theirs if isinstance(theirs, list) else [theirs])]
+    patches = {**patches, "post_grad_custom_pre_pass": several if theirs else place}  # (torch 2.11 takes no list)
     if not ours:
         callers = list(torch_internals.modules_on_stack())
         if callers and not thresholds_of(callers[-1]):

@@ -1,4 +1,4 @@
-"""What of PyTorch is used that PyTorch does not promise to keep. Written for torch 2.14; 2.13 is the oldest.
+"""What of PyTorch is used that PyTorch does not promise to keep. Written for torch 2.14; 2.11 is the oldest.
 
 `NAMES` lists every private name in the library's code, wherever it stands: tests/test_torch_internals.py says of a new
 release which of them it moved. Below are the parts of the compiler that the backend touches, one function each;
@@ -20,7 +20,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch.autograd import forward_ad
 
-OLDEST = (2, 13)
+OLDEST = (2, 11)
 
 if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < OLDEST:
     raise ImportError(
@@ -232,9 +232,7 @@ def guard_identity(gm: fx.GraphModule) -> None:
     owners = {}
     for node in gm.graph.find_nodes(op="placeholder"):
         if isinstance(lifted_value(node), torch.nn.Parameter):
-            source = node.meta["grapharg"].source
-            while hasattr(source, "base"):
-                source = source.base
+            source = _root(node.meta["grapharg"].source)
             owners[source.name] = source
     for source in owners.values():
         install_guard(source.make_guard(GuardBuilder.ID_MATCH))
@@ -245,8 +243,6 @@ def guard_equal(a: fx.Node, b: fx.Node) -> None:
 
     On a device, which a look would have to wait for, their values are looked at after they were written to only.
     """
-    from torch._dynamo.guards import install_guard
-
     first, second = (weakref.ref(lifted_value(node)) for node in (a, b))
     on_cpu = lifted_value(a).device.type == "cpu"
     known: dict[tuple[int, int], bool] = {}
@@ -261,14 +257,29 @@ def guard_equal(a: fx.Node, b: fx.Node) -> None:
             known[versions] = one.item() == two.item()
         return known[versions]
 
-    for node, tensor in ((a, first), (b, second)):
+    sources = [node.meta["grapharg"].source for node in (a, b)]
+    for source, tensor in zip(sources, (first, second), strict=True):
+        _guard(source, lambda value, tensor=tensor: value is tensor(), "the threshold is the same tensor")
+    # At the root: what is within a module, torch 2.11 and 2.12 look at only once one of its dictionaries has changed.
+    _guard(sources[0], lambda _: equal(), "it equals another threshold", at_root=True)
 
-        def create(builder: Any, guard: Any, tensor: weakref.ref = tensor) -> None:
-            text = f"two thresholds are equal: {guard.name} is one of them"
-            manager = builder.get_guard_manager(guard)
-            manager.add_lambda_guard(lambda value: value is tensor() and equal(), [text], guard.user_stack)
 
-        install_guard(node.meta["grapharg"].source.make_guard(create))
+def _root(source: Any) -> Any:
+    """What Dynamo's path to a value starts from: a local or a global variable of the frame."""
+    while hasattr(source, "base"):
+        source = source.base
+    return source
+
+
+def _guard(source: Any, holds: Callable[[Any], bool], text: str, at_root: bool = False) -> None:
+    """Compile the frame anew once `holds` is no longer true of what `source` leads to; or, `at_root`, of the frame."""
+    from torch._dynamo.guards import install_guard
+
+    def create(builder: Any, guard: Any) -> None:
+        manager = builder.guard_manager.root if at_root else builder.get_guard_manager(guard)
+        manager.add_lambda_guard(holds, [f"{text}: {guard.name}"], guard.user_stack)
+
+    install_guard(source.make_guard(create))
 
 
 def inline_opened(gm: fx.GraphModule, node: fx.Node, opened: Callable) -> None:

@@ -74,8 +74,8 @@ def test_a_missing_name_is_noticed():
 
 @pytest.mark.parametrize("part", ["calibrate", "backend"])
 def test_a_torch_that_is_too_old_is_named_with_the_next_step(part):
-    code = f"import torch; torch.__version__ = '2.12.1+cpu'; import forged_fx.{part}"
+    code = f"import torch; torch.__version__ = '2.10.1+cpu'; import forged_fx.{part}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stderr.splitlines()[-1] == (
-        "ImportError: forged_fx needs PyTorch 2.13 or newer, and this is 2.12.1+cpu: pip install --upgrade torch"
+        "ImportError: forged_fx needs PyTorch 2.11 or newer, and this is 2.10.1+cpu: pip install --upgrade torch"
     )

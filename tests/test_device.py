@@ -1,0 +1,318 @@
+"""The whole path on a GPU: calibrate, transform, fuse, compile in every mode, attack. Skipped where there is none."""
+
+import copy
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+import nets
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from kinks import DTYPES, LAYOUTS, same, values
+from test_backend import graphs
+from test_kinds_ops import KINDS, SCALAR, arguments
+from torch import nn
+
+import forged_fx
+from forged_fx import digits, ops
+from forged_fx.kernels import reference
+
+pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import gpu
+
+DEVICE = "cuda"
+RATIO = 2**-4
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available() and DEVICE == "cuda", reason="needs a CUDA device"),
+]
+
+
+class Transformer(nn.Module):
+    """Two blocks as in a ViT: LayerNorms, GELU, fused attention, residual streams."""
+
+    def __init__(self, width=64, heads=4):
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 4, 4)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(2))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x).mean(1))
+
+
+class Block(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1, self.norm2, self.heads = nn.LayerNorm(width), nn.LayerNorm(width), heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        n, length, width = x.shape
+        qkv = self.qkv(self.norm1(x)).view(n, length, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, length, width))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+NETS = {"resnet": lambda: nets.PreActResNet(32, (1, 1, 1)), "transformer": Transformer}
+
+
+@pytest.fixture(autouse=True)
+def _exactly():
+    """Equal calls give equal results: the same kernels, without TF32."""
+    flags = (torch.backends.cudnn.flags, {"deterministic": True, "benchmark": False, "allow_tf32": False})
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
+    torch._dynamo.utils.counters.clear()
+    with flags[0](enabled=True, **flags[1]):
+        yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.fixture(params=NETS)
+def model(request):
+    torch.manual_seed(0)
+    return NETS[request.param]().eval().to(DEVICE)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+
+
+def forge(model, x, **more):
+    return forged_fx.transform(model, forged_fx.calibrate(model, [x]), RATIO, **more)
+
+
+def close(found, expected, tolerance=2e-3):
+    """In norm: a value at a threshold may fall on either side where sums are taken in another order."""
+    return ((found - expected).norm() / expected.norm()).item() < tolerance
+
+
+# ---- operators
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["threshold", *KINDS])
+def test_every_kind_is_its_specification(name, dtype):
+    """NaN, infinities and denormals among the values, in every layout, value and gradient."""
+    forward, backward = getattr(torch.ops.forged_fx, name), getattr(torch.ops.forged_fx, f"{name}_backward")
+    assert ops.FUNCTIONS[name]
+    for t in (-1.0, 0.1, 0.5):
+        for layout in LAYOUTS.values():
+            x = layout(values(t, dtype))
+            for args in [(torch.tensor(t),)] if name == "threshold" else arguments(name, t, x):
+                given = [a.to(DEVICE) if isinstance(a, torch.Tensor) else a for a in (x, *args)]
+                grad = torch.linspace(1, 2, x.numel(), dtype=dtype, device=DEVICE).reshape(x.shape)
+                assert same(forward(*given), getattr(reference, name)(*given)), args
+                assert same(backward(grad, *given), getattr(reference, f"{name}_backward")(grad, *given)), args
+
+
+# ---- eager
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_unfused_is_the_oracle_bit_for_bit(model, x, dtype, channels_last):
+    model, x = model.to(dtype), x.to(dtype)
+    if channels_last:
+        model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    stats = forged_fx.calibrate(model, [x])
+    assert {name: site.c_max for name, site in stats.sites.items()} == oracle.maxima(model, [x])
+    forged = forged_fx.transform(model, stats, RATIO, fuse=False)
+    with torch.no_grad(), oracle.forged(model, stats.thresholds(RATIO)):
+        expected = model(x)
+    with torch.no_grad():
+        assert torch.equal(forged(x), expected) and not torch.equal(expected, model(x))
+        forged.set_ratio(0)
+        assert torch.equal(forged(x), model(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_fused_by_default_and_in_fewer_launches(model, x, dtype):
+    model, x = model.to(dtype), x.to(dtype)
+    fused, unfused = forge(model, x), forge(model, x, fuse=False)
+    with torch.no_grad():
+        assert close(fused(x), unfused(x), 2e-3 if dtype == torch.float32 else 2e-2)
+        if DEVICE == "cuda":
+            assert launches(fused, x) <= launches(model, x) < launches(unfused, x)
+
+
+def launches(call, x):
+    call(x)
+    return gpu.launches(functools.partial(call, x))
+
+
+@pytest.mark.parametrize("kind", sorted({*SCALAR, "hard"} - {"threshold"}))
+def test_every_kind_fused(model, x, kind):
+    ratio = (RATIO, 0.5) if kind == "band" else 0.5 if kind == "clamp" else RATIO
+    stats = forged_fx.calibrate(model, [x])
+    fused, unfused = (forged_fx.transform(model, stats, ratio, kind=kind, fuse=fuse) for fuse in (True, False))
+    with torch.no_grad():
+        assert close(fused(x), unfused(x)) and not close(unfused(x), model(x), 1e-4)
+
+
+@pytest.mark.parametrize("straight_through", [False, True])
+def test_gradients_are_those_of_plain_torch(model, x, straight_through):
+    forged = forge(model, x)
+    thresholds = forged_fx.calibrate(model, [x]).thresholds(RATIO)
+
+    def cut(t):
+        def hook(_, args):
+            kept = torch.where(args[0].abs() < t, 0, args[0])
+            return args[0] + (kept - args[0]).detach() if straight_through else kept
+
+        return hook
+
+    leaf = x.clone().requires_grad_()
+    if straight_through:
+        with forged_fx.straight_through():
+            (found,) = torch.autograd.grad(forged(leaf).square().sum(), leaf)
+    else:
+        (found,) = torch.autograd.grad(forged(leaf).square().sum(), leaf)
+    handles = [model.get_submodule(name).register_forward_pre_hook(cut(t)) for name, t in thresholds.items()]
+    (expected,) = torch.autograd.grad(model(leaf).square().sum(), leaf)
+    for handle in handles:
+        handle.remove()
+    assert close(found, expected, 1e-5) and found.any()
+
+
+def test_autocast(model, x):
+    forged = forge(model, x)
+    thresholds = forged_fx.calibrate(model, [x]).thresholds(RATIO)
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+        found = forged(x)
+        with oracle.forged(model, thresholds):
+            assert close(found, model(x), 2e-2)
+
+
+# ---- compiled
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_is_eager(model, x, mode):
+    forged = forge(model, x, fuse=False)
+    fast = torch.compile(forged, backend="forged", mode=mode)
+    with torch.no_grad():
+        for _ in range(3):  # CUDA graphs are recorded in the second call and replayed in the third
+            assert close(fast(x).clone(), forged(x))
+
+
+def test_thresholds_move_in_a_cuda_graph_and_batches_shrink(model, x):
+    forged = forge(model, x, fuse=False)
+    fast = torch.compile(forged, backend="forged", mode="reduce-overhead", dynamic=False)
+    with torch.no_grad():
+        for ratio in (RATIO, 2**-2, 0):
+            forged.set_ratio(ratio)
+            for _ in range(3):
+                assert close(fast(x).clone(), forged(x)), ratio
+        assert graphs() == 1
+        plain = torch.compile(forged, backend="forged", dynamic=True)
+        for n in (8, 5, 3):
+            assert close(plain(x[:n].clone()), forged(x[:n])), n
+    assert graphs() == 2
+
+
+@pytest.mark.parametrize("straight_through", [False, True])
+def test_training_through_it_gives_eagers_gradients(model, x, straight_through):
+    forged = forge(model, x, fuse=False)
+    fast = torch.compile(forged, backend="forged")
+    found = []
+    for module in (fast, forged):
+        forged.zero_grad()
+        with ops.straight_through() if straight_through else torch.enable_grad():
+            module(x).square().sum().backward()
+        found.append(torch.cat([p.grad.flatten() for p in forged.parameters()]))
+    assert close(*found, 1e-2)
+
+
+def test_it_costs_the_launches_that_cost_names(model, x):
+    """Of the CUDA runtime, beside what the rules of `forged_fx.cost` say."""
+    from forged_fx.cost import LAUNCH
+
+    if DEVICE != "cuda":
+        pytest.skip("counts what a GPU launches")
+    model, x = model.half().to(memory_format=torch.channels_last), x.half().to(memory_format=torch.channels_last)
+    forged = forge(model, x, fuse=False)
+    with torch.no_grad():
+        costs = forged_fx.cost(forged, (x,))
+        counts = [
+            launches(torch.compile(module, backend=backend), x)
+            for module, backend in ((model, "inductor"), (forged, "forged"))
+        ]
+    assert counts[1] - counts[0] == sum(cost.kind == LAUNCH for cost in costs.values()), (counts, costs)
+
+
+RUN = """
+import sys, torch
+x, expected = (v.to(sys.argv[3]) for v in torch.load(sys.argv[2], weights_only=True))
+model = torch._inductor.aoti_load_package(sys.argv[1])
+assert "forged_fx" not in sys.modules
+with torch.no_grad():
+    print(((model(x) - expected).norm() / expected.norm()).item())
+"""
+
+
+def test_a_package_runs_in_a_process_without_the_library(x, tmp_path):
+    torch.manual_seed(0)
+    forged = forge(Transformer().eval().to(DEVICE), x, fuse=False)
+    with torch.no_grad():
+        torch.save((x.cpu(), forged(x).cpu()), tmp_path / "x.pt")
+        program = torch.export.export(forged, (x,))
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "m.pt2"))
+    child = [sys.executable, "-c", RUN, package, tmp_path / "x.pt", DEVICE]
+    done = subprocess.run(child, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 2e-3
+
+
+# ---- evaluate and the other calls
+
+
+@pytest.fixture(scope="module")
+def trained():
+    pytest.importorskip("sklearn")
+    model, x_train, _, x, y = digits.train_digits(0, epochs=6)
+    model = model.to(DEVICE)
+    stats = forged_fx.calibrate(model, [batch.to(DEVICE) for batch in x_train.split(512)])
+    return model, forged_fx.transform(model, stats, 2**-7), x[:64].to(DEVICE), y[:64].to(DEVICE)
+
+
+def test_statistics_are_those_of_the_cpu(trained):
+    model, _, x, _ = trained
+    here = forged_fx.calibrate(model, [x]).thresholds(1)
+    there = forged_fx.calibrate(copy.deepcopy(model).cpu(), [x.cpu()]).thresholds(1)
+    assert list(here) == list(there)
+    for site in here:
+        assert abs(here[site] / there[site] - 1) < 1e-4, site
+
+
+def test_evaluate_and_go_on_where_it_stopped(trained, tmp_path, monkeypatch):
+    pytest.importorskip("pyautoattack")
+    model, forged, x, y = trained
+    call = {"base": model, "x": x, "y": y, "eps": digits.EPS, "attacks": ["apgd-ce"], "seed": 0}
+    expected = forged_fx.evaluate(forged, **call, folder=tmp_path / "whole")
+    assert 0 < expected.worst_case <= expected.model.accuracy("natural") and "cuda" in str(x.device) + DEVICE
+    again = forged_fx.evaluate(forged, **call, folder=tmp_path / "whole")
+    assert [row.accuracy for row in again.rows] == [row.accuracy for row in expected.rows]
+    expected.verify(forged, x, y, model)
+    assert (expected.model.examples.to(DEVICE) - x).abs().max() <= digits.EPS + 1e-6
+
+
+def test_sparsity_and_lipschitz(trained):
+    model, forged, x, _ = trained
+    zeros = forged_fx.sparsity(forged, [x])
+    on_cpu = forged_fx.sparsity(copy.deepcopy(forged).cpu(), [x.cpu()])
+    assert 0 < zeros.overall.net and abs(zeros.overall.net - on_cpu.overall.net) < 1e-3
+    assert str(forged_fx.lipschitz(model, forged, x[:4], eps=digits.EPS))
