@@ -5,7 +5,8 @@
 
 1. Every kernel beside its specification (kernels/reference.py), on the device. differ: elements that are not equal;
    decide: that one zeroes and the other does not; error: the largest difference, as a share of the largest value that
-   is computed, in the dtype's epsilons. More than 8, or more decisions than one in 100,000, is WRONG, and the exit status 1.
+   is computed, in the dtype's epsilons. More than 8, or more decisions than one in 100,000, is WRONG, and the exit
+   status 1.
 2. Every kernel's time: median and quartiles, the cache flushed ahead of each run; the bytes that it has to move, per
    second, as a share of what a copy reaches in the same run; and how often faster it is than the same chain by
    PyTorch's operators, one by one.

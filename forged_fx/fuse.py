@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from forged_fx import fused_ops
 from forged_fx.capture import has_hooks
 from forged_fx.fused_ops import FORGED
 from forged_fx.sites import CALLS
@@ -175,6 +176,7 @@ def producer_threshold(
     if one is not None:
         op, arguments = one
         t, *limit = parameters
+        op = fused_ops.unrecorded(op, x, t) or op
         return op(x, t, function=function, limit=limit[0] if limit else None, **arguments)
     kept = None
     for i, (what, position, args, kwargs) in enumerate(steps):

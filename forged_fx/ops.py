@@ -260,6 +260,7 @@ def _kernels(name: str) -> ModuleType:
     return importlib.import_module(f"forged_fx.kernels.{name}")
 
 
+@functools.cache
 def _launchers(f: Function) -> tuple[Callable, Callable]:
     """The Triton kernels of a function: forward and backward."""
     if f.name == "threshold":
@@ -298,16 +299,18 @@ def _implementations(f: Function) -> dict[str, dict[str, Callable]]:
 
     _CPU[f.op] = checked(f.cpu or plain)
     _CPU[f.backward] = checked_backward(f.cpu_backward or plain_backward)
+    _CUDA[f.op] = checked(lambda *args: _launchers(f)[0](*args))
+    _CUDA[f.backward] = checked_backward(lambda *args: _launchers(f)[1](*args))
     return {
         f.name: {
             "CPU": _CPU[f.op],
-            "CUDA": checked(lambda *args: _launchers(f)[0](*args)),
+            "CUDA": _CUDA[f.op],
             "CompositeExplicitAutograd": checked(plain),
             "Autograd": autograd,
         },
         f"{f.name}_backward": {
             "CPU": _CPU[f.backward],
-            "CUDA": checked_backward(lambda *args: _launchers(f)[1](*args)),
+            "CUDA": _CUDA[f.backward],
             "CompositeExplicitAutograd": checked_backward(plain_backward),
             "Autograd": autograd_backward,
         },
@@ -399,27 +402,45 @@ def _record(function: type[_Masked], op: Callable, *args: Any) -> Tensor:
     return _run(op, *args)
 
 
-def _is_plain(op: Callable, x: Tensor) -> bool:
-    """Whether an operator comes to plain code on this tensor, and nothing else is to see it."""
-    return op in _CPU and torch._C._dispatch_keys(x) in PLAIN and not torch_internals.dispatched()
+def is_ordinary(x: Tensor) -> bool:
+    """Whether the dispatcher would come to a CPU's or a GPU's code for this tensor, and to nothing else ahead of it."""
+    return torch._C._dispatch_keys(x) in (_ordinary_on_cuda() if x.is_cuda else PLAIN)
 
 
-PLAIN = [torch._C._dispatch_keys(torch.empty(0))]  # of ordinary CPU tensors
-with torch.inference_mode():
-    PLAIN.append(torch._C._dispatch_keys(torch.empty(0)))
+def _keys_of_ordinary_tensors(device: str) -> list:
+    with torch.inference_mode():
+        inference = torch._C._dispatch_keys(torch.empty(0, device=device))
+    return [torch._C._dispatch_keys(torch.empty(0, device=device)), inference]
+
+
+PLAIN = _keys_of_ordinary_tensors("cpu")
 _CPU: dict[Callable, Callable] = {}
+_CUDA: dict[Callable, Callable] = {}
+
+
+@functools.cache
+def _ordinary_on_cuda() -> list:
+    return _keys_of_ordinary_tensors("cuda")
+
+
+def _direct(op: Callable, x: Tensor) -> Callable | None:
+    """What the dispatcher would come to, without another round of it, a third of the call; None where it must decide,
+    or something else is to see the call."""
+    if is_ordinary(x) and not torch_internals.dispatched():
+        return (_CUDA if x.is_cuda else _CPU).get(op)
+    return None
 
 
 def _run(op: Callable, *args: Any) -> Tensor:
-    if _is_plain(op, args[0]):
-        return _CPU[op](*args)  # what the dispatcher would come to, without another round of it: a third of the call
+    if direct := _direct(op, args[0]):
+        return direct(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 
 
 def _run_recorded(op: Callable, *args: Any) -> Tensor:
-    if _is_plain(op, args[0]):
-        return _CPU[op](*args)
+    if direct := _direct(op, args[0]):
+        return direct(*args)
     # autograd.Function switches both modes off; a torch.func transform further out has yet to record this.
     with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
         return _run(op, *args)

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .kinds import forged, parameter
+from .launch import Plan, launch
 from .threshold import NUM_WARPS, VECTOR_BYTES
 
 ACTIVATIONS = ("none", "relu", "relu6", "gelu", "gelu_tanh", "silu", "hardswish")
@@ -202,12 +203,15 @@ def launch_elementwise_threshold(
     if y.numel():
         parameters = [p if p is None else p.contiguous() for p in (mean, var, weight, bias)]
         has_channels = any(p is not None for p in parameters)
-        rows, columns, channels, where = as_matrix(y, channel if has_channels else None)
-        rule = tile_rule(y.dtype, rows, columns)
-        grid = (triton.cdiv(rows, rule["ROWS"]) * triton.cdiv(columns, rule["COLUMNS"]),)
-        with torch.cuda.device_of(y):  # Triton launches on the current device
-            elementwise_threshold_kernel[grid](
-                x, t, limit, y, raw, residual, *parameters, eps, rows, columns, channels, RULE=function,
-                **where, ADD_FIRST=add_first, RAW_SUM=keep == "sum", ACTIVATION=activation, **rule,
-            )  # fmt: skip
+        constants = {"RULE": function, "ADD_FIRST": add_first, "RAW_SUM": keep == "sum", "ACTIVATION": activation}
+
+        def plan() -> Plan:
+            rows, columns, channels, where = as_matrix(y, channel if has_channels else None)
+            rule = tile_rule(y.dtype, rows, columns)
+            programs = triton.cdiv(rows, rule["ROWS"]) * triton.cdiv(columns, rule["COLUMNS"])
+            numbers = {"eps": eps, "rows": rows, "columns": columns, "channels": channels}
+            return programs, {**numbers, **constants, **where, **rule}
+
+        tensors = (x, t, limit, y, raw, residual, *parameters)
+        launch(elementwise_threshold_kernel, tensors, (y.shape, y.stride(), channel, eps, *constants.values()), plan)
     return y, raw

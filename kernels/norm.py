@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .fused import rounded
 from .kinds import forged, parameter
+from .launch import Plan, launch
 
 LONGEST = 2**14  # elements of a row that fit into the registers of a block
 PER_THREAD = 32  # elements that a thread holds, so that a short row is one warp's, which needs no shared memory
@@ -110,10 +111,13 @@ def launch_norm_threshold(
     if x.numel():
         columns = math.prod(shape)
         rows = x.numel() // columns
-        rule = row_rule(rows, columns)
-        with torch.cuda.device_of(y):  # Triton launches on the current device
-            norm_threshold_kernel[(triton.cdiv(rows, rule["ROWS"]),)](
-                x, t, limit, y, raw, residual, weight, bias, FLOAT32_EPS if eps is None else eps, rows, columns,
-                RULE=function, RMS=rms, RAW_SUM=keep == "sum", **rule,
-            )  # fmt: skip
+        constants = {"RULE": function, "RMS": rms, "RAW_SUM": keep == "sum"}
+
+        def plan() -> Plan:
+            rule = row_rule(rows, columns)
+            numbers = {"eps": FLOAT32_EPS if eps is None else eps, "rows": rows, "columns": columns}
+            return triton.cdiv(rows, rule["ROWS"]), {**numbers, **constants, **rule}
+
+        tensors = (x, t, limit, y, raw, residual, weight, bias)
+        launch(norm_threshold_kernel, tensors, (rows, columns, eps, *constants.values()), plan)
     return tuple(v.movedim(-1, 1) if channels_first and v is not None else v for v in (y, raw))

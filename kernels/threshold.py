@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import Plan, launch
+
 NUM_WARPS = 4
 VECTOR_BYTES = 16  # the widest load and store of a thread: 128 bits
 VECTORS_PER_THREAD = 2  # two loads in flight per thread, and half the index arithmetic per element
@@ -98,6 +100,9 @@ def _launch(kernel: triton.JITFunction, *tensors: Tensor | None, **constants: An
     """Run an elementwise kernel over tensors of one layout, scalars and parameters; the last is the result."""
     y = tensors[-1]
     if numel := y.numel():
-        rule = block_rule(y.dtype, numel)
-        with torch.cuda.device_of(y):  # Triton launches on the current device
-            kernel[(triton.cdiv(numel, rule["BLOCK"]),)](*tensors, numel, **constants, **rule)
+
+        def plan() -> Plan:
+            rule = block_rule(y.dtype, numel)
+            return triton.cdiv(numel, rule["BLOCK"]), {"numel": numel, **constants, **rule}
+
+        launch(kernel, tensors, (numel, *constants.values()), plan)

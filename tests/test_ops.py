@@ -469,10 +469,8 @@ def test_second_import_under_another_name_is_refused() -> None:
     assert same(gradient(lambda x: threshold(x, T)), KEPT)
 
 
-@pytest.mark.parametrize("name", ["reference", "threshold"])
-def test_kernels_can_be_imported_under_two_names(name: str) -> None:
-    pytest.importorskip("triton")
-    load_again(ROOT / "kernels" / f"{name}.py")
+def test_the_reference_can_be_imported_under_two_names() -> None:
+    load_again(ROOT / "kernels" / "reference.py")
 
 
 # ---- on a GPU

@@ -1,12 +1,12 @@
 """The Triton kernels equal the reference bit for bit: interpreted on the CPU, and on a GPU if any."""
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
+import interpreted
 import pytest
 import torch
 from kinks import DTYPES, LAYOUTS, THRESHOLDS, same, values
@@ -23,14 +23,7 @@ NATIVE = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA 
 
 @pytest.fixture(scope="module")
 def kernels() -> ModuleType:
-    """kernels/threshold.py, interpreted. Triton decides that when it decorates a kernel, so this is a second
-    copy of the module: the one that other tests import stays as it is."""
-    spec = importlib.util.spec_from_file_location("interpreted_threshold", ROOT / "kernels" / "threshold.py")
-    module = importlib.util.module_from_spec(spec)
-    with triton.knobs.runtime.scope():
-        triton.knobs.runtime.interpret = True
-        spec.loader.exec_module(module)
-    return module
+    return interpreted.kernels("threshold")
 
 
 def thresholds(dtype: torch.dtype) -> list[torch.Tensor]:
