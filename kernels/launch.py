@@ -15,6 +15,7 @@ from torch import Tensor
 Plan = tuple[int, dict[str, Any]]  # how many programs, and the kernel's arguments behind its tensors, by name
 
 ALIGNED = 16  # bytes: what Triton asks of an address
+MOST = 4096  # cases that are kept: inputs of ever new sizes must not fill the memory
 _known: dict[tuple, tuple[Callable, list]] = {}
 
 
@@ -45,5 +46,7 @@ def launch(kernel: Any, tensors: tuple[Tensor | None, ...], key: Hashable, plan:
     with torch.cuda.device(device):  # Triton launches on the current device
         compiled = kernel[(programs,)](*tensors, **rest)
     if not addresses % ALIGNED:
+        if len(_known) >= MOST:
+            _known.clear()
         values = [rest[name] for name in kernel.arg_names[len(tensors) :]]
         _known[tuple(case)] = compiled[(programs, 1, 1)], values

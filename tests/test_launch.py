@@ -72,3 +72,10 @@ def test_asked_on_the_tensors_device_where_another_is_current(kernel, monkeypatc
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     threshold.launch_threshold(X, T)
     assert len(kernel.asked) == 2 and not kernel.runs
+
+
+def test_ever_new_sizes_do_not_fill_the_memory(kernel, monkeypatch):
+    monkeypatch.setattr(launching, "MOST", 8)
+    for size in range(1, 30):
+        threshold.launch_threshold(X[:size], T)
+    assert len(launching._known) <= 8 and not kernel.runs
