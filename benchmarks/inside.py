@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
                 stem = args.folder / f"{name.replace(':', '-')}-{what}"
                 for suffix in (".json", ".csv"):
                     result.save(stem.with_suffix(suffix))
-                result.plot(stem.with_suffix(".png"))
+                result.plot(stem.with_suffix(".svg"))
         print(f"{time.perf_counter() - began:.0f} s", flush=True)
 
 

@@ -71,7 +71,9 @@ class Lipschitz(Rows[Figure]):
         """Every ratio with its interval; what lies left of 1 is smaller in the forged model."""
         from forged_fx import pictures
 
-        rows = [(f"{r.what}: {r.where or '(root)'}", [(r.ratio, r.low, r.high)]) for r in self]
+        names = [r.what.replace("of what is kept / of", "over that of") for r in self]  # as wide as the margin
+        names = [f"{name}\n{r.where or '(root)'}" for name, r in zip(names, self, strict=True)]
+        rows = [(name, [(r.ratio, r.low, r.high)]) for name, r in zip(names, self, strict=True)]
         pictures.ratios("lipschitz", rows, "forged / base").save(path)
 
 

@@ -100,7 +100,7 @@ class Sparsity(Rows[SiteSparsity]):
         """A bar for each site: zero before, zeroed by forging, and a mark for what was predicted."""
         from forged_fx import pictures
 
-        pictures.zeroed_by_site(self.bars, "(grey: before; blue: predicted)").save(path)
+        pictures.zeroed_by_site(self.bars, "\n(grey: before; blue: predicted)").save(path)
 
 
 def sparsity(forged: torch.nn.Module, batches: Iterable[Any], *, max_batches: int | None = None) -> Sparsity:
