@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from forged_fx.modes import eval_mode, fast_path_off
 from forged_fx.observe import Observer, Sighting
 from forged_fx.ops import THRESHOLD_OPS
 from forged_fx.sites import is_activation
 from forged_fx.thresholds import thresholds_of
+from forged_fx.torch_internals import TorchDispatchMode, tree_leaves, tree_map
 
 
 class AuditFailed(RuntimeError):

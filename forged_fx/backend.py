@@ -52,12 +52,10 @@ def forged(
     Raises ValueError for an unknown option (it offers the nearest known one), statistics of another model, or a site
     that no graph reaches; the last one at the end of each forward pass.
     """
-    from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
-
+    compile_fx = torch_internals.inductor().compile_fx
     ours, inductor = _split(options or {})
     ops.register_lowerings()
-    patches = {**list_mode_options(mode), **inductor} if mode else inductor
+    patches = {**torch_internals.inductor().list_mode_options(mode), **inductor} if mode else inductor
     place, theirs = torch_internals.graph_pass(_place, _version()), patches.get("post_grad_custom_pre_pass") or []
     several = [place, *(theirs if isinstance(theirs, list) else [theirs])]
     patches = {**patches, "post_grad_custom_pre_pass": several if theirs else place}  # (torch 2.11 takes no list)
@@ -92,9 +90,7 @@ def _version() -> bytes:
 
 def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Our options, and Inductor's."""
-    from torch._inductor import list_options
-
-    known = [*OPTIONS, *list_options()]
+    known = [*OPTIONS, *torch_internals.inductor().list_options()]
     for key in options:
         if key.replace("-", "_") not in known:
             close = difflib.get_close_matches(key, known, n=1)

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from forged_fx import channels, histogram
 from forged_fx.channels import ChannelCounts
@@ -23,6 +22,7 @@ from forged_fx.processes import Processes, attempt, joined, result
 from forged_fx.progress import track
 from forged_fx.sites import SCRIPTED, mark_of, module_of
 from forged_fx.stats import SiteStats, Stats, parameter_shapes
+from forged_fx.torch_internals import tree_leaves, tree_map
 
 
 def calibrate(

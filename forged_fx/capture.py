@@ -12,8 +12,8 @@ from collections.abc import Iterable
 
 import torch
 import torch.fx as fx
-from torch.fx._symbolic_trace import _assert_is_none
 
+from forged_fx import torch_internals
 from forged_fx.sites import module_of
 
 
@@ -85,11 +85,11 @@ def _trace(
     for node in graph.find_nodes(op="placeholder"):
         if (name := node.target.removesuffix("_1")) in defaults:
             node.target = name  # the tracer renames a parameter that it fixes; callers use its own name
-    for node in graph.find_nodes(op="call_function", target=_assert_is_none):
+    for node in graph.find_nodes(op="call_function", target=torch_internals.assert_is_none):
         # Unpickling a graph that holds this function breaks every later trace of the process (torch 2.14).
         value, message = node.args
         with graph.inserting_before(node):
-            graph.call_function(torch._assert, (graph.call_function(operator.eq, (value, None)), message))
+            graph.call_function(torch_internals.assertion, (graph.call_function(operator.eq, (value, None)), message))
         graph.erase_node(node)
     literals = [n.target for n in graph.find_nodes(op="get_attr") if n.target.startswith("_tensor_constant")]
     return graph, {name: getattr(model, name) for name in literals}

@@ -15,13 +15,13 @@ from typing import Any
 
 import filelock  # torch needs it too
 import torch
-from torch.utils._pytree import tree_leaves
 
 from forged_fx import checked
 from forged_fx.calibrate import model_inputs, scan
 from forged_fx.evaluate import fingerprint
 from forged_fx.progress import track
 from forged_fx.stats import Stats
+from forged_fx.torch_internals import tree_leaves
 
 SECONDS = 60.0  # between two copies on the disk
 

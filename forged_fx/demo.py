@@ -22,10 +22,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch._dynamo.exc import BackendCompilerFailed
 
 import forged_fx
-from forged_fx import digits, report, throughput
+from forged_fx import digits, report, throughput, torch_internals
 from forged_fx.report.run import LIPSCHITZ, SPARSITY, save_sites, save_speeds
 
 RATIO = 2**-7
@@ -115,7 +114,7 @@ def check_compiled(forged: nn.Module, x: Tensor) -> tuple[str, list[str]]:
     try:
         with torch.no_grad():
             eager, compiled = forged(x), fast(x)
-    except BackendCompilerFailed as error:
+    except torch_internals.compiler_error() as error:
         reason = str(error).partition("\n")[0]
         return f"Not compiled: {reason}. On a CPU this needs g++ or clang++; install one and run again.", ["eager"]
     apart = float((eager - compiled).abs().max())

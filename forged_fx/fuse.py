@@ -23,12 +23,12 @@ import torch
 import torch.fx as fx
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from forged_fx import fused_ops
 from forged_fx.capture import has_hooks
 from forged_fx.fused_ops import FORGED
 from forged_fx.sites import CALLS
+from forged_fx.torch_internals import has_any_global_hook
 
 THRESHOLDS = {function.op: name for name, function in FORGED.items()}
 
@@ -189,7 +189,7 @@ def producer_threshold(
 
 def _as_one(x: Tensor, steps: list[Step], keep: int | None) -> tuple[Callable, Arguments] | None:
     """The fused operator and its arguments; None where the steps have to run one by one now."""
-    if _has_any_global_hook() or torch.is_autocast_enabled(x.device.type):
+    if has_any_global_hook() or torch.is_autocast_enabled(x.device.type):
         return None
     found: Arguments = {}
     roles = []

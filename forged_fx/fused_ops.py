@@ -34,7 +34,6 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from forged_fx import ops, torch_internals
 
@@ -289,10 +288,10 @@ _UNRECORDED: dict[Any, Callable] = {}
 
 def _autograd(name: str, op: Callable, *args: Any, **kwargs: Any) -> Result:
     tensors = [value for value in args if isinstance(value, Tensor)]
-    tracked = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
-    if tracked or forward_ad._current_level >= 0:
+    tracked = torch.is_grad_enabled() and torch_internals.any_requires_grad(*tensors)
+    if tracked or torch_internals.in_forward_mode():
         return _elsewhere(name, *args, **kwargs)
-    with torch._C._AutoDispatchBelowAutograd():
+    with torch_internals.AutoDispatchBelowAutograd():
         return op(*args, **kwargs)
 
 
@@ -304,8 +303,7 @@ def _decompose_if_inductor_runs() -> None:
 
 @functools.cache
 def _register_decompositions() -> None:
-    from torch._inductor import decomposition
-
+    decomposition = torch_internals.inductor().decomposition
     decomposition.decompositions.update(ops.DECOMPOSITIONS)
     decomposition.fast_random_decomps.cache_clear()  # a copy of the table
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
 from forged_fx import ops
 from forged_fx.modes import eval_mode, fast_path_off
 from forged_fx.sites import CALLS, Key, replace
 from forged_fx.thresholds import parameters_of
+from forged_fx.torch_internals import tree_map
 
 ITERATIONS = 300  # at most
 TOLERANCE = 1e-5  # two estimates in a row that are this close, relative, end the iteration

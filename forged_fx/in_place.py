@@ -20,6 +20,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from forged_fx import ops, torch_internals
+from forged_fx.torch_internals import dispatch_keys
 
 THRESHOLD = torch.ops.forged_fx.threshold.default
 
@@ -73,7 +74,7 @@ def overwrite(x: Tensor, t: Tensor, references: int) -> Tensor:
 
 def _plain(x: Tensor, t: Tensor) -> bool:
     """Ordinary CPU tensors of a dtype that is served: what the dispatcher would come to is known."""
-    return torch._C._dispatch_keys(x) in ops.PLAIN and torch._C._dispatch_keys(t) in ops.PLAIN and x.dtype in ops.DTYPES
+    return dispatch_keys(x) in ops.PLAIN and dispatch_keys(t) in ops.PLAIN and x.dtype in ops.DTYPES
 
 
 def _alone(x: Tensor) -> bool:

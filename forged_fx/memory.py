@@ -7,7 +7,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+
+from forged_fx.torch_internals import tree_leaves, tree_map
 
 Function = TypeVar("Function", bound=Callable)
 

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from forged_fx import torch_internals
@@ -34,6 +33,7 @@ from forged_fx.sites import (
     operand_name,
     replace,
 )
+from forged_fx.torch_internals import tree_leaves
 
 # Factories that take their values from Python: what they hold may well come from the input (numpy in the middle).
 _FROM_PYTHON = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy}
@@ -135,7 +135,7 @@ class _SeeCalls(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if function is torch._C._set_grad_enabled:
+        if function is torch_internals.set_grad_enabled:
             self.observer.changes_context()
         if function in OPENED:
             with self:  # an opened composition reports its inner calls, and needs no report of its own
@@ -248,6 +248,6 @@ def _checkpointed() -> bool:
     while frame is not None and forwards < 2:
         if frame.f_code is torch_internals.CHECKPOINT:
             return True
-        forwards += frame.f_code is torch.nn.Module._call_impl.__code__
+        forwards += frame.f_code is torch_internals.MODULE_CALL
         frame = frame.f_back
     return False

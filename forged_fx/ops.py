@@ -30,12 +30,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from forged_fx import torch_internals
 from forged_fx.kernels import reference
+from forged_fx.torch_internals import dispatch_keys
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -334,7 +333,7 @@ def _fakes(f: Function) -> dict[str, Callable]:
 # ---- gradients
 
 
-class _Masked(torch.autograd.function._SingleLevelFunction):
+class _Masked(torch_internals.SingleLevelFunction):
     """What both ops do to a gradient or tangent: zero it where x is dropped, or leave it alone (straight-through).
 
     By hand: what torch.library.register_autograd makes refuses torch.func.grad, and answers forward mode with
@@ -395,22 +394,22 @@ def _mask(ctx: Any, value: Tensor) -> Tensor:
 
 
 def _record(function: type[_Masked], op: Callable, *args: Any) -> Tensor:
-    tracked = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
-    if tracked or forward_ad._current_level >= 0:
-        with enable_single_level_autograd_function():
+    tracked = torch.is_grad_enabled() and torch_internals.any_requires_grad(*args)
+    if tracked or torch_internals.in_forward_mode():
+        with torch_internals.enable_single_level_autograd_function():
             return function.apply(*args)
     return _run(op, *args)
 
 
 def is_ordinary(x: Tensor) -> bool:
     """Whether the dispatcher would come to a CPU's or a GPU's code for this tensor, and to nothing else ahead of it."""
-    return torch._C._dispatch_keys(x) in (_ordinary_on_cuda() if x.is_cuda else PLAIN)
+    return dispatch_keys(x) in (_ordinary_on_cuda() if x.is_cuda else PLAIN)
 
 
 def _keys_of_ordinary_tensors(device: str) -> list:
     with torch.inference_mode():
-        inference = torch._C._dispatch_keys(torch.empty(0, device=device))
-    return [torch._C._dispatch_keys(torch.empty(0, device=device)), inference]
+        inference = dispatch_keys(torch.empty(0, device=device))
+    return [dispatch_keys(torch.empty(0, device=device)), inference]
 
 
 PLAIN = _keys_of_ordinary_tensors("cpu")
@@ -434,7 +433,7 @@ def _direct(op: Callable, x: Tensor) -> Callable | None:
 def _run(op: Callable, *args: Any) -> Tensor:
     if direct := _direct(op, args[0]):
         return direct(*args)
-    with torch._C._AutoDispatchBelowAutograd():
+    with torch_internals.AutoDispatchBelowAutograd():
         return op(*args)
 
 
@@ -442,7 +441,7 @@ def _run_recorded(op: Callable, *args: Any) -> Tensor:
     if direct := _direct(op, args[0]):
         return direct(*args)
     # autograd.Function switches both modes off; a torch.func transform further out has yet to record this.
-    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+    with torch.enable_grad(), torch_internals.forward_mode_enabled():
         return _run(op, *args)
 
 
@@ -482,18 +481,8 @@ def register_lowerings() -> None:
 
     A backend calls it. Under plain `torch.compile` it happens by itself: see `_lower_if_inductor_runs`.
     """
-    from torch._inductor import config
-    from torch._inductor.ir import (
-        FlexibleLayout,
-        Pointwise,
-        TensorBox,
-        as_storage_and_layout,
-        get_stride_order,
-        is_storage_and_layout,
-    )
-    from torch._inductor.lowering import register_lowering
-    from torch._inductor.virtualized import V
-    from torch._inductor.virtualized import ops as inner
+    inductor = torch_internals.inductor()
+    config, inner, V = inductor.config, inductor.ops, inductor.V
 
     class Wide:
         """Inductor's elementwise functions, for a rule of the reference: numbers among the arguments are constants."""
@@ -507,7 +496,7 @@ def register_lowerings() -> None:
         def value(self, given: Any) -> Any:
             return inner.constant(given, self.dtype) if isinstance(given, int) else given
 
-    def pointwise(f: Function, x: TensorBox, arguments: tuple, result: Callable) -> TensorBox:
+    def pointwise(f: Function, x: Any, arguments: tuple, result: Callable) -> Any:
         """result: (index, what is dropped, what takes its place, what else becomes of x) -> the value there."""
         load_x, loads = x.make_loader(), [p.make_loader() for p in arguments[: len(f.parameters)]]
         o = Wide(reference.comparison_dtype(x.get_dtype()))
@@ -522,21 +511,21 @@ def register_lowerings() -> None:
             kept = load_x(index) if kept is value else inner.to_dtype(kept, x.get_dtype())
             return result(index, dropped, instead, kept)
 
-        return Pointwise.create(device=x.get_device(), dtype=x.get_dtype(), inner_fn=at, ranges=x.get_size())
+        return inductor.Pointwise.create(device=x.get_device(), dtype=x.get_dtype(), inner_fn=at, ranges=x.get_size())
 
-    def forged(f: Function, x: TensorBox, arguments: tuple) -> TensorBox:
+    def forged(f: Function, x: Any, arguments: tuple) -> Any:
         return pointwise(f, x, arguments, lambda index, *three: inner.where(*three))
 
-    def write(x: TensorBox) -> None:
+    def write(x: Any) -> None:
         """Have the input written, laid out as in eager mode: as its reader would without the threshold. So others that
         read it need not compute it anew, and a product shall compute the threshold, and not all that comes ahead."""
         x.realize()
-        if is_storage_and_layout(x) and isinstance(x.get_layout(), FlexibleLayout):
+        if inductor.is_storage_and_layout(x) and isinstance(x.get_layout(), inductor.FlexibleLayout):
             strides = V.graph.current_node.args[0].meta["val"].stride()
-            order = get_stride_order(strides, V.graph.sizevars.shape_env)
-            as_storage_and_layout(x, want_contiguous=False, stride_order=order)
+            order = inductor.get_stride_order(strides, V.graph.sizevars.shape_env)
+            inductor.as_storage_and_layout(x, want_contiguous=False, stride_order=order)
 
-    def forward(f: Function, x: TensorBox, *arguments: Any) -> TensorBox:
+    def forward(f: Function, x: Any, *arguments: Any) -> Any:
         arguments = arguments[: f.arguments]
         meta = V.graph.current_node.meta
         if not (config.max_autotune or config.max_autotune_gemm):
@@ -551,7 +540,7 @@ def register_lowerings() -> None:
         V.graph.invoke_quant_ops.add(result.get_operation_name())  # Inductor's list of prologues worth a try
         return result
 
-    def backward(f: Function, grad: TensorBox, x: TensorBox, *arguments: Any) -> TensorBox:
+    def backward(f: Function, grad: Any, x: Any, *arguments: Any) -> Any:
         load = grad.make_loader()
 
         def masked(index: Any, dropped: Any, *_: Any) -> Any:
@@ -560,8 +549,8 @@ def register_lowerings() -> None:
         return pointwise(f, x, arguments, masked)
 
     for f in FUNCTIONS.values():
-        register_lowering(f.op, type_promotion_kind=None)(functools.partial(forward, f))
-        register_lowering(f.backward, type_promotion_kind=None)(functools.partial(backward, f))
+        inductor.register_lowering(f.op, type_promotion_kind=None)(functools.partial(forward, f))
+        inductor.register_lowering(f.backward, type_promotion_kind=None)(functools.partial(backward, f))
 
 
 def _lower_if_inductor_runs() -> None:
@@ -604,12 +593,7 @@ class straight_through(TorchFunctionMode):
 
 def straight_through_enabled() -> bool:
     """Whether this thread is within `straight_through()`; a backend may ask it too, while it compiles."""
-    modes = torch.overrides._get_current_function_mode_stack()
-    if "torch._dynamo" in sys.modules:
-        # Dynamo takes the modes off the stack while it compiles.
-        from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr as taken_off
-
-        modes = [*modes, *taken_off.stack]
+    modes = [*torch_internals.function_modes(), *torch_internals.modes_that_dynamo_took_off()]
     return any(isinstance(mode, straight_through) for mode in modes)
 
 

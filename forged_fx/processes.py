@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from forged_fx import torch_internals
+
 PATIENCE = timedelta(minutes=10)  # for the others to make the same call
 FOREVER = timedelta(days=30)  # for the others to finish a block: attacks on large models take long
 WORD = timedelta(minutes=1)  # between two words of whoever waits
@@ -176,9 +178,7 @@ def joined(shard: bool | None, call: str) -> Iterator[Processes]:
         yield Processes()
         return
     if initialised:
-        from torch.distributed.distributed_c10d import _get_default_store
-
-        store, rank = _get_default_store(), dist.get_rank()
+        store, rank = torch_internals.store_of_processes(), dist.get_rank()
     else:
         try:
             store, rank, size = _torchruns()

@@ -85,7 +85,7 @@ class Plan:
         first, again = torch_internals.checkpoints() if looks else ([], None)
         key = id(self)
         if again is not None and key in again:
-            run = (key, torch._C._current_graph_task_id())  # asked for here only: Dynamo does not record it
+            run = (key, torch_internals.current_graph_task_id())  # asked for here only: Dynamo does not record it
             k = again.get(run, again[key])
             again[run] = k + 1
         else:

@@ -27,6 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from forged_fx import torch_internals
+
 Key = tuple[int | str, ...]  # where an operand sits in a call: (3,), ("weight",), or (1, 0) inside a list argument
 
 
@@ -120,7 +122,7 @@ CALLS: dict[Callable, Call] = {
     Tensor.baddbmm: _product("baddbmm", 1, "batch1", "batch2"),
     torch.tensordot: _product("tensordot", 0, "a", "b"),
     torch.einsum: Einsum("einsum", "", ()),
-    torch._grouped_mm: _product("grouped_mm", 0, "input", "mat2"),
+    torch_internals.grouped_mm: _product("grouped_mm", 0, "input", "mat2"),
     F.grouped_mm: _product("grouped_mm", 0, "mat_a", "mat_b"),
     torch.ops.aten.linear.default: _layer("linear"),
     torch.ops.aten.convolution.default: _layer("convolution"),

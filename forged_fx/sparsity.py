@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from forged_fx import ops
 from forged_fx.calibrate import model_inputs
@@ -18,6 +17,7 @@ from forged_fx.rows import Rows, share, text
 from forged_fx.sites import is_activation, module_of
 from forged_fx.stats import SiteStats
 from forged_fx.thresholds import parameters_of
+from forged_fx.torch_internals import TorchDispatchMode
 from forged_fx.transform import forging_of
 
 STEM = "stem"

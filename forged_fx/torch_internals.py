@@ -1,8 +1,8 @@
 """What of PyTorch is used that PyTorch does not promise to keep. Written for torch 2.14; 2.11 is the oldest.
 
-`NAMES` lists every private name in the library's code, wherever it stands: tests/test_torch_internals.py says of a new
-release which of them it moved. Below are the parts of the compiler that the backend touches, one function each;
-tests/test_backend.py runs them.
+No other file of the library reaches for a private name. `NAMES` lists them: tests/test_torch_internals.py says of a new
+release which of them it moved. Below are first the names that are used as they are, then the parts of the compiler that
+the backend touches, one function each; tests/test_backend.py runs them.
 """
 
 import functools
@@ -18,7 +18,11 @@ import torch
 import torch.fx as fx
 import torch.utils.checkpoint
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function as enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
 
 OLDEST = (2, 11)
 
@@ -73,21 +77,31 @@ NAMES = {
     "torch._inductor.compile_fx.compile_fx": "is Inductor",
     "torch._inductor.config": "says whether Inductor rounds as eager mode does",
     "torch._inductor.custom_graph_pass.CustomGraphPass": "is the base of our pass over Inductor's graph",
-    "torch._inductor.decomposition": "takes fused operators apart under Inductor",
-    "torch._inductor.decomposition.select_decomp_table": "has what Inductor takes apart",
+    "torch._inductor.decomposition.select_decomp_table": "has what Inductor takes apart, fused operators of ours too",
     "torch._inductor.ir.FlexibleLayout": "is that of a tensor whose order in memory is not settled yet",
     "torch._inductor.ir.as_storage_and_layout": "settles the order of a tensor in memory",
     "torch._inductor.ir.get_stride_order": "tells the order of a tensor in memory by its strides",
     "torch._inductor.ir.is_storage_and_layout": "tells whether a tensor's order in memory can be settled",
     "torch._inductor.ir.Pointwise": "is the node that a threshold becomes",
-    "torch._inductor.ir.TensorBox": "is a tensor in Inductor's graph",
     "torch._inductor.list_mode_options": "has what a mode of torch.compile stands for",
     "torch._inductor.list_options": "has Inductor's own options",
-    "torch._inductor.lowering": "tells library calls from generated code",
-    "torch._inductor.lowering.register_lowering": "makes a threshold a pointwise node",
+    "torch._inductor.lowering.register_lowering": "makes a threshold a pointwise node; its file tells library calls",
     "torch._inductor.virtualized.V": "has the graph that code is generated for, and the choices that are made",
     "torch._inductor.virtualized.ops": "has the arithmetic of generated code",
 }
+
+AutoDispatchBelowAutograd = torch._C._AutoDispatchBelowAutograd
+any_requires_grad = torch._C._any_requires_grad
+current_graph_task_id = torch._C._current_graph_task_id
+dispatch_keys = torch._C._dispatch_keys
+set_grad_enabled = torch._C._set_grad_enabled
+assertion = torch._assert
+assert_is_none = torch.fx._symbolic_trace._assert_is_none
+function_modes = torch.overrides._get_current_function_mode_stack
+has_any_global_hook = torch.nn.modules.module._has_any_global_hook
+MODULE_CALL = torch.nn.Module._call_impl.__code__
+SingleLevelFunction = torch.autograd.function._SingleLevelFunction
+grouped_mm = torch._grouped_mm
 
 # Eval-mode kernels of attention that run past the modules within them; Dynamo puts them into its graph as one call.
 FUSED_ATTENTION = (torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd)
@@ -97,6 +111,65 @@ _run_checkpoint = (
     getattr(torch.utils.checkpoint, "_checkpoint_impl", None) or torch.utils.checkpoint.checkpoint.__wrapped__
 )
 CHECKPOINT = _run_checkpoint.__code__
+
+
+@functools.cache
+def inductor() -> types.SimpleNamespace:
+    """What lowerings and the backend use of Inductor, imported when it is first asked for: that takes seconds."""
+    from torch._inductor import config, decomposition, list_mode_options, list_options
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.ir import (
+        FlexibleLayout,
+        Pointwise,
+        as_storage_and_layout,
+        get_stride_order,
+        is_storage_and_layout,
+    )
+    from torch._inductor.lowering import register_lowering
+    from torch._inductor.virtualized import V, ops
+
+    layouts = (FlexibleLayout, Pointwise, as_storage_and_layout, get_stride_order, is_storage_and_layout)
+    used = [*layouts, compile_fx, list_mode_options, list_options, register_lowering]
+    modules = {"V": V, "config": config, "decomposition": decomposition, "ops": ops}
+    return types.SimpleNamespace(**{each.__name__: each for each in used}, **modules)
+
+
+def compiler_error() -> type[Exception]:
+    """What torch.compile raises where a backend fails."""
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    return BackendCompilerFailed
+
+
+def modes_that_dynamo_took_off() -> list[Any]:
+    """Function modes that are active although they are not on the stack: Dynamo compiles within them."""
+    if "torch._dynamo" not in sys.modules:
+        return []
+    from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
+
+    return torch_function_mode_stack_state_mgr.stack
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode differentiation is at work."""
+    return forward_ad._current_level >= 0
+
+
+def forward_mode_enabled() -> AbstractContextManager:
+    """Within it, forward-mode differentiation records."""
+    return forward_ad._set_fwd_grad_enabled(True)
+
+
+def store_of_processes() -> Any:
+    """Where processes that belong together find each other before they connect."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
+
+
+def compiled_in_place(module: torch.nn.Module) -> bool:
+    """Whether it went through `Module.compile`."""
+    return module._compiled_call_impl is not None
 
 
 def checkpoints() -> tuple[list[dict], dict | None]:
@@ -126,9 +199,8 @@ def checkpoints() -> tuple[list[dict], dict | None]:
 
 def modules_on_stack() -> Iterator[torch.nn.Module]:
     """The modules whose forward is running now, innermost first. Dynamo compiles a frame while it waits to run."""
-    call = torch.nn.Module._call_impl.__code__
     for frame in _frames():
-        if frame.f_code is call:
+        if frame.f_code is MODULE_CALL:
             module = frame.f_locals["self"]
             yield getattr(module, "_orig_mod", module)
 
@@ -384,7 +456,7 @@ def watched() -> bool:
     return bool(
         torch._C._len_torch_function_stack()
         or dispatched()
-        or forward_ad._current_level >= 0
+        or in_forward_mode()
         or torch.jit.is_tracing()
         or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
     )

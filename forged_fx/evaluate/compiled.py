@@ -13,6 +13,8 @@ import sys
 import torch
 from torch import Tensor, nn
 
+from forged_fx.torch_internals import compiled_in_place
+
 ROUNDING = 1e-4  # share of the largest logit by which a compiler's arithmetic may differ; in float32 it is about 1e-6
 
 
@@ -22,7 +24,7 @@ def is_compiled(model: nn.Module) -> bool:
     if dynamo is None:  # nothing was compiled in this process
         return False
     parts = model.modules()
-    return any(isinstance(part, dynamo.OptimizedModule) or part._compiled_call_impl is not None for part in parts)
+    return any(isinstance(part, dynamo.OptimizedModule) or compiled_in_place(part) for part in parts)
 
 
 class Eager(nn.Module):
