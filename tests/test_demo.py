@@ -9,7 +9,7 @@ import torch
 from page import Outline
 from torch import nn
 
-from forged_fx import demo, pictures
+from forged_fx import demo, pictures, torch_internals
 from forged_fx.evaluate import Result
 
 
@@ -83,7 +83,7 @@ def test_what_is_printed_begins_with_the_worst_case(ran):
 
 def test_without_a_compiler_the_demo_says_so_and_goes_on(monkeypatch):
     def broken(*args, **kwargs):
-        error = demo.BackendCompilerFailed.__new__(demo.BackendCompilerFailed)
+        error = (kind := torch_internals.compiler_error()).__new__(kind)
         RuntimeError.__init__(error, "InvalidCxxCompiler: No working C++ compiler found\nmore")
         raise error
 

@@ -65,7 +65,8 @@ def test_layouts_are_the_reference(kernels: ModuleType, dtype: torch.dtype, layo
 
 def test_operator_launches_them(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the operator does with CUDA tensors, short of the device."""
-    monkeypatch.setattr(ops, "_kernels", lambda name: kernels)
+    launchers = kernels.launch_threshold, kernels.launch_threshold_backward
+    monkeypatch.setattr(ops, "_launchers", lambda function: launchers)
     x, t = torch.randn(3, 5).mT, torch.tensor(0.5)
     forward, backward = (ops.IMPLEMENTATIONS[name]["CUDA"] for name in ("threshold", "threshold_backward"))
     assert same(forward(x, t), reference.threshold(x, t))

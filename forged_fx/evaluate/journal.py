@@ -129,7 +129,9 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if signal.getsignal(signal.SIGTERM) == self._terminate:
+        # torchrun ends the others of a job that failed: the word of what is kept must not be lost to that.
+        ends = kind is not None and "TORCHELASTIC_RUN_ID" in os.environ
+        if signal.getsignal(signal.SIGTERM) == self._terminate and not ends:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if kind:
             self.log(f"stopped by {kind.__name__}: {error}; the same call goes on from here")
