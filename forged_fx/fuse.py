@@ -24,7 +24,7 @@ import torch.fx as fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from forged_fx import fused_ops
+from forged_fx import ops, torch_internals
 from forged_fx.capture import has_hooks
 from forged_fx.fused_ops import FORGED
 from forged_fx.sites import CALLS
@@ -176,7 +176,8 @@ def producer_threshold(
     if one is not None:
         op, arguments = one
         t, *limit = parameters
-        op = fused_ops.unrecorded(op, x, t) or op
+        if not (torch.is_grad_enabled() or torch_internals.watched()):
+            op = ops.direct(op, x, t) or op
         return op(x, t, function=function, limit=limit[0] if limit else None, **arguments)
     kept = None
     for i, (what, position, args, kwargs) in enumerate(steps):
@@ -210,7 +211,7 @@ def _as_one(x: Tensor, steps: list[Step], keep: int | None) -> tuple[Callable, A
     norm = "shape" in found
     op = torch.ops.forged_fx.norm_threshold if norm else torch.ops.forged_fx.elementwise_threshold
     if keep is None:
-        return op, found
+        return op.default, found
     first = roles[keep] == "add" and (norm or "add_first" in found)
     return op.keep, {**found, "keep": "sum" if first else "value"}
 

@@ -241,14 +241,6 @@ def _cuda(name: str, *args: Any, **kwargs: Any) -> Result:
     return _with_kept(*getattr(_kernels(name), f"launch_{name}")(**arguments))
 
 
-def unrecorded(op: Any, x: Tensor, t: Tensor) -> Callable | None:
-    """What an operator comes to on a GPU where nothing records or watches the call, without the way there, which takes
-    longer than the kernel; else None."""
-    if torch.is_grad_enabled() or not (x.is_cuda and ops.is_ordinary(x) and ops.is_ordinary(t)):
-        return None
-    return None if torch_internals.watched() else _UNRECORDED[op]
-
-
 def _elementwise_fits(a: dict[str, Any]) -> bool:
     """Whether the kernel's results have the chain's layout: the kernel works in storage order."""
     x, formats = a["x"], {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -278,9 +270,6 @@ def _kernels(name: str) -> Any:
     # Late: Triton takes long to import, and not every machine has it.
     files = {"elementwise_threshold": "fused", "norm_threshold": "norm"}
     return importlib.import_module(f"forged_fx.kernels.{files[name]}")
-
-
-_UNRECORDED: dict[Any, Callable] = {}
 
 
 # ---- gradients, and Inductor
@@ -318,8 +307,8 @@ for _name, _schema in SCHEMAS.items():
         _op = getattr(getattr(torch.ops.forged_fx, _name), _overload)
         _chain = functools.partial(_elsewhere, _name)
         _library.impl(_full, _chain, "CompositeExplicitAutograd")
-        _UNRECORDED[_op] = _UNRECORDED[getattr(torch.ops.forged_fx, _name)] = functools.partial(_cuda, _name)
-        _library.impl(_full, _UNRECORDED[_op], "CUDA")
+        ops.CUDA[_op] = functools.partial(_cuda, _name)
+        _library.impl(_full, ops.CUDA[_op], "CUDA")
         _library.impl(_full, functools.partial(_autograd, _name, _op), "Autograd")
         _library.impl(_full, _chain, "FuncTorchBatchedDecomposition")
         torch.library.register_fake(f"forged_fx::{_full}", _chain, lib=_library)

@@ -57,8 +57,7 @@ def _unrecorded(graph: fx.Graph) -> Callable:
 def apply(x: Tensor, t: Tensor) -> Tensor:
     """`threshold(x, t)` in new memory."""
     if not _plain(x, t):
-        direct = ops._CUDA[THRESHOLD] if x.is_cuda and ops.is_ordinary(x) and ops.is_ordinary(t) else THRESHOLD
-        return direct(x, t)
+        return (ops.direct(THRESHOLD, x, t) or THRESHOLD)(x, t)
     return torch.hardshrink(x, ops._largest_below(t.item(), x.dtype), out=torch.empty_like(x))
 
 

@@ -298,18 +298,18 @@ def _implementations(f: Function) -> dict[str, dict[str, Callable]]:
 
     _CPU[f.op] = checked(f.cpu or plain)
     _CPU[f.backward] = checked_backward(f.cpu_backward or plain_backward)
-    _CUDA[f.op] = checked(lambda *args: _launchers(f)[0](*args))
-    _CUDA[f.backward] = checked_backward(lambda *args: _launchers(f)[1](*args))
+    CUDA[f.op] = checked(lambda *args: _launchers(f)[0](*args))
+    CUDA[f.backward] = checked_backward(lambda *args: _launchers(f)[1](*args))
     return {
         f.name: {
             "CPU": _CPU[f.op],
-            "CUDA": _CUDA[f.op],
+            "CUDA": CUDA[f.op],
             "CompositeExplicitAutograd": checked(plain),
             "Autograd": autograd,
         },
         f"{f.name}_backward": {
             "CPU": _CPU[f.backward],
-            "CUDA": _CUDA[f.backward],
+            "CUDA": CUDA[f.backward],
             "CompositeExplicitAutograd": checked_backward(plain_backward),
             "Autograd": autograd_backward,
         },
@@ -401,7 +401,7 @@ def _record(function: type[_Masked], op: Callable, *args: Any) -> Tensor:
     return _run(op, *args)
 
 
-def is_ordinary(x: Tensor) -> bool:
+def _is_ordinary(x: Tensor) -> bool:
     """Whether the dispatcher would come to a CPU's or a GPU's code for this tensor, and to nothing else ahead of it."""
     return dispatch_keys(x) in (_ordinary_on_cuda() if x.is_cuda else PLAIN)
 
@@ -414,7 +414,7 @@ def _keys_of_ordinary_tensors(device: str) -> list:
 
 PLAIN = _keys_of_ordinary_tensors("cpu")
 _CPU: dict[Callable, Callable] = {}
-_CUDA: dict[Callable, Callable] = {}
+CUDA: dict[Callable, Callable] = {}  # other files add theirs
 
 
 @functools.cache
@@ -422,24 +422,24 @@ def _ordinary_on_cuda() -> list:
     return _keys_of_ordinary_tensors("cuda")
 
 
-def _direct(op: Callable, x: Tensor) -> Callable | None:
+def direct(op: Callable, x: Tensor, *others: Tensor) -> Callable | None:
     """What the dispatcher would come to, without another round of it, a third of the call; None where it must decide,
-    or something else is to see the call."""
-    if is_ordinary(x) and not torch_internals.dispatched():
-        return (_CUDA if x.is_cuda else _CPU).get(op)
+    or something else is to see the call. That nothing has to be recorded for a backward is for the caller to know."""
+    if all(map(_is_ordinary, (x, *others))) and not torch_internals.dispatched():
+        return (CUDA if x.is_cuda else _CPU).get(op)
     return None
 
 
 def _run(op: Callable, *args: Any) -> Tensor:
-    if direct := _direct(op, args[0]):
-        return direct(*args)
+    if run := direct(op, args[0]):
+        return run(*args)
     with torch_internals.AutoDispatchBelowAutograd():
         return op(*args)
 
 
 def _run_recorded(op: Callable, *args: Any) -> Tensor:
-    if direct := _direct(op, args[0]):
-        return direct(*args)
+    if run := direct(op, args[0]):
+        return run(*args)
     # autograd.Function switches both modes off; a torch.func transform further out has yet to record this.
     with torch.enable_grad(), torch_internals.forward_mode_enabled():
         return _run(op, *args)

@@ -37,7 +37,7 @@ NAMES = {
     # operators, eager
     "torch._C._AutoDispatchBelowAutograd": "runs an operator below autograd",
     "torch._C._any_requires_grad": "asks whether a call has to be recorded for the backward",
-    "torch._C._dispatch_keys": "tells ordinary CPU tensors, which take the short way, from others",
+    "torch._C._dispatch_keys": "tells ordinary tensors, which take the short way, from others",
     "torch._functorch.utils.enable_single_level_autograd_function": "lets the operators' autograd functions be applied",
     "torch.autograd.function._SingleLevelFunction": "is the base of the operators' autograd functions",
     "torch.overrides._get_current_function_mode_stack": "finds modes that want to see the operators",
@@ -128,10 +128,21 @@ def inductor() -> types.SimpleNamespace:
     from torch._inductor.lowering import register_lowering
     from torch._inductor.virtualized import V, ops
 
-    layouts = (FlexibleLayout, Pointwise, as_storage_and_layout, get_stride_order, is_storage_and_layout)
-    used = [*layouts, compile_fx, list_mode_options, list_options, register_lowering]
-    modules = {"V": V, "config": config, "decomposition": decomposition, "ops": ops}
-    return types.SimpleNamespace(**{each.__name__: each for each in used}, **modules)
+    return types.SimpleNamespace(
+        FlexibleLayout=FlexibleLayout,
+        Pointwise=Pointwise,
+        V=V,
+        as_storage_and_layout=as_storage_and_layout,
+        compile_fx=compile_fx,
+        config=config,
+        decomposition=decomposition,
+        get_stride_order=get_stride_order,
+        is_storage_and_layout=is_storage_and_layout,
+        list_mode_options=list_mode_options,
+        list_options=list_options,
+        ops=ops,
+        register_lowering=register_lowering,
+    )
 
 
 def compiler_error() -> type[Exception]:
@@ -332,7 +343,7 @@ def guard_equal(a: fx.Node, b: fx.Node) -> None:
     sources = [node.meta["grapharg"].source for node in (a, b)]
     for source, tensor in zip(sources, (first, second), strict=True):
         _guard(source, lambda value, tensor=tensor: value is tensor(), "the threshold is the same tensor")
-    # At the root: what is within a module, torch 2.11 and 2.12 look at only once one of its dictionaries has changed.
+    # At the root: what is within a module, torch 2.11 looks at only once one of its dictionaries has changed.
     _guard(sources[0], lambda _: equal(), "it equals another threshold", at_root=True)
 
 

@@ -30,14 +30,10 @@ def launch(kernel: Any, tensors: tuple[Tensor | None, ...], key: Hashable, plan:
         kernel[(programs,)](*tensors, **rest)
         return
     device, addresses = tensors[0].device.index, 0
-    case = [id(kernel), device, key]
     for tensor in tensors:
-        if tensor is None:
-            case.append(None)
-        else:
-            case.append(tensor.dtype)
-            addresses |= tensor.data_ptr()
-    known = None if addresses % ALIGNED else _known.get(tuple(case))
+        addresses |= 0 if tensor is None else tensor.data_ptr()
+    case = (id(kernel), device, key, *[None if tensor is None else tensor.dtype for tensor in tensors])
+    known = None if addresses % ALIGNED else _known.get(case)
     if known is not None and torch.cuda.current_device() == device:
         run, values = known
         run(*tensors, *values)
@@ -49,4 +45,4 @@ def launch(kernel: Any, tensors: tuple[Tensor | None, ...], key: Hashable, plan:
         if len(_known) >= MOST:
             _known.clear()
         values = [rest[name] for name in kernel.arg_names[len(tensors) :]]
-        _known[tuple(case)] = compiled[(programs, 1, 1)], values
+        _known[case] = compiled[(programs, 1, 1)], values

@@ -55,13 +55,14 @@ def shares_below(model, batches, thresholds):
 
 
 @contextlib.contextmanager
-def forged(model, thresholds):
+def forged(model, thresholds, straight_through=False):
     """Within, every layer's input is thresholded, in plain torch."""
 
     def cut(t):
         def hook(_, args):
             x = args[0]
-            return (torch.where(x.abs() < t, torch.zeros_like(x), x), *args[1:])
+            kept = torch.where(x.abs() < t, torch.zeros_like(x), x)
+            return (x + (kept - x).detach() if straight_through else kept, *args[1:])
 
         return hook
 

@@ -10,7 +10,7 @@ from interpreted import arithmetic_of_a_gpu, kernels  # noqa: F401 (a fixture)
 from kinks import same
 from torch import Tensor
 
-from forged_fx import fused_ops, ops
+from forged_fx import fuse, fused_ops, ops
 
 elementwise = torch.ops.forged_fx.elementwise_threshold
 norm = torch.ops.forged_fx.norm_threshold
@@ -201,6 +201,21 @@ def test_cuda_launches_the_kernel(on_cuda: list[str]) -> None:
     assert on_cuda.count("norm_threshold") == 4  # (it is asked for the longest row, too)
 
 
+def test_without_gradients_the_kernel_is_reached_past_the_dispatcher(
+    on_cuda: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, fused = ops.direct, {elementwise.default, elementwise.keep}  # as for ordinary tensors on a GPU
+    monkeypatch.setattr(ops, "direct", lambda op, *tensors: ops.CUDA[op] if op in fused else here(op, *tensors))
+    call = functools.partial(fuse.producer_threshold, X, (T,), [(torch.nn.ReLU(), 0, (), {})])
+    for context, launched in ((torch.enable_grad, 0), (torch.no_grad, 1)):
+        with context():
+            assert same(call(None, "threshold"), threshold(F.relu(X), T))
+            assert len(on_cuda) == launched
+    with torch.no_grad():
+        y, kept = call(0, "threshold")
+    assert same(y, threshold(F.relu(X), T)) and same(kept, F.relu(X)) and len(on_cuda) == 2
+
+
 def test_cuda_runs_the_chain_for_what_the_kernel_lays_out_otherwise(on_cuda: list[str]) -> None:
     cuda = functools.partial(fused_ops._cuda, "elementwise_threshold")
     for x in (X.double(), X.transpose(0, 3), X[:1].expand(2, -1, -1, -1)):
@@ -224,8 +239,9 @@ def test_device_is_the_chain(name: str, dtype: torch.dtype, monkeypatch: pytest.
     monkeypatch.setitem(globals(), "BN", {key: value.cuda().to(like) for key, value in BN.items()})
     call, chain = CALLS[name]
     x = X.cuda().to(dtype)
+    near = max(2 * torch.finfo(dtype).eps, 1.3e-6)
     for found, expected in zip(call(x), chain(x), strict=True):
         kept = (found != 0) & (expected != 0)
         assert found.stride() == expected.stride() and (kept != (expected != 0)).sum() <= 1
-        torch.testing.assert_close(found[kept], expected[kept], rtol=8 * torch.finfo(dtype).eps, atol=1e-5)
+        torch.testing.assert_close(found[kept], expected[kept], rtol=near, atol=1e-5)
     assert torch.equal(gradient(call, x), gradient(chain, x))
