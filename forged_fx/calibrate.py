@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Sized
@@ -269,7 +270,7 @@ def model_inputs(batch: Any, model: torch.nn.Module) -> tuple[tuple, dict]:
             f"a batch must be a tensor, a tuple or list whose first item is the input tensor, or a dict of keyword "
             f"arguments; got {type(batch).__name__}"
         )
-    tensor = next((t for t in [*model.parameters(), *model.buffers()]), None)
+    tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
     if tensor is None:
         return args, kwargs
     return tree_map(lambda v: v.to(tensor.device) if isinstance(v, Tensor) else v, (args, kwargs))

@@ -39,7 +39,7 @@ def count(values: Tensor) -> tuple[Tensor, Tensor]:
     """(number of exact zeros, the other values' counts per bin): int64 scalar and int64 [BINS]."""
     magnitude = values.detach().abs().to(torch.float32)
     bins = torch.bincount(magnitude.view(torch.int32) >> _SHIFT, minlength=BINS)
-    zeros = (magnitude == 0).sum()
+    zeros = magnitude.numel() - magnitude.count_nonzero()
     bins[0] -= zeros
     return zeros, bins
 

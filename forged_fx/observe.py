@@ -8,7 +8,7 @@ makes it. So any Python model can be observed, control flow included, and nothin
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,8 @@ from forged_fx.torch_internals import tree_leaves
 
 # Factories that take their values from Python: what they hold may well come from the input (numpy in the middle).
 _FROM_PYTHON = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy}
+
+_SCALARS = (int, float, str, type(None))
 
 # Which dimension of its result a norm holds the channels in; None: the last.
 _NORMS = {F.batch_norm: 1, F.instance_norm: 1, F.group_norm: 1, F.layer_norm: None, F.rms_norm: None}
@@ -82,27 +84,45 @@ class _Origins:
     def of(self, value: Any) -> Origin:
         if not isinstance(value, Tensor):
             return Origin.CONSTANT
-        if isinstance(value, torch.nn.Parameter):
+        if _is_parameter(value):
             return Origin.PARAMETER
         return self._known.get(value, Origin.DATA)
 
-    def mark(self, value: Any, origin: Origin) -> None:
-        for leaf in tree_leaves(value):
-            if isinstance(leaf, Tensor) and not isinstance(leaf, torch.nn.Parameter):
-                self._known[leaf] = origin
+    def mark(self, values: Iterable[Any], origin: Origin) -> None:
+        for tensor in _tensors(values):
+            if not _is_parameter(tensor):
+                self._known[tensor] = origin
 
     def follow(self, function: Callable, args: tuple, kwargs: dict, result: Any) -> None:
         """Give a call's results the largest origin among its inputs."""
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = _tensors((*args, *kwargs.values()))
         if function in _FROM_PYTHON and not tensors:
             return
         made_from = max((self.of(tensor) for tensor in tensors), default=Origin.CONSTANT)
         if isinstance(result, Tensor | tuple | list | dict):
-            self.mark(result, made_from)
+            self.mark((result,), made_from)
         name = getattr(function, "__name__", "")
         writes = name.endswith("_") and (not name.endswith("__") or name == "__setitem__" or name.startswith("__i"))
         if writes and args and isinstance(args[0], Tensor) and made_from > self.of(args[0]):
             self.mark([t for t in (args[0], args[0]._base) if t is not None], made_from)
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among the values and inside them. (Most calls nest none: walking a tree takes longer than they do.)"""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found += _tensors(value)
+        elif not isinstance(value, _SCALARS):
+            found += (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+    return found
+
+
+def _is_parameter(value: Tensor) -> bool:
+    """`isinstance(value, Parameter)`, which runs Python code; of a plain tensor the type says enough."""
+    return type(value) is not Tensor and isinstance(value, torch.nn.Parameter)
 
 
 class _Layouts:

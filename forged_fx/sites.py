@@ -15,6 +15,7 @@ always carry their number: `layer1.0.relu@0` is the first call of that module, `
 To add a kind of layer, add a row to `CALLS`; an activation function, one to `ACTIVATIONS`.
 """
 
+import functools
 import operator
 import re
 import types
@@ -283,6 +284,7 @@ def names_of(model: torch.nn.Module) -> dict[int, str]:
 _NAME = re.compile(r"(?P<module>.*?)((?P<mark>[#@])(?P<call>[0-9]+))?(:(?P<operand>[0-9]+))?", re.DOTALL)
 
 
+@functools.lru_cache(maxsize=2**16)
 def _part(site: str, part: str) -> str | None:
     return _NAME.fullmatch(site)[part]
 
