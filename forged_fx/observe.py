@@ -108,7 +108,7 @@ class _Origins:
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
-    """The tensors among the values and inside them. (Most calls nest none: walking a tree takes longer than they do.)"""
+    """The tensors among the values and inside them. Most calls nest none, and walking a tree takes longer than they."""
     found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):

@@ -8,7 +8,7 @@ NAME.svg     a picture, where there is matplotlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Self
 from forged_fx import checked
 from forged_fx.evaluate import checks, report
 from forged_fx.evaluate.blocks import Blocks
+from forged_fx.evaluate.extras import need
 from forged_fx.evaluate.journal import Call, Journal, agree, begin
 from forged_fx.evaluate.threat import Threat
 from forged_fx.files import whole
@@ -25,6 +26,16 @@ from forged_fx.rows import write_csv
 
 FORMAT = 1
 LIMIT = 1e9  # of figures that know no other
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text, to be printed or put on a page. bold: which row to look at."""
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    bold: int | None = None
 
 
 class Recorded:
@@ -38,6 +49,20 @@ class Recorded:
     @property
     def sentence(self) -> str:
         """What was found, in a sentence."""
+        raise NotImplementedError
+
+    @property
+    def verdict(self) -> str:
+        """The same in a few words."""
+        raise NotImplementedError
+
+    @property
+    def small_print(self) -> str:
+        """Under which conditions."""
+        raise NotImplementedError
+
+    def tables(self) -> list[Table]:
+        """What a reader should see of the figures."""
         raise NotImplementedError
 
     def records(self) -> list[dict[str, Any]]:
@@ -93,6 +118,11 @@ class Recorded:
             return found
         except ValueError as error:
             raise ValueError(f"{Path(where) / name} holds no {cls.NAME}: {error}") from error
+
+    def __rich__(self) -> Any:
+        tables = (report.table(t.title, t.headings, t.rows, t.bold) for t in self.tables())
+        group = need("rich.console").Group
+        return group(report.plain(self.sentence, "bold"), *tables, report.plain(self.small_print))
 
     def __str__(self) -> str:
         return report.text(self)

@@ -24,13 +24,12 @@ from torch import Tensor, nn
 from forged_fx import moves, trials
 from forged_fx.configuration import Configuration
 from forged_fx.evaluate import blocks as unit
-from forged_fx.evaluate import checks, evaluate, fingerprint, pool, report
+from forged_fx.evaluate import checks, evaluate, fingerprint, pool
 from forged_fx.evaluate.attacks import choose
-from forged_fx.evaluate.extras import need
 from forged_fx.evaluate.result import Result
 from forged_fx.evaluate.statistics import LEVEL, holm
 from forged_fx.evaluate.threat import Threat
-from forged_fx.recorded import LIMIT, Recorded, running, within
+from forged_fx.recorded import LIMIT, Recorded, Table, running, within
 from forged_fx.stats import Stats
 from forged_fx.transform import select
 from forged_fx.trials import Spent, Trial, Trials
@@ -145,44 +144,41 @@ class Search(Recorded):
 
         pictures.trials(self).save(path)
 
-    def __rich__(self) -> Any:
-        return need("rich.console").Group(
-            report.plain(self.sentence, "bold"),
-            *([self._confirmed()] if self.finalists else []),
-            self._tried(),
-            report.plain(
-                f"{self.threat.norm} ball of radius {self.threat.eps:.6g}, seed {self.facts['seed']}; scored on the "
-                f"{self.near} inputs nearest to the boundary of {self.seen}, confirmed on {self.kept} others (attacks: "
-                f"{self.facts['attacks']}); {self.facts['stopped']}"
-            ),
+    @property
+    def verdict(self) -> str:
+        return "nothing beats the base" if self.best is None else "beats the base"
+
+    @property
+    def small_print(self) -> str:
+        return (
+            f"{self.threat.norm} ball of radius {self.threat.eps:.6g}, seed {self.facts['seed']}; scored on the "
+            f"{self.near} inputs nearest to the boundary of {self.seen}, confirmed on {self.kept} others (attacks: "
+            f"{self.facts['attacks']}); {self.facts['stopped']}"
         )
 
-    def _confirmed(self) -> Any:
-        table = need("rich.table").Table(title=f"finalists, of {self.kept} inputs kept for them", title_justify="left")
-        table.add_column("configuration", overflow="fold")
-        for heading in ("worst case", "base", "points", "95 % interval", "p", "p, Holm", "natural", "base"):
-            table.add_column(heading, justify="right")
-        table.add_column("outcome", overflow="fold")
+    def tables(self) -> list[Table]:
+        return [*([self._confirmed()] if self.finalists else []), self._tried()]
+
+    def _confirmed(self) -> Table:
+        headings = "configuration", "worst case", "base", "points", "95 % interval", "p", "Holm p", "natural", "base"
+        rows = []
         for f in self.finalists:
             points = f"{100 * (f.worst - f.base_worst) / self.kept:+.1f}"
             interval = f"{100 * f.low:+.1f} {100 * f.high:+.1f}"
             counts = (str(f.worst), str(f.base_worst), points, interval, f"{f.p:.2g}", f"{f.p_holm:.2g}")
-            cells = (str(f.configuration), *counts, str(f.natural), str(f.base_natural), f.reason or "stands")
-            table.add_row(*map(report.plain, cells))
-        return table
+            rows.append((str(f.configuration), *counts, str(f.natural), str(f.base_natural), f.reason or "stands"))
+        return Table(f"finalists, of {self.kept} inputs kept for them", (*headings, "outcome"), rows)
 
-    def _tried(self, most: int = 10) -> Any:
+    def _tried(self, most: int = 10) -> Table:
         title = f"the best of {len(self.trials)} trials, by the search's own attack (this proves nothing)"
-        table = need("rich.table").Table(title=title, title_justify="left")
-        table.add_column("configuration", overflow="fold")
-        for heading in (f"standing, of {self.near}", "margin", f"natural, of {self.seen}"):
-            table.add_column(heading, justify="right")
+        rows = []
         ranked = sorted(self.trials, key=lambda trial: trial.score, reverse=True)
         for trial in (self.base, *ranked[:most]):
             name = str(trial.configuration) if trial.configuration.places else "base"
             natural = f"{trial.natural}" + ("" if trial.fit else " (too few)")
-            table.add_row(report.plain(name), str(trial.standing), f"{trial.margin:+.3f}", natural)
-        return table
+            rows.append((name, str(trial.standing), f"{trial.margin:+.3f}", natural))
+        headings = "configuration", f"standing, of {self.near}", "margin", f"natural, of {self.seen}"
+        return Table(title, headings, rows)
 
 
 def search(

@@ -20,7 +20,7 @@ from forged_fx.calibrate import calibrate
 from forged_fx.configuration import Configuration, written
 from forged_fx.describe import describe
 from forged_fx.evaluate import blocks as unit
-from forged_fx.evaluate import checks, fingerprint, gradients, pool, report
+from forged_fx.evaluate import checks, fingerprint, gradients, pool
 from forged_fx.evaluate.attacks import choose
 from forged_fx.evaluate.extras import need
 from forged_fx.evaluate.journal import Journal
@@ -29,7 +29,7 @@ from forged_fx.evaluate.statistics import LEVEL, compare, holm
 from forged_fx.evaluate.threat import Threat
 from forged_fx.files import whole
 from forged_fx.kinds import KINDS
-from forged_fx.recorded import LIMIT, Recorded, running, within
+from forged_fx.recorded import LIMIT, Recorded, Table, running, within
 from forged_fx.stats import Ends, Stats
 from forged_fx.throughput import interleave
 from forged_fx.transform import select
@@ -94,17 +94,25 @@ class Sweep(Recorded):
         return max(self.points, key=lambda point: (point.worst, point.natural))
 
     @property
+    def better(self) -> bool:
+        """Whether the best point's worst case is measurably above the base's."""
+        return self.best.low > 0 and self.best.p_holm <= 1 - LEVEL
+
+    @property
+    def verdict(self) -> str:
+        return "above the base" if self.better else "none above the base"
+
+    @property
     def sentence(self) -> str:
         best, worst = self.best, min(self.points, key=lambda point: (point.worst, point.natural))
         below = sum(point.high < 0 and point.p_holm <= 1 - LEVEL for point in self.points)
-        better = best.low > 0 and best.p_holm <= 1 - LEVEL
         return (
             f"of {len(self.points)} points "
-            + (f"{best.name} is measurably above the base" if better else "none is measurably above the base")
+            + (f"{best.name} is measurably above the base" if self.better else "none is measurably above the base")
             + (f", {below} measurably below" if below else "")
             + f": worst case {self.worst} of {self.n} at the base, {worst.worst} ({worst.name}) to {best.worst} "
             f"({best.name}), Holm p = {best.p_holm:.2g}"
-            + ("; attacks that know the kind come with forged_fx.search" if better else "")
+            + ("; attacks that know the kind come with forged_fx.search" if self.better else "")
         )
 
     def records(self) -> list[dict[str, Any]]:
@@ -134,25 +142,25 @@ class Sweep(Recorded):
 
         pictures.trade_off(self).save(path)
 
-    def __rich__(self) -> Any:
-        table = need("rich.table").Table(title=f"right, of {self.n} inputs", title_justify="left")
+    @property
+    def small_print(self) -> str:
+        return (
+            f"{self.threat.norm} ball of radius {self.threat.eps:.6g}; attacks: {', '.join(self.facts['attacks'])}; "
+            f"seed {self.facts['seed']}; one pool of examples for all; points and intervals: worst case less the base's"
+        )
+
+    def tables(self) -> list[Table]:
         headings = ("", "worst case", "points", "95 % interval", "Holm p", "true gradient", "natural")
-        for heading in (*headings, "zeroed", "limited", "throughput"):
-            table.add_column(heading, justify="left" if not heading else "right")
-        table.add_row("base", str(self.worst), *[""] * 3, str(self.true), str(self.natural))
-        table.add_section()
+        rows = [("base", str(self.worst), *[""] * 3, str(self.true), str(self.natural), *[""] * 3)]
         for p in self.points:
             interval = f"{100 * p.low:+.1f} {100 * p.high:+.1f}"
             points = f"{100 * (p.worst - self.worst) / self.n:+.1f}"
             shares = ["" if share is None else f"{100 * share:.1f} %" for share in (p.zeroed, p.limited)]
             speed = "" if p.speed is None else f"{p.speed:.2f} [{p.speed_low:.2f} {p.speed_high:.2f}]"
             figures = (str(p.worst), points, interval, f"{p.p_holm:.2g}", str(p.true), str(p.natural))
-            table.add_row(report.plain(p.name), *figures, *shares, speed, style="bold" if p is self.best else "")
-        small = (
-            f"{self.threat.norm} ball of radius {self.threat.eps:.6g}; attacks: {', '.join(self.facts['attacks'])}; "
-            f"seed {self.facts['seed']}; one pool of examples for all; points and intervals: worst case less the base's"
-        )
-        return need("rich.console").Group(report.plain(self.sentence, "bold"), table, report.plain(small))
+            rows.append((p.name, *figures, *shares, speed))
+        bold = 1 + self.points.index(self.best)
+        return [Table(f"right, of {self.n} inputs", (*headings, "zeroed", "limited", "throughput"), rows, bold)]
 
 
 def sweep(

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -160,15 +161,61 @@ def test_shares_come_from_calibration_where_none_were_measured(folder, tmp_path)
     assert "<h2>Share zeroed by site</h2>" in page and "inputs in calibration" in page
 
 
-def test_a_finalists_page_shows_its_search_and_a_search_names_its_finalists(folder, tmp_path):
+def test_a_finalists_page_shows_its_search(folder, tmp_path):
     whole = tmp_path / "search"
     shutil.copytree(folder.parent, whole)
     shutil.rmtree(whole / "finalist-1" / "search")
     assert report.Run.load(whole / "finalist-1").search is not None
     (whole / "finalist-1").rename(whole / "other")
     assert report.Run.load(whole / "other").search is None
-    with pytest.raises(FileNotFoundError, match=r"holds a search: .*finalist-1"):
-        report.Run.load(whole)
+
+
+@pytest.fixture(scope="module")
+def tried(folder):
+    """The pages of a search and of a sweep by themselves."""
+    return {
+        kind: report.page(report.load(where, NASTY))
+        for kind, where in ((Search, folder.parent), (Sweep, folder / "sweep"))
+    }
+
+
+def test_a_search_has_a_page_that_says_what_was_tried_and_what_came_of_it(tried):
+    page = tried[Search]
+    assert page.index(">nothing beats the base<") < page.index("<h2>")
+    words = Outline(page).words
+    assert words.count("hard 0.5 at out") == 2 and words.count("base") >= 2  # of the finalists, and of the trials
+    assert "each has a page of its own, by forged-fx report: finalist-1" in words
+    assert page.count("<svg") == 1 and words.count(NASTY) >= 2  # the title twice, and the finalist's reason
+
+
+def test_a_sweep_has_a_page_with_a_row_for_each_point(tried):
+    page = tried[Sweep]
+    assert page.index(">none above the base<") < page.index("<h2>")
+    words = Outline(page).words
+    assert {"hard 0.5", "clamp 0.5", "Right, of 6 inputs"} <= set(words) and page.count("<svg") == 1
+
+
+def test_a_search_whose_best_stands_says_so(folder, tmp_path):
+    found = Search.load(folder.parent)
+    found.finalists[0] = replace(found.finalists[0], stands=True, worst=3)
+    found.save(tmp_path)
+    page = report.page(report.load(tmp_path))
+    assert 'class="verdict good">beats the base<' in page
+
+
+@pytest.mark.parametrize("facts", [{"command": 1}, {"call": {"versions": [1]}}])
+def test_facts_that_are_none_are_refused(folder, tmp_path, facts):
+    found = Sweep.load(folder / "sweep")
+    found.facts |= facts
+    found.save(tmp_path)
+    with pytest.raises(ValueError, match=r"sweep.json holds no sweep: facts\."):
+        report.load(tmp_path)
+
+
+def test_a_run_is_a_run_whatever_lies_above_or_beside_it(folder):
+    assert isinstance(report.load(folder), report.Run)
+    with pytest.raises(FileNotFoundError):
+        report.load(folder / "nowhere")
 
 
 BROKEN = '{"sites": [{}], "notes": [], "zeros": {}, "speeds": [1], "rows": [{"site": 1}]}'
@@ -258,6 +305,19 @@ def test_a_browser_shows_it_and_sorts_it(page, browser, tmp_path):
     browser.run("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=alert(1)>')")
     refused = [error for error in browser.errors if "Content Security Policy" in error]
     assert refused and refused == browser.errors  # of what was just put in, and of nothing before
+
+
+def test_a_browser_shows_pages_of_what_was_tried(tried, browser, tmp_path):
+    before = len(browser.errors)
+    for page in tried.values():
+        (tmp_path / "page.html").write_text(page, encoding="utf-8")
+        browser.open(tmp_path / "page.html")
+        assert browser.run("document.title") == NASTY
+        assert browser.run("document.querySelectorAll('table.sortable tbody tr').length") >= 3
+        for width in (1100, 380):
+            browser.look(width, dark=False)
+            assert browser.run("document.documentElement.scrollWidth") <= width
+    assert browser.errors[before:] == []
 
 
 def test_names_that_are_markup_are_shown_and_do_nothing(page, browser, tmp_path):

@@ -11,7 +11,7 @@ EXAMPLE = "forged-fx report demo --out page.html"
 
 
 def run(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A run of evaluate, or of demo.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A run of evaluate, sweep, search or demo.")],
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Where the page goes. Without it: FOLDER/report.html.")
     ] = None,
@@ -22,14 +22,15 @@ def run(
     ] = None,
     json: options.Json = False,
 ) -> None:
-    """Write one HTML page about a run: verdict, attacks, layers, pictures, findings. It needs no network."""
+    """Write one HTML page about a run: verdict, attacks, layers, pictures, findings; of a sweep or search, what was
+    tried. It needs no network."""
     from forged_fx import report
     from forged_fx.cli import output
     from forged_fx.files import whole
 
     names = classes.read_text(encoding="utf-8").splitlines() if classes is not None else []
-    found = report.Run.load(folder, title, names)
+    found = report.load(folder, title, names)
     to = folder / "report.html" if out is None else out
     with whole(to) as part:
         part.write_text(report.page(found), encoding="utf-8")
-    output.show({"out": str(to), "verdict": found.result.verdict}, f"{to}: {found.result.verdict}", json)
+    output.show({"out": str(to), "verdict": found.verdict}, f"{to}: {found.verdict}", json)

@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +14,17 @@ from forged_fx.evaluate.result import Result, Row
 def plain(text: str, style: str = "") -> Any:
     """Text that may come from a file, as it is: neither rich nor a terminal takes commands from it."""
     return need("rich.text").Text(visible(text), style)
+
+
+def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], bold: int | None = None) -> Any:
+    """Columns of figures are set flush right, the first, which names the row, never. bold: the row to look at."""
+    shown = need("rich.table").Table(title=title, title_justify="left")
+    for i, heading in enumerate(headings):
+        words = i == 0 or any(row[i] and row[i][0] not in "+-0123456789" for row in rows)
+        shown.add_column(heading, justify="left" if words else "right", overflow="fold")
+    for i, row in enumerate(rows):
+        shown.add_row(*map(plain, row), style="bold" if i == bold else "")
+    return shown
 
 
 def _share(share: float | None, n: int) -> str:

@@ -5,7 +5,7 @@ import hashlib
 import html
 from importlib.resources import files
 
-from forged_fx.report.run import Run
+from forged_fx.report.run import Choice, Run
 from forged_fx.report.sections import SECTIONS
 
 _PAGE = """<!doctype html>
@@ -26,10 +26,10 @@ _PAGE = """<!doctype html>
 """
 
 
-def page(run: Run) -> str:
+def page(run: Run | Choice) -> str:
     """The page, as text. ImportError: `pip install forged_fx[report]`."""
     style, script = (files(__package__).joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
-    body = "\n".join(filter(None, (section(run) for section in SECTIONS)))
+    body = "\n".join(filter(None, (section(run) for section in SECTIONS[type(run)])))
     return _PAGE.format(title=html.escape(run.title), policy=policy, style=style, script=script, body=body)

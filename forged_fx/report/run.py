@@ -7,6 +7,8 @@ speeds.json       what `throughput.compare` measured
 sparsity.json     what `sparsity` measured: the rows' own `save` writes it
 lipschitz.json    what `lipschitz` measured
 sweep/sweep.json, search/search.json    a sweep's or a search's folder; of a search's finalist, the one that it lies in
+
+A folder of `sweep` or `search` holds the record of that, and no result.
 """
 
 import json
@@ -59,17 +61,19 @@ class Run:
     facts: Mapping[str, str] = field(default_factory=dict)
     classes: Sequence[str] = ()
 
+    @property
+    def verdict(self) -> str:
+        return self.result.verdict
+
     @classmethod
     def load(cls, folder: str | os.PathLike[str], title: str = "", classes: Sequence[str] = ()) -> "Run":
         """The run in a folder. ValueError names a file that is damaged; FileNotFoundError: there is no result."""
         folder = Path(folder)
-        if not (folder / RECORD).exists() and _there(folder, Search):
-            raise FileNotFoundError(f"{folder} holds a search: pages are of its finalists, such as {folder}/finalist-1")
         result = Result.load(folder)
         sites, zeros = _sites(folder / SITES) if (folder / SITES).exists() else (Description(), {})
         sides = f"model: {result.model.description}" + (f"; base: {result.base.description}" if result.base else "")
         return cls(
-            title or f"forged_fx: {folder.resolve().name}",
+            _title(title, folder),
             result,
             sides,
             sites,
@@ -84,14 +88,51 @@ class Run:
         )
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What a page can show of a sweep or a search by itself. facts: how to get it again."""
+
+    title: str
+    found: Sweep | Search
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str:
+        return self.found.verdict
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], kind: type[Sweep | Search], title: str = "") -> "Choice":
+        """The sweep or search in a folder. ValueError names a file that is damaged."""
+        found = kind.load(folder)
+        call = found.facts["call"]
+        try:
+            versions = checked.fit(call.get("versions", {}), dict[str, str], "facts.call.versions")
+            command = checked.fit(found.facts.get("command", []), list[str], "facts.command")
+        except ValueError as error:
+            raise ValueError(f"{Path(folder) / kind.NAME}.json holds no {kind.NAME}: {error}") from error
+        return cls(_title(title, Path(folder)), found, {"command": _command(command)} | versions)
+
+
+def load(folder: str | os.PathLike[str], title: str = "", classes: Sequence[str] = ()) -> Run | Choice:
+    """What a folder holds: a run of `evaluate`, else a sweep or a search. Raises as `Run.load` does."""
+    kinds = [] if (Path(folder) / RECORD).exists() else [k for k in (Sweep, Search) if _there(Path(folder), k)]
+    return Choice.load(folder, kinds[0], title) if kinds else Run.load(folder, title, classes)
+
+
 def facts(result: Result) -> dict[str, str]:
     """How a result came about: the exact command, and on what."""
-    program, *arguments = result.command or [""]
+    return {"command": _command(result.command), **{key: str(value) for key, value in result.machine.items()}}
+
+
+def _command(argv: Sequence[str]) -> str:
+    """A command line that can be given again."""
+    program, *arguments = argv or [""]
     name = "python -m forged_fx" if Path(program).name == "__main__.py" else shlex.quote(Path(program).name)
-    return {
-        "command": " ".join([name, *map(shlex.quote, arguments)]).strip(),
-        **{key: str(value) for key, value in result.machine.items()},
-    }
+    return " ".join([name, *map(shlex.quote, arguments)]).strip()
+
+
+def _title(title: str, folder: Path) -> str:
+    return title or f"forged_fx: {folder.resolve().name}"
 
 
 def save_sites(folder: str | os.PathLike[str], sites: Description, stats: Stats) -> None:

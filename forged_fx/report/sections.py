@@ -1,11 +1,12 @@
 """The page's sections, one below the other; a section without material leaves itself out.
 
-To add one: what it needs in `run.Run`, a function, and a row in `SECTIONS`.
+To add one: what it needs in `run.Run` or `run.Choice`, a function, and a row in `SECTIONS`.
 """
 
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import groupby
+from typing import Any
 
 import torch
 
@@ -14,13 +15,15 @@ from forged_fx.evaluate.result import Finding
 from forged_fx.lipschitz import SITE_NONZERO, SITE_WHOLE, Figure
 from forged_fx.report.findings import paragraphs
 from forged_fx.report.markup import image, legend, picture, prose, section, share, table, terms, text
-from forged_fx.report.run import Run
+from forged_fx.report.run import Choice, Run
+from forged_fx.search import Search
+from forged_fx.sweep import Sweep
 
 DRAWN = 60  # sites in a picture
 
 
-# verdict -> how it is coloured; the word itself stands there too
-TONES = {"gain": "good", "loss": "bad", "masking": "bad"}
+# verdict -> how it is coloured; the words themselves stand there too
+TONES = {"gain": "good", "beats the base": "good", "loss": "bad", "masking": "bad"}
 
 TERMS = {
     "worst case": "an input counts as right only if no attack of any row below broke it. This is the figure to quote.",
@@ -34,10 +37,28 @@ TERMS = {
 }
 
 
+COUNTS = {
+    "worst case": "an input counts as right only if no attack broke it. This is the figure to quote.",
+    "Holm p": "exact McNemar test against the base, corrected for the number of configurations compared.",
+}
+SWEEP_TERMS = COUNTS | {"true gradient": TERMS["true gradient"]}
+SEARCH_TERMS = COUNTS | {
+    "trial": "a configuration under the search's own short attack. What looks best among many looks better than it is.",
+    "finalist": "a configuration judged on inputs that the search has not seen, by all attacks that were asked for.",
+}
+
+WORDS: Mapping[type, Mapping[str, str]] = {Run: TERMS, Sweep: SWEEP_TERMS, Search: SEARCH_TERMS}
+
+
+def _head(title: str, about: str, verdict: str, figures: str, sentence: str) -> str:
+    soft = f'<p class="soft">{html.escape(about)}</p>' if about else ""
+    tone = f'<p class="verdict {TONES.get(verdict, "")}">{html.escape(verdict)}</p>'
+    said = text(sentence[:1].upper() + sentence[1:])
+    return f"<header><h1>{html.escape(title)}</h1>{soft}{tone}{figures}<p>{said}.</p></header>"
+
+
 def _verdict(run: Run) -> str:
     result = run.result
-    about = f'<p class="soft">{html.escape(run.about)}</p>' if run.about else ""
-    verdict = f'<p class="verdict {TONES.get(result.verdict, "")}">{html.escape(result.verdict)}</p>'
     sides = [("model, worst case", result.worst_case, "model"), ("base, worst case", result.base_worst_case, "base")]
     figures = "".join(
         f'<div class="figure {name}"><b>{100 * right:.1f} %</b><span>{html.escape(what)}: '
@@ -45,11 +66,11 @@ def _verdict(run: Run) -> str:
         for what, right, name in sides
         if right is not None
     )
-    sentence = text(result.sentence[:1].upper() + result.sentence[1:])
-    return (
-        f"<header><h1>{html.escape(run.title)}</h1>{about}{verdict}"
-        f'<div class="figures">{figures}</div><p>{sentence}.</p></header>'
-    )
+    return _head(run.title, run.about, run.verdict, f'<div class="figures">{figures}</div>', result.sentence)
+
+
+def _chosen(choice: Choice) -> str:
+    return _head(choice.title, choice.found.small_print, choice.verdict, "", choice.found.sentence)
 
 
 def _figures(run: Run) -> str:
@@ -130,21 +151,26 @@ def _of_site(row: Figure) -> bool:
 
 
 def _sweep(run: Run) -> str:
-    if run.sweep is None:
-        return ""
-    return section("The sweep", _with_picture(run.sweep.sentence, pictures.trade_off(run.sweep)))
+    return section("The sweep", _said(run.sweep) + _drawn(run.sweep)) if run.sweep else ""
 
 
 def _search(run: Run) -> str:
-    if run.search is None:
-        return ""
-    return section("The search", _with_picture(run.search.sentence, pictures.trials(run.search)))
+    return section("The search", _said(run.search) + _drawn(run.search)) if run.search else ""
 
 
-def _with_picture(sentence: str, drawn: pictures.Picture) -> str:
+def _tried(choice: Choice) -> str:
+    tables = [(one.title, table(one.headings, one.rows, sortable=True)) for one in choice.found.tables()]
+    return _drawn(choice.found) + "".join(section(title[:1].upper() + title[1:], content) for title, content in tables)
+
+
+def _said(found: Sweep | Search) -> str:
+    return f"<p>{text(found.sentence[:1].upper() + found.sentence[1:])}.</p>"
+
+
+def _drawn(found: Sweep | Search) -> str:
+    drawn = pictures.trade_off(found) if isinstance(found, Sweep) else pictures.trials(found)
     width = f"width: {96 * drawn.size[0]:.0f}px"  # as it was drawn; where a page has less room it is scrolled
-    said = text(sentence[:1].upper() + sentence[1:])
-    return f'<p>{said}.</p><div class="wide"><div style="{width}">{drawn.svg()}</div></div>'
+    return f'<div class="wide"><div style="{width}">{drawn.svg()}</div></div>'
 
 
 def _gallery(run: Run) -> str:
@@ -271,8 +297,17 @@ def _cost(run: Run) -> str:
     return section("Cost", "".join(f"<p>{html.escape(note)}</p>" for note in run.notes) + content)
 
 
-def _terms(run: Run) -> str:
-    return section("What the words mean", terms(TERMS.items()))
+def _terms(run: Run | Choice) -> str:
+    kind = Run if isinstance(run, Run) else type(run.found)
+    return section("What the words mean", terms(WORDS[kind].items()))
+
+
+def _again(choice: Choice) -> str:
+    found = choice.found
+    more = {"seed, threads": ", ".join(str(found.facts.get(name, "")) for name in ("seed", "threads"))}
+    if isinstance(found, Search) and (folders := [f.folder for f in found.finalists if f.folder]):
+        more["the finalists"] = f"each has a page of its own, by forged-fx report: {', '.join(folders)}"
+    return section("How to get this again", terms({**choice.facts, **more}.items()))
 
 
 def _facts(run: Run) -> str:
@@ -288,18 +323,21 @@ def _facts(run: Run) -> str:
     return section("How to get this again", terms(facts.items()))
 
 
-SECTIONS: tuple[Callable[[Run], str], ...] = (
-    _verdict,
-    _figures,
-    _pictures,
-    _gallery,
-    _findings,
-    _rows,
-    _sites,
-    _reactions,
-    _sweep,
-    _search,
-    _cost,
-    _terms,
-    _facts,
-)
+SECTIONS: Mapping[type, tuple[Callable[[Any], str], ...]] = {
+    Run: (
+        _verdict,
+        _figures,
+        _pictures,
+        _gallery,
+        _findings,
+        _rows,
+        _sites,
+        _reactions,
+        _sweep,
+        _search,
+        _cost,
+        _terms,
+        _facts,
+    ),
+    Choice: (_chosen, _tried, _terms, _again),
+}
