@@ -33,7 +33,7 @@ def calibrate(
     max_batches: int | None = None,
     where: str = "linear+conv",
     channels: bool = False,
-    checkpoint: str | os.PathLike | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     shard: bool | None = None,
 ) -> Stats:
     """Record, for every linear, convolution and matrix-product call, how large its inputs get.

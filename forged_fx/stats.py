@@ -248,7 +248,7 @@ class Stats:
             found[name] = given[pattern]
         return found
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, whole or not at all."""
         self.write(Path(path))
 
@@ -282,7 +282,7 @@ class Stats:
             save_file(arrays, part, metadata={"forged_fx.stats": json.dumps(header | more)})
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "Stats":
+    def load(cls, path: str | os.PathLike[str]) -> "Stats":
         """Read what `save` wrote. Raises ValueError, naming the file and the fault, for anything else."""
         from safetensors import SafetensorError, safe_open
 

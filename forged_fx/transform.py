@@ -98,7 +98,7 @@ def _rebuild(body: dict, imports: str, class_name: str, meta: dict, modes: dict[
 
 def transform(
     model: torch.nn.Module,
-    stats: Stats | str | os.PathLike,
+    stats: Stats | str | os.PathLike[str],
     ratio: Ratio = OWN,
     *,
     kind: str | Mapping[str, str] = "hard",
