@@ -207,7 +207,8 @@ def search(
     """Look for kinds, sites and ratios that make `model` more robust in the worst case, and confirm what is found.
 
     A configuration is scored on the inputs on which the base's outcome is closest to turning, by what a short APGD
-    leaves standing: with its true gradient, under BPDA, and shown the base's adversarial examples. The best are
+    leaves standing: with its true gradient, under BPDA, the straight-through one and a smooth surrogate's, and shown
+    the base's adversarial examples. The best are
     confirmed on other inputs by `evaluate`, which also attacks each finalist along the gradients of its own kind: the
     base's, as if nothing had been forged, and smooth surrogates at several temperatures, from random points and from
     the base's adversarial examples, with more steps and restarts until the figure stops moving.
@@ -258,7 +259,13 @@ def search(
         "finalists": finalists,
         "attacks": attacks if isinstance(attacks, str) else list(attacks),
         "seed": seed,
-        "constants": {"block": unit.BLOCK, "near": trials.NEAR, "steps": trials.STEPS, "starts": STARTS},
+        "constants": {
+            "block": unit.BLOCK,
+            "near": trials.NEAR,
+            "steps": trials.STEPS,
+            "smooth": trials.SMOOTH,
+            "starts": STARTS,
+        },
         "model": fingerprint.of_model(model),
         "stats": fingerprint.of_tensors((name, repr(stats.sites[name])) for name in sites),
         "data": {name: fingerprint.of_tensors([(name, value)]) for name, value in data.items()},

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from forged_fx.configuration import Configuration
-from forged_fx.evaluate import checks, fingerprint, further, gradients
+from forged_fx.evaluate import checks, fingerprint, further, gradients, surrogate
 from forged_fx.evaluate.attacks import Setting, toolbox
 from forged_fx.evaluate.blocks import Blocks, Fields, Job, Outcome
 from forged_fx.evaluate.gradients import Context, Logits
@@ -24,6 +24,7 @@ from forged_fx.stats import Stats
 
 NEAR = 100  # inputs nearest to the boundary
 STEPS = 20  # of APGD, along each gradient
+SMOOTH = min(surrogate.TEMPERATURES)  # the surrogate nearest to the forged function itself
 
 MARGINS: Fields = {"margins": (torch.float64, 1)}
 RIGHT: Fields = {"right": (torch.bool, 1)}
@@ -134,7 +135,8 @@ class Trials:
         def attack(configuration: Configuration, indices: Tensor) -> Outcome:
             (x, y), module = self._inputs(indices), forged(configuration)
             shown = _lead(module(self.examples[indices].to(self.device)), y)  # the base's: transfer
-            margins, _ = self._attack(module, x, y, [nullcontext, gradients.straight_through()])
+            along: list[Context] = [nullcontext, gradients.straight_through(), partial(surrogate.smooth, SMOOTH)]
+            margins, _ = self._attack(module, x, y, along)
             return {"margins": margins.minimum(shown)}
 
         def all_of(

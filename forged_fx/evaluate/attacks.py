@@ -187,6 +187,10 @@ class Plan:
 # FAB is as costly as everything else that uses a gradient, and under BPDA it found nothing that APGD had left (see
 # docs/evaluation.md): only the thorough plan repeats it there.
 _ROUNDS = ("apgd-random", "apgd-restart", "apgd-borrowed", "apgd-restart-borrowed")
+# The smooth surrogates see what the jump at a threshold is worth to an attacker. Neither the true gradient nor the
+# straight-through one does: on two CIFAR-10 networks they had left up to 28 of 200 inputs that these broke.
+_SMOOTH = AUTOATTACK[:1]
+_STANDARD = Plan(AUTOATTACK, AUTOATTACK[:2], _SMOOTH, ("mi-fgsm", "di-fgsm"))
 _THOROUGH = Plan(
     AUTOATTACK,
     AUTOATTACK[:3],
@@ -195,12 +199,10 @@ _THOROUGH = Plan(
     further=("apgd-restart", "square-20000", "noise", STRONGEST),
 )
 PRESETS = {
-    "quick": Plan(AUTOATTACK[:2], AUTOATTACK[:2]),
-    "standard": Plan(AUTOATTACK, AUTOATTACK[:2], transfer=("mi-fgsm", "di-fgsm")),
+    "quick": Plan(AUTOATTACK[:2], AUTOATTACK[:2], _SMOOTH),
+    "standard": _STANDARD,
     "thorough": _THOROUGH,
-    "adaptive": Plan(
-        AUTOATTACK, AUTOATTACK[:2], smooth=AUTOATTACK[:1], transfer=("mi-fgsm", "di-fgsm"), rounds=_ROUNDS
-    ),
+    "adaptive": replace(_STANDARD, rounds=_ROUNDS),
     "relentless": replace(_THOROUGH, rounds=_ROUNDS),
 }
 

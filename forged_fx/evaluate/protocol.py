@@ -87,9 +87,9 @@ def evaluate(
     The rows, each run only on what the rows before it left standing:
         1. natural: what is wrong without attack;
         2. true gradient: the attacks as they are. This is AutoAttack, and comes first so that its figure is known;
-        3. BPDA: those that use a gradient, again, with the straight-through one (Athalye, Carlini, Wagner 2018) and,
-           if thorough, with smooth surrogates of the threshold. Left out, and said so, where that changes no
-           gradient: a plain base has nothing to see through. FAB is repeated if thorough, or named;
+        3. BPDA: those that use a gradient, again, with the straight-through one (Athalye, Carlini, Wagner 2018), and
+           apgd-ce (if thorough, apgd-t too) with smooth surrogates of the threshold. Left out, and said so, where that
+           changes no gradient: a plain base has nothing to see through. FAB is repeated if thorough, or named;
         4. transfer: the adversarial examples found on the other side, shown to this one; then examples that are made
            to transfer, on each side, shown to both. So both sides face the same pool of examples, and neither looks
            better for having been attacked less;
