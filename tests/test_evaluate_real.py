@@ -41,3 +41,16 @@ def test_the_verdict_is_known(assets, name, ratio, n, eps, verdict, seems, left)
     assert left[0] <= ahead("further") <= left[1]
     raised = {finding.name for finding in result.findings if finding.raised}
     assert raised <= {"true gradient above BPDA"} and (verdict != "masking" or raised)
+
+
+def test_what_a_jump_is_worth_is_found_by_the_smooth_surrogates_alone(assets):
+    """At 1/16 neither the true gradient nor the straight-through one sees most of what the thresholds cost."""
+    model = assets.load("cifar_wide_adv")
+    stats = forged_fx.calibrate(model, assets.images("cifar10jpeg_train", 2000)[0].split(250))
+    x, y = assets.images("cifar10raw_300", 50)
+    forged = forged_fx.transform(model, stats, ratio=2**-4)
+    result = forged_fx.evaluate(forged, base=model, x=x, y=y, eps=2 / 255, attacks="quick")
+    assert result.verdict == "loss"
+    broken = {row.attack: row.broken for row in result.model.rows if row.kind == "BPDA"}
+    smooth = sum(broken[name] for name in broken if "sigmoid" in name)
+    assert smooth >= 4 > broken["apgd-ce"] + broken["apgd-t"]

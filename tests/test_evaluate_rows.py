@@ -252,6 +252,7 @@ def test_noise_fills_the_ball(norm):
 
 def test_presets_and_names():
     assert attacks.choose("standard").complete and not attacks.choose("quick").complete
+    assert all(plan.smooth for plan in attacks.PRESETS.values())
     assert attacks.choose("thorough").names[:4] == list(attacks.AUTOATTACK)
     plan = attacks.choose(["noise", "square", "mi-fgsm", "apgd-ce", "apgd-ce", "strongest"])
     assert (plan.true, plan.bpda, plan.transfer) == (("square", "apgd-ce"), ("apgd-ce",), ("mi-fgsm",))

@@ -11,7 +11,7 @@ import forged_fx
 from forged_fx import moves, trials
 from forged_fx.configuration import Configuration
 from forged_fx.digits import EPS, one_thread
-from forged_fx.evaluate import Result, fingerprint
+from forged_fx.evaluate import Result, fingerprint, surrogate
 from forged_fx.evaluate.journal import Journal
 from forged_fx.search import Search
 
@@ -133,6 +133,19 @@ def test_natural_accuracy_is_bounded_in_the_search(toy):
         found = forged_fx.search(model, stats, x, y, **QUICK | harsh)
     lost = [trial for trial in found.trials if trial.natural < found.base.natural]
     assert lost and not any(trial.fit for trial in lost) and found.best is None
+
+
+def test_trials_are_attacked_along_the_smooth_surrogate_too(toy, monkeypatch):
+    model, stats, x, y = toy
+    kept, used = surrogate._Gate.backward, []
+
+    def backward(ctx, grad):
+        used.append(ctx.temperature)
+        return kept(ctx, grad)
+
+    monkeypatch.setattr(surrogate._Gate, "backward", backward)
+    forged_fx.search(model, stats, x, y, eps=0.1, budget=1, finalists=1, attacks=["apgd-ce"])
+    assert set(used) == {trials.SMOOTH}
 
 
 def test_the_budget_counts_configurations_and_seconds(toy):
