@@ -28,8 +28,8 @@ TONES = {"gain": "good", "beats the base": "good", "loss": "bad", "masking": "ba
 TERMS = {
     "worst case": "an input counts as right only if no attack of any row below broke it. This is the figure to quote.",
     "true gradient": "the attack follows the model's own gradient, which is 0 wherever a threshold zeroed the input.",
-    "BPDA": "the same attack, but the gradient passes a threshold as if it were not there (Athalye, Carlini and "
-    "Wagner 2018). It finds what a hidden gradient hides.",
+    "BPDA": "the same attack, but the gradient passes a threshold as if it were not there, or as if it rose gradually "
+    "(Athalye, Carlini and Wagner 2018). It finds what a hidden gradient hides, and what a jump is worth.",
     "transfer": "adversarial images made on one of the two models, shown to the other.",
     "masking": "the defence hides its gradient from attacks rather than resisting them. The gain that the true "
     "gradient shows is then not one.",
