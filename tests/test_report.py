@@ -214,8 +214,14 @@ def test_facts_that_are_none_are_refused(folder, tmp_path, facts):
 
 def test_a_run_is_a_run_whatever_lies_above_or_beside_it(folder):
     assert isinstance(report.load(folder), report.Run)
-    with pytest.raises(FileNotFoundError):
-        report.load(folder / "nowhere")
+
+
+def test_where_nothing_is_found_the_next_step_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no result.json, sweep.json or search.json; name the folder"):
+        report.load(tmp_path)
+    (tmp_path / "unfinished").mkdir()
+    with pytest.raises(FileNotFoundError, match="its run is unfinished"):
+        report.load(tmp_path)
 
 
 BROKEN = '{"sites": [{}], "notes": [], "zeros": {}, "speeds": [1], "rows": [{"site": 1}]}'

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from forged_fx import checked
 from forged_fx.describe import Description, Row
 from forged_fx.evaluate import Result
+from forged_fx.evaluate.journal import UNFINISHED
 from forged_fx.evaluate.record import RECORD
 from forged_fx.files import whole
 from forged_fx.lipschitz import Lipschitz
@@ -115,8 +116,18 @@ class Choice:
 
 def load(folder: str | os.PathLike[str], title: str = "", classes: Sequence[str] = ()) -> Run | Choice:
     """What a folder holds: a run of `evaluate`, else a sweep or a search. Raises as `Run.load` does."""
-    kinds = [] if (Path(folder) / RECORD).exists() else [k for k in (Sweep, Search) if _there(Path(folder), k)]
-    return Choice.load(folder, kinds[0], title) if kinds else Run.load(folder, title, classes)
+    folder = Path(folder)
+    if (folder / RECORD).exists():
+        return Run.load(folder, title, classes)
+    for kind in (Sweep, Search):
+        if _there(folder, kind):
+            return Choice.load(folder, kind, title)
+    then = (
+        "its run is unfinished: the call that began it goes on with it"
+        if (folder / UNFINISHED).exists()
+        else "name the folder that evaluate, sweep, search or demo was given"
+    )
+    raise FileNotFoundError(f"{folder} holds no {RECORD}, {Sweep.NAME}.json or {Search.NAME}.json; {then}")
 
 
 def facts(result: Result) -> dict[str, str]:
