@@ -53,7 +53,7 @@ def test_what_a_jump_is_worth_is_found_by_the_smooth_surrogates_alone(assets, mo
     monkeypatch.setitem(attacks.PRESETS, "quick", replace(attacks.PRESETS["quick"], true=APGD, bpda=APGD))
     model = assets.load("cifar_wide_adv")
     stats = forged_fx.calibrate(model, assets.images("cifar10jpeg_train", 2000)[0].split(250))
-    x, y = assets.images("cifar10raw_300", 50)
+    x, y = assets.images("cifar10raw_300", 32)
     forged = forged_fx.transform(model, stats, ratio=2**-4)
     result = forged_fx.evaluate(forged, base=model, x=x, y=y, eps=2 / 255, attacks="quick")
     assert result.verdict == "loss"
