@@ -7,12 +7,14 @@ import re
 import shlex
 from pathlib import Path
 
+import planted
 import pytest
 import torch
 import typer
 from torch import nn
 
 import forged_fx
+from forged_fx import trials
 from forged_fx.cli.main import COMMANDS, app
 from forged_fx.digits import one_thread
 from forged_fx.evaluate.attacks import ATTACKS
@@ -54,7 +56,10 @@ def names(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", [name for name, blocks in BLOCKS.items() if blocks])
-def test_every_block_runs(page, names, capsys):
+def test_every_block_runs(page, names, capsys, monkeypatch):
+    if page in ("search.md", "sweep.md"):  # minutes of attacks
+        planted.hurry(monkeypatch, queries=20, steps=8)
+        monkeypatch.setattr(trials, "STEPS", 2)
     with one_thread():
         for block in BLOCKS[page]:
             exec(compile(block, page, "exec"), names)
