@@ -8,7 +8,7 @@ NAME.svg     a picture, where there is matplotlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,20 +22,10 @@ from forged_fx.evaluate.journal import Call, Journal, agree, begin
 from forged_fx.evaluate.threat import Threat
 from forged_fx.files import whole
 from forged_fx.processes import Processes, joined
-from forged_fx.rows import write_csv
+from forged_fx.rows import Table, write_csv
 
 FORMAT = 1
 LIMIT = 1e9  # of figures that know no other
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of text, to be printed or put on a page. bold: which row to look at."""
-
-    title: str
-    headings: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    bold: int | None = None
 
 
 class Recorded:
@@ -120,9 +110,8 @@ class Recorded:
             raise ValueError(f"{Path(where) / name} holds no {cls.NAME}: {error}") from error
 
     def __rich__(self) -> Any:
-        tables = (report.table(t.title, t.headings, t.rows, t.bold) for t in self.tables())
-        group = need("rich.console").Group
-        return group(report.plain(self.sentence, "bold"), *tables, report.plain(self.small_print))
+        parts = report.plain(self.sentence, "bold"), *map(report.table, self.tables()), report.plain(self.small_print)
+        return need("rich.console").Group(*parts)
 
     def __str__(self) -> str:
         return report.text(self)

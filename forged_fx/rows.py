@@ -4,11 +4,27 @@ import csv
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from forged_fx.files import whole
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text, to be printed or put on a page. bold: which row to look at."""
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    bold: int | None = None
+
+
+def figures(rows: Sequence[Sequence[str]], columns: int) -> list[bool]:
+    """Which columns hold figures, to be set flush right. The first never does: it names the row."""
+    return [i > 0 and all(not row[i] or row[i][0] in "+-0123456789" for row in rows) for i in range(columns)]
+
 
 Row = TypeVar("Row")  # a dataclass of numbers and text
 

@@ -29,7 +29,8 @@ from forged_fx.evaluate.attacks import choose
 from forged_fx.evaluate.result import Result
 from forged_fx.evaluate.statistics import LEVEL, holm
 from forged_fx.evaluate.threat import Threat
-from forged_fx.recorded import LIMIT, Recorded, Table, running, within
+from forged_fx.recorded import LIMIT, Recorded, running, within
+from forged_fx.rows import Table
 from forged_fx.stats import Stats
 from forged_fx.transform import select
 from forged_fx.trials import Spent, Trial, Trials

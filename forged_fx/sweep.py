@@ -29,7 +29,8 @@ from forged_fx.evaluate.statistics import LEVEL, compare, holm
 from forged_fx.evaluate.threat import Threat
 from forged_fx.files import whole
 from forged_fx.kinds import KINDS
-from forged_fx.recorded import LIMIT, Recorded, Table, running, within
+from forged_fx.recorded import LIMIT, Recorded, running, within
+from forged_fx.rows import Table
 from forged_fx.stats import Ends, Stats
 from forged_fx.throughput import interleave
 from forged_fx.transform import select

@@ -2,13 +2,14 @@
 
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 from forged_fx.checked import visible
 from forged_fx.evaluate.extras import need
 from forged_fx.evaluate.result import Result, Row
+from forged_fx.rows import Table, figures
 
 
 def plain(text: str, style: str = "") -> Any:
@@ -16,14 +17,12 @@ def plain(text: str, style: str = "") -> Any:
     return need("rich.text").Text(visible(text), style)
 
 
-def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], bold: int | None = None) -> Any:
-    """Columns of figures are set flush right, the first, which names the row, never. bold: the row to look at."""
-    shown = need("rich.table").Table(title=title, title_justify="left")
-    for i, heading in enumerate(headings):
-        words = i == 0 or any(row[i] and row[i][0] not in "+-0123456789" for row in rows)
-        shown.add_column(heading, justify="left" if words else "right", overflow="fold")
-    for i, row in enumerate(rows):
-        shown.add_row(*map(plain, row), style="bold" if i == bold else "")
+def table(given: Table) -> Any:
+    shown = need("rich.table").Table(title=given.title, title_justify="left")
+    for heading, figure in zip(given.headings, figures(given.rows, len(given.headings)), strict=True):
+        shown.add_column(heading, justify="right" if figure else "left", overflow="fold")
+    for i, row in enumerate(given.rows):
+        shown.add_row(*map(plain, row), style="bold" if i == given.bold else "")
     return shown
 
 

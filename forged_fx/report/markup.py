@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
+from forged_fx.rows import figures
+
 SMALL = 64  # pixels a side: below, an image is shown with its pixels
 
 
@@ -29,13 +31,12 @@ def legend(keys: Mapping[str, str]) -> str:
 def table(
     headings: Sequence[str], rows: Iterable[Sequence[object]], first: bool = False, sortable: bool = False
 ) -> str:
-    """A table. Columns of figures are set flush right, the first, which names the row, never. first: the first row is
-    the one to read. sortable: by a click on a heading."""
+    """A table. first: the first row is the one to read. sortable: by a click on a heading."""
     shown = [[str(cell) for cell in row] for row in rows]
-    figures = [i > 0 and all(not row[i] or row[i][0] in "+-0123456789" for row in shown) for i in range(len(headings))]
+    flush = figures(shown, len(headings))
 
     def line(cells: Sequence[str], tag: str) -> str:
-        kinds = [_wrap(cell) + (" n" if figure else "") for figure, cell in zip(figures, cells, strict=True)]
+        kinds = [_wrap(cell) + (" n" if figure else "") for figure, cell in zip(flush, cells, strict=True)]
         inner = [f"<button>{text(c)}</button>" if sortable and tag == "th" and c else text(c) for c in cells]
         return "".join(f'<{tag} class="{k}">{c}</{tag}>' for k, c in zip(kinds, inner, strict=True))
 

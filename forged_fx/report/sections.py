@@ -53,8 +53,7 @@ WORDS: Mapping[type, Mapping[str, str]] = {Run: TERMS, Sweep: SWEEP_TERMS, Searc
 def _head(title: str, about: str, verdict: str, figures: str, sentence: str) -> str:
     soft = f'<p class="soft">{html.escape(about)}</p>' if about else ""
     tone = f'<p class="verdict {TONES.get(verdict, "")}">{html.escape(verdict)}</p>'
-    said = text(sentence[:1].upper() + sentence[1:])
-    return f"<header><h1>{html.escape(title)}</h1>{soft}{tone}{figures}<p>{said}.</p></header>"
+    return f"<header><h1>{html.escape(title)}</h1>{soft}{tone}{figures}{_said(sentence)}</header>"
 
 
 def _verdict(run: Run) -> str:
@@ -151,20 +150,25 @@ def _of_site(row: Figure) -> bool:
 
 
 def _sweep(run: Run) -> str:
-    return section("The sweep", _said(run.sweep) + _drawn(run.sweep)) if run.sweep else ""
+    return section("The sweep", _said(run.sweep.sentence) + _drawn(run.sweep)) if run.sweep else ""
 
 
 def _search(run: Run) -> str:
-    return section("The search", _said(run.search) + _drawn(run.search)) if run.search else ""
+    return section("The search", _said(run.search.sentence) + _drawn(run.search)) if run.search else ""
 
 
 def _tried(choice: Choice) -> str:
-    tables = [(one.title, table(one.headings, one.rows, sortable=True)) for one in choice.found.tables()]
-    return _drawn(choice.found) + "".join(section(title[:1].upper() + title[1:], content) for title, content in tables)
+    tables = choice.found.tables()
+    shown = (section(_capital(one.title), table(one.headings, one.rows, sortable=True)) for one in tables)
+    return _drawn(choice.found) + "".join(shown)
 
 
-def _said(found: Sweep | Search) -> str:
-    return f"<p>{text(found.sentence[:1].upper() + found.sentence[1:])}.</p>"
+def _said(sentence: str) -> str:
+    return f"<p>{text(_capital(sentence))}.</p>"
+
+
+def _capital(words: str) -> str:
+    return words[:1].upper() + words[1:]
 
 
 def _drawn(found: Sweep | Search) -> str:
