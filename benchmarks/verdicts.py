@@ -2,6 +2,8 @@
 
     python benchmarks/verdicts.py digits@2**-7 zoo:cifar_resnet2b_adv@2**-5 --attacks quick
 
+smooth: inputs that only the gradient of a smooth surrogate broke; the true and the straight-through one had left them.
+
 A network is named as in benchmarks/evaluate_cost.py, then @ and the ratio at which it is forged; @0 judges the plain
 network without a base, and shows how far its findings stay from their bounds.
 """
@@ -19,8 +21,8 @@ from evaluate_cost import subject
 import forged_fx
 from forged_fx.evaluate import Result
 
-COLUMNS = ("model", "ratio", "n", "eps", "attacks", "seed", "natural", "true gradient", "worst case", "points")
-COLUMNS += ("interval", "p", "verdict", "raised", "seconds", "torch")
+COLUMNS = ("model", "ratio", "n", "eps", "attacks", "seed", "natural", "true gradient", "worst case", "smooth")
+COLUMNS += ("points", "interval", "p", "verdict", "raised", "seconds", "torch")
 
 
 def ratio_of(text: str) -> float:
@@ -42,6 +44,7 @@ def judge(name: str, ratio: float, n: int, attacks: str | list[str], seed: int) 
         "model": name, "ratio": f"{ratio:g}", "n": len(x), "eps": f"{eps:.5g}",
         "attacks": attacks if isinstance(attacks, str) else "+".join(attacks), "seed": seed,
         "natural": counts[0], "true gradient": counts[1], "worst case": counts[2],
+        "smooth": sum(row.broken for row in result.model.rows if "sigmoid" in row.attack),
         "points": f"{100 * p.difference:+.1f}" if p else "",
         "interval": f"{100 * p.low:+.1f} to {100 * p.high:+.1f}" if p else "",
         "p": f"{p.p:.2g}" if p else "", "verdict": result.verdict,
