@@ -41,6 +41,7 @@ MODELS = (
     "timm:vit_small_patch16_224",
     "timm:swin_tiny_patch4_window7_224",
 )
+BY_HAND = ("where by hand", "opaque op")
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 RATIO = 2**-6
 
@@ -135,7 +136,9 @@ def compile_time(model: nn.Module, forged: nn.Module, x: Tensor, rounds: int) ->
 TIMED = {"throughput": throughput, "calibration": calibration}
 
 
-def measure(name: str, batch: int, dtype: str, what: list[str], rounds: int) -> Iterator[dict[str, Any]]:
+def measure(
+    name: str, batch: int, dtype: str, what: list[str], rounds: int, only_ours: bool = False
+) -> Iterator[dict[str, Any]]:
     """Rows for one model: each variant as a share of the plain one in the same rounds."""
     torch._dynamo.reset()
     model, shape = load(name)
@@ -148,7 +151,10 @@ def measure(name: str, batch: int, dtype: str, what: list[str], rounds: int) -> 
     with torch.no_grad():
         for key in what:
             if key in TIMED:
-                seconds |= interleave(TIMED[key](model, forged, stats, x), rounds, clock=clock)
+                variants = TIMED[key](model, forged, stats, x)
+                if only_ours:
+                    variants = {who: run for who, run in variants.items() if who[1] not in BY_HAND}
+                seconds |= interleave(variants, rounds, clock=clock)
             else:
                 seconds |= compile_time(model, forged, x, max(2, rounds // 5))
     for (mode, variant), taken in seconds.items():
@@ -177,6 +183,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     parser.add_argument("--what", nargs="+", choices=[*TIMED, "compile-time"], default=["throughput", "calibration"])
+    parser.add_argument("--only-ours", action="store_true", help="without the rows of what people write by hand")
     parser.add_argument("--rounds", type=int, default=15, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     parser.add_argument("--csv", type=Path, default=Path(__file__).with_suffix(".csv"), help="default: %(default)s")
@@ -196,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in args.models:
         for batch in args.batch:
             for dtype in args.dtype:
-                for row in measure(name, batch, dtype, args.what, args.rounds):
+                for row in measure(name, batch, dtype, args.what, args.rounds, args.only_ours):
                     rows.append(row)
                     label = f"{name:34} batch {batch:<3} {dtype:9} {row['mode']:12} {row['variant']:14}"
                     spread = f"{row['ratio']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
