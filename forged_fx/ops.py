@@ -496,20 +496,26 @@ def register_lowerings() -> None:
         def value(self, given: Any) -> Any:
             return inner.constant(given, self.dtype) if isinstance(given, int) else given
 
+    def converted(value: Any, source: torch.dtype, target: torch.dtype) -> Any:
+        return value if source == target else inner.to_dtype(value, target)
+
     def pointwise(f: Function, x: Any, arguments: tuple, result: Callable) -> Any:
         """result: (index, what is dropped, what takes its place, what else becomes of x) -> the value there."""
-        load_x, loads = x.make_loader(), [p.make_loader() for p in arguments[: len(f.parameters)]]
-        o = Wide(reference.comparison_dtype(x.get_dtype()))
+        dtype, load_x = x.get_dtype(), x.make_loader()
+        loads = [(p.make_loader(), p.get_dtype()) for p in arguments[: len(f.parameters)]]
+        o = Wide(reference.comparison_dtype(dtype))
 
         def at(index: Any) -> Any:
             where = (index[arguments[-1]],) if f.channels else ()
-            value = inner.to_dtype(load_x(index), o.dtype)
-            dropped, instead, kept = reference.RULES[f.name](
-                o, value, *(inner.to_dtype(load(where), o.dtype) for load in loads)
-            )
-            instead = inner.to_dtype(o.value(instead), x.get_dtype())
-            kept = load_x(index) if kept is value else inner.to_dtype(kept, x.get_dtype())
-            return result(index, dropped, instead, kept)
+            given = load_x(index)  # once: Inductor traces all that makes x anew at each call, many times over
+            value = converted(given, dtype, o.dtype)
+            parameters = [converted(load(where), stored, o.dtype) for load, stored in loads]
+            dropped, instead, kept = reference.RULES[f.name](o, value, *parameters)
+            if isinstance(instead, int):
+                instead = inner.constant(instead, dtype)
+            else:
+                instead = converted(instead, o.dtype, dtype)
+            return result(index, dropped, instead, given if kept is value else converted(kept, o.dtype, dtype))
 
         return inductor.Pointwise.create(device=x.get_device(), dtype=x.get_dtype(), inner_fn=at, ranges=x.get_size())
 
