@@ -531,13 +531,19 @@ def register_lowerings() -> None:
             order = inductor.get_stride_order(strides, V.graph.sizevars.shape_env)
             inductor.as_storage_and_layout(x, want_contiguous=False, stride_order=order)
 
+    def has_several_sources(x: Any) -> bool:
+        """Whether computing it anew reads as much as writing it and reading that: it has yet to be written, and is made
+        of several tensors of its size. Inductor would leave it at that up to four, for more kinds of kernels."""
+        if inductor.is_storage_and_layout(x):
+            return False
+        return sum(V.graph.get_numel(name) == x.get_numel() for name in x.get_read_names()) > 1
+
     def forward(f: Function, x: Any, *arguments: Any) -> Any:
         arguments = arguments[: f.arguments]
         meta = V.graph.current_node.meta
-        if not (config.max_autotune or config.max_autotune_gemm):
-            return forged(f, x, arguments)
-        offered = config.prologue_fusion and meta.get("prologue")
-        if offered or meta.get("raw"):
+        autotune = config.max_autotune or config.max_autotune_gemm
+        offered = autotune and config.prologue_fusion and meta.get("prologue")
+        if offered or (meta.get("raw") and has_several_sources(x)):
             write(x)
         result = forged(f, x, arguments)
         if not offered:

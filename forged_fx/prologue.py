@@ -26,7 +26,7 @@ def offer(graph: fx.Graph) -> None:
     for node in thresholds(graph):
         cost = price(node)
         node.meta["prologue"] = FORGED[node.target].moves and cost.prologue
-        node.meta["raw"] = cost.kind == WRITE and node.meta["val"].device.type != "cpu"
+        node.meta["raw"] = cost.kind == WRITE
 
 
 class Patience:

@@ -442,8 +442,8 @@ def test_it_is_found_without_an_import_and_caches_serve_a_second_process_but_no_
     own = Path(forged_fx.__file__).parent
     shutil.copytree(own, changed / "forged_fx", ignore=shutil.ignore_patterns("__pycache__"))
     source = (changed / "forged_fx/ops.py").read_text()
-    assert "inner.constant(given, " in source
-    (changed / "forged_fx/ops.py").write_text(source.replace("inner.constant(given, ", "inner.constant(7, "))
+    assert "inner.constant(instead, " in source
+    (changed / "forged_fx/ops.py").write_text(source.replace("inner.constant(instead, ", "inner.constant(7, "))
 
     def run(path):
         child = subprocess.run(

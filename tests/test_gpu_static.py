@@ -22,3 +22,47 @@ def test_a_wide_resnet_pays_for_its_input_alone(tmp_path):
     assert extra == pytest.approx(2 * 2 * 8 * 3 * 32 * 32, rel=1e-3)
     assert float(row["left"]) == pytest.approx(0, abs=1e-5), "but for the thresholds, a few bytes each"
     assert float(row["where_mb"]) > float(row["mb"]), "written out as torch.where, it costs more"
+
+
+# Blocks as in ConvNeXt, in float32: each reads the stream raw, for its sum, and thresholded, for a convolution. Left
+# alone, Inductor computes such a sum anew where it is read, until there are too many reads: then the norm at the end
+# takes a kernel more.
+CHILD = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import fake_gpu, torch, forged_fx
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(64, 64, 7, padding=3, groups=64), nn.LayerNorm(64)
+        self.up, self.down, self.gamma = nn.Linear(64, 256), nn.Linear(256, 64), nn.Parameter(torch.rand(64))
+
+    def forward(self, x):
+        y = self.down(nn.functional.gelu(self.up(self.norm(self.conv(x).permute(0, 2, 3, 1)))))
+        return x + (self.gamma * y).permute(0, 3, 1, 2)
+
+class Last(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+first, last = nn.Conv2d(3, 64, 4, 4), nn.Conv2d(64, 64, 2, 2)
+net, x = nn.Sequential(first, *(Block() for _ in range(3)), Last(64), last).eval(), torch.rand(8, 3, 64, 64)
+forged = forged_fx.transform(net, forged_fx.calibrate(net, [x]))
+fake_gpu.install("sm_90")
+x = x.contiguous(memory_format=torch.channels_last)
+for model, backend in ((net, "inductor"), (forged, "forged")):
+    kernels = fake_gpu.kernels(model.to(memory_format=torch.channels_last), x, backend=backend)
+    print(len(kernels), sum(kernel.bytes for kernel in kernels))
+"""
+
+
+def test_a_sum_that_is_read_raw_too_is_written_beside_its_threshold() -> None:
+    done = subprocess.run([sys.executable, "-c", CHILD, str(SCRIPT.parent)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (launches, size), (forged_launches, forged_size) = (map(int, line.split()) for line in done.stdout.splitlines())
+    assert forged_launches == launches + 1, "the network's input"
+    image, stream = 4 * 8 * 3 * 64 * 64, 4 * 8 * 64 * 16 * 16  # bytes of each
+    # The first block's stream is a convolution's result with its bias: cheaper computed anew than written.
+    assert forged_size - size == pytest.approx(2 * image + 2 * stream, rel=1e-3)
