@@ -536,7 +536,7 @@ def register_lowerings() -> None:
         of several tensors of its size. Inductor would leave it at that up to four, for more kinds of kernels."""
         if inductor.is_storage_and_layout(x):
             return False
-        return sum(V.graph.get_numel(name) == x.get_numel() for name in x.get_read_names()) > 1
+        return sum(read.get_numel() == x.get_numel() for read in x.get_reads()) > 1
 
     def forward(f: Function, x: Any, *arguments: Any) -> Any:
         arguments = arguments[: f.arguments]
