@@ -499,6 +499,10 @@ def register_lowerings() -> None:
     def converted(value: Any, source: torch.dtype, target: torch.dtype) -> Any:
         return value if source == target else inner.to_dtype(value, target)
 
+    def own_products(x: Any) -> bool:
+        """Whether Inductor may generate the matrix products that read this value."""
+        return (config.max_autotune or config.max_autotune_gemm) and x.get_device().type != "cpu"
+
     def pointwise(f: Function, x: Any, arguments: tuple, result: Callable) -> Any:
         """result: (index, what is dropped, what takes its place, what else becomes of x) -> the value there."""
         dtype, load_x = x.get_dtype(), x.make_loader()
@@ -509,6 +513,9 @@ def register_lowerings() -> None:
             where = (index[arguments[-1]],) if f.channels else ()
             given = load_x(index)  # once: Inductor traces all that makes x anew at each call, many times over
             value = converted(given, dtype, o.dtype)
+            # But not here. It weighs a kernel by what it traces, and weighed twice a norm ahead of a roll is written
+            # once; else it is computed anew in each kernel behind it (swin_tiny: 12 launches more, 3 % more bytes).
+            given = load_x(index) if own_products(x) else given
             parameters = [converted(load(where), stored, o.dtype) for load, stored in loads]
             dropped, instead, kept = reference.RULES[f.name](o, value, *parameters)
             if isinstance(instead, int):
@@ -541,9 +548,8 @@ def register_lowerings() -> None:
     def forward(f: Function, x: Any, *arguments: Any) -> Any:
         arguments = arguments[: f.arguments]
         meta = V.graph.current_node.meta
-        autotune = config.max_autotune or config.max_autotune_gemm
-        offered = autotune and config.prologue_fusion and meta.get("prologue")
-        if offered or (meta.get("raw") and has_several_sources(x)):
+        offered = own_products(x) and config.prologue_fusion and meta.get("prologue")
+        if offered or (meta.get("raw") and (own_products(x) or has_several_sources(x))):
             write(x)
         result = forged(f, x, arguments)
         if not offered:
