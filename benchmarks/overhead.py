@@ -127,6 +127,11 @@ def calibration(model: nn.Module, forged: nn.Module, stats: forged_fx.Stats, x: 
     }
 
 
+def cpu_seconds() -> float:
+    """Of this process, and of those that it started and waited for."""
+    return sum(os.times()[:4])
+
+
 def compile_time(model: nn.Module, forged: nn.Module, x: Tensor, rounds: int) -> dict[tuple[str, str], np.ndarray]:
     """CPU seconds of the first call, from empty caches: this process's and those of the compilers that it starts."""
     from torch._inductor.utils import fresh_cache
@@ -138,9 +143,9 @@ def compile_time(model: nn.Module, forged: nn.Module, x: Tensor, rounds: int) ->
         for name, (module, how) in list(ways.items())[:: -1 if i % 2 else 1]:
             torch._dynamo.reset()
             with fresh_cache():
-                began = sum(os.times()[:4])
+                began = cpu_seconds()
                 torch.compile(module, **how)(x)
-                seconds["compile-time", name].append(sum(os.times()[:4]) - began)
+                seconds["compile-time", name].append(cpu_seconds() - began)
     return {key: np.array(values) for key, values in seconds.items()}
 
 

@@ -513,9 +513,10 @@ def register_lowerings() -> None:
             where = (index[arguments[-1]],) if f.channels else ()
             given = load_x(index)  # once: Inductor traces all that makes x anew at each call, many times over
             value = converted(given, dtype, o.dtype)
-            # But not here. It weighs a kernel by what it traces, and weighed twice a norm ahead of a roll is written
-            # once; else it is computed anew in each kernel behind it (swin_tiny: 12 launches more, 3 % more bytes).
-            given = load_x(index) if own_products(x) else given
+            if own_products(x):
+                # Twice, and Inductor joins a threshold and the copy of attention's heads with the product that makes
+                # them; loaded once, it leaves both a kernel of their own (swin_tiny, float16: 12 launches more).
+                given = load_x(index)
             parameters = [converted(load(where), stored, o.dtype) for load, stored in loads]
             dropped, instead, kept = reference.RULES[f.name](o, value, *parameters)
             if isinstance(instead, int):
