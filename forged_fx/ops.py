@@ -514,9 +514,9 @@ def register_lowerings() -> None:
             given = load_x(index)  # once: Inductor traces all that makes x anew at each call, many times over
             value = converted(given, dtype, o.dtype)
             if own_products(x):
-                # Twice: a kernel's loops are ordered as most of its accesses lie, so that the input outvotes the output,
-                # and the kernel can be an epilogue of the product that makes it. Loaded once, a threshold with the copy
-                # of attention's heads is a kernel of its own (swin_tiny, float16: 12 launches more).
+                # Twice: a kernel's loops are ordered as most of its accesses lie. So the input outvotes the output, and
+                # the kernel can be an epilogue of the product that makes it. Loaded once, a threshold with the copy of
+                # attention's heads is a kernel of its own (swin_tiny, float16: 12 launches more).
                 given = load_x(index)
             parameters = [converted(load(where), stored, o.dtype) for load, stored in loads]
             dropped, instead, kept = reference.RULES[f.name](o, value, *parameters)
