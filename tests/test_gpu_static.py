@@ -3,11 +3,11 @@
 import csv
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from launches import BENCHMARKS, plain_and_forged
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_static.py"
+SCRIPT = BENCHMARKS / "gpu_static.py"
 
 
 def test_a_wide_resnet_pays_for_its_input_alone(tmp_path):
@@ -27,12 +27,7 @@ def test_a_wide_resnet_pays_for_its_input_alone(tmp_path):
 # Blocks as in ConvNeXt, in float32: each reads the stream raw, for its sum, and thresholded, for a convolution. Left
 # alone, Inductor computes such a sum anew where it is read, until there are too many reads: then the norm at the end
 # takes a kernel more.
-CHILD = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import fake_gpu, torch, forged_fx
-from torch import nn
-
+NETWORK = """
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
@@ -49,20 +44,36 @@ class Last(nn.LayerNorm):
 
 first, last = nn.Conv2d(3, 64, 4, 4), nn.Conv2d(64, 64, 2, 2)
 net, x = nn.Sequential(first, *(Block() for _ in range(3)), Last(64), last).eval(), torch.rand(8, 3, 64, 64)
-forged = forged_fx.transform(net, forged_fx.calibrate(net, [x]))
-fake_gpu.install("sm_90")
-x = x.contiguous(memory_format=torch.channels_last)
-for model, backend in ((net, "inductor"), (forged, "forged")):
-    kernels = fake_gpu.kernels(model.to(memory_format=torch.channels_last), x, backend=backend)
-    print(len(kernels), sum(kernel.bytes for kernel in kernels))
+dtype, options = torch.float32, {}
 """
 
 
 def test_a_sum_that_is_read_raw_too_is_written_beside_its_threshold() -> None:
-    done = subprocess.run([sys.executable, "-c", CHILD, str(SCRIPT.parent)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (launches, size), (forged_launches, forged_size) = (map(int, line.split()) for line in done.stdout.splitlines())
+    (launches, size), (forged_launches, forged_size) = plain_and_forged(NETWORK)
     assert forged_launches == launches + 1, "the network's input"
     image, stream = 4 * 8 * 3 * 64 * 64, 4 * 8 * 64 * 16 * 16  # bytes of each
     # The first block's stream is a convolution's result with its bias: cheaper computed anew than written.
     assert forged_size - size == pytest.approx(2 * image + 2 * stream, rel=1e-3)
+
+
+# Attention written out: between the product that makes the heads' results and the one that reads them, they are copied
+# into another order.
+ATTENTION = """
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(96, 288), nn.Linear(96, 96)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).view(-1, 49, 3, 3, 32).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.out(mixed.transpose(1, 2).reshape(-1, 49, 96))
+
+net, x = nn.Sequential(nn.LayerNorm(96), Attention()).eval(), torch.rand(512, 49, 96)
+dtype, options = torch.float16, {"max_autotune": True}
+"""
+
+
+def test_the_copy_of_attentions_heads_and_its_threshold_are_a_part_of_the_product_ahead() -> None:
+    (launches, _), (forged_launches, _) = plain_and_forged(ATTENTION)
+    assert forged_launches == launches
