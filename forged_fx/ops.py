@@ -551,7 +551,7 @@ def register_lowerings() -> None:
         arguments = arguments[: f.arguments]
         meta = V.graph.current_node.meta
         offered = own_products(x) and config.prologue_fusion and meta.get("prologue")
-        if offered or (meta.get("raw") and (own_products(x) or has_several_sources(x))):
+        if offered or (meta.get("raw") and has_several_sources(x)):
             write(x)
         result = forged(f, x, arguments)
         if not offered:
