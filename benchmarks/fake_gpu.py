@@ -304,16 +304,26 @@ def _kernel(node: Any) -> Kernel | None:
     if isinstance(node, scheduler.NopKernelSchedulerNode):
         return None
     library = isinstance(node, scheduler.ExternKernelSchedulerNode)
-    reads = node.get_read_write_buffer_accesses(True, False)
+    if isinstance(node, scheduler.SchedulerNode) and node.is_template():
+        # A product that nothing is joined with. Inductor would count no more of an operand than the result has.
+        reads = {dep.name: _size(V.graph.get_buffer(dep.name)) for dep in node.read_writes.reads}
+    else:
+        reads = node.get_read_write_buffer_accesses(True, False)
     writes = node.get_read_write_buffer_accesses(False, True)
     ops = tuple(dict.fromkeys(o for part in node.get_nodes() if part.node for o in part.node.get_origins()))
     if library and isinstance(node.node, ir.MultiOutput):  # one of the results of a call that has several
-        size = V.graph.sizevars.optimization_hint(node.node.get_numel(), fallback=0) * node.node.get_dtype().itemsize
-        return Kernel("", True, ops, {}, {node.node.get_name(): size})
+        return Kernel("", True, ops, {}, {node.node.get_name(): _size(node.node)})
     inner = {name for part in node.get_nodes() for name in part.get_buffer_names()}
     reads = {name: size for name, size in reads.items() if name not in inner}
     name = getattr(node.node, "python_kernel_name", None) if library else node.get_name()
     return Kernel(str(name), library, ops, reads, dict(writes))
+
+
+def _size(buffer: Any) -> int:
+    """Bytes."""
+    from torch._inductor.virtualized import V
+
+    return V.graph.sizevars.optimization_hint(buffer.get_numel(), fallback=0) * buffer.get_dtype().itemsize
 
 
 def _merge_outputs(kernels: list[Kernel]) -> list[Kernel]:

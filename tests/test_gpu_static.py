@@ -77,3 +77,12 @@ dtype, options = torch.float16, {"max_autotune": True}
 def test_the_copy_of_attentions_heads_and_its_threshold_are_a_part_of_the_product_ahead() -> None:
     (launches, _), (forged_launches, _) = plain_and_forged(ATTENTION)
     assert forged_launches == launches
+
+
+def test_a_product_reads_its_operands_whole_whether_or_not_a_threshold_is_joined_with_it() -> None:
+    network = "net, x = nn.Linear(1024, 64), torch.rand(512, 1024)\n"
+    network += "dtype, options = torch.float16, {'max_autotune': True}\n"
+    (launches, size), (forged_launches, forged_size) = plain_and_forged(network)
+    assert (launches, forged_launches) == (1, 1)
+    assert size == 2 * (512 * 1024 + 1024 * 64 + 64 + 512 * 64)
+    assert forged_size == size + 4, "the threshold"
