@@ -214,7 +214,7 @@ class _Scan:
         )
         measured: tuple[Tensor, ...] = ()
         if x.numel():
-            low, high = torch.aminmax(x)
+            low, high = torch.aminmax(histogram.flat(x))  # of other layouts it would make a copy
             values = histogram.sample(x)
             one.sampled = values.numel()
             # NaN spreads through aminmax and maximum, so the largest value alone tells whether all were finite.

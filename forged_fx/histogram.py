@@ -20,26 +20,29 @@ SAMPLE = 2**15
 EDGES = (np.arange(BINS + 1, dtype=np.uint32) << _SHIFT)[:BINS].view(np.float32)
 
 
+def flat(x: Tensor) -> Tensor:
+    """All of `x` in one dimension, in memory order and so without a copy where there are no gaps."""
+    if not x.is_contiguous() and torch.ops.aten.is_non_overlapping_and_dense(x):
+        return x.as_strided((x.numel(),), (1,), x.storage_offset())
+    return x.reshape(-1)
+
+
 def sample(x: Tensor) -> Tensor:
     """Every k-th element of `x` in memory order, flat; all of them where there are at most `SAMPLE`.
 
     k has no common factor with any dimension, so that no row, column or channel is favoured.
     """
-    if x.numel() <= SAMPLE:
-        return x.reshape(-1)
-    step = x.numel() // SAMPLE
+    step = max(1, x.numel() // SAMPLE)
     while any(math.gcd(step, size) > 1 for size in x.shape):
         step += 1
-    if torch.ops.aten.is_non_overlapping_and_dense(x):  # memory order needs no copy
-        return x.as_strided((-(-x.numel() // step),), (step,), x.storage_offset())
-    return x.reshape(-1)[::step]
+    return flat(x)[::step]
 
 
 def count(values: Tensor) -> tuple[Tensor, Tensor]:
     """(number of exact zeros, the other values' counts per bin): int64 scalar and int64 [BINS]."""
-    magnitude = values.detach().abs().to(torch.float32)
-    bins = torch.bincount(magnitude.view(torch.int32) >> _SHIFT, minlength=BINS)
-    zeros = magnitude.numel() - magnitude.count_nonzero()
+    bits = values.detach().abs().to(torch.float32).view(torch.int32)
+    zeros = bits.numel() - bits.count_nonzero()  # of integers: three times as fast
+    bins = torch.bincount(bits.bitwise_right_shift_(_SHIFT), minlength=BINS)  # in place: no memory to be had first
     bins[0] -= zeros
     return zeros, bins
 

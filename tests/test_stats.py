@@ -78,6 +78,15 @@ def test_bins_are_exact_at_their_edges():
     assert counts[1] == 3 and counts[2:-9].unique().tolist() == [2]
 
 
+def test_a_tensor_without_gaps_is_read_where_it_lies():
+    x = torch.rand(2, 3, 4, 5)
+    for dense in (x, x.contiguous(memory_format=torch.channels_last), x.permute(3, 0, 2, 1)):
+        assert histogram.flat(dense).data_ptr() == dense.data_ptr()
+        assert histogram.flat(dense).sort().values.equal(dense.reshape(-1).sort().values)
+    for apart in (x[..., ::2], x[:, :1].expand(2, 3, 4, 5), x[:, 1:]):
+        assert histogram.flat(apart).equal(apart.reshape(-1))
+
+
 @pytest.mark.parametrize("shape", [(64, 64, 32, 32), (8, 197, 384), (3, 5, 7, 11)])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
 def test_the_sample_favours_no_channel(shape, layout):
