@@ -88,6 +88,14 @@ class _Origins:
             return Origin.PARAMETER
         return self._known.get(value, Origin.DATA)
 
+    def _largest(self, tensors: list[Tensor]) -> Origin:
+        largest = Origin.CONSTANT
+        for tensor in tensors:
+            largest = max(largest, self.of(tensor))
+            if largest is Origin.DATA:  # none is larger, and data comes first in most calls
+                break
+        return largest
+
     def mark(self, values: Iterable[Any], origin: Origin) -> None:
         for tensor in _tensors(values):
             if not _is_parameter(tensor):
@@ -98,7 +106,7 @@ class _Origins:
         tensors = _tensors((*args, *kwargs.values()))
         if function in _FROM_PYTHON and not tensors:
             return
-        made_from = max((self.of(tensor) for tensor in tensors), default=Origin.CONSTANT)
+        made_from = self._largest(tensors)
         if isinstance(result, Tensor | tuple | list | dict):
             self.mark((result,), made_from)
         name = getattr(function, "__name__", "")
@@ -165,7 +173,7 @@ class _SeeCalls(TorchFunctionMode):
             args, kwargs = self.observer.saw(call, args, kwargs)
         result = function(*args, **kwargs)
         if call is None:
-            self.observer.used(function, args, kwargs, result)
+            self.observer.called(function, args, kwargs, result)
         self.observer.origins.follow(function, args, kwargs, result)
         if self.observer.layouts is not None:
             self.observer.layouts.follow(function, args, result)
@@ -215,14 +223,17 @@ class Observer:
                 args, kwargs = replace(args, kwargs, operand.key, new)
         return args, kwargs
 
-    def used(self, function: Callable, args: tuple, kwargs: dict, result: Any) -> None:
+    def called(self, function: Callable, args: tuple, kwargs: dict, result: Any) -> None:
         """Note a use of the running module's first argument, other than a look at its shape and the like."""
-        frame = self.frames[-1] if self.frames else None
-        if frame is None or frame.first_input is None:
-            return
         looks = getattr(function, "__name__", "") in _LOOKS and not isinstance(result, Tensor)
         if not looks:
-            frame.uses_input_elsewhere |= any(value is frame.first_input for value in (*args, *kwargs.values()))
+            self._uses((*args, *kwargs.values()))
+
+    def _uses(self, values: tuple) -> None:
+        frame = self.frames[-1] if self.frames else None
+        if frame is None or frame.first_input is None or frame.uses_input_elsewhere:
+            return
+        frame.uses_input_elsewhere = any(value is frame.first_input for value in values)
 
     def changes_context(self) -> None:
         if self.frames:
@@ -240,7 +251,7 @@ class Observer:
             caller = self.frames[-1] if self.frames else None
             if caller is not None:
                 self._check_context(caller)
-                self.used(module, args, {}, None)
+                self._uses(args)
             if id(module) in self.names:
                 frame = _Frame(self.names[id(module)], args[0] if args else None, _modes())
                 self.runs[frame.name] += 1
