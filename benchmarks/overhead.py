@@ -2,7 +2,7 @@
 
     python benchmarks/overhead.py                                  the six models, batch 1 and 8, float32 and bfloat16
     python benchmarks/overhead.py torchvision:resnet18 --batch 8 --dtype float32
-    python benchmarks/overhead.py --what calibration compile-time  these instead of throughput
+    python benchmarks/overhead.py --what calibration compile-time  without throughput
 
 Throughput as a share of the plain model's in the same mode (1: free), the median over rounds in turn, and its
 quartiles. With one thread what is measured is CPU time, so that other processes do not count:
@@ -166,6 +166,7 @@ def compile_time(model: nn.Module, forged: nn.Module, x: Tensor, rounds: int) ->
 
 
 TIMED = {"throughput": throughput, "calibration": calibration}
+WHAT = (*TIMED, "compile-time")
 
 
 def measure(
@@ -228,7 +229,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("models", nargs="*", default=MODELS, metavar="MODEL", help="see benchmarks/models.py")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
-    parser.add_argument("--what", nargs="+", choices=[*TIMED, "compile-time"], default=["throughput", "calibration"])
+    parser.add_argument("--what", nargs="+", choices=WHAT, default=WHAT, help="default: all")
     parser.add_argument("--only-ours", action="store_true", help="without the rows of what people write by hand")
     parser.add_argument("--rounds", type=int, default=15, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import forged_fx
+from forged_fx import torch_internals
 
 
 class Net(nn.Module):
@@ -145,14 +146,25 @@ def test_options_are_checked(model, x, options, message):
         torch.compile(model, backend="forged", options=options)(x)
 
 
-def test_inductors_own_options_and_modes_pass_through(model, stats, x):
+@pytest.fixture
+def configured(monkeypatch):
+    """What Inductor is told, compilation by compilation."""
+    inductor, seen = torch_internals.inductor(), []
+    compile_fx = inductor.compile_fx
+
+    def spy(*args, config_patches):
+        seen.append(config_patches)
+        return compile_fx(*args, config_patches=config_patches)
+
+    monkeypatch.setattr(inductor, "compile_fx", spy)
+    return seen
+
+
+def test_inductors_own_options_pass_through(model, stats, x, configured):
     with torch.no_grad():
         expected = forged_fx.transform(model, stats, 2**-3)(x)
         assert torch.allclose(compiled(model, stats, freezing=True)(x), expected, atol=1e-6)
-        torch._dynamo.reset()
-        forged = forged_fx.transform(model, stats, 2**-3)
-        fast = torch.compile(forged, backend="forged", mode="max-autotune-no-cudagraphs")
-        assert torch.allclose(fast(x), expected, atol=1e-6)
+    assert [patches["freezing"] for patches in configured] == [True]
 
 
 def test_statistics_of_another_model_are_refused(stats):
@@ -434,16 +446,30 @@ print(counters["inductor"]["fxgraph_cache_hit"], counters["aot_autograd"]["autog
 """
 
 
+# Two files that decide what is compiled, and a change to each: dropped values become 7.
+CHANGES = {
+    "forged_fx/ops.py": ("inner.constant(instead, ", "inner.constant(7, "),
+    "forged_fx/kernels/reference.py": ("return o.lt(o.abs(x), t), 0, x", "return o.lt(o.abs(x), t), 7, x"),
+}
+
+
 def test_it_is_found_without_an_import_and_caches_serve_a_second_process_but_no_other_version(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
     forged_fx.calibrate(model, [torch.randn(2, 3, 8, 8)]).save(tmp_path / "s")
-    changed = tmp_path / "changed"
     own = Path(forged_fx.__file__).parent
-    shutil.copytree(own, changed / "forged_fx", ignore=shutil.ignore_patterns("__pycache__"))
-    source = (changed / "forged_fx/ops.py").read_text()
-    assert "inner.constant(instead, " in source
-    (changed / "forged_fx/ops.py").write_text(source.replace("inner.constant(instead, ", "inner.constant(7, "))
+
+    def with_change(file, old, new):
+        """The library in a folder of its own, laid out as it is here: in a checkout `kernels` is a link."""
+        folder = tmp_path / Path(file).stem
+        skip = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(own, folder / "forged_fx", ignore=skip, symlinks=True)
+        if (own / "kernels").is_symlink():
+            shutil.copytree(own / "kernels", folder / "kernels", ignore=skip)
+        source = (folder / file).read_text()
+        assert old in source
+        (folder / file).write_text(source.replace(old, new))
+        return folder
 
     def run(path):
         child = subprocess.run(
@@ -456,30 +482,39 @@ def test_it_is_found_without_an_import_and_caches_serve_a_second_process_but_no_
         assert child.returncode == 0, child.stderr
         forged, plain, graph_hits, autograd_hits = map(float, child.stdout.split())
         assert forged != plain
-        return forged, graph_hits + autograd_hits
+        return forged, graph_hits, autograd_hits
 
-    (first, missed), (second, hits), (other, hits_of_other) = run(own.parent), run(own.parent), run(changed)
-    assert first == second and missed == 0 and hits > 0
-    assert other != first and hits_of_other == 0
+    (first, *missed), (second, *hits) = run(own.parent), run(own.parent)
+    assert first == second and missed == [0, 0] and all(hits)
+    for file, change in CHANGES.items():
+        other, *hits = run(with_change(file, *change))
+        assert other != first and hits == [0, 0], file
 
 
 # ---- the modes, the caches, and what must not happen at run time
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
-def test_every_mode(model, stats, x, mode):
+def test_every_mode(model, stats, x, mode, configured):
     forged = forged_fx.transform(model, stats, 2**-3)
     with torch.no_grad():
         assert torch.allclose(torch.compile(forged, backend="forged", mode=mode)(x), forged(x), atol=1e-6)
+    (patches,) = configured
+    assert torch_internals.inductor().list_mode_options(mode).items() <= patches.items()
 
 
-def test_the_short_last_batch_does_not_recompile_twice(model, stats, x):
-    """Without `dynamic=True`: the second size makes the batch dynamic, as with Inductor alone; no third compilation."""
-    fast = compiled(model, stats)
-    with torch.no_grad():
-        for n in (6, 4, 5, 6, 3):
-            fast(x[:n].clone())
-    assert graphs() == 2
+@pytest.mark.parametrize("dynamic, compilations", [(True, 1), (None, 2)])
+def test_the_short_last_batch_compiles_no_more_than_plain(model, stats, x, dynamic, compilations):
+    """Left to itself, Dynamo takes the first size for fixed, and the second makes the batch dynamic, for good."""
+    forged = forged_fx.transform(model, stats, 2**-3)
+    for module, backend in ((model, "inductor"), (forged, "forged")):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        fast = torch.compile(module, backend=backend, dynamic=dynamic)
+        with torch.no_grad():
+            for n in (6, 4, 5, 6, 3):
+                fast(x[:n].clone())
+        assert graphs() == compilations, backend
 
 
 def test_thresholds_can_be_moved_in_frozen_code(model, stats, x):
@@ -489,6 +524,7 @@ def test_thresholds_can_be_moved_in_frozen_code(model, stats, x):
         for ratio in (2**-3, 2**-1, 0):
             forged.set_ratio(ratio)
             assert torch.allclose(fast(x), forged(x), atol=1e-6), ratio
+    assert graphs() == 1
 
 
 def test_nothing_waits_for_a_threshold(model, stats, x):

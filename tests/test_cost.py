@@ -92,3 +92,12 @@ def test_modules_that_no_compiler_enters():
     forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]))
     costs = forged_fx.cost(forged, (x,))
     assert {cost.why for cost in costs.values()} == {"it runs uncompiled"} and not any(c.free for c in costs.values())
+
+
+@pytest.mark.parametrize("window", [3, 7])  # Inductor makes a loop over the small one, and a reduction of the large one
+def test_behind_max_pooling_it_is_free(window):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(window, 2), nn.Conv2d(4, 4, 1)).eval()
+    x = torch.randn(2, 3, 16, 16)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]))
+    assert forged_fx.cost(forged, (x,))["3"].kind == FREE

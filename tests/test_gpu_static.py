@@ -7,6 +7,10 @@ import sys
 import pytest
 from launches import BENCHMARKS, plain_and_forged
 
+sys.path.insert(0, str(BENCHMARKS))
+
+import gpu_static
+
 SCRIPT = BENCHMARKS / "gpu_static.py"
 
 
@@ -22,6 +26,15 @@ def test_a_wide_resnet_pays_for_its_input_alone(tmp_path):
     assert extra == pytest.approx(2 * 2 * 8 * 3 * 32 * 32, rel=1e-3)
     assert float(row["left"]) == pytest.approx(0, abs=1e-5), "but for the thresholds, a few bytes each"
     assert float(row["where_mb"]) > float(row["mb"]), "written out as torch.where, it costs more"
+
+
+@pytest.mark.parametrize(
+    "launches, extra, verdict", [(0, 0.0832, "MISSED"), (1, 0.0, "MISSED"), (0, 0.08, "met"), (-1, -0.03, "met")]
+)
+def test_a_row_is_held_against_its_aim(launches, extra, verdict):
+    row = {"model": "torchvision:resnet50", "mode": "default", "but_for_input_launches": launches}
+    assert gpu_static.beside_aim(row | {"but_for_input": extra}) == f"   aim +0, 8.0%: {verdict}"
+    assert gpu_static.beside_aim(row | {"model": "another", "but_for_input": extra}) == ""
 
 
 # Blocks as in ConvNeXt, in float32: each reads the stream raw, for its sum, and thresholded, for a convolution. Left

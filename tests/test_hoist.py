@@ -45,6 +45,12 @@ def partition(x, size=3):
     return x.permute(0, 1, 3, 2, 4, 5).contiguous().view(-1, size * size, c)
 
 
+def reverse(x, size=3):
+    """Of the windows that `partition` makes of X."""
+    x = x.view(2, 2, 2, size, size, -1).permute(0, 1, 3, 2, 4, 5)
+    return x.contiguous().view(2, 2 * size, 2 * size, -1)
+
+
 ONE = {
     "view": lambda x: x.view(2, -1),
     "flatten": lambda x: x.contiguous(memory_format=torch.channels_last).flatten(1),
@@ -58,6 +64,7 @@ ONE = {
     "permutation": lambda x: x[:, torch.tensor([2, 0, 3, 1])],
     "zero padding": lambda x: F.pad(x, (1, 1, 2, 0)),
     "window partition": lambda x: partition(x.permute(0, 2, 3, 1)),
+    "window reverse": lambda x: reverse(x.reshape(8, 9, 4)),
     "pixel shuffle": lambda x: F.pixel_shuffle(x, 2),
 }
 
@@ -77,6 +84,7 @@ STAYS = {
     "rounding": lambda x: x.half(),
     "a mean": lambda x: x.mean((2, 3)),
     "a product": lambda x: (x @ x).view(2, -1),
+    "max pooling": lambda x: F.max_pool2d(x, 2),
 }
 
 
@@ -98,6 +106,10 @@ def test_branches_that_agree_are_passed():
         a, b = x.relu().split([1, 3], 1)
         return threshold(a, t).sin(), threshold(b, t).cos()
 
+    def chunk(x, t):
+        a, b = x.relu().chunk(2, 1)
+        return threshold(a, t).sin(), threshold(b, t).cos()
+
     def cat(x, t):
         return threshold(torch.cat([x.relu(), x.sin()], 1), t).cos()
 
@@ -107,6 +119,7 @@ def test_branches_that_agree_are_passed():
 
     for f, producers in (
         (split, ["aten.relu.default"]),
+        (chunk, ["aten.relu.default"]),
         (cat, ["aten.relu.default", "aten.sin.default"]),
         (forked, ["aten.relu.default"]),
     ):
