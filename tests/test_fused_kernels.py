@@ -43,11 +43,16 @@ def data(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
     return (2 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
 
 
-def ulps(a: Tensor, b: Tensor, at: Tensor | None = None) -> float:
-    """The largest distance, in units in the last place of the larger of the two (or of `at`)."""
+def distance(a: Tensor, b: Tensor, at: Tensor | None = None) -> Tensor:
+    """In units in the last place of the larger of the two (or of `at`)."""
     at = torch.maximum(a.abs(), b.abs()) if at is None else at.to(a.dtype)
     unit = torch.nextafter(at, torch.full_like(at, torch.inf)).double() - at.double()
-    return ((a.double() - b.double()).abs() / unit).max().item()
+    return (a.double() - b.double()).abs() / unit
+
+
+def ulps(a: Tensor, b: Tensor, at: Tensor | None = None) -> float:
+    """The largest distance, 0 of none."""
+    return distance(a, b, at).max().item() if a.numel() else 0.0
 
 
 # ---- beside the reference
@@ -125,6 +130,21 @@ def test_layouts(dtype: torch.dtype, layout: str) -> None:
     assert same(x.clone(), before)
 
 
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "scalar"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norm_of_layouts(dtype: torch.dtype, layout: str) -> None:
+    """On finite values: a NaN of `values` is all that is left of the row that it is in."""
+    x, residual = (LAYOUTS[layout](data(values(0.1, dtype).shape, dtype, seed)) for seed in (0, 1))
+    weight, bias = (data(x.shape[-1:], dtype, seed) for seed in (2, 3))
+    for rms in (False, True):
+        arguments = {"residual": residual, "weight": weight, "bias": None if rms else bias, "rms": rms, "keep": "value"}
+        found = norm.launch_norm_threshold(x, torch.tensor(0.2), [x.shape[-1]], **arguments)
+        expected = reference.norm_threshold(x, torch.tensor(0.2), [x.shape[-1]], **arguments)
+        assert all(v.is_contiguous() and v.shape == x.shape for v in found)
+        assert ulps(found[1], expected[1], at=scale(expected[1])) <= 4
+        assert_close_but_for_one_decision(found[0], expected[0])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_kinks(dtype: torch.dtype) -> None:
     """The threshold and its neighbours, both zeros, denormals, infinities, NaN: through each activation."""
@@ -155,9 +175,7 @@ def test_norm_is_the_reference(dtype: torch.dtype, shape: list[int], rms: bool) 
         found = norm.launch_norm_threshold(x, t, shape, **arguments)
         expected = reference.norm_threshold(x, t, shape, **arguments)
         assert found[1] is expected[1] is None or ulps(found[1], expected[1], at=scale(expected[1])) <= 4
-        differ = (found[0] != 0) != (expected[0] != 0)
-        assert differ.sum() <= 1
-        assert ulps(found[0][~differ], expected[0][~differ], at=scale(expected[0][~differ])) <= 4
+        assert_close_but_for_one_decision(found[0], expected[0])
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -179,6 +197,12 @@ def test_norm_over_channels(layout: torch.memory_format) -> None:
 def scale(v: Tensor) -> Tensor:
     """Each term of `v * weight + bias` is about this large, whatever is left of their sum."""
     return v.abs().clamp_min(8)
+
+
+def assert_close_but_for_one_decision(found: Tensor, expected: Tensor) -> None:
+    differ = (found != 0) != (expected != 0)
+    assert differ.sum() <= 1
+    assert ulps(found[~differ], expected[~differ], at=scale(expected[~differ])) <= 4
 
 
 def test_longest_row() -> None:
