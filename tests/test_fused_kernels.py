@@ -3,7 +3,9 @@
 import functools
 import itertools
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -19,6 +21,8 @@ fused, norm = kernels("fused"), kernels("norm")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SUMS = ("none", "last", "first")  # no residual, one behind the affine map, one ahead of it
 EXACT = ("none", "relu", "relu6", "hardswish")  # made of operations that IEEE rounds correctly
+ELEMENTWISE = tuple(itertools.product(fused.ACTIVATIONS, SUMS))
+NORMS = tuple(itertools.product(("layer_norm", "rms_norm"), ("none", "first")))
 
 
 @pytest.fixture(autouse=True)
@@ -227,29 +231,66 @@ def test_tiles_leave_few_threads_idle(columns: int) -> None:
 # ---- beside PyTorch's own chain, and the truth
 
 
+class Beside(NamedTuple):
+    """What a producer hands to its threshold, three times; and the kernel with a threshold behind it."""
+
+    truth: Tensor  # in float64
+    eager: Tensor
+    found: Tensor
+    terms: Tensor  # the size of the largest term on the way
+    kernel: Callable[[Tensor], Tensor]
+
+
 @functools.cache
-def beside(activation: str, kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Results at threshold 0: float64's, PyTorch's, the kernel's; and the size of the largest term on the way."""
-    shape, t = (2, 32, 8, 6), torch.tensor(0.0)
-    x, residual = data(shape, dtype), data(shape, dtype, 1)
-    arguments = {**batch_norm(32), **added(kind, residual), "activation": activation}
+def beside(name: str, kind: str, dtype: torch.dtype) -> Beside:
+    """An activation behind a BatchNorm, or a norm; `kind` is one of SUMS."""
+    chain, launch, x, arguments = (norm_of if name.endswith("norm") else affine_of)(name, kind, dtype)
     wide = {key: v.double() if isinstance(v, Tensor) else v for key, v in arguments.items()}
-    truth = fused_ops.elementwise_threshold(x.double(), t, **wide)
-    eager = fused_ops.elementwise_threshold(x, t, **arguments)
-    found, _ = fused.launch_elementwise_threshold(x, t, **arguments)
-    mean, steep, bias = (
-        p.abs()[:, None, None] for p in (wide["mean"], wide["weight"] / wide["var"].sqrt(), wide["bias"])
-    )
-    more = residual.double().abs()
-    terms = (x.double().abs() + mean + more * (kind == "first")) * steep + bias + more * (kind == "last")
-    return truth, eager, found, terms
+    off = torch.tensor(0.0)
+
+    def kernel(t: Tensor) -> Tensor:
+        return launch(x, t, **arguments)[0]
+
+    terms = (norm_terms if name.endswith("norm") else affine_terms)(x.double(), **wide)
+    return Beside(chain(x.double(), off, **wide), chain(x, off, **arguments), kernel(off), terms, kernel)
+
+
+def affine_of(name: str, kind: str, dtype: torch.dtype) -> tuple[Callable, Callable, Tensor, dict]:
+    x, residual = data((2, 32, 8, 6), dtype), data((2, 32, 8, 6), dtype, 1)
+    arguments = {**batch_norm(32), **added(kind, residual), "activation": name}
+    return fused_ops.elementwise_threshold, fused.launch_elementwise_threshold, x, arguments
+
+
+def affine_terms(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor,
+    residual: Tensor | None = None, add_first: bool = False, activation: str = "none",
+) -> Tensor:  # fmt: skip
+    mean, steep, bias = (p.abs()[:, None, None] for p in (mean, weight / var.sqrt(), bias))
+    more = torch.zeros(()) if residual is None else residual.abs()
+    return (x.abs() + mean + more * add_first) * steep + bias + more * (not add_first)
+
+
+def norm_of(name: str, kind: str, dtype: torch.dtype) -> tuple[Callable, Callable, Tensor, dict]:
+    x, residual, weight, bias = (data(s, dtype, seed) for seed, s in enumerate(((64, 200), (64, 200), (200,), (200,))))
+    rms = name == "rms_norm"
+    arguments = {"residual": None if kind == "none" else residual, "weight": weight, "bias": None if rms else bias}
+    return fused_ops.norm_threshold, norm.launch_norm_threshold, x, {"shape": [200], "rms": rms, **arguments}
+
+
+def norm_terms(
+    x: Tensor, shape: list[int], rms: bool, residual: Tensor | None, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    v = x if residual is None else x + residual
+    mean = torch.zeros(()) if rms else v.mean(-1, keepdim=True)
+    deviation = (v - mean).square().mean(-1, keepdim=True).sqrt()
+    return (v.abs() + mean.abs()) / deviation * weight.abs() + (0 if bias is None else bias.abs())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_worse_than_pytorch(dtype: torch.dtype) -> None:
     """Against float64: a mean error no larger than that of PyTorch's chain, a largest one at most a last bit larger."""
-    for activation, kind in itertools.product(fused.ACTIVATIONS, SUMS):
-        truth, eager, found, terms = beside(activation, kind, dtype)
+    for activation, kind in ELEMENTWISE:
+        truth, eager, found, terms, _ = beside(activation, kind, dtype)
         theirs, ours = ((v.double() - truth).abs() for v in (eager, found))
         unit = torch.finfo(dtype).eps * terms.max()
         assert ours.mean() <= 1.001 * theirs.mean(), (activation, kind)
@@ -273,24 +314,65 @@ def test_norm_is_no_worse_than_pytorch(dtype: torch.dtype, rms: bool) -> None:
         assert ours.max() <= theirs.max() + torch.finfo(dtype).eps * truth.abs().max(), offset
 
 
+def thresholds(eager: Tensor, found: Tensor) -> dict[str, Tensor]:
+    """In the comparison's dtype: quantiles of what is not 0, and the largest value at which the two differ.
+
+    So that a decision differs in float32 too, where a threshold taken at random hardly ever lies between two results.
+    Where all agree, it is the median value.
+    """
+    sizes, differ = eager[eager != 0].abs().float(), eager.abs() != found.abs()
+    some = {f"{q:.0%}": torch.quantile(sizes, q) for q in (0.1, 0.5, 0.9)}
+    larger = torch.maximum(eager.abs(), found.abs())[differ].float()
+    return {**some, "value": larger.max() if differ.any() else sizes.median()}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_few_decisions_differ_from_pytorch(dtype: torch.dtype) -> None:
-    """Fused and unfused decide differently only where a threshold lies between their two values.
+    """And each of them is on a value that is within 2 ulp of the threshold, on either side."""
+    differ: Counter[str] = Counter()
+    for name, kind in ELEMENTWISE + NORMS:
+        _, eager, found, _, kernel = beside(name, kind, dtype)
+        at = thresholds(eager, found)
+        # The kernel decides on its rounded value, so that counting on these counts its decisions.
+        assert same(kernel(at["value"]), reference.threshold(found, at["value"])), (name, kind)
+        for label, t in at.items():
+            theirs, ours = (v.abs().float() for v in (eager, found))
+            split = (theirs < t) != (ours < t)
+            differ[label] += split.sum().item()
+            for v in (theirs, ours):
+                assert ulps(v[split].to(dtype), t, at=t.expand(split.sum())) <= 2, (name, kind, label)
+    # Measured, of 115,712 decisions at each threshold: none but 4 at float32's median; at a value 25, 13 and 22.
+    at_quantiles, at_value = {torch.float32: (8, 30), torch.float16: (0, 16), torch.bfloat16: (0, 26)}[dtype]
+    assert differ["value"] <= at_value and differ.total() - differ["value"] <= at_quantiles, differ
 
-    So whatever the threshold: within a few ulp of it, in the last place of the largest term of the sum; and for
-    float16 and bfloat16, within 2 ulp of the threshold itself, from 2^-6 upwards.
+
+# How many values may differ from PyTorch's, and how many of these by more than 2 ulp: a few more than was measured, of
+# 46,080 behind other activations, 18,432 behind a GELU and 51,200 behind a norm.
+DIFFER = {
+    torch.float32: {"other": (14700, 2450), "gelu": (12600, 5200), "norm": (7900, 970)},
+    torch.float16: {"other": (0, 0), "gelu": (370, 6), "norm": (5, 0)},
+    torch.bfloat16: {"other": (0, 0), "gelu": (480, 390), "norm": (3, 0)},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_few_thresholds_would_be_far_from_a_value(dtype: torch.dtype) -> None:
+    """Whatever the threshold: fused and unfused decide differently where it lies between their two values.
+
+    Within 2 ulp of both, where the values are that close; but not all can be. In float32 the sum of a BatchNorm, of a
+    LayerNorm or with a residual may cancel, which leaves the rounding errors of its terms, and the activation's last
+    bits come on top; and a norm's statistics, by the order of their sums, may be an ulp apart for a whole row. In any
+    dtype, a GELU's tail by 1 + erf or 1 + tanh cancels in float32. So these values are counted, and are within a few
+    ulp, in float32, of the largest term.
     """
-    differ = {}
-    for activation, kind in itertools.product(fused.ACTIVATIONS, SUMS):
-        _, eager, found, terms = beside(activation, kind, dtype)
-        differ[activation, kind] = (eager != found).sum().item()
-        assert ulps(eager, found, at=terms) <= 4, (activation, kind)
-        if dtype != torch.float32:
-            large = eager.abs() >= 2**-6
-            assert ulps(eager[large], found[large]) <= 2, (activation, kind)
-            t = eager.abs().median()
-            assert ((eager.abs() < t) != (found.abs() < t)).sum() <= 1
-    gelu = sum(number for (activation, _), number in differ.items() if "gelu" in activation)
-    # Of 18,432 elements behind a GELU, whose tail is inexact in PyTorch, and of 46,080 others.
-    limits = {torch.float32: (12600, 14700), torch.float16: (370, 0), torch.bfloat16: (480, 0)}[dtype]
-    assert gelu <= limits[0] and sum(differ.values()) - gelu <= limits[1], (gelu, differ)
+    differ, far = Counter(), Counter()
+    for name, kind in ELEMENTWISE + NORMS:
+        _, eager, found, terms, _ = beside(name, kind, dtype)
+        group = next((group for group in ("gelu", "norm") if group in name), "other")
+        beyond = distance(eager.abs(), found.abs(), at=torch.minimum(eager.abs(), found.abs())) > 2
+        differ[group] += (eager != found).sum().item()
+        far[group] += beyond.sum().item()
+        bound = 8 if group == "norm" else 4  # measured: 6 and 4
+        assert ulps(eager[beyond].float(), found[beyond].float(), at=terms[beyond]) <= bound, (name, kind)
+    for group, (most, most_far) in DIFFER[dtype].items():
+        assert differ[group] <= most and far[group] <= most_far, (group, differ, far)
