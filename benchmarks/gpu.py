@@ -5,17 +5,19 @@
 
 1. Every kernel beside its specification (kernels/reference.py), on the device. differ: elements that are not equal;
    decide: that one zeroes and the other does not; error: the largest difference, as a share of the largest value that
-   is computed, in the dtype's epsilons. More than 8, or more decisions than one in 100,000, is WRONG, and the exit
-   status 1.
+   is computed, in the dtype's epsilons. More than 8, or more decisions than one in 100,000, is WRONG.
 2. Every kernel's time: median and quartiles, the cache flushed ahead of each run; the bytes that it has to move, per
    second, as a share of what a copy reaches in the same run; and how often faster it is than the same chain by
    PyTorch's operators, one by one.
 3. Models, plain and forged, in turn: throughput forged / plain, median and quartiles; and how many kernels a forward
-   pass of each launches, counted by the profiler. What does not fit into --budget is listed, not dropped. "eager,
-   unfused" is the forged model with a kernel for each threshold alone.
+   pass of each launches, counted by the profiler. "eager, unfused" is the forged model with a kernel for each threshold
+   alone.
+
+What is not through when --budget ends is cut off, and listed; kernels leave half of it to the models. What fails is a
+row that says how, and the others are measured all the same. The exit status is 1 where a row is WRONG or failed.
 
 Without a GPU it says so, and that is all. A rehearsal of every step, whose times mean nothing:
-    TRITON_INTERPRET=1 python benchmarks/gpu.py --device cpu --dtype float16 --models digits --modes eager
+    TRITON_INTERPRET=1 python benchmarks/gpu.py --device cpu --dtype float16 --models digits --modes eager compiled
 """
 
 import argparse
@@ -23,9 +25,11 @@ import csv
 import datetime
 import functools
 import math
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +47,46 @@ from forged_fx.throughput import interleave
 COPY_BYTES = 2**28  # of the tensor whose copy is timed: more than any cache holds
 MODELS = ("torchvision:resnet18", "preact:28-4", "timm:vit_tiny_patch16_224")
 BACKENDS = {"plain": "inductor", "forged": "forged"}
+KERNELS_SHARE = 0.5  # of the budget, at most, where models follow
+LATE = "no time left in --budget"
+
+
+# ---- rows
+
+
+class Late(BaseException):
+    """The time is up. Not an Exception: nobody shall take it for a failure, and try the next thing."""
+
+
+@contextmanager
+def until(ends: float) -> Iterator[None]:
+    """Raises Late where what runs within is not through by then. Compiling is waited for in Python, so it is cut off
+    too; a call into C is let through first."""
+
+    def late(*_: Any) -> None:
+        raise Late
+
+    if (left := ends - time.monotonic()) <= 0:
+        raise Late
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, left)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def attempt(measure: Callable[[], dict[str, Any]], ends: float) -> dict[str, Any]:
+    """What `measure` returns, or why there is nothing: the other rows' figures are kept."""
+    try:
+        with until(ends):
+            return measure()
+    except Late:
+        return {"left_out": LATE}
+    except Exception as error:
+        first = next(iter(str(error).splitlines()), "")
+        return {"left_out": f"{type(error).__name__}: {first}"}
 
 
 # ---- kernels
@@ -51,19 +95,23 @@ BACKENDS = {"plain": "inductor", "forged": "forged"}
 @dataclass(frozen=True)
 class KernelRow:
     """us, low, high: microseconds, median and quartiles. share: of the bandwidth of a copy. gain: the chain's time over
-    the kernel's."""
+    the kernel's. left_out: why there is no figure."""
 
     kernel: str
     dtype: str
-    differ: int
-    decide: int
-    error: float
-    verdict: str
-    us: float
-    low: float
-    high: float
-    share: float
-    gain: float
+    differ: float = math.nan
+    decide: float = math.nan
+    error: float = math.nan
+    verdict: str = ""
+    us: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    share: float = math.nan
+    gain: float = math.nan
+    left_out: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kernel} ({self.dtype})"
 
 
 def filled(case: Case, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
@@ -124,22 +172,25 @@ def copy_bandwidth(device: str) -> float:
     return 2 * x.numel() / seconds(lambda: y.copy_(x), device)[0]
 
 
-def kernel_rows(args: argparse.Namespace, bandwidth: float) -> Iterator[KernelRow]:
-    device = args.device
-    shapes = cases(args.batch) if device == "cuda" else cases(1, side=4, length=3)
+def measure_kernel(case: Case, dtype: torch.dtype, device: str, bandwidth: float) -> dict[str, Any]:
+    given = filled(case, dtype, device)
+    results = _results(case.launch(**given))
+    whole = [v for v in (*given.values(), *results) if v.numel() == given["x"].numel()]
+    least = sum(v.numel() * v.element_size() for v in whole)
+    checked = dict(zip(("differ", "decide", "error", "verdict"), check(case, given), strict=True))
+    with torch.no_grad():
+        median, low, high = seconds(functools.partial(case.launch, **given), device)
+        chain, *_ = seconds(functools.partial(case.chain, **given), device)
+    times = {"us": 1e6 * median, "low": 1e6 * low, "high": 1e6 * high}
+    return {**checked, **times, "share": least / median / bandwidth, "gain": chain / median}
+
+
+def kernel_rows(args: argparse.Namespace, bandwidth: float, ends: float) -> Iterator[KernelRow]:
+    shapes = cases(args.batch) if args.device == "cuda" else cases(1, side=4, length=3)
     for name, case in ((name, case) for name, case in shapes.items() if args.only in name):
         for key in args.dtype:
-            given = filled(case, DTYPES[key], device)
-            results = _results(case.launch(**given))
-            whole = [v for v in (*given.values(), *results) if v.numel() == given["x"].numel()]
-            least = sum(v.numel() * v.element_size() for v in whole)
-            with torch.no_grad():
-                median, low, high = seconds(functools.partial(case.launch, **given), device)
-                chain, *_ = seconds(functools.partial(case.chain, **given), device)
-            times = [1e6 * t for t in (median, low, high)]
-            yield KernelRow(
-                name, key, *check(case, given), *times, share=least / median / bandwidth, gain=chain / median
-            )
+            measure = functools.partial(measure_kernel, case, DTYPES[key], args.device, bandwidth)
+            yield KernelRow(name, key, **attempt(measure, ends))
 
 
 # ---- models
@@ -147,20 +198,18 @@ def kernel_rows(args: argparse.Namespace, bandwidth: float) -> Iterator[KernelRo
 
 @dataclass(frozen=True)
 class Mode:
-    """mode: torch.compile's, None for eager. fuse: as in forged_fx.transform. cost: the seconds that it is expected to
-    take, until this run knows better."""
+    """mode: torch.compile's, None for eager. fuse: as in forged_fx.transform."""
 
     mode: str | None
     fuse: bool
-    cost: float
 
 
-MODES = {
-    "eager": Mode(None, True, 8),
-    "eager, unfused": Mode(None, False, 8),
-    "compiled": Mode("default", False, 30),
-    "reduce-overhead": Mode("reduce-overhead", False, 30),
-    "max-autotune": Mode("max-autotune", False, 90),
+MODES = {  # those that take least first, so that what has no time left is what takes most
+    "eager": Mode(None, True),
+    "eager, unfused": Mode(None, False),
+    "compiled": Mode("default", False),
+    "reduce-overhead": Mode("reduce-overhead", False),
+    "max-autotune": Mode("max-autotune", False),
 }
 
 
@@ -175,18 +224,21 @@ class ModelRow:
     dtype: str
     mode: str
     batch: int
-    plain_ms: float
-    forged_ms: float
-    ratio: float
-    low: float
-    high: float
-    launches: float
-    more: float
-    fused: int
+    plain_ms: float = math.nan
+    forged_ms: float = math.nan
+    ratio: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    launches: float = math.nan
+    more: float = math.nan
+    fused: float = math.nan
     left_out: str = ""
 
+    def __str__(self) -> str:
+        return f"{self.model} ({self.dtype}, {self.mode})"
 
-def measure(name: str, dtype: torch.dtype, mode: Mode, args: argparse.Namespace) -> dict[str, Any]:
+
+def measure_model(name: str, dtype: torch.dtype, mode: Mode, args: argparse.Namespace) -> dict[str, Any]:
     torch._dynamo.reset()
     model, shape = load(name)
     model = model.to(args.device, dtype, memory_format=torch.channels_last)
@@ -228,37 +280,25 @@ def _record(forged: nn.Module) -> Any:
 
 
 def model_rows(args: argparse.Namespace, ends: float) -> Iterator[ModelRow]:
-    """The cheapest modes of all models first, so that what has no time left is what takes most."""
-    costs = {name: mode.cost for name, mode in MODES.items()}
-    nothing = dict.fromkeys(("plain_ms", "forged_ms", "ratio", "low", "high", "launches", "more"), math.nan)
     for mode in (name for name in MODES if name in args.modes):
         for model in args.models:
             for dtype in (key for key in args.dtype if key != "float32" or args.dtype == ["float32"]):
-                row = {"model": model, "dtype": dtype, "mode": mode, "batch": args.batch}
-                began = time.monotonic()
-                if began + costs[mode] > ends:
-                    yield ModelRow(**row, **nothing, fused=0, left_out=f"no time left in --budget {args.budget}")
-                    continue
-                try:
-                    yield ModelRow(**row, **measure(model, DTYPES[dtype], MODES[mode], args))
-                except Exception as error:  # one model's failure is a row, and the others' figures are kept
-                    first = next(iter(str(error).splitlines()), "")
-                    yield ModelRow(**row, **nothing, fused=0, left_out=f"{type(error).__name__}: {first}")
-                costs[mode] = time.monotonic() - began
+                measure = functools.partial(measure_model, model, DTYPES[dtype], MODES[mode], args)
+                yield ModelRow(model, dtype, mode, args.batch, **attempt(measure, ends))
 
 
 # ---- the tables
 
 # in the order printed: how wide, and how a figure is written
 KERNEL_COLUMNS = {
-    "kernel": ("<34", ""), "dtype": ("<8", ""), "differ": (">8", "d"), "decide": (">6", "d"), "error": (">6", ".2f"),
-    "verdict": ("<7", ""), "us": (">9", ".1f"), "low": (">9", ".1f"), "high": (">9", ".1f"), "share": (">6", ".3f"),
-    "gain": (">6", ".2f"),
+    "kernel": ("<34", ""), "dtype": ("<8", ""), "differ": (">8", ".0f"), "decide": (">6", ".0f"),
+    "error": (">6", ".2f"), "verdict": ("<7", ""), "us": (">9", ".1f"), "low": (">9", ".1f"), "high": (">9", ".1f"),
+    "share": (">6", ".3f"), "gain": (">6", ".2f"), "left_out": ("", ""),
 }  # fmt: skip
 MODEL_COLUMNS = {
     "model": ("<32", ""), "dtype": ("<8", ""), "mode": ("<15", ""), "batch": (">5", "d"), "plain_ms": (">9", ".3f"),
     "forged_ms": (">9", ".3f"), "ratio": (">6", ".3f"), "low": (">6", ".3f"), "high": (">6", ".3f"),
-    "launches": (">8", ".0f"), "more": (">5", ".0f"), "fused": (">5", "d"), "left_out": ("", ""),
+    "launches": (">8", ".0f"), "more": (">5", ".0f"), "fused": (">5", ".0f"), "left_out": ("", ""),
 }  # fmt: skip
 
 
@@ -295,7 +335,9 @@ def options(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = options(argv)
-    ends = time.monotonic() + args.budget
+    began = time.monotonic()
+    ends = began + args.budget
+    kernels_end = began + args.budget * (KERNELS_SHARE if args.models else 1)
     if args.device == "cuda" and not torch.cuda.is_available():
         print("gpu.py: this machine has no GPU that PyTorch can use, so there is nothing to time; see --help")
         return 0
@@ -310,14 +352,15 @@ def main(argv: list[str] | None = None) -> int:
         print("a rehearsal on the CPU: the times mean nothing")
     bandwidth = copy_bandwidth(args.device)
     print(f"a copy moves {bandwidth / 1e9:.0f} GB/s, read and written; share is of that\n")
-    rows = kernel_rows(args, bandwidth)
-    kernels = report(rows, KERNEL_COLUMNS, args.csv / "gpu_kernels.csv", {"copy_gb_s": bandwidth / 1e9, **where})
+    rows = kernel_rows(args, bandwidth, kernels_end)
+    done = report(rows, KERNEL_COLUMNS, args.csv / "gpu_kernels.csv", {"copy_gb_s": bandwidth / 1e9, **where})
+    faults = [f"WRONG: {row}" for row in done if row.verdict == "WRONG"]
     if args.models:
-        report(model_rows(args, ends), MODEL_COLUMNS, args.csv / "gpu_models.csv", {"runs": args.runs, **where})
-    wrong = [f"{row.kernel} ({row.dtype})" for row in kernels if row.verdict != "ok"]
-    if wrong:
-        print(f"WRONG: {', '.join(wrong)}", file=sys.stderr)
-    return int(bool(wrong))
+        done += report(model_rows(args, ends), MODEL_COLUMNS, args.csv / "gpu_models.csv", {"runs": args.runs, **where})
+    faults += [f"FAILED: {row}: {row.left_out}" for row in done if row.left_out not in ("", LATE)]
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    return int(bool(faults))
 
 
 if __name__ == "__main__":

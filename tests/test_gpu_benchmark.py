@@ -1,9 +1,12 @@
 """benchmarks/gpu.py, rehearsed without a GPU: every step runs, on tiny shapes, the kernels interpreted."""
 
+import contextlib
 import csv
+import math
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +18,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import gpu
 import kernel_cases
+from gpu import LATE
+
+from forged_fx.thresholds import thresholds_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,22 +32,84 @@ def test_says_that_there_is_none(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_rehearsal(tmp_path: Path) -> None:
-    command = "benchmarks/gpu.py --device cpu --dtype float16 --runs 1 --models digits nonsense --budget 60 --only kept"
-    command = [*command.split(), "--modes", "eager", "eager, unfused", "max-autotune", "--csv", str(tmp_path)]
+    command = "benchmarks/gpu.py --device cpu --dtype float16 --runs 1 --batch 2 --models digits nonsense --only band"
+    command = [*command.split(), "--modes", "eager", "eager, unfused", "compiled", "--csv", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, *command],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1 and "FAILED: nonsense (float16, compiled): ValueError" in done.stderr, done.stderr
     assert "a rehearsal on the CPU: the times mean nothing" in done.stdout
     kernels, models = (list(csv.DictReader((tmp_path / f"gpu_{name}.csv").open())) for name in ("kernels", "models"))
-    assert len(kernels) == 6 and {row["verdict"] for row in kernels} == {"ok"}
-    left_out = {(row["model"], row["mode"]): row["left_out"] for row in models}
-    assert left_out["digits", "eager"] == left_out["digits", "eager, unfused"] == ""
-    assert "model's name begins with" in left_out["nonsense", "eager"]
-    assert left_out["digits", "max-autotune"] == "no time left in --budget 60.0"
-    assert [row["fused"] for row in models if row["model"] == "digits"] == ["2", "0", "0"]
+    assert len(kernels) == 3 and {(row["verdict"], row["left_out"]) for row in kernels} == {("ok", "")}
+    failed, measured = ([row for row in models if (row["left_out"] == "") is ok] for ok in (False, True))
+    assert ["model's name begins with" in row["left_out"] for row in failed] == 3 * [True]
+    fused = {"eager": "2", "eager, unfused": "0", "compiled": "0"}
+    assert {row["mode"]: row["fused"] for row in measured} == fused
+    for row in measured:
+        figures = {key: float(row[key]) for key in ("plain_ms", "forged_ms", "ratio", "low", "high")}
+        assert all(0 < figure < math.inf for figure in figures.values()), figures
+        assert figures["ratio"] == pytest.approx(figures["plain_ms"] / figures["forged_ms"], rel=1e-3), "of one round"
+
+
+@pytest.mark.parametrize("mode", [name for name, mode in gpu.MODES.items() if mode.mode])
+def test_both_models_are_compiled_in_the_same_mode(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+
+    def compiled(model: torch.nn.Module, backend: str, **options: str) -> torch.nn.Module:
+        asked[backend] = (bool(thresholds_of(model)), options.get("mode", "default"))
+        return model
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    args = gpu.options(["--device", "cpu", "--batch", "1", "--runs", "1"])
+    gpu.measure_model("digits", torch.float32, gpu.MODES[mode], args)
+    wanted = gpu.MODES[mode].mode
+    assert asked == {"inductor": (False, wanted), "forged": (True, wanted)}
+
+
+def do(name: str) -> None:
+    """What kernels and models do that are called so."""
+    if name == "slow":
+        with contextlib.suppress(Exception):  # as Inductor does, where it tries one way after the other
+            time.sleep(20)
+    if name == "broken":
+        raise ValueError("as it should")
+
+
+FAILED = "ValueError: as it should"
+# kernels, models, seconds, the exit status, why each row was left out
+RUNS = {
+    "kernels leave half of the time": ("quick slow quick", "quick slow quick", 6, 0, ["", LATE, LATE, "", LATE, LATE]),
+    "kernels alone take all of it": ("quick slow quick", "", 3, 0, ["", LATE, LATE]),
+    "what fails is named": ("broken quick", "broken quick", 60, 1, [FAILED, "", FAILED, ""]),
+}
+
+
+@pytest.mark.parametrize("kernels, models, budget, status, left_out", RUNS.values(), ids=RUNS)
+def test_the_others_figures_are_kept(
+    kernels: str, models: str, budget: float, status: int, left_out: list[str],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path,
+) -> None:  # fmt: skip
+    right = kernel_cases.cases(1, side=4)["batch norm, relu"]
+
+    def case(name: str) -> kernel_cases.Case:
+        return replace(right, launch=lambda **given: do(name) or right.reference(**given))
+
+    named = {f"{i} {name}": case(name) for i, name in enumerate(kernels.split())}
+    monkeypatch.setattr(gpu, "cases", lambda *_, **__: named)
+    monkeypatch.setattr(gpu, "measure_model", lambda name, *_: do(name) or {"ratio": 1.0})
+    command = f"--device cpu --dtype float32 --modes eager --budget {budget} --csv {tmp_path} --models {models}"
+    began = time.monotonic()
+    assert gpu.main(command.split()) == status
+    if LATE in left_out:
+        assert budget <= time.monotonic() - began < budget + 10
+    tables = [tmp_path / "gpu_kernels.csv", *[tmp_path / "gpu_models.csv"] * bool(models)]
+    rows = [row for table in tables for row in csv.DictReader(table.open())]
+    assert [row["left_out"] for row in rows] == left_out
+    assert all(("ok" in row.values() or row.get("ratio") == "1") is not bool(row["left_out"]) for row in rows)
+    out, err = capsys.readouterr()
+    assert out.count(LATE) == left_out.count(LATE) and err.count("FAILED: ") == left_out.count(FAILED)
 
 
 def test_a_wrong_kernel_is_found() -> None:
