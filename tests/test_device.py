@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import nn
 import forged_fx
 from forged_fx import digits, ops
 from forged_fx.kernels import reference
+from forged_fx.thresholds import thresholds_of
 
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -203,6 +205,53 @@ def test_thresholds_move_in_a_cuda_graph_and_batches_shrink(model, x):
         for n in (8, 5, 3):
             assert close(plain(x[:n].clone()), forged(x[:n])), n
     assert graphs() == 2
+
+
+class Heads(nn.Module):
+    """A linear layer on what attention returns: four heads, with q, k and v side by side in the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(256, 256)
+
+    def forward(self, x):
+        q, k, v = x.view(*x.shape[:2], 3, 4, 64).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+# Inductor's own products, and a prologue wherever it is possible: nothing hangs on what is faster. (With options,
+# torch.compile takes no mode.)
+OWN_PRODUCTS = {
+    "max_autotune": True,
+    "max_autotune_gemm_backends": "TRITON",
+    "benchmark_epilogue_fusion": False,
+}
+
+
+@pytest.mark.parametrize("net", [nn.Linear(256, 256), Heads()], ids=["of the input", "of attention"])
+def test_a_product_applies_its_threshold_as_it_loads(net):
+    """Every token looks at itself alone and the weights are the unit matrix, so the results are the values, zeroed or
+    not. None is near the threshold, 0.5."""
+    if not torch._inductor.utils.is_big_gpu():
+        pytest.skip("Inductor generates no products for a GPU as small as this")
+    net = copy.deepcopy(net).requires_grad_(False)
+    layer = getattr(net, "out", net)
+    layer.weight.copy_(torch.eye(256)), layer.bias.zero_()
+    generator = torch.Generator().manual_seed(0)
+    v = torch.tensor([-2, -1, -0.25, 0.25, 1, 2])[torch.randint(6, (8, 64, 256), generator=generator)]
+    itself = 32 * torch.eye(64).repeat(8, 1, 4)  # (its product with itself, / 8, is 128 on the diagonal, 0 elsewhere)
+    x = v if net is layer else torch.cat([itself, itself, v], 2)
+    net, x = net.eval().to(DEVICE, torch.float16), x.to(DEVICE, torch.float16)
+    forged = forged_fx.transform(net, forged_fx.calibrate(net, [x]), 0.25, fuse=False)
+    assert [t.item() for t in thresholds_of(forged).values()] == [0.5]
+    expected = torch.where(v.abs() < 0.5, 0, v).to(DEVICE, torch.float16)
+    fast = torch.compile(forged, backend="forged", options=OWN_PRODUCTS)
+    with torch.no_grad():
+        found, (code,) = torch._inductor.utils.run_and_get_code(fast, x)
+        assert set(re.findall(r"triton_([a-z]+)_fused", code)) == {"tem"}, "no kernel but the product's"
+        for result in (forged(x), found):
+            torch.testing.assert_close(result, expected)
+            assert torch.equal(result == 0, expected == 0)
 
 
 @pytest.mark.parametrize("straight_through", [False, True])

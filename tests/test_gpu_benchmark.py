@@ -1,4 +1,5 @@
-"""benchmarks/gpu.py, rehearsed without a GPU: every step runs, on tiny shapes, the kernels interpreted."""
+"""What needs a GPU, rehearsed without one. benchmarks/gpu.py: every step runs, on tiny shapes, the kernels interpreted.
+tests/test_device.py: what its network would launch."""
 
 import contextlib
 import csv
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import gpu
 import kernel_cases
 from gpu import LATE
+from launches import plain_and_forged
 
 from forged_fx.thresholds import thresholds_of
 
@@ -125,3 +127,16 @@ def test_a_wrong_kernel_is_found() -> None:
     assert gpu.check(off(1e-5), given)[3] == "WRONG"
     one_sided = replace(case, launch=lambda **given: (case.reference(**{**given, "t": torch.tensor(0.41)})[0], None))
     assert gpu.check(one_sided, given)[3] == "WRONG"
+
+
+HEADS = f"""
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_device import Heads, OWN_PRODUCTS as options
+net, x, dtype = Heads().eval(), torch.rand(8, 64, 768), torch.float16
+"""
+
+
+def test_the_product_in_test_device_applies_its_threshold() -> None:
+    (launches, size), (forged_launches, forged_size) = plain_and_forged(HEADS)
+    assert launches == forged_launches == 2, "attention and the product"
+    assert forged_size == size + 4, "the threshold"
