@@ -5,11 +5,12 @@ profiler.
 profiled run is slower than one that is not, and wall-clock time counts here: a rough map, not a measurement.
 """
 
-import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 Run = Callable[[], object]
 
@@ -21,26 +22,32 @@ NAMES = {"## Call CompiledFxGraph": "generated code", "Torch-Compiled Region": "
 def differences(plain: Run, other: Run, rounds: int = 7, most: int = 4) -> list[tuple[str, float, float]]:
     """(operator, ms of a plain run, ms of the other), at most `most`, the greatest loss first: medians over rounds in
     turn. Only operators that take longer in the other, and a line for the whole ahead of them."""
-    plain(), other()
-    taken = [(by_operator(plain), by_operator(other)) for _ in range(rounds)]
-    names = {name for pair in taken for each in pair for name in each}
-    rows = [(name, *(float(np.median([pair[i].get(name, 0) for pair in taken])) for i in (0, 1))) for name in names]
-    rows = sorted((row for row in rows if row[2] > row[1]), key=lambda row: row[1] - row[2])
-    whole = (float(np.median([sum(pair[i].values()) for pair in taken])) for i in (0, 1))
+    plain(), other()  # what happens but once
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        for _ in range(rounds):
+            for run in (plain, other):
+                with record_function(REST):
+                    run()
+    runs = by_operator(profiled.events())
+    names = {name for run in runs for name in run}
+    medians = {name: [float(np.median([run[name] for run in runs[i::2]])) for i in (0, 1)] for name in names}
+    rows = sorted(((name, *ms) for name, ms in medians.items() if ms[1] > ms[0]), key=lambda row: row[1] - row[2])
+    whole = (float(np.median([run.total() for run in runs[i::2]])) for i in (0, 1))
     return [("all", *whole), *rows[:most]]
 
 
-def by_operator(run: Run) -> dict[str, float]:
-    """Milliseconds of one run: operator -> its own time, without the operators that it calls."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        began = time.perf_counter()
-        run()
-        whole = 1e3 * (time.perf_counter() - began)
-    own: dict[str, float] = {}
-    for event in profiled.key_averages():
-        name = next((name for begins, name in NAMES.items() if event.key.startswith(begins)), event.key)
-        own[name] = own.get(name, 0) + event.self_cpu_time_total / 1e3
-    return own | {REST: whole - sum(own.values())}
+def by_operator(events: Iterable[Any]) -> list[Counter[str]]:
+    """Milliseconds of each run, in order: operator -> its own time, without the operators that it calls."""
+    runs: dict[Any, Counter[str]] = {}
+    for event in sorted(events, key=lambda event: event.time_range.start):
+        run = event
+        while run.cpu_parent is not None:
+            run = run.cpu_parent
+        if run.name != REST:  # another thread's
+            continue
+        name = next((name for begins, name in NAMES.items() if event.name.startswith(begins)), event.name)
+        runs.setdefault(run.id, Counter())[name] += event.self_cpu_time_total / 1e3
+    return list(runs.values())
 
 
 def text(rows: list[tuple[str, float, float]]) -> str:
