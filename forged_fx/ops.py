@@ -507,13 +507,13 @@ def register_lowerings() -> None:
         """result: (index, what is dropped, what takes its place, what else becomes of x) -> the value there."""
         dtype, load_x = x.get_dtype(), x.make_loader()
         loads = [(p.make_loader(), p.get_dtype()) for p in arguments[: len(f.parameters)]]
-        o = Wide(reference.comparison_dtype(dtype))
+        o, twice = Wide(reference.comparison_dtype(dtype)), own_products(x)
 
         def at(index: Any) -> Any:
             where = (index[arguments[-1]],) if f.channels else ()
             given = load_x(index)  # once: Inductor traces all that makes x anew at each call, many times over
             value = converted(given, dtype, o.dtype)
-            if own_products(x):
+            if twice:
                 # Twice: a kernel's loops are ordered as most of its accesses lie. So the input outvotes the output, and
                 # the kernel can be an epilogue of the product that makes it. Loaded once, a threshold with the copy of
                 # attention's heads is a kernel of its own (swin_tiny, float16: 12 launches more).
