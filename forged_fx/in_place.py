@@ -4,6 +4,10 @@ In eager mode a threshold costs a trip through PyTorch's dispatcher, a pass over
 Without gradients the trip is saved, and the new memory wherever nobody else can tell: the graph has no later reader of
 the input, and when it comes to it, the tensor has no other owner. A hook that kept it, a view that is still alive, the
 branch of a residual: each is an owner, and is counted when the threshold runs, so that nothing is assumed of modules.
+Sums go the same way, since a trace turns `x += y` into `x + y`.
+
+A graph also names each module by its path from the root, which costs Python more than the model's own nested calls.
+Here the paths are gone through together, once a run.
 
 Recorded, watched or compiled runs (gradients, function and dispatch modes, torch.func, tracers, compilers) get the
 graph as it is written.
@@ -11,8 +15,10 @@ graph as it is written.
 
 import copy
 import functools
+import operator
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,6 +29,7 @@ from forged_fx import ops, torch_internals
 from forged_fx.torch_internals import dispatch_keys
 
 THRESHOLD = torch.ops.forged_fx.threshold.default
+ROOT = "root"
 
 
 def offer(forged: fx.GraphModule) -> None:
@@ -42,16 +49,46 @@ def _unrecorded(graph: fx.Graph) -> Callable:
     """The graph's code, with its thresholds as plain calls."""
     graph = copy.deepcopy(graph)
     order = {node: i for i, node in enumerate(graph.nodes)}
-    for node in graph.find_nodes(op="call_function", target=THRESHOLD):
-        if len(node.args) > 2:
-            continue  # its gradient was chosen
-        x, _ = node.args
-        node.target = apply
-        if x.op not in ("placeholder", "get_attr") and max(x.users, key=order.__getitem__) is node:
+    for node in list(graph.nodes):
+        plain, overwriting = IN_PLACE.get(node.target, (None, None))
+        if plain is None or len(node.args) != 2 or node.kwargs:  # or a threshold's gradient was chosen
+            continue
+        x, node.target = node.args[0], plain
+        if not isinstance(x, fx.Node) or x.op in ("placeholder", "get_attr"):
+            continue
+        if max(x.users, key=order.__getitem__) is node:
             with graph.inserting_before(node):
                 references = graph.call_function(sys.getrefcount, (x,))
-            node.target, node.args = overwrite, (*node.args, references)
-    return torch_internals.forward_of(graph)
+            node.target, node.args = overwriting, (*node.args, references)
+    return _with_modules(graph)
+
+
+def _with_modules(graph: fx.Graph) -> Callable:
+    """The graph's code, which it changes to find its modules under names of their own."""
+    steps: dict[tuple[str, str], str] = {}  # (a module's name, an attribute of it) -> the name of what is there
+
+    def name(path: str) -> str:
+        parent, _, leaf = path.rpartition(".")
+        return steps.setdefault((name(parent), leaf), f"m{len(steps)}") if path else ROOT
+
+    for node in graph.nodes:
+        if node.op == "call_module":
+            node.target = name(node.target)
+        elif node.op == "get_attr":  # a tensor, which is asked for when it is needed
+            owner, _, leaf = node.target.rpartition(".")
+            node.target = f"{name(owner)}.{leaf}"
+    run = torch_internals.forward_of(graph)
+    plan = [(parent, leaf, found) for (parent, leaf), found in steps.items()]
+
+    def forward(self: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        modules: dict[str, Any] = {ROOT: self}
+        for parent, leaf, found in plan:
+            parent = modules[parent]
+            child = parent._modules.get(leaf)  # nn.Module.__getattr__ comes to it last
+            modules[found] = getattr(parent, leaf) if child is None else child
+        return run(SimpleNamespace(**modules), *args, **kwargs)
+
+    return forward
 
 
 def apply(x: Tensor, t: Tensor) -> Tensor:
@@ -71,9 +108,22 @@ def overwrite(x: Tensor, t: Tensor, references: int) -> Tensor:
     return torch.hardshrink(x, ops._largest_below(t.item(), x.dtype), out=x)
 
 
-def _plain(x: Tensor, t: Tensor) -> bool:
+def accumulate(x: Any, y: Any, references: int) -> Any:
+    """`x + y` in the memory of x, if the caller's variable is all that owns it and the result looks the same."""
+    alike = isinstance(x, Tensor) and isinstance(y, Tensor) and _plain(x, y) and _layout(x) == _layout(y)
+    return x.add_(y) if alike and references == _ONE_VARIABLE and _alone(x) else x + y
+
+
+IN_PLACE = {THRESHOLD: (apply, overwrite), operator.add: (operator.add, accumulate)}
+
+
+def _layout(x: Tensor) -> tuple:
+    return x.dtype, x.shape, x.stride()
+
+
+def _plain(x: Tensor, y: Tensor) -> bool:
     """Ordinary CPU tensors of a dtype that is served: what the dispatcher would come to is known."""
-    return dispatch_keys(x) in ops.PLAIN and dispatch_keys(t) in ops.PLAIN and x.dtype in ops.DTYPES
+    return dispatch_keys(x) in ops.PLAIN and dispatch_keys(y) in ops.PLAIN and x.dtype in ops.DTYPES
 
 
 def _alone(x: Tensor) -> bool:

@@ -82,6 +82,60 @@ def test_only_memory_that_nobody_else_owns_is_taken(forged, x):
     assert not any(addresses(forged, lambda: forged(x)).values()), "a gradient needs the input as it was"
 
 
+def sums(run):
+    """How many ran in place, and how many did not."""
+    with torch.profiler.profile() as profile:
+        run()
+    names = [event.name for event in profile.events()]
+    return names.count("aten::add_"), names.count("aten::add")
+
+
+def test_sums_too_take_only_memory_that_nobody_else_owns(forged, x):
+    expected = forged(x).detach()
+    assert sums(lambda: forged(x)) == (0, 4), "a gradient may need what is added"
+    with torch.no_grad():
+        assert sums(lambda: forged(x)) == (3, 1)  # one of them is laid out in another way than what is added to it
+        kept, handles = [], []
+        for name in ("second", "branch"):
+            layer = forged.get_submodule(name)
+            handles.append(layer.register_forward_hook(lambda _, args, out: kept.append((out.view(-1), out.clone()))))
+        assert sums(lambda: forged(x)) == (1, 3)
+        for view, copied in kept:
+            assert torch.equal(view, copied.flatten())
+        for handle in handles:
+            handle.remove()
+        assert torch.equal(forged(x), expected)
+
+
+@pytest.mark.parametrize("tail", [lambda y: y + y, lambda y: y + 1, lambda y: y + y[:1], lambda y: y + y.double()])
+def test_sums_of_all_sorts(x, tail):
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Conv2d(3, 8, 1)
+
+        def forward(self, value):
+            return tail(self.layer(value)), value.shape[0] + value.dim()
+
+    model = Sum().eval()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), ratio=2**-2)
+    expected, number = forged(x)
+    with torch.no_grad():
+        found, same_number = forged(x)
+    assert torch.equal(found, expected) and found.dtype == expected.dtype and same_number == number
+
+
+def test_modules_are_those_of_the_moment(forged, x):
+    """A graph's modules are looked up anew in each run, and wherever attribute access would find them."""
+    with torch.no_grad():
+        expected = forged(x)
+        forged.second = torch.compile(forged.second, backend="eager")  # holds the layer and its threshold further down
+        assert torch.equal(forged(x), expected)
+        forged.second = nn.Sequential(forged.second._orig_mod)
+        with pytest.raises(AttributeError, match="forged_threshold"):
+            forged(x)
+
+
 def test_that_dynamo_runs_the_calls_changes_nothing(forged, x):
     @torch.compile(backend="eager")
     def inside(value):
