@@ -5,7 +5,9 @@
     python benchmarks/overhead.py --what calibration compile-time  without throughput
 
 Throughput as a share of the plain model's in the same mode (1: free), the median over rounds in turn, and its
-quartiles. With one thread what is measured is CPU time, so that other processes do not count:
+quartiles. With one thread what is measured is CPU time, so that other processes do not count. Where in memory things
+lie moves a ratio by some percent, as much as what is measured; so weights are put elsewhere every few rounds, and the
+quartiles tell of that, too:
 
     eager     plain, forged, and each layer wrapped by hand: torch.where(x.abs() < t, 0, x)
     compiled  plain (Inductor), forged (backend="forged"), the wrapper, and a custom op that Inductor cannot look into
@@ -22,7 +24,9 @@ import argparse
 import copy
 import datetime
 import functools
+import math
 import os
+import random
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -167,6 +171,29 @@ def compile_time(model: nn.Module, forged: nn.Module, x: Tensor, rounds: int) ->
 
 TIMED = {"throughput": throughput, "calibration": calibration}
 WHAT = (*TIMED, "compile-time")
+PLACEMENTS = 5
+
+
+def place(modules: list[nn.Module], blocks: list[Tensor]) -> None:
+    """Put weights elsewhere, each module's; blocks: memory that is taken, so that results will lie elsewhere, too."""
+    blocks += (torch.empty(random.randrange(2**18), dtype=torch.uint8) for _ in range(64))
+    weights = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
+    before = [t.data for t in weights.values()]  # not free before all have moved
+    for t in weights.values():
+        t.data = t.data.clone()
+    del before
+
+
+def timed(variants: Variants, modules: list[nn.Module], rounds: int) -> dict[tuple[str, str], np.ndarray]:
+    """CPU seconds in each round, with one thread; else by the clock."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    modules = modules + [run.func for run in variants.values() if isinstance(getattr(run, "func", None), nn.Module)]
+    blocks: list[Tensor] = []
+    parts = []
+    for _ in range(PLACEMENTS):
+        place(modules, blocks)
+        parts.append(interleave(variants, math.ceil(rounds / PLACEMENTS), clock=clock))
+    return {key: np.concatenate([part[key] for part in parts]) for key in variants}
 
 
 def measure(
@@ -182,14 +209,13 @@ def measure(
     forged = forged_fx.transform(model, stats, RATIO)
     seconds: dict[tuple[str, str], np.ndarray] = {}
     runs: Variants = {}
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     with torch.no_grad():
         for key in what:
             if key in TIMED:
                 variants = TIMED[key](model, forged, stats, x)
                 if only_ours:
                     variants = {who: run for who, run in variants.items() if who[1] not in BY_HAND}
-                seconds |= interleave(variants, rounds, clock=clock)
+                seconds |= timed(variants, [model, forged], rounds)
                 runs |= variants
             else:
                 seconds |= compile_time(model, forged, x, max(2, rounds // 5))
@@ -244,7 +270,10 @@ def main(argv: list[str] | None = None) -> int:
         "threads": args.threads, "device": device_name("cpu"), "torch": torch.__version__, "triton": triton_version(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
-    print(f"{taken_on['device']}, {args.threads} threads, torch {torch.__version__}, {args.rounds} rounds in turn")
+    print(
+        f"{taken_on['device']}, {args.threads} threads, torch {torch.__version__}, {args.rounds} rounds in turn, "
+        f"weights at {PLACEMENTS} places"
+    )
     print("ms: the fastest round; ratio: throughput as a share of the plain model's, median and quartiles")
     rows = []
     for name in args.models:
