@@ -180,9 +180,8 @@ class _Scan:
         """Add one batch, whole or not at all. what: its name, for messages."""
         self._pending.clear()
         self.observer.run(*args, **kwargs)
-        calls = [
-            (name, _finished(f"{name!r} ({one.kind})", one, measured, what)) for name, one, measured in self._pending
-        ]
+        counted = [(name, one, _counted(*measured)) for name, one, measured in self._pending]
+        calls = [(name, _finished(f"{name!r} ({one.kind})", one, measured, what)) for name, one, measured in counted]
         for name, one in calls:
             self.sites[name] = self.sites[name].merge(one) if name in self.sites else one
         for name, site in self.sites.items():
@@ -215,10 +214,9 @@ class _Scan:
         measured: tuple[Tensor, ...] = ()
         if x.numel():
             low, high = torch.aminmax(histogram.flat(x))  # of other layouts it would make a copy
-            values = histogram.sample(x)
+            values = histogram.sample(x).clone()  # to be counted after the run, one site after the other: a third faster
             one.sampled = values.numel()
-            # NaN spreads through aminmax and maximum, so the largest value alone tells whether all were finite.
-            measured = (low, torch.maximum(-low, high), *histogram.count(values))
+            measured = (low, high, values)
             if self.channels and x.dim() >= -seen.channel:
                 measured += (channels.measure(x, seen.channel),)
         self._pending.append((seen.name, one, measured))
@@ -227,6 +225,15 @@ class _Scan:
         """The name of a parameter that the module has had since it began to run: a sharded one's, gathered for it."""
         own = self.observer.model.get_submodule(module).named_parameters(recurse=False)
         return next((f"{module}.{name}".removeprefix(".") for name, value in own if value is weight), None)
+
+
+def _counted(*measured: Tensor) -> tuple[Tensor, ...]:
+    """(smallest, largest magnitude, exact zeros, counts per bin, sums of channels if they were taken) of one call."""
+    if not measured:
+        return ()
+    low, high, values, *sums = measured
+    # NaN spreads through aminmax and maximum, so the largest value alone tells whether all were finite.
+    return low, torch.maximum(-low, high), *histogram.count(values), *sums
 
 
 def _finished(site: str, one: SiteStats, measured: tuple[Tensor, ...], batch: str) -> SiteStats:
