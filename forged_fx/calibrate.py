@@ -214,7 +214,7 @@ class _Scan:
         measured: tuple[Tensor, ...] = ()
         if x.numel():
             low, high = torch.aminmax(histogram.flat(x))  # of other layouts it would make a copy
-            values = histogram.sample(x).clone()  # to be counted after the run, one site after the other: a third faster
+            values = histogram.sample(x).clone()  # to be counted after the run, all in a row: a third faster
             one.sampled = values.numel()
             measured = (low, high, values)
             if self.channels and x.dim() >= -seen.channel:

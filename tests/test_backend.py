@@ -79,6 +79,23 @@ def test_the_threshold_is_not_an_opaque_call(model, stats, x):
     assert "torch.ops.forged_fx" not in code and "extern_kernels.addmm" in code
 
 
+def test_loops_shorter_than_a_vector_stay_vectors():
+    """A layout's change over 3 and 8 channels: Inductor's rule for what is worth vectors counts operations."""
+    from torch._inductor.utils import run_and_get_code
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3)).eval()
+    x = torch.rand(4, 3, 10, 10, generator=torch.Generator().manual_seed(0))
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]))
+
+    def one_by_one(module, **how):
+        with torch.no_grad():
+            _, (code,) = run_and_get_code(torch.compile(module, **how), x)
+        assert "transpose_mxn" in code or not torch.cpu._is_avx2_supported()
+        return code.count("_tail++")
+
+    assert one_by_one(forged, backend="forged") <= one_by_one(model)
+
+
 def test_statistics_may_be_a_path(model, stats, x, tmp_path):
     stats.save(tmp_path / "s")
     with torch.no_grad():
