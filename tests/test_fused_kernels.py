@@ -33,6 +33,13 @@ def _no_overflow_warnings() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _pytorchs_own_chain() -> Iterator[None]:
+    """Not oneDNN's, whose GELU depends on the CPU: with AVX-512 it is off by 1e-6, and NaN at infinity."""
+    with torch.backends.mkldnn.flags(enabled=False):
+        yield
+
+
 def batch_norm(channels: int, seed: int = 0) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(seed)
     mean, var, weight, bias = (torch.randn(channels, generator=g) for _ in range(4))
@@ -349,7 +356,7 @@ def test_few_decisions_differ_from_pytorch(dtype: torch.dtype) -> None:
 # How many values may differ from PyTorch's, and how many of these by more than 2 ulp: a few more than was measured, of
 # 46,080 behind other activations, 18,432 behind a GELU and 51,200 behind a norm.
 DIFFER = {
-    torch.float32: {"other": (14700, 2450), "gelu": (12600, 5200), "norm": (7900, 970)},
+    torch.float32: {"other": (15000, 2450), "gelu": (12600, 5200), "norm": (7900, 970)},
     torch.float16: {"other": (0, 0), "gelu": (370, 6), "norm": (5, 0)},
     torch.bfloat16: {"other": (0, 0), "gelu": (480, 390), "norm": (3, 0)},
 }
