@@ -83,9 +83,10 @@ def _with_modules(graph: fx.Graph) -> Callable:
     def forward(self: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
         modules: dict[str, Any] = {ROOT: self}
         for parent, leaf, found in plan:
-            parent = modules[parent]
-            child = parent._modules.get(leaf)  # nn.Module.__getattr__ comes to it last
-            modules[found] = getattr(parent, leaf) if child is None else child
+            try:
+                modules[found] = modules[parent]._modules[leaf]  # what nn.Module.__getattr__ comes to last
+            except (AttributeError, KeyError):
+                modules[found] = getattr(modules[parent], leaf)
         return run(SimpleNamespace(**modules), *args, **kwargs)
 
     return forward

@@ -136,6 +136,18 @@ def test_modules_are_those_of_the_moment(forged, x):
             forged(x)
 
 
+def test_modules_within_others_that_were_exchanged(x):
+    inner = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1))
+    model = nn.Sequential(inner, nn.ReLU()).eval()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), ratio=2**-2)
+    with torch.no_grad():
+        expected = forged(x)
+        for way in (torch.jit.script, lambda module: torch.compile(module, backend="eager")):
+            other = forged_fx.transform(model, forged_fx.calibrate(model, [x]), ratio=2**-2)
+            setattr(other, "0", way(other.get_submodule("0")))
+            assert torch.equal(other(x), expected)
+
+
 def test_that_dynamo_runs_the_calls_changes_nothing(forged, x):
     @torch.compile(backend="eager")
     def inside(value):
