@@ -178,10 +178,8 @@ def place(modules: list[nn.Module], blocks: list[Tensor]) -> None:
     """Put weights elsewhere, each module's; blocks: memory that is taken, so that results will lie elsewhere, too."""
     blocks += (torch.empty(random.randrange(2**18), dtype=torch.uint8) for _ in range(64))
     weights = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
-    before = [t.data for t in weights.values()]  # not free before all have moved
-    for t in weights.values():
-        t.data = t.data.clone()
-    del before
+    for t, moved in [(t, t.data.clone()) for t in weights.values()]:  # no place is free before all have moved
+        t.data = moved
 
 
 def timed(variants: Variants, modules: list[nn.Module], rounds: int) -> dict[tuple[str, str], np.ndarray]:

@@ -78,11 +78,10 @@ def _with_modules(graph: fx.Graph) -> Callable:
             owner, _, leaf = node.target.rpartition(".")
             node.target = f"{name(owner)}.{leaf}"
     run = torch_internals.forward_of(graph)
-    plan = [(parent, leaf, found) for (parent, leaf), found in steps.items()]
 
     def forward(self: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
         modules: dict[str, Any] = {ROOT: self}
-        for parent, leaf, found in plan:
+        for (parent, leaf), found in steps.items():
             try:
                 modules[found] = modules[parent]._modules[leaf]  # what nn.Module.__getattr__ comes to last
             except (AttributeError, KeyError):
