@@ -203,3 +203,24 @@ def test_a_layer_does_one_thing_with_its_input(kind, layer):
 def test_a_layer_keeps_its_input_from_other_layers():
     sites = forged_fx.calibrate(nn.Sequential(LowRank(4)), [torch.randn(2, 4)]).sites
     assert {name: site.layer for name, site in sites.items()} == {"0": False, "0.down": True}
+
+
+def test_an_input_is_measured_as_it_was_when_it_entered():
+    """A model may write into what a layer has read, and the samples are counted after the run."""
+
+    class Overwrites(nn.Module):
+        def __init__(self, overwrites):
+            super().__init__()
+            self.layer, self.overwrites = nn.Linear(4, 4), overwrites
+
+        def forward(self, x):
+            x = x + 1
+            y = self.layer(x)
+            return x.zero_() + y if self.overwrites else x + y
+
+    torch.manual_seed(0)
+    model = Overwrites(False)
+    x = torch.rand(8, 4)
+    expected = forged_fx.calibrate(model, [x]).sites["layer"]
+    model.overwrites = True
+    assert forged_fx.calibrate(model, [x]).sites["layer"] == expected and expected.zeros == 0
