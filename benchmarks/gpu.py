@@ -9,9 +9,11 @@
 2. Every kernel's time: median and quartiles, the cache flushed ahead of each run; the bytes that it has to move, per
    second, as a share of what a copy reaches in the same run; and how often faster it is than the same chain by
    PyTorch's operators, one by one.
-3. Models, plain and forged, in turn: throughput forged / plain, median and quartiles; and how many kernels a forward
-   pass of each launches, counted by the profiler. "eager, unfused" is the forged model with a kernel for each threshold
-   alone.
+3. Models, plain and forged, in turn: throughput forged / plain, median and quartiles; and by the profiler, how many
+   kernels a forward pass of each launches, and how long they take: loops are the kernels that Inductor generates but
+   for products, where thresholds ride; the others are products, attention and copies. "eager, unfused" is the forged
+   model with a kernel for each threshold alone; "only free", not run unless asked for, the model with no other
+   thresholds than those that forged_fx.cost calls free.
 
 What is not through when --budget ends is cut off, and listed; kernels leave half of it to the models. What fails is a
 row that says how, and the others are measured all the same. The exit status is 1 where a row is WRONG or failed.
@@ -39,14 +41,17 @@ import torch
 from kernel_cases import DTYPES, Case, cases
 from models import load
 from throughput import device_name, triton_version
-from torch import Tensor, nn
+from torch import Tensor
 
 import forged_fx
+from forged_fx.thresholds import thresholds_of
 from forged_fx.throughput import interleave
+from forged_fx.transform import forging_of
 
 COPY_BYTES = 2**28  # of the tensor whose copy is timed: more than any cache holds
 MODELS = ("torchvision:resnet18", "preact:28-4", "timm:vit_tiny_patch16_224")
 BACKENDS = {"plain": "inductor", "forged": "forged"}
+LOOPS = ("triton_poi", "triton_red", "triton_per")  # how Inductor calls a kernel that is no product
 KERNELS_SHARE = 0.5  # of the budget, at most, where models follow
 LATE = "no time left in --budget"
 
@@ -198,10 +203,11 @@ def kernel_rows(args: argparse.Namespace, bandwidth: float, ends: float) -> Iter
 
 @dataclass(frozen=True)
 class Mode:
-    """mode: torch.compile's, None for eager. fuse: as in forged_fx.transform."""
+    """mode: torch.compile's, None for eager. fuse, only: as in forged_fx.transform."""
 
     mode: str | None
     fuse: bool
+    only: str | None = None
 
 
 MODES = {  # those that take least first, so that what has no time left is what takes most
@@ -210,6 +216,8 @@ MODES = {  # those that take least first, so that what has no time left is what 
     "compiled": Mode("default", False),
     "reduce-overhead": Mode("reduce-overhead", False),
     "max-autotune": Mode("max-autotune", False),
+    "compiled, only free": Mode("default", False, "free"),
+    "max-autotune, only free": Mode("max-autotune", False, "free"),
 }
 
 
@@ -217,8 +225,9 @@ MODES = {  # those that take least first, so that what has no time left is what 
 class ModelRow:
     """plain_ms, forged_ms: the fastest round. ratio, low, high: throughput forged / plain, median and quartiles.
     launches: kernels in a forward pass of the plain model; more: what the forged one launches beyond them; not a number
-    where the profiler saw none. fused: how many of the thresholds run in a kernel with their producer. left_out: why
-    there is no figure."""
+    where the profiler saw none. loops, forged_loops: ms that Inductor's loops take in a pass of each; others,
+    forged_others: that all other kernels take. sites: how many are forged. fused: how many of the thresholds run in an
+    eager kernel with their producer. left_out: why there is no figure."""
 
     model: str
     dtype: str
@@ -231,6 +240,11 @@ class ModelRow:
     high: float = math.nan
     launches: float = math.nan
     more: float = math.nan
+    loops: float = math.nan
+    forged_loops: float = math.nan
+    others: float = math.nan
+    forged_others: float = math.nan
+    sites: float = math.nan
     fused: float = math.nan
     left_out: str = ""
 
@@ -244,7 +258,8 @@ def measure_model(name: str, dtype: torch.dtype, mode: Mode, args: argparse.Name
     model = model.to(args.device, dtype, memory_format=torch.channels_last)
     x = torch.rand(args.batch, *shape, generator=torch.Generator().manual_seed(0)).to(args.device, dtype)
     x = x.to(memory_format=torch.channels_last)
-    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-6, fuse=mode.fuse)
+    stats = forged_fx.calibrate(model, [x])
+    forged = forged_fx.transform(model, stats, 2**-6, fuse=mode.fuse, only=mode.only)
     models: dict[str, Callable] = {"plain": model, "forged": forged}
     if mode.mode is not None:
         options = {} if mode.mode == "default" else {"mode": mode.mode}
@@ -252,31 +267,43 @@ def measure_model(name: str, dtype: torch.dtype, mode: Mode, args: argparse.Name
     calls = {("", key): functools.partial(m, x) for key, m in models.items()}
     with torch.no_grad():
         times = interleave(calls, args.runs, torch.cuda.synchronize if args.device == "cuda" else lambda: None)
-        counts = {key: launches(call) if args.device == "cuda" else math.nan for (_, key), call in calls.items()}
+        ran = {key: kernels(call) if args.device == "cuda" else [] for (_, key), call in calls.items()}
     plain, ours = times["", "plain"], times["", "forged"]
     low, ratio, high = np.quantile(plain / ours, (0.25, 0.5, 0.75))
-    fastest = {"plain_ms": 1e3 * plain.min(), "forged_ms": 1e3 * ours.min()}
-    counted = {"launches": counts["plain"], "more": counts["forged"] - counts["plain"]}
-    fused = getattr(_record(forged), "fused", None) or 0
-    return {**fastest, "ratio": ratio, "low": low, "high": high, **counted, "fused": fused}
+    return {
+        "plain_ms": 1e3 * plain.min(),
+        "forged_ms": 1e3 * ours.min(),
+        **{"ratio": ratio, "low": low, "high": high},
+        **profiled(ran["plain"], ran["forged"]),
+        "sites": len(thresholds_of(forged)),
+        "fused": forging_of(forged).fused or 0,
+    }
 
 
-def launches(call: Callable[[], Any]) -> float:
-    """How many kernels run on the device in one call. Memory that is copied or set is not counted."""
+def kernels(call: Callable[[], Any]) -> list[tuple[str, float]]:
+    """The kernels that run on the device in one call: name and milliseconds. Memory that is copied or set is none."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as watched:
         call()
         torch.cuda.synchronize()
-    names = [event.name for event in watched.events() if event.device_type == DeviceType.CUDA]
-    return sum(not name.startswith(("Memcpy", "Memset")) for name in names) or math.nan
+    events = [event for event in watched.events() if event.device_type == DeviceType.CUDA]
+    ran = [(event.name, event.time_range.elapsed_us() / 1e3) for event in events]
+    return [(name, ms) for name, ms in ran if not name.startswith(("Memcpy", "Memset"))]
 
 
-def _record(forged: nn.Module) -> Any:
-    from forged_fx.transform import forging_of
-
-    return forging_of(forged)
+def profiled(plain: list[tuple[str, float]], forged: list[tuple[str, float]]) -> dict[str, float]:
+    """A row's figures for the kernels that ran in each; none where the profiler saw none."""
+    if not plain or not forged:
+        return {}
+    loops, others, forged_loops, forged_others = (
+        sum(ms for name, ms in ran if name.startswith(LOOPS) is looped)
+        for ran in (plain, forged)
+        for looped in (True, False)
+    )
+    times = {"loops": loops, "others": others, "forged_loops": forged_loops, "forged_others": forged_others}
+    return {"launches": len(plain), "more": len(forged) - len(plain), **times}
 
 
 def model_rows(args: argparse.Namespace, ends: float) -> Iterator[ModelRow]:
@@ -296,9 +323,11 @@ KERNEL_COLUMNS = {
     "share": (">6", ".3f"), "gain": (">6", ".2f"), "left_out": ("", ""),
 }  # fmt: skip
 MODEL_COLUMNS = {
-    "model": ("<32", ""), "dtype": ("<8", ""), "mode": ("<15", ""), "batch": (">5", "d"), "plain_ms": (">9", ".3f"),
+    "model": ("<32", ""), "dtype": ("<8", ""), "mode": ("<23", ""), "batch": (">5", "d"), "plain_ms": (">9", ".3f"),
     "forged_ms": (">9", ".3f"), "ratio": (">6", ".3f"), "low": (">6", ".3f"), "high": (">6", ".3f"),
-    "launches": (">8", ".0f"), "more": (">5", ".0f"), "fused": (">5", ".0f"), "left_out": ("", ""),
+    "launches": (">8", ".0f"), "more": (">5", ".0f"), "loops": (">7", ".3f"), "forged_loops": (">12", ".3f"),
+    "others": (">7", ".3f"), "forged_others": (">13", ".3f"), "sites": (">5", ".0f"), "fused": (">5", ".0f"),
+    "left_out": ("", ""),
 }  # fmt: skip
 
 
@@ -324,7 +353,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="*", default=list(MODELS), metavar="MODEL", help="see benchmarks/models.py")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="of models, float32 if alone")
     parser.add_argument("--only", default="", help="of the kernels, those whose name contains this")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=[m for m in MODES if not MODES[m].only])
     parser.add_argument("--batch", type=int, default=32, help="inputs per forward pass (default: %(default)s)")
     parser.add_argument("--runs", type=int, default=15, help="rounds (default: %(default)s)")
     parser.add_argument("--budget", type=float, default=280, help="seconds for all of it (default: %(default)s)")

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,9 +58,11 @@ def test_rehearsal(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", [name for name, mode in gpu.MODES.items() if mode.mode])
 def test_both_models_are_compiled_in_the_same_mode(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = {}
+    asked, compile = {}, torch.compile
 
-    def compiled(model: torch.nn.Module, backend: str, **options: str) -> torch.nn.Module:
+    def compiled(model: torch.nn.Module, backend: Any, **options: Any) -> Any:
+        if backend not in gpu.BACKENDS.values():  # forged_fx.cost's, which only looks at the graph
+            return compile(model, backend=backend, **options)
         asked[backend] = (bool(thresholds_of(model)), options.get("mode", "default"))
         return model
 
