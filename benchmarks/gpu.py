@@ -13,7 +13,8 @@
    kernels a forward pass of each launches, and how long they take: loops are the kernels that Inductor generates but
    for products, where thresholds ride; the others are products, attention and copies. "eager, unfused" is the forged
    model with a kernel for each threshold alone; "only free", not run unless asked for, the model with no other
-   thresholds than those that forged_fx.cost calls free.
+   thresholds than those that forged_fx.cost calls free. Below a row: the kernels that take longer, as Inductor calls
+   them, the threshold and the number left out, so that plain and forged ones have one name.
 
 What is not through when --budget ends is cut off, and listed; kernels leave half of it to the models. What fails is a
 row that says how, and the others are measured all the same. The exit status is 1 where a row is WRONG or failed.
@@ -27,12 +28,13 @@ import csv
 import datetime
 import functools
 import math
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +229,7 @@ class ModelRow:
     launches: kernels in a forward pass of the plain model; more: what the forged one launches beyond them; not a number
     where the profiler saw none. loops, forged_loops: ms that Inductor's loops take in a pass of each; others,
     forged_others: that all other kernels take. sites: how many are forged. fused: how many of the thresholds run in an
-    eager kernel with their producer. left_out: why there is no figure."""
+    eager kernel with their producer. left_out: why there is no figure. slower: see the head of this file."""
 
     model: str
     dtype: str
@@ -247,6 +249,7 @@ class ModelRow:
     sites: float = math.nan
     fused: float = math.nan
     left_out: str = ""
+    slower: str = ""
 
     def __str__(self) -> str:
         return f"{self.model} ({self.dtype}, {self.mode})"
@@ -293,7 +296,7 @@ def kernels(call: Callable[[], Any]) -> list[tuple[str, float]]:
     return [(name, ms) for name, ms in ran if not name.startswith(("Memcpy", "Memset"))]
 
 
-def profiled(plain: list[tuple[str, float]], forged: list[tuple[str, float]]) -> dict[str, float]:
+def profiled(plain: list[tuple[str, float]], forged: list[tuple[str, float]]) -> dict[str, Any]:
     """A row's figures for the kernels that ran in each; none where the profiler saw none."""
     if not plain or not forged:
         return {}
@@ -303,7 +306,24 @@ def profiled(plain: list[tuple[str, float]], forged: list[tuple[str, float]]) ->
         for looped in (True, False)
     )
     times = {"loops": loops, "others": others, "forged_loops": forged_loops, "forged_others": forged_others}
-    return {"launches": len(plain), "more": len(forged) - len(plain), **times}
+    counts = {"launches": len(plain), "more": len(forged) - len(plain)}
+    return {**counts, **times, "slower": "; ".join(slower(by_name(plain), by_name(forged)))}
+
+
+def by_name(ran: list[tuple[str, float]]) -> dict[str, list[float]]:
+    """A kernel's name, but for its number, its threshold and a template's arguments -> the times of each."""
+    times: dict[str, list[float]] = {}
+    for name, ms in ran:
+        times.setdefault(re.sub(r"_threshold|_\d+$|<.*", "", name), []).append(ms)
+    return times
+
+
+def slower(plain: dict[str, list[float]], forged: dict[str, list[float]], most: int = 5) -> list[str]:
+    """At most `most` kernels, the greatest loss first: how long they take, and how many they are."""
+    lost = {name: sum(ms) - sum(plain.get(name, [])) for name, ms in forged.items()}
+    worst = sorted((name for name in lost if lost[name] > 0), key=lambda name: -lost[name])[:most]
+    rows = [(name, plain.get(name, []), forged[name]) for name in worst]
+    return [f"{name} {sum(a):.3f} ms ({len(a)}) -> {sum(b):.3f} ms ({len(b)})" for name, a, b in rows]
 
 
 def model_rows(args: argparse.Namespace, ends: float) -> Iterator[ModelRow]:
@@ -331,16 +351,20 @@ MODEL_COLUMNS = {
 }  # fmt: skip
 
 
-def report(rows: Iterator[Any], columns: dict[str, tuple[str, str]], path: Path, where: dict[str, Any]) -> list[Any]:
+def report(
+    kind: type, rows: Iterator[Any], columns: dict[str, tuple[str, str]], path: Path, where: dict[str, Any]
+) -> list[Any]:
     """Print the rows and write them as they come: what was measured is not lost with what fails later."""
     print(" ".join(f"{key:{width}}" for key, (width, _) in columns.items()))
     done = []
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*columns, *where])
+        writer = csv.DictWriter(file, [*(field.name for field in fields(kind)), *where])
         writer.writeheader()
         for row in rows:
             cells = asdict(row)
             print(" ".join(f"{cells[k]:{width}{form}}" for k, (width, form) in columns.items()).rstrip(), flush=True)
+            for kernel in filter(None, cells.get("slower", "").split("; ")):
+                print(f"    {kernel}", flush=True)
             writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in {**cells, **where}.items()})
             file.flush()
             done.append(row)
@@ -370,6 +394,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("gpu.py: this machine has no GPU that PyTorch can use, so there is nothing to time; see --help")
         return 0
+    if args.models and "forged" not in torch._dynamo.list_backends():
+        sys.exit('gpu.py: PyTorch does not know backend="forged": install this package first, `pip install -e .`')
     where = {
         "device": device_name(args.device),
         "torch": torch.__version__,
@@ -382,10 +408,14 @@ def main(argv: list[str] | None = None) -> int:
     bandwidth = copy_bandwidth(args.device)
     print(f"a copy moves {bandwidth / 1e9:.0f} GB/s, read and written; share is of that\n")
     rows = kernel_rows(args, bandwidth, kernels_end)
-    done = report(rows, KERNEL_COLUMNS, args.csv / "gpu_kernels.csv", {"copy_gb_s": bandwidth / 1e9, **where})
+    done = report(
+        KernelRow, rows, KERNEL_COLUMNS, args.csv / "gpu_kernels.csv", {"copy_gb_s": bandwidth / 1e9, **where}
+    )
     faults = [f"WRONG: {row}" for row in done if row.verdict == "WRONG"]
     if args.models:
-        done += report(model_rows(args, ends), MODEL_COLUMNS, args.csv / "gpu_models.csv", {"runs": args.runs, **where})
+        done += report(
+            ModelRow, model_rows(args, ends), MODEL_COLUMNS, args.csv / "gpu_models.csv", {"runs": args.runs, **where}
+        )
     faults += [f"FAILED: {row}: {row.left_out}" for row in done if row.left_out not in ("", LATE)]
     for fault in faults:
         print(fault, file=sys.stderr)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kinks import DTYPES, LAYOUTS, same, values
+from launches import MERGED
 from test_backend import graphs
 from test_kinds_ops import KINDS, SCALAR, arguments
 from torch import nn
@@ -225,6 +226,7 @@ OWN_PRODUCTS = {
     "max_autotune": True,
     "max_autotune_gemm_backends": "TRITON",
     "benchmark_epilogue_fusion": False,
+    **MERGED,
 }
 
 

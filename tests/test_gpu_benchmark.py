@@ -73,6 +73,28 @@ def test_both_models_are_compiled_in_the_same_mode(mode: str, monkeypatch: pytes
     assert asked == {"inductor": (False, wanted), "forged": (True, wanted)}
 
 
+# name, ms: as the profiler lists them, in order
+PLAIN = [("triton_poi_fused_relu_0", 1.0), ("void product<128>(int)", 4.0), ("triton_poi_fused_relu_1", 2.0)]
+OURS = [
+    ("triton_poi_fused_threshold_0", 0.5),
+    ("triton_poi_fused_relu_threshold_1", 1.5),
+    ("void product<64>(int)", 3.0),
+]
+
+
+def test_where_the_time_goes() -> None:
+    figures = gpu.profiled(PLAIN, [*OURS, ("triton_tem_fused_mm_2", 0.25), ("triton_poi_fused_relu_threshold_3", 2.0)])
+    assert (figures["launches"], figures["more"]) == (3, 2)
+    assert (figures["loops"], figures["others"]) == (3, 4)
+    assert (figures["forged_loops"], figures["forged_others"]) == (4, 3.25), "a product is no loop"
+    assert figures["slower"].split("; ") == [
+        "triton_poi_fused 0.000 ms (0) -> 0.500 ms (1)",
+        "triton_poi_fused_relu 3.000 ms (2) -> 3.500 ms (2)",
+        "triton_tem_fused_mm 0.000 ms (0) -> 0.250 ms (1)",
+    ]
+    assert gpu.profiled([], OURS) == {}, "nothing is made up where the profiler saw none"
+
+
 def do(name: str) -> None:
     """What kernels and models do that are called so."""
     if name == "slow":
