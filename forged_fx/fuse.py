@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from forged_fx import ops, torch_internals
 from forged_fx.capture import has_hooks
 from forged_fx.fused_ops import FORGED
+from forged_fx.hoist_traced import lift, readers
 from forged_fx.sites import CALLS
 from forged_fx.torch_internals import has_any_global_hook
 
@@ -273,6 +274,7 @@ def fuse(forged: fx.GraphModule) -> dict[str, str]:
     Returns site -> what its kernel computes besides, for each of them.
     """
     done = {}
+    lift(forged.graph, lambda node: _makes(node, forged))
     thresholds = [node for node in forged.graph.nodes if node.op == "call_function" and node.target in THRESHOLDS]
     for threshold in thresholds:
         steps, keep = _chain(threshold, forged)
@@ -282,6 +284,14 @@ def fuse(forged: fx.GraphModule) -> dict[str, str]:
     forged.graph.lint()
     forged.recompile()
     return done
+
+
+def _makes(node: Any, root: nn.Module) -> bool:
+    """Whether the node, or what it passes on, is a producer."""
+    step = _step(node, root)
+    while step is not None and step.row.role == "pass" and readers(step.x) == {step.node}:
+        step = _step(step.x, root)
+    return step is not None and step.row.role != "pass"
 
 
 def _chain(threshold: fx.Node, root: nn.Module) -> tuple[list[_Found], int | None]:
@@ -300,10 +310,11 @@ def _chain(threshold: fx.Node, root: nn.Module) -> tuple[list[_Found], int | Non
             if any([*ROLES].index(r) >= below or r in ROLES[role] for r in roles):
                 break
         others = set(node.users) - {steps[0].node if steps else threshold}
+        if any(order[other] < order[threshold.args[0]] for other in others):
+            break  # it would have to be there before the call that makes it, which stands where the last step does
+        others &= readers(node)
         if others and (shared is not None or (roles and role != "first")):
             break
-        if role == "first" and any(order[reader] < order[threshold.args[0]] for reader in others):
-            break  # it would have to be there before the call that makes it
         if not _may_move([step, *steps], threshold, order, root):
             break
         shared = step if others else shared
@@ -382,7 +393,8 @@ def _writes(node: fx.Node, root: nn.Module) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     in_place = (name.endswith("_") and not name.endswith("__")) or name in ("setitem", "__setitem__")
     operators = node.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv)
-    return in_place or operators or bool(node.kwargs.get("inplace")) or "out" in node.kwargs or True in node.args[1:]
+    flag = any(arg is True for arg in (*node.args[1:], node.kwargs.get("inplace")))  # (1 == True)
+    return in_place or operators or flag or "out" in node.kwargs
 
 
 def _is_fresh(node: fx.Node, root: nn.Module) -> bool:
@@ -409,6 +421,5 @@ def _replace(threshold: fx.Node, steps: list[_Found], keep: int | None) -> None:
         kept = None if keep is None else graph.call_function(operator.getitem, (new, 1))
     threshold.replace_all_uses_with(y)
     for node in (threshold, *(step.node for step in reversed(steps))):
-        if node.users:
-            node.replace_all_uses_with(kept)
+        node.replace_all_uses_with(kept if readers(node) else y)  # all have the same shape
         graph.erase_node(node)

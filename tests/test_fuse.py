@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import forged_fx
 from forged_fx import fused_ops
 from forged_fx.audit import alike
+from forged_fx.fuse import producer_threshold
 from forged_fx.kinds import KINDS
 from forged_fx.thresholds import thresholds_of
 from forged_fx.transform import ForgedModule
@@ -79,6 +80,48 @@ def in_place_sum(m: Net, x: Tensor, last: nn.Module) -> Tensor:
     return last(m.relu_(out))
 
 
+def read_between(m: Net, x: Tensor, last: nn.Module) -> Tensor:
+    y = m.relu(x)
+    r = y.exp()
+    return last(m.same(y)) + r
+
+
+def shape_read(m: Net, x: Tensor, last: nn.Module) -> Tensor:
+    y = m.gelu(m.bn(x))
+    return last(y) + y.shape[1] + y.size(2)
+
+
+def shape_read_between(m: Net, x: Tensor, last: nn.Module) -> Tensor:
+    y = m.bn(x)
+    n = y.shape[1]
+    return last(m.gelu(y)) + n
+
+
+def windows(m: Net, x: Tensor, last: nn.Module) -> Tensor:
+    """Four windows, shifted and padded, as a Swin transformer cuts them."""
+    y = m.drop(m.ln(x))
+    n, c, h, w = y.shape
+    y = F.pad(torch.roll(y, (1, 2), (2, 3)), (0, 0, 0, h % 2))
+    y = y.view(n, c, 2, h // 2, 2, w // 2).permute(0, 2, 4, 1, 3, 5).contiguous()
+    return last(y.view(-1, c, h // 2, w // 2))
+
+
+def moved_and_read(m: Net, x: Tensor, last: nn.Module) -> Tensor:
+    y = m.gelu(x).roll(1, 2)
+    return last(y) + y
+
+
+def moved_and_read_above(m: Net, x: Tensor, last: nn.Module) -> Tensor:
+    y = m.gelu(x)
+    return last(y.flip(2)) + y
+
+
+def moved_and_written(m: Net, x: Tensor, last: nn.Module) -> Tensor:
+    y = m.gelu(x)
+    y.view(-1).mul_(2)
+    return last(y.transpose(2, 3))
+
+
 # What is between the convolutions -> what its kernel computes besides the threshold (None: the site is not fused).
 CASES: dict[str, tuple[Callable, str | None]] = {
     "bn": (lambda m, x, last: last(m.bn(x)), "BatchNorm2d"),
@@ -101,6 +144,17 @@ CASES: dict[str, tuple[Callable, str | None]] = {
     "sum is needed early": (sum_read_early, "BatchNorm2d + ReLU"),
     "added behind the norm": (lambda m, x, last: last(m.ln(x) + x), "add"),
     "written in between": (written_in_between, "ReLU"),
+    "read in between": (read_between, None),
+    "its shape is read": (shape_read, "BatchNorm2d + GELU"),
+    "its shape is read in between": (shape_read_between, "GELU"),
+    "windows": (windows, "LayerNorm"),
+    "moved": (lambda m, x, last: last(m.gelu(x).flatten(2).unflatten(2, (8, 8)).transpose(2, 3)), "GELU"),
+    "moved, read": (moved_and_read, None),
+    "moved, read above": (moved_and_read_above, None),
+    "moved, written": (moved_and_written, None),
+    "padded with ones": (lambda m, x, last: last(F.pad(m.gelu(x), (1, 1), value=1.0)), None),
+    "reflected": (lambda m, x, last: last(F.pad(m.gelu(x), (1, 1, 0, 0), "reflect")), None),
+    "selected": (lambda m, x, last: last(m.gelu(x)[:, :, 1:]), None),
     "nothing": (lambda m, x, last: last(x), None),
     "unknown": (lambda m, x, last: last(x.sigmoid()), None),
     "no parameter per channel": (lambda m, x, last: last(x * m.position), None),
@@ -170,6 +224,28 @@ def test_fused_is_unfused(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(fused.state_dict().values(), plain.state_dict().values(), strict=True))
     fused.eval(), plain.eval()
     assert torch.equal(fused(x), plain(x))
+
+
+def test_a_shape_that_is_read_is_not_the_value() -> None:
+    """Nothing is written for it."""
+    _, fused, _ = pair(shape_read)
+    calls = [node for node in fused.graph.nodes if node.target is producer_threshold]
+    assert [node.args[3] for node in calls] == [None]
+
+
+def test_the_norms_of_transformers() -> None:
+    """Attention asks for the shape of its input, and a Swin transformer cuts it into windows."""
+    timm = pytest.importorskip("timm")
+    small = {"img_size": 56, "embed_dim": 24, "num_classes": 2}
+    vit = timm.models.VisionTransformer(**small, patch_size=14, depth=2, num_heads=2)
+    swin = timm.models.SwinTransformer(**small, depths=(2,), num_heads=(2,), window_size=7)
+    for model, block, shortcut in ((vit, "blocks.1", "add + "), (swin, "layers.0.blocks.1", "")):
+        x = torch.rand(1, 3, 56, 56)
+        forged = forged_fx.transform(model.eval(), forged_fx.calibrate(model, [x]), fuse=True)
+        reached = {row.site: row.reached for row in forged_fx.describe(forged)}
+        assert reached[f"{block}.attn.qkv"].endswith(f"with {shortcut}LayerNorm"), reached
+        assert reached[f"{block}.mlp.fc1"].endswith("LayerNorm"), reached
+        assert reached[f"{block}.mlp.fc2"].endswith("GELU"), reached
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind].function in fused_ops.FORGED])
