@@ -191,9 +191,12 @@ CALLS = {
     "overwrite": lambda x: x.relu_(),
     "halves": lambda x: torch.cat(x.split(WIDTH // 2, dim=1)[::-1], 1),
     "detour": lambda x: x.t().contiguous().t(),
+    "rolled": lambda x: F.pad(torch.roll(x, 2, 1).view(x.shape[0], 2, WIDTH // 2), (0, 0)).flatten(1),
 }
 JOINS = {"add": torch.add, "add in place": lambda x, y: x.add_(y), "times": torch.mul}
-STEPS = (*MODULES, *MODULES, *CALLS, *JOINS, "shared", "shared")
+STEPS = (*MODULES, *MODULES, *CALLS, *JOINS, "shared", "shared", "aside")
+# What a threshold is fused with, and what may be between it and the layer that it belongs to.
+PRODUCERS, BETWEEN = ("relu", "norm", "add"), ("dropout", "rolled", "aside", "add in place")
 
 Step = tuple[str, int]
 
@@ -219,6 +222,9 @@ class Generated(nn.Module):
         kept = [x * 1.0]
         for i, (name, back) in enumerate(self.program):
             last, earlier = kept[-1], kept[back % len(kept)]
+            if name == "aside":  # read here, and needed later, if at all
+                kept.insert(-1, last.sin())
+                continue
             if name in MODULES:
                 value = self.parts[str(i)](last)
             elif name in CALLS:
@@ -255,10 +261,22 @@ class Case:
         return torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(self.seed + 1))
 
 
-def models() -> st.SearchStrategy[Case]:
-    program = st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 7)), min_size=1, max_size=7).map(tuple)
+def models(program: st.SearchStrategy[tuple[Step, ...]] | None = None) -> st.SearchStrategy[Case]:
+    if program is None:
+        program = st.lists(_step(*STEPS), min_size=1, max_size=7).map(tuple)
     ratio = st.sampled_from([2**-6, 2**-3, 0.5, 1.0]) | st.floats(0, 1)
     return st.builds(Case, program, SEEDS, ratio, st.booleans())
+
+
+def fusible() -> st.SearchStrategy[Case]:
+    """Models of layers behind producers, near or not."""
+    between = st.lists(_step(*BETWEEN), max_size=3).map(tuple)
+    layer = st.builds(lambda first, then, last: (first, *then, last), _step(*PRODUCERS), between, _step("linear"))
+    return models(st.lists(layer, min_size=1, max_size=4).map(lambda layers: sum(layers, ())))
+
+
+def _step(*names: str) -> st.SearchStrategy[Step]:
+    return st.tuples(st.sampled_from(names), st.integers(0, 7))
 
 
 # ---- statistics

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from generated import Case, Generated, models, same_state, scans, state_of, tensors
+from generated import Case, Generated, fusible, models, same_state, scans, state_of, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreted import arithmetic_of_a_gpu, kernels  # noqa: F401 (a fixture)
@@ -186,6 +186,21 @@ def test_models_are_forged_as_the_oracle_has_it(case):
                 assert same(forged(x.clone()), oracle(plain, x, 0, maxima)[0])
                 torch.testing.assert_close(forged(x.clone()), plain(x.clone()))
         assert all(a <= b for few, more in pairwise(shares) for a, b in zip(few, more, strict=True))
+
+
+@cases(60)
+@given(fusible())
+def test_fused_is_unfused(case):
+    """Bit for bit, on a CPU, in both modes: whatever reads, writes or moves the values on the way."""
+    stats = forged_fx.calibrate(case.model, [b.clone() for b in case.batches])
+    both = [forged_fx.transform(case.model, stats, case.ratio, fuse=fuse) for fuse in (False, True)]
+    for training in (True, False):
+        results = []
+        for forged in both:
+            forged.train(training)
+            torch.manual_seed(0)
+            results.append(forged(case.x.clone()).detach())
+        assert same(*results), training
 
 
 @cases(15)
