@@ -57,9 +57,10 @@ def other(x, a, b, RULE: tl.constexpr):
         rest = tl.where(wide < 0.0, wide + a, wide - a)
         y = tl.where(dropped, 0.0, tl.where(a > 0.0, rest, wide)).to(x.dtype)
     elif RULE == "clamp":
-        y = tl.where(dropped, tl.where(wide < 0.0, -a, a).to(x.dtype), x)
+        # (Before version 3.8 Triton takes -a for 0 - a, which is another zero where a is one.)
+        y = tl.where(dropped, tl.where(wide < 0.0, a * -1.0, a).to(x.dtype), x)
     elif RULE == "band":
-        end = tl.where(wide < 0.0, -b, b).to(x.dtype)
+        end = tl.where(wide < 0.0, b * -1.0, b).to(x.dtype)
         y = tl.where(dropped, tl.where(tl.abs(wide) < a, 0.0, end), x)
     elif RULE == "mean":
         y = tl.where(dropped, a.to(x.dtype), x)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,7 +42,7 @@ def assets():
     if not folder:
         pytest.skip("FORGED_FX_ASSETS is not set: the tests on real models need the models")
     spec = importlib.util.spec_from_file_location("zoo", Path(folder) / "zoo.py")
-    zoo = importlib.util.module_from_spec(spec)
+    zoo = sys.modules["zoo"] = importlib.util.module_from_spec(spec)  # (Dynamo of torch 2.11 and 2.12 imports it)
     spec.loader.exec_module(zoo)
 
     def images(name, n):
