@@ -408,8 +408,10 @@ def _is_fresh(node: fx.Node, root: nn.Module) -> bool:
 
 def _replace(threshold: fx.Node, steps: list[_Found], keep: int | None) -> None:
     graph, last = threshold.graph, threshold.args[0]
+    parameters = threshold.args[1:]
+    for parameter in parameters:
+        last.prepend(parameter)
     with graph.inserting_before(last):
-        parameters = tuple(graph.get_attr(t.target) for t in threshold.args[1:])
         written = []
         for step in steps:
             what = step.what if isinstance(step.what, str) else graph.get_attr(step.node.target)

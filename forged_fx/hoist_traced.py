@@ -49,13 +49,11 @@ def lift(graph: fx.Graph, joins: Callable[[fx.Node], bool]) -> None:
             below, node = node, node.args[0]
         if below is threshold or not FORGED[threshold.target].moves or readers(node) != {below} or not joins(node):
             continue
-        with graph.inserting_before(below):
-            parameters = [graph.get_attr(t.target) for t in threshold.args[1:]]
-            new = graph.call_function(threshold.target, (node, *parameters))
-        new.meta = dict(threshold.meta)
-        below.replace_input_with(node, new)
         threshold.replace_all_uses_with(threshold.args[0])
-        graph.erase_node(threshold)
+        for moved in (*threshold.args[1:], threshold):
+            below.prepend(moved)
+        threshold.replace_input_with(threshold.args[0], node)
+        below.replace_input_with(node, threshold)
 
 
 def readers(node: fx.Node) -> set[fx.Node]:

@@ -206,6 +206,7 @@ def test_fused_is_unfused(name: str) -> None:
     together = "" if expected is None else f", in one call with {expected}"
     assert reached == {"first": "in the graph", "last": "in the graph" + together}
     kernel = "norm_threshold" if "orm" in (expected or "").replace("BatchNorm", "") else "elementwise_threshold"
+    assert all(node.users for node in fused.graph.nodes if node.op == "get_attr"), "what is not needed is not looked up"
     assert ran(fused, x) == ({"threshold": 2} if expected is None else {"threshold": 1, kernel: 1})
     assert fused.state_dict().keys() == plain.state_dict().keys()
     assert torch.equal(fused(x), plain(x))
