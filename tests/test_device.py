@@ -36,7 +36,7 @@ pytestmark = pytest.mark.gpu
 
 
 class Transformer(nn.Module):
-    """Two blocks as in a ViT: LayerNorms, GELU, fused attention, residual streams."""
+    """Two blocks as in a ViT: LayerNorms, GELU, fused attention, residual streams. Tokens roll, as in a Swin."""
 
     def __init__(self, width=64, heads=4):
         super().__init__()
@@ -60,7 +60,7 @@ class Block(nn.Module):
 
     def forward(self, x):
         n, length, width = x.shape
-        qkv = self.qkv(self.norm1(x)).view(n, length, 3, self.heads, width // self.heads)
+        qkv = self.qkv(self.norm1(x).roll(1, 1)).view(n, length, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, length, width))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
