@@ -162,22 +162,26 @@ def _open_compositions(gm: fx.GraphModule) -> None:
             torch_internals.inline_opened(gm, node, OPENED[node.target])
 
 
-def _watch(model: torch.nn.Module, backend: Callable, arguments: dict[str, Any]) -> Callable[[], None] | None:
-    """Dynamo may give a whole pass up without a graph; then neither the backend nor a graph of its hears of it."""
+def _strict(backend: Callable, arguments: dict[str, Any]) -> dict[str, Any] | None:
+    """Our options, where every site is to be forged."""
     options = arguments.get("options", {})
     if backend is not forged or "stats" not in options or not options.get("strict", True):
         return None
-    ours = {key: value for key, value in options.items() if key in OPTIONS}
+    return {key: value for key, value in options.items() if key in OPTIONS}
+
+
+def _watch(model: torch.nn.Module, options: dict[str, Any]) -> Callable[[], None]:
+    """Dynamo may give a whole pass up without a graph; then neither the backend nor a graph of its hears of it."""
     before = passes.ended
 
     def check() -> None:
-        if passes.ended == before and (missed := (compilation := _compilation([model], ours)).always):
+        if passes.ended == before and (missed := (compilation := _compilation([model], options)).always):
             compilation.refuse(missed)
 
     return check
 
 
-torch_internals.around_calls_of_compiled_modules(_watch)
+torch_internals.around_calls_of_compiled_modules(_strict, _watch)
 
 
 def _module_of_node(node: fx.Node, names: dict[int, str], here: str) -> str:

@@ -228,10 +228,10 @@ def at_end_of_call() -> list[Callable[[], None]] | None:
 
 
 def around_calls_of_compiled_modules(
-    watch: Callable[[torch.nn.Module, Callable, dict[str, Any]], Callable[[], None] | None],
+    concerns: Callable[[Callable, dict[str, Any]], Any], watch: Callable[[torch.nn.Module, Any], Callable[[], None]]
 ) -> None:
-    """Call `watch(module, backend, the backend's keyword arguments)` ahead of each call of a compiled module, and what
-    it returns after the call.
+    """Ask `concerns(backend, its keyword arguments)` of each compiled module, once. Where it returns something,
+    call `watch(module, that)` ahead of each call of the module, and what it returns after the call.
 
     Where Dynamo gives a frame up before it has a graph, it runs it plain and never calls the backend: this is the only
     place left to notice.
@@ -240,14 +240,21 @@ def around_calls_of_compiled_modules(
 
     plain = OptimizedModule.__call__
 
+    def concern(context: Any) -> Any:
+        wrapper = innermost_backend(context.callback)
+        ours = isinstance(wrapper, torch._TorchCompileWrapper)
+        return concerns(wrapper.compiler_fn, wrapper.kwargs) if ours else None
+
     @functools.wraps(plain)
     def call(self: OptimizedModule, *args: Any, **kwargs: Any) -> Any:
-        wrapper = innermost_backend(self.dynamo_ctx.callback)
-        ours = isinstance(wrapper, torch._TorchCompileWrapper)
-        check = watch(self._orig_mod, wrapper.compiler_fn, wrapper.kwargs) if ours else None
+        known = vars(self.dynamo_ctx)
+        if "forged_fx" not in known:
+            known["forged_fx"] = concern(self.dynamo_ctx)
+        if known["forged_fx"] is None:
+            return plain(self, *args, **kwargs)
+        check = watch(self._orig_mod, known["forged_fx"])
         result = plain(self, *args, **kwargs)
-        if check is not None:
-            check()
+        check()
         return result
 
     OptimizedModule.__call__ = call
