@@ -247,6 +247,8 @@ def around_calls_of_compiled_modules(
 
     @functools.wraps(plain)
     def call(self: OptimizedModule, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # within another compiled call, which Dynamo looks into
+            return plain(self, *args, **kwargs)
         known = vars(self.dynamo_ctx)
         if "forged_fx" not in known:
             known["forged_fx"] = concern(self.dynamo_ctx)

@@ -571,3 +571,15 @@ def test_low_precision_agrees_with_eager_on_request():
         for fast in differ:
             differ[fast] += ((fast(x, t) == 0) != expected).sum().item()
     assert differ[exact] == 0 and 0 < differ[default] <= x.numel() * 16 / 1000
+
+
+def test_a_compiled_module_within_a_compiled_call():
+    """Dynamo looks into whatever is called, the watch over compiled modules too."""
+    inner, x = torch.compile(nn.Linear(4, 4), backend="eager"), torch.randn(2, 4)
+
+    def outer(x):
+        with forged_fx.straight_through():
+            return inner(x.sin()) + 1
+
+    for call in (torch.compile(outer, backend="eager"), outer):
+        assert torch.equal(call(x), inner._orig_mod(x.sin()) + 1)
