@@ -1,5 +1,6 @@
 """torch.compile(backend="forged"): forged models and plain ones, one result."""
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -575,6 +576,7 @@ def test_low_precision_agrees_with_eager_on_request():
 
 def test_a_compiled_module_within_a_compiled_call():
     """Dynamo looks into whatever is called, the watch over compiled modules too."""
+    importlib.import_module("forged_fx.backend")
     inner, x = torch.compile(nn.Linear(4, 4), backend="eager"), torch.randn(2, 4)
 
     def outer(x):
