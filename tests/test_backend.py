@@ -1,6 +1,5 @@
 """torch.compile(backend="forged"): forged models and plain ones, one result."""
 
-import importlib
 import os
 import shutil
 import subprocess
@@ -572,16 +571,3 @@ def test_low_precision_agrees_with_eager_on_request():
         for fast in differ:
             differ[fast] += ((fast(x, t) == 0) != expected).sum().item()
     assert differ[exact] == 0 and 0 < differ[default] <= x.numel() * 16 / 1000
-
-
-def test_dynamo_may_look_into_the_watch_over_compiled_modules():
-    importlib.import_module("forged_fx.backend")
-
-    class Net(nn.Module):
-        def forward(self, x):
-            return x + 1
-
-    fast, x = torch.compile(Net(), backend="eager"), torch.ones(3)
-    within = torch.compile(lambda x: fast(x * 2), backend="eager")
-    for call in (fast, within):
-        assert torch.equal(call(x), x + (1 if call is fast else 2))

@@ -436,6 +436,7 @@ def test_context_within_compiled_code(graph_break: bool) -> None:
 
 def test_a_backend_can_ask() -> None:
     """Dynamo takes function modes off the stack while a backend compiles: the answer is right even so."""
+    importlib.import_module("forged_fx.backend")  # its watch over compiled modules is looked into, too
     seen = []
 
     def backend(gm: torch.fx.GraphModule, inputs: list) -> Callable:
