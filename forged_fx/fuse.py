@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from forged_fx import ops, torch_internals
 from forged_fx.capture import has_hooks
 from forged_fx.fused_ops import FORGED
-from forged_fx.hoist_traced import lift, readers
+from forged_fx.hoist_traced import lift, readers, reads_facts, top
 from forged_fx.sites import CALLS
 from forged_fx.torch_internals import has_any_global_hook
 
@@ -56,7 +56,7 @@ def _batch_norm(m: Any) -> Arguments | None:
 
 def _batch_norm_act(m: Any) -> Arguments | None:
     """timm's BatchNorm with an activation behind it, which is a module within it."""
-    affine, activation = _batch_norm(m), _row(m.act)
+    affine, activation = _batch_norm(m), _row_of(type(m.act))  # type: ignore[arg-type]
     usual = type(m.drop) is nn.Identity and activation is not None and activation.role in ("activation", "pass")
     if affine is None or not usual or has_hooks(m.act) or has_hooks(m.drop):
         return None
@@ -161,7 +161,8 @@ MAPS = ("scale", "affine", "affine, activation")  # the roles that have one para
 
 # ---- what runs
 
-Step = tuple[nn.Module | str, int, tuple, dict]  # module, or name of a function; where x goes; its other arguments
+# The name of a function, or of a module's class; the module; where x goes; the other arguments.
+Step = tuple[str, nn.Module | None, int, tuple, dict]
 
 
 def producer_threshold(
@@ -181,8 +182,8 @@ def producer_threshold(
             op = ops.direct(op, x, t) or op
         return op(x, t, function=function, limit=limit[0] if limit else None, **arguments)
     kept = None
-    for i, (what, position, args, kwargs) in enumerate(steps):
-        step = FUNCTIONS[what][0] if isinstance(what, str) else what
+    for i, (name, module, position, args, kwargs) in enumerate(steps):
+        step = FUNCTIONS[name][0] if module is None else module
         x = step(*args[:position], x, *args[position:], **kwargs)
         kept = x if i == keep else kept
     y = FORGED[function].op(x, *parameters)
@@ -191,18 +192,20 @@ def producer_threshold(
 
 def _as_one(x: Tensor, steps: list[Step], keep: int | None) -> tuple[Callable, Arguments] | None:
     """The fused operator and its arguments; None where the steps have to run one by one now."""
-    if has_any_global_hook() or torch.is_autocast_enabled(x.device.type):
+    if not isinstance(x, Tensor) or x.is_meta or has_any_global_hook() or torch.is_autocast_enabled(x.device.type):
         return None
     found: Arguments = {}
     roles = []
-    for what, _, args, kwargs in steps:
-        row, more = _row(what), None
-        if row is not None and isinstance(what, str):
+    for name, module, position, args, kwargs in steps:
+        row, more = FUNCTIONS[name][1] if module is None else _row_of(type(module)), None  # type: ignore[arg-type]
+        if row is None or (module is not None and row.role != MODULES[name].role):
+            return None  # another module is there now, which has another place in the chain, if any
+        if module is None:
             more = row.arguments(*args, **kwargs)
-        elif row is not None and not has_hooks(what) and "forward" not in vars(what):
-            more = row.arguments(what)
+        elif not has_hooks(module) and "forward" not in vars(module):
+            more = row.arguments(module)
         if more is not None and row.role in ("add", "scale"):
-            more = _operand(x, row.role, *more.values())
+            more = _operand(x, row.role, position, *more.values())
         if more is None or not _goes_with(found, more):
             return None
         if row.role in MAPS and "residual" in found:
@@ -223,12 +226,13 @@ def _goes_with(found: Arguments, more: Arguments) -> bool:
     return same_channel and found.keys() & more.keys() <= {"channel"} and not ("weight" in more and "bias" in found)
 
 
-def _operand(x: Tensor, role: str, value: Tensor) -> Arguments | None:
+def _operand(x: Tensor, role: str, position: int, value: Any) -> Arguments | None:
     """The other operand of an addition or a product: of x's shape, or one element per channel."""
-    if value.dtype != x.dtype or value.device != x.device:
+    if not isinstance(value, Tensor) or value.dtype != x.dtype or value.device != x.device or value.dim() > x.dim():
         return None
     if role == "add" and value.shape == x.shape:
-        return {"residual": value}
+        # Where two layouts differ, a sum has that of its first operand.
+        return {"residual": value} if position == 0 or value.stride() == x.stride() else None
     wide = [d for d, size in enumerate(value.shape) if size > 1]
     channel = x.dim() - value.dim() + wide[0] if len(wide) == 1 else -1
     if channel < 0 or value.numel() != x.shape[channel]:
@@ -236,13 +240,13 @@ def _operand(x: Tensor, role: str, value: Tensor) -> Arguments | None:
     return {"weight" if role == "scale" else "bias": value.reshape(-1), "channel": channel}
 
 
-def _row(what: nn.Module | str) -> Producer | None:
-    return FUNCTIONS[what][1] if isinstance(what, str) else _row_of_class(type(what))  # type: ignore[arg-type]
-
-
 @functools.cache
-def _row_of_class(kind: type) -> Producer | None:
-    return MODULES.get(f"{kind.__module__}.{kind.__qualname__}")
+def _row_of(kind: type) -> Producer | None:
+    return MODULES.get(_class_name(kind))
+
+
+def _class_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 # ---- the pass
@@ -258,14 +262,15 @@ class _Found:
     node: fx.Node
     x: fx.Node
     row: Producer
-    what: nn.Module | str
+    name: str
+    module: nn.Module | None
     position: int
     args: tuple
 
     @property
     def label(self) -> str:
         """For people."""
-        return self.what.rpartition(".")[2].strip("_") if isinstance(self.what, str) else type(self.what).__name__
+        return self.name.rpartition(".")[2].strip("_")
 
 
 def fuse(forged: fx.GraphModule) -> dict[str, str]:
@@ -274,33 +279,31 @@ def fuse(forged: fx.GraphModule) -> dict[str, str]:
     Returns site -> what its kernel computes besides, for each of them.
     """
     done = {}
-    lift(forged.graph, lambda node: _makes(node, forged))
     thresholds = [node for node in forged.graph.nodes if node.op == "call_function" and node.target in THRESHOLDS]
     for threshold in thresholds:
-        steps, keep = _chain(threshold, forged)
-        if any(step.row.role != "pass" for step in steps):
+        here = threshold.args[0], threshold
+        for node, reader in dict.fromkeys((top(threshold, functools.partial(_writes, root=forged)), here)):
+            steps, keep = _chain(node, reader, forged)
+            if all(step.row.role == "pass" for step in steps):
+                continue
+            if reader is not threshold:
+                lift(threshold, node, reader)
             _replace(threshold, steps, keep)
             done[threshold.meta["site"]] = " + ".join(step.label for step in steps if step.row.role != "pass")
+            break
     forged.graph.lint()
     forged.recompile()
     return done
 
 
-def _makes(node: Any, root: nn.Module) -> bool:
-    """Whether the node, or what it passes on, is a producer."""
-    step = _step(node, root)
-    while step is not None and step.row.role == "pass" and readers(step.x) == {step.node}:
-        step = _step(step.x, root)
-    return step is not None and step.row.role != "pass"
-
-
-def _chain(threshold: fx.Node, root: nn.Module) -> tuple[list[_Found], int | None]:
-    """The steps ahead of a threshold, first to last, and the index of the one whose result others read too."""
-    order = {node: i for i, node in enumerate(threshold.graph.nodes)}
+def _chain(last: Any, reader: fx.Node, root: nn.Module) -> tuple[list[_Found], int | None]:
+    """The steps that end in the node `last`, which `reader` reads, first to last, and the index of the one whose result
+    others read too."""
+    order = {node: i for i, node in enumerate(reader.graph.nodes)}
     steps: list[_Found] = []
     roles: list[str] = []
     shared = None
-    node = threshold.args[0]
+    node = last
     while (step := _step(node, root)) is not None:
         role = step.row.role
         if role == "add" and {*MAPS, "norm"}.intersection(roles):
@@ -309,13 +312,14 @@ def _chain(threshold: fx.Node, root: nn.Module) -> tuple[list[_Found], int | Non
             below = [*ROLES].index(role)
             if any([*ROLES].index(r) >= below or r in ROLES[role] for r in roles):
                 break
-        others = set(node.users) - {steps[0].node if steps else threshold}
-        if any(order[other] < order[threshold.args[0]] for other in others):
+        others = set(node.users) - {steps[0].node if steps else reader}
+        if any(order[other] < order[last] for other in others):
             break  # it would have to be there before the call that makes it, which stands where the last step does
-        others &= readers(node)
+        if not roles:  # what is behind this step has its shape, too
+            others = {other for other in others if not reads_facts(other)}
         if others and (shared is not None or (roles and role != "first")):
             break
-        if not _may_move([step, *steps], threshold, order, root):
+        if not _may_move([step, *steps], reader, order, root):
             break
         shared = step if others else shared
         steps.insert(0, step)
@@ -330,11 +334,11 @@ def _step(node: Any, root: nn.Module) -> _Found | None:
         return None
     if node.op == "call_module":
         module = root.get_submodule(node.target)
-        row = _row(module)
+        kind = _class_name(type(module))
         plain = len(node.args) == 1 and isinstance(node.args[0], fx.Node) and not node.kwargs
-        if row is None or not plain or has_hooks(module):
+        if kind not in MODULES or not plain or has_hooks(module):
             return None
-        return _Found(node, node.args[0], row, module, 0, ())
+        return _Found(node, node.args[0], MODULES[kind], kind, module, 0, ())
     function = getattr(Tensor, node.target, None) if node.op == "call_method" else node.target
     name = _NAMES.get(function) if node.op in ("call_function", "call_method") else None
     if name is None:
@@ -348,7 +352,8 @@ def _step(node: Any, root: nn.Module) -> _Found | None:
     if not node.args or not isinstance(node.args[position], fx.Node):
         return None
     x, rest = node.args[position], (*node.args[:position], *node.args[position + 1 :])
-    return None if x in rest else _Found(node, x, row, name, position, rest)
+    again = x in rest or x in node.kwargs.values()
+    return None if again else _Found(node, x, row, name, None, position, rest)
 
 
 def _data(node: fx.Node, root: nn.Module, role: str) -> int | None:
@@ -360,10 +365,16 @@ def _data(node: fx.Node, root: nn.Module, role: str) -> int | None:
         per_channel = parameters[1 - position] is not None and sum(n > 1 for n in parameters[1 - position].shape) == 1
         return position if per_channel and parameters[position] is None else None
     if not _writes(node, root):
-        makers = [_step(arg, root) if len(arg.users) == 1 else None for arg in node.args]
+        makers = [_step(arg, root) if len(arg.users) == 1 and not _adds(arg) else None for arg in node.args]
         if [maker is not None and maker.row.role in ("affine", "scale") for maker in makers] == [False, True]:
             return 1
     return 0
+
+
+def _adds(node: fx.Node) -> bool:
+    """(One that is not asked what it adds to what: sums of sums of sums have no end.)"""
+    function = getattr(Tensor, node.target, None) if node.op == "call_method" else node.target
+    return function in _NAMES and FUNCTIONS[_NAMES[function]][1] is _ADD
 
 
 def _parameter(node: fx.Node, root: nn.Module) -> Tensor | None:
@@ -374,27 +385,72 @@ def _parameter(node: fx.Node, root: nn.Module) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-def _may_move(steps: list[_Found], threshold: fx.Node, order: dict[fx.Node, int], root: nn.Module) -> bool:
-    """Whether the steps may run together, where the last of them is: nothing in between may write, and what the first
-    one writes into must be nobody else's."""
+def _may_move(steps: list[_Found], reader: fx.Node, order: dict[fx.Node, int], root: nn.Module) -> bool:
+    """Whether the steps may run together, where the last of them is: what the first one writes into must be nobody
+    else's, and nothing in between may write, or in train mode draw random numbers that a step draws, or run a step's
+    module again."""
     first, chain = steps[0], {step.node for step in steps}
     if _writes(first.node, root) and not (len(first.x.users) == 1 and first.position == 0 and _is_fresh(first.x, root)):
         return False
-    between = [node for node in order if order[first.node] < order[node] < order[threshold] and node not in chain]
-    return not any(_writes(node, root) for node in between)
+    between = [node for node in order if order[first.node] < order[node] < order[reader] and node not in chain]
+    if any(_writes(node, root) for node in between):
+        return False
+    if any(_draws(node, root) for node in chain) and any(_draws(node, root) for node in between):
+        return False
+    mine = {id(step.module) for step in steps} - {id(None)}
+    return not any(id(module) in mine for node in between for module in _modules(node, root))
+
+
+def _modules(node: fx.Node, root: nn.Module) -> list[nn.Module]:
+    return [*root.get_submodule(node.target).modules()] if node.op == "call_module" else []
+
+
+def _draws(node: fx.Node, root: nn.Module) -> bool:
+    """Whether the node may draw random numbers, in train mode at least."""
+    if node.op == "call_module":
+        return any(hasattr(m, "p") or hasattr(m, "drop_prob") or type(m) is nn.RReLU for m in _modules(node, root))
+    return any(word in _function_name(node) for word in ("drop", "rand", "bernoulli", "multinomial", "normal", "rrelu"))
 
 
 def _writes(node: fx.Node, root: nn.Module) -> bool:
     """Whether the node may write into its input."""
     if node.op == "call_module":
-        return any(getattr(module, "inplace", False) for module in root.get_submodule(node.target).modules())
+        return any(getattr(m, "inplace", False) or not _is_known(type(m)) for m in _modules(node, root))
     if node.op not in ("call_function", "call_method"):
         return False
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    in_place = (name.endswith("_") and not name.endswith("__")) or name in ("setitem", "__setitem__")
-    operators = node.target in (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    name = _function_name(node)
+    in_place = (name.endswith("_") and not name.endswith("__")) or name in _WRITING
     flag = any(arg is True for arg in (*node.args[1:], node.kwargs.get("inplace")))  # (1 == True)
-    return in_place or operators or flag or "out" in node.kwargs
+    return in_place or flag or "out" in node.kwargs
+
+
+_OPERATORS = (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
+)
+_WRITING = {"setitem", "__setitem__", *(f"i{name}" for name in _OPERATORS), *(f"__i{name}__" for name in _OPERATORS)}
+
+
+def _function_name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _is_known(kind: type) -> bool:
+    """Whether the modules of a class are known to write nowhere unless they say `inplace`; a user's own may."""
+    return kind.__module__.startswith(("torch.nn.", "torchvision.", "timm."))
 
 
 def _is_fresh(node: fx.Node, root: nn.Module) -> bool:
@@ -414,8 +470,8 @@ def _replace(threshold: fx.Node, steps: list[_Found], keep: int | None) -> None:
     with graph.inserting_before(last):
         written = []
         for step in steps:
-            what = step.what if isinstance(step.what, str) else graph.get_attr(step.node.target)
-            written.append((what, step.position, step.args, dict(step.node.kwargs)))
+            module = None if step.module is None else graph.get_attr(step.node.target)
+            written.append((step.name, module, step.position, step.args, dict(step.node.kwargs)))
         function = THRESHOLDS[threshold.target]
         new = graph.call_function(producer_threshold, (steps[0].x, parameters, written, keep, function))
         new.meta = dict(threshold.meta)
@@ -423,5 +479,5 @@ def _replace(threshold: fx.Node, steps: list[_Found], keep: int | None) -> None:
         kept = None if keep is None else graph.call_function(operator.getitem, (new, 1))
     threshold.replace_all_uses_with(y)
     for node in (threshold, *(step.node for step in reversed(steps))):
-        node.replace_all_uses_with(kept if readers(node) else y)  # all have the same shape
+        node.replace_all_uses_with(kept if readers(node) else y)
         graph.erase_node(node)

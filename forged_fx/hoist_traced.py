@@ -2,9 +2,10 @@
 
     norm ─ roll ─ view ─ threshold ─ linear      becomes      norm ─ threshold ─ roll ─ view ─ linear
 
-Values and gradients stay what they are, as in `forged_fx/hoist.py`, which does this for compilers, in their graph. Here
-the graph is as the model was written: functions and methods, of which some may write in place, and readers that ask for
-a shape alone. By itself a threshold costs the same in either place, so it stays where it is unless it can be fused.
+Values stay what they are, as in `forged_fx/hoist.py`, which does this for compilers, in their graph; gradients too, but
+that a producer may get them in another memory layout, and add them up in another order. Here the graph is as the model
+was written: functions and methods, of which some may write in place, and readers that ask for a shape alone. By itself
+a threshold costs the same in either place, so it stays where it is unless it can be fused.
 """
 
 from collections.abc import Callable
@@ -38,39 +39,57 @@ MOVES: dict[Any, Callable[[fx.Node], bool]] = {
     torch.unsqueeze: _always,
     F.pad: _pads_with_zeros,
 }
-SHAPES = {"shape", "ndim", "size", "dim"}  # attributes and methods that read no value
+FACTS = {"shape", "ndim", "size", "dim", "numel", "dtype", "device"}  # attributes and methods that read no value
 
 
-def lift(graph: fx.Graph, joins: Callable[[fx.Node], bool]) -> None:
-    """Move thresholds up, where nothing else reads the values on the way, to a node that they can be fused with."""
-    for threshold in [node for node in graph.nodes if node.op == "call_function" and node.target in FORGED]:
-        below, node = threshold, threshold.args[0]
-        while _moves(node) and readers(node) == {below}:
-            below, node = node, node.args[0]
-        if below is threshold or not FORGED[threshold.target].moves or readers(node) != {below} or not joins(node):
-            continue
-        threshold.replace_all_uses_with(threshold.args[0])
-        for moved in (*threshold.args[1:], threshold):
-            below.prepend(moved)
-        threshold.replace_input_with(threshold.args[0], node)
-        below.replace_input_with(node, threshold)
+def top(threshold: fx.Node, writes: Callable[[fx.Node], bool]) -> tuple[fx.Node, fx.Node]:
+    """The node that the threshold may move up to, and who reads it there: a move, or the threshold itself.
+
+    Nothing else may read what is moved on the way, and nothing may write, as it is often the same memory.
+    """
+    below, node = threshold, threshold.args[0]
+    while FORGED[threshold.target].moves and _moves(node) and readers(node) == {below}:
+        below, node = node, node.args[0]
+    above = threshold.prev
+    while above is not node:
+        if writes(above):
+            return threshold.args[0], threshold
+        above = above.prev
+    return node, below
+
+
+def lift(threshold: fx.Node, node: fx.Node, below: fx.Node) -> None:
+    """Move the threshold between the node and `below`, which reads it."""
+    threshold.replace_all_uses_with(threshold.args[0])
+    for moved in (*threshold.args[1:], threshold):
+        below.prepend(moved)
+    threshold.replace_input_with(threshold.args[0], node)
+    below.replace_input_with(node, threshold)
 
 
 def readers(node: fx.Node) -> set[fx.Node]:
-    """Who reads the node's values, and not only its shape."""
-    return {user for user in node.users if not reads_shape(user)}
+    """Who reads the node's values, and not only its shape and the like."""
+    return {user for user in node.users if not reads_facts(user)}
 
 
-def reads_shape(user: fx.Node) -> bool:
+def reads_facts(user: fx.Node) -> bool:
     if user.op == "call_method":
-        return user.target in SHAPES
-    return user.target is getattr and user.args[1] in SHAPES
+        return user.target in FACTS
+    return user.target is getattr and user.args[1] in FACTS
 
 
 def _moves(node: Any) -> bool:
     if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
         return False
     function = getattr(Tensor, node.target, None) if node.op == "call_method" else node.target
-    # The data alone is a value: what else there is are sizes.
-    moves = function in MOVES and bool(node.args) and isinstance(node.args[0], fx.Node)
-    return moves and MOVES[function](node)
+    if function not in MOVES or not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    # The data alone is a value: what else there is are sizes. (Or a dtype: `view` reads the bits as another one.)
+    rest = (*node.args[1:], *node.kwargs.values())
+    return MOVES[function](node) and not any(_is_dtype(arg) for arg in rest)
+
+
+def _is_dtype(arg: Any) -> bool:
+    return isinstance(arg, torch.dtype) or (
+        isinstance(arg, fx.Node) and arg.target is getattr and arg.args[1] == "dtype"
+    )

@@ -33,6 +33,7 @@ class Net(nn.Module):
         self.first, self.last = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
         self.bn, self.relu, self.relu_, self.gelu = nn.BatchNorm2d(6), nn.ReLU(), nn.ReLU(inplace=True), nn.GELU("tanh")
         self.ln, self.rms, self.drop, self.same = nn.LayerNorm(8), nn.RMSNorm(8), nn.Dropout(0.5), nn.Identity()
+        self.drop2 = nn.Dropout(0.5)
         self.gamma = nn.Parameter(torch.full((6, 1, 1), 0.7))
         self.position = nn.Parameter(torch.randn(6, 8, 8))
         self.bn.running_mean.uniform_(-1, 1)
@@ -45,6 +46,10 @@ class Net(nn.Module):
 def residual_stream(m: Net, x: Tensor, last: nn.Module) -> Tensor:
     y = m.relu(m.bn(x) + x)
     return last(y) + y
+
+
+def added(m: Net, x: Tensor, last: nn.Module) -> Tensor:
+    return last(m.bn(x) + x.flip(0))
 
 
 def pre_activation(m: Net, x: Tensor, last: nn.Module) -> Tensor:
@@ -106,6 +111,52 @@ def windows(m: Net, x: Tensor, last: nn.Module) -> Tensor:
     return last(y.view(-1, c, h // 2, w // 2))
 
 
+def drawn_in_between(m: Net, x: Tensor, last: nn.Module) -> Tensor:
+    y, z = m.drop(x), m.drop2(x)
+    return last(m.relu(y)) + z
+
+
+def run_twice_in_train_mode(m: Net, x: Tensor, last: nn.Module) -> Tensor:
+    y, z = m.bn(x), m.bn(2 * x)
+    return last(m.relu(y)) + z
+
+
+def shape_read_ahead_of_a_sum(m: Net, x: Tensor, last: nn.Module) -> Tensor:
+    y = m.bn(x[:1])
+    return last(m.relu(y + x)) * y.shape[0]
+
+
+def written_with_a_method(m: Net, x: Tensor, last: nn.Module) -> Tensor:
+    y = x + x.flip(0)
+    x.__imul__(2)
+    return last(m.relu(y)) + x
+
+
+def written_with_an_operator(m: Net, x: Tensor, last: nn.Module) -> Tensor:
+    y = x + x.flip(0)
+    torch.ops.aten.mul_.Tensor(x, x)
+    return last(m.relu(y)) + x
+
+
+def written_where_it_moved_from(m: Net, x: Tensor, last: nn.Module) -> Tensor:
+    y = x.relu_().transpose(2, 3)
+    x.mul_(2)
+    return last(y)
+
+
+def of_another_layout(m: Net, x: Tensor, last: nn.Module) -> Tensor:
+    r = x.contiguous()
+    y = r + m.bn(x.contiguous(memory_format=torch.channels_last))
+    return last(y) + y.view(y.shape[0], -1).sum()
+
+
+def many_sums(m: Net, x: Tensor, last: nn.Module) -> Tensor:
+    y = x
+    for _ in range(400):
+        y = y + x
+    return last(y)
+
+
 def moved_and_read(m: Net, x: Tensor, last: nn.Module) -> Tensor:
     y = m.gelu(x).roll(1, 2)
     return last(y) + y
@@ -150,17 +201,33 @@ CASES: dict[str, tuple[Callable, str | None]] = {
     "windows": (windows, "LayerNorm"),
     "moved": (lambda m, x, last: last(m.gelu(x).flatten(2).unflatten(2, (8, 8)).transpose(2, 3)), "GELU"),
     "moved, read": (moved_and_read, None),
-    "moved, read above": (moved_and_read_above, None),
+    "moved, read above": (moved_and_read_above, "GELU"),
     "moved, written": (moved_and_written, None),
     "padded with ones": (lambda m, x, last: last(F.pad(m.gelu(x), (1, 1), value=1.0)), None),
     "reflected": (lambda m, x, last: last(F.pad(m.gelu(x), (1, 1, 0, 0), "reflect")), None),
     "selected": (lambda m, x, last: last(m.gelu(x)[:, :, 1:]), None),
+    "run again in between": (run_twice_in_train_mode, "ReLU"),
+    "written with a method": (written_with_a_method, "ReLU"),
     "nothing": (lambda m, x, last: last(x), None),
     "unknown": (lambda m, x, last: last(x.sigmoid()), None),
     "no parameter per channel": (lambda m, x, last: last(x * m.position), None),
     "two activations": (lambda m, x, last: last(x * x.flip(0)), None),
     "alpha": (lambda m, x, last: last(torch.add(x, x.flip(0), alpha=2)), None),
     "written into what others read": (written_into_x, None),
+}
+
+
+# What may look like a chain, and has to run one by one, or not to be moved.
+LOOKALIKES: dict[str, Callable] = {
+    "a sum with a number": lambda m, x, last: last(m.relu(x + x.shape[1])),
+    "a number with a sum": lambda m, x, last: last(x.shape[1] + x),
+    "drawn in between": drawn_in_between,
+    "its shape is read ahead of a sum": shape_read_ahead_of_a_sum,
+    "written with an operator": written_with_an_operator,
+    "moved, then written": written_where_it_moved_from,
+    "of another layout": of_another_layout,
+    "many sums": many_sums,
+    "other bits": lambda m, x, last: last(torch.relu(x.double()).view(torch.float32)[..., ::2]),
 }
 
 
@@ -225,6 +292,25 @@ def test_fused_is_unfused(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(fused.state_dict().values(), plain.state_dict().values(), strict=True))
     fused.eval(), plain.eval()
     assert torch.equal(fused(x), plain(x))
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("name", LOOKALIKES)
+def test_what_looks_like_a_chain(name: str, batch: int) -> None:
+    """The model was calibrated on another batch, and there is none to audit it with."""
+    torch.manual_seed(0)
+    model, x = Net(LOOKALIKES[name]).eval(), torch.randn(4, 3, 8, 8)
+    stats = forged_fx.calibrate(model, [x[:batch]])
+    stats.example = None
+    plain, fused = (forged_fx.transform(model, stats, RATIO, fuse=fuse) for fuse in (False, True))
+    for training in (False, True):
+        results = []
+        for forged in (plain, fused):
+            forged.train(training)
+            torch.manual_seed(1)
+            with torch.no_grad():
+                results.append(forged(x))
+        assert torch.equal(*results), training
 
 
 def test_a_shape_that_is_read_is_not_the_value() -> None:
@@ -327,6 +413,25 @@ def test_a_module_that_is_replaced_runs(resnet) -> None:
     assert ran(fused, x) == {"threshold": 2} and not torch.equal(fused(x), before)
     fused.relu = nn.GELU()
     assert ran(fused, x) == {"threshold": 1, "elementwise_threshold": 1}
+
+
+@pytest.mark.parametrize("between, name", [(added, "bn"), (pre_activation, "bn"), (residual_stream, "relu")])
+@pytest.mark.parametrize("other", [nn.Identity, nn.ReLU, lambda: nn.LayerNorm(8), lambda: nn.BatchNorm2d(6).eval()])
+def test_a_module_of_another_place_in_the_chain(between: Callable, name: str, other: Callable) -> None:
+    plain, fused, x = pair(between)
+    for model in (plain, fused):
+        setattr(model, name, other())
+    assert torch.equal(fused(x), plain(x))
+
+
+def test_an_operand_of_more_dimensions() -> None:
+    plain, fused, x = pair(lambda m, x, last: last(m.relu(x + m.gamma[None])))
+    assert fused(x[0]).shape == plain(x[0]).shape == (1, 6, 8, 8)
+
+
+def test_without_values() -> None:
+    _, fused, x = pair(residual_stream)
+    assert copy.deepcopy(fused).to("meta")(x.to("meta")).shape == fused(x).shape
 
 
 def test_autocast_is_not_fused(resnet) -> None:
