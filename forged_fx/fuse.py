@@ -450,7 +450,7 @@ def _function_name(node: fx.Node) -> str:
 
 def _is_known(kind: type) -> bool:
     """Whether the modules of a class are known to write nowhere unless they say `inplace`; a user's own may."""
-    return kind.__module__.startswith(("torch.nn.", "torchvision.", "timm."))
+    return kind.__module__.startswith(("torch.nn.", "torchvision.", "timm.")) or _class_name(kind) in MODULES
 
 
 def _is_fresh(node: fx.Node, root: nn.Module) -> bool:
