@@ -418,8 +418,8 @@ def _writes(node: fx.Node, root: nn.Module) -> bool:
         return any(getattr(m, "inplace", False) or not _is_known(type(m)) for m in _modules(node, root))
     if node.op not in ("call_function", "call_method"):
         return False
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
+    if (schema := getattr(node.target, "_schema", None)) is not None:  # an operator says it itself
+        return schema.is_mutable
     name = _function_name(node)
     in_place = (name.endswith("_") and not name.endswith("__")) or name in _WRITING
     flag = any(arg is True for arg in (*node.args[1:], node.kwargs.get("inplace")))  # (1 == True)

@@ -206,7 +206,8 @@ def test_without_gradients_the_kernel_is_reached_past_the_dispatcher(
 ) -> None:
     here, fused = ops.direct, {elementwise.default, elementwise.keep}  # as for ordinary tensors on a GPU
     monkeypatch.setattr(ops, "direct", lambda op, *tensors: ops.CUDA[op] if op in fused else here(op, *tensors))
-    call = functools.partial(fuse.producer_threshold, X, (T,), [(torch.nn.ReLU(), 0, (), {})])
+    relu = ("torch.nn.modules.activation.ReLU", torch.nn.ReLU(), 0, (), {})
+    call = functools.partial(fuse.producer_threshold, X, (T,), [relu])
     for context, launched in ((torch.enable_grad, 0), (torch.no_grad, 1)):
         with context():
             assert same(call(None, "threshold"), threshold(F.relu(X), T))
