@@ -284,9 +284,10 @@ def fuse(forged: fx.GraphModule) -> dict[str, str]:
         here = threshold.args[0], threshold
         for node, reader in dict.fromkeys((top(threshold, functools.partial(_writes, root=forged)), here)):
             steps, keep = _chain(node, reader, forged)
-            if all(step.row.role == "pass" for step in steps):
+            moved = reader is not threshold
+            if all(step.row.role == "pass" for step in steps) or (moved and keep is not None):
                 continue
-            if reader is not threshold:
+            if moved:
                 lift(threshold, node, reader)
             _replace(threshold, steps, keep)
             done[threshold.meta["site"]] = " + ".join(step.label for step in steps if step.row.role != "pass")

@@ -167,6 +167,12 @@ def moved_and_read_above(m: Net, x: Tensor, last: nn.Module) -> Tensor:
     return last(y.flip(2)) + y
 
 
+def moved_and_written_later(m: Net, x: Tensor, last: nn.Module) -> Tensor:
+    y = m.gelu(x)
+    z = last(y.flip(2))
+    return z + y.mul_(2)
+
+
 def moved_and_written(m: Net, x: Tensor, last: nn.Module) -> Tensor:
     y = m.gelu(x)
     y.view(-1).mul_(2)
@@ -201,7 +207,8 @@ CASES: dict[str, tuple[Callable, str | None]] = {
     "windows": (windows, "LayerNorm"),
     "moved": (lambda m, x, last: last(m.gelu(x).flatten(2).unflatten(2, (8, 8)).transpose(2, 3)), "GELU"),
     "moved, read": (moved_and_read, None),
-    "moved, read above": (moved_and_read_above, "GELU"),
+    "moved, read above": (moved_and_read_above, None),
+    "moved, written later": (moved_and_written_later, None),
     "moved, written": (moved_and_written, None),
     "padded with ones": (lambda m, x, last: last(F.pad(m.gelu(x), (1, 1), value=1.0)), None),
     "reflected": (lambda m, x, last: last(F.pad(m.gelu(x), (1, 1, 0, 0), "reflect")), None),
