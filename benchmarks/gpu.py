@@ -276,7 +276,9 @@ def measure_model(name: str, dtype: torch.dtype, mode: Mode, args: argparse.Name
     return {
         "plain_ms": 1e3 * plain.min(),
         "forged_ms": 1e3 * ours.min(),
-        **{"ratio": ratio, "low": low, "high": high},
+        "ratio": ratio,
+        "low": low,
+        "high": high,
         **profiled(ran["plain"], ran["forged"]),
         "sites": len(thresholds_of(forged)),
         "fused": forging_of(forged).fused or 0,

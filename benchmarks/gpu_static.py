@@ -85,7 +85,7 @@ def measure(name: str, batch: int, dtype: str, mode: str, architecture: str, onl
     costs: list = []
 
     def offer(graph: torch.fx.Graph) -> None:
-        """The last of the backend's passes (torch before 2.13 takes no further one), and what the rules say then."""
+        """The last of the backend's passes (torch 2.11 and 2.12 take no further one), and what the rules say then."""
         offer_as_ever(graph)
         costs[:] = [price(node) for node in thresholds_in(graph)]
 

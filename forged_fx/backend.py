@@ -58,7 +58,7 @@ def forged(
     patches = {**torch_internals.inductor().list_mode_options(mode), **inductor} if mode else inductor
     place, theirs = torch_internals.graph_pass(_place, _version()), patches.get("post_grad_custom_pre_pass") or []
     several = [place, *(theirs if isinstance(theirs, list) else [theirs])]
-    patches = {**patches, "post_grad_custom_pre_pass": several if theirs else place}  # (torch 2.11 takes no list)
+    patches = {**patches, "post_grad_custom_pre_pass": several if theirs else place}  # (2.11, 2.12: no list)
     if not ours:
         callers = list(torch_internals.modules_on_stack())
         if callers and not thresholds_of(callers[-1]):

@@ -28,6 +28,7 @@ from forged_fx import ops, torch_internals
 from forged_fx.capture import has_hooks
 from forged_fx.fused_ops import FORGED
 from forged_fx.hoist_traced import lift, readers, reads_facts, top
+from forged_fx.rewrite import function_of
 from forged_fx.sites import CALLS
 from forged_fx.torch_internals import has_any_global_hook
 
@@ -56,7 +57,7 @@ def _batch_norm(m: Any) -> Arguments | None:
 
 def _batch_norm_act(m: Any) -> Arguments | None:
     """timm's BatchNorm with an activation behind it, which is a module within it."""
-    affine, activation = _batch_norm(m), _row_of(type(m.act))  # type: ignore[arg-type]
+    affine, activation = _batch_norm(m), _row_of(m.act)
     usual = type(m.drop) is nn.Identity and activation is not None and activation.role in ("activation", "pass")
     if affine is None or not usual or has_hooks(m.act) or has_hooks(m.drop):
         return None
@@ -197,7 +198,7 @@ def _as_one(x: Tensor, steps: list[Step], keep: int | None) -> tuple[Callable, A
     found: Arguments = {}
     roles = []
     for name, module, position, args, kwargs in steps:
-        row, more = FUNCTIONS[name][1] if module is None else _row_of(type(module)), None  # type: ignore[arg-type]
+        row, more = FUNCTIONS[name][1] if module is None else _row_of(module), None
         if row is None or (module is not None and row.role != MODULES[name].role):
             return None  # another module is there now, which has another place in the chain, if any
         if module is None:
@@ -240,12 +241,12 @@ def _operand(x: Tensor, role: str, position: int, value: Any) -> Arguments | Non
     return {"weight" if role == "scale" else "bias": value.reshape(-1), "channel": channel}
 
 
+def _row_of(module: nn.Module) -> Producer | None:
+    return MODULES.get(_name_of(type(module)))  # type: ignore[arg-type]
+
+
 @functools.cache
-def _row_of(kind: type) -> Producer | None:
-    return MODULES.get(_class_name(kind))
-
-
-def _class_name(kind: type) -> str:
+def _name_of(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
@@ -281,23 +282,23 @@ def fuse(forged: fx.GraphModule) -> dict[str, str]:
     done = {}
     thresholds = [node for node in forged.graph.nodes if node.op == "call_function" and node.target in THRESHOLDS]
     for threshold in thresholds:
-        here = threshold.args[0], threshold
-        for node, reader in dict.fromkeys((top(threshold, functools.partial(_writes, root=forged)), here)):
-            steps, keep = _chain(node, reader, forged)
-            moved = reader is not threshold
-            if all(step.row.role == "pass" for step in steps) or (moved and keep is not None):
-                continue
-            if moved:
-                lift(threshold, node, reader)
-            _replace(threshold, steps, keep)
-            done[threshold.meta["site"]] = " + ".join(step.label for step in steps if step.row.role != "pass")
-            break
+        node, reader = threshold.args[0], threshold
+        if FORGED[THRESHOLDS[threshold.target]].moves:
+            node, reader = top(threshold, functools.partial(_writes, root=forged))
+        steps, keep = _chain(node, reader, forged)
+        moved = reader is not threshold  # past moves, which are no steps: where it stands now it has no chain
+        if all(step.row.role == "pass" for step in steps) or (moved and keep is not None):
+            continue
+        if moved:
+            lift(threshold, node, reader)
+        _replace(threshold, steps, keep)
+        done[threshold.meta["site"]] = " + ".join(step.label for step in steps if step.row.role != "pass")
     forged.graph.lint()
     forged.recompile()
     return done
 
 
-def _chain(last: Any, reader: fx.Node, root: nn.Module) -> tuple[list[_Found], int | None]:
+def _chain(last: fx.Node, reader: fx.Node, root: nn.Module) -> tuple[list[_Found], int | None]:
     """The steps that end in the node `last`, which `reader` reads, first to last, and the index of the one whose result
     others read too."""
     order = {node: i for i, node in enumerate(reader.graph.nodes)}
@@ -335,13 +336,12 @@ def _step(node: Any, root: nn.Module) -> _Found | None:
         return None
     if node.op == "call_module":
         module = root.get_submodule(node.target)
-        kind = _class_name(type(module))
+        row = _row_of(module)
         plain = len(node.args) == 1 and isinstance(node.args[0], fx.Node) and not node.kwargs
-        if kind not in MODULES or not plain or has_hooks(module):
+        if row is None or not plain or has_hooks(module):
             return None
-        return _Found(node, node.args[0], MODULES[kind], kind, module, 0, ())
-    function = getattr(Tensor, node.target, None) if node.op == "call_method" else node.target
-    name = _NAMES.get(function) if node.op in ("call_function", "call_method") else None
+        return _Found(node, node.args[0], row, _name_of(type(module)), module, 0, ())  # type: ignore[arg-type]
+    name = _NAMES.get(function_of(node)) if node.op in ("call_function", "call_method") else None
     if name is None:
         return None
     row, position = FUNCTIONS[name][1], 0
@@ -374,8 +374,8 @@ def _data(node: fx.Node, root: nn.Module, role: str) -> int | None:
 
 def _adds(node: fx.Node) -> bool:
     """(One that is not asked what it adds to what: sums of sums of sums have no end.)"""
-    function = getattr(Tensor, node.target, None) if node.op == "call_method" else node.target
-    return function in _NAMES and FUNCTIONS[_NAMES[function]][1] is _ADD
+    name = _NAMES.get(function_of(node))
+    return name is not None and FUNCTIONS[name][1] is _ADD
 
 
 def _parameter(node: fx.Node, root: nn.Module) -> Tensor | None:
@@ -398,8 +398,7 @@ def _may_move(steps: list[_Found], reader: fx.Node, order: dict[fx.Node, int], r
         return False
     if any(_draws(node, root) for node in chain) and any(_draws(node, root) for node in between):
         return False
-    mine = {id(step.module) for step in steps} - {id(None)}
-    return not any(id(module) in mine for node in between for module in _modules(node, root))
+    return {step.module for step in steps}.isdisjoint(module for node in between for module in _modules(node, root))
 
 
 def _modules(node: fx.Node, root: nn.Module) -> list[nn.Module]:
@@ -413,10 +412,14 @@ def _draws(node: fx.Node, root: nn.Module) -> bool:
     return any(word in _function_name(node) for word in ("drop", "rand", "bernoulli", "multinomial", "normal", "rrelu"))
 
 
+_OPERATORS = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()
+_WRITING = {"setitem", "__setitem__", *(f"i{name}" for name in _OPERATORS), *(f"__i{name}__" for name in _OPERATORS)}
+
+
 def _writes(node: fx.Node, root: nn.Module) -> bool:
     """Whether the node may write into its input."""
     if node.op == "call_module":
-        return any(getattr(m, "inplace", False) or not _is_known(type(m)) for m in _modules(node, root))
+        return any(getattr(m, "inplace", False) or not _is_known(m) for m in _modules(node, root))
     if node.op not in ("call_function", "call_method"):
         return False
     if (schema := getattr(node.target, "_schema", None)) is not None:  # an operator says it itself
@@ -427,31 +430,13 @@ def _writes(node: fx.Node, root: nn.Module) -> bool:
     return in_place or flag or "out" in node.kwargs
 
 
-_OPERATORS = (
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "pow",
-    "matmul",
-    "and",
-    "or",
-    "xor",
-    "lshift",
-    "rshift",
-)
-_WRITING = {"setitem", "__setitem__", *(f"i{name}" for name in _OPERATORS), *(f"__i{name}__" for name in _OPERATORS)}
-
-
 def _function_name(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
-def _is_known(kind: type) -> bool:
-    """Whether the modules of a class are known to write nowhere unless they say `inplace`; a user's own may."""
-    return kind.__module__.startswith(("torch.nn.", "torchvision.", "timm.")) or _class_name(kind) in MODULES
+def _is_known(module: nn.Module) -> bool:
+    """Whether modules of this class write nowhere unless they say `inplace`; a user's own may."""
+    return type(module).__module__.startswith(("torch.nn.", "torchvision.", "timm.")) or _row_of(module) is not None
 
 
 def _is_fresh(node: fx.Node, root: nn.Module) -> bool:

@@ -16,9 +16,7 @@ import torch.fx as fx
 import torch.nn.functional as F
 from torch import Tensor
 
-from forged_fx import ops
-
-FORGED = {f.op: f for f in ops.FUNCTIONS.values()}
+from forged_fx.rewrite import fact_of, function_of
 
 
 def _always(node: fx.Node) -> bool:
@@ -39,7 +37,6 @@ MOVES: dict[Any, Callable[[fx.Node], bool]] = {
     torch.unsqueeze: _always,
     F.pad: _pads_with_zeros,
 }
-FACTS = {"shape", "ndim", "size", "dim", "numel", "dtype", "device"}  # attributes and methods that read no value
 
 
 def top(threshold: fx.Node, writes: Callable[[fx.Node], bool]) -> tuple[fx.Node, fx.Node]:
@@ -48,7 +45,7 @@ def top(threshold: fx.Node, writes: Callable[[fx.Node], bool]) -> tuple[fx.Node,
     Nothing else may read the values on the way, and nothing may write, as what is moved is often the same memory.
     """
     below, node = threshold, threshold.args[0]
-    while FORGED[threshold.target].moves and _moves(node) and readers(node) == {below}:
+    while _moves(node) and readers(node) == {below}:
         below, node = node, node.args[0]
     above = threshold.prev
     while above is not node and not writes(above):
@@ -72,15 +69,14 @@ def readers(node: fx.Node) -> set[fx.Node]:
 
 
 def reads_facts(user: fx.Node) -> bool:
-    if user.op == "call_method":
-        return user.target in FACTS
-    return user.target is getattr and user.args[1] in FACTS
+    """Whether it asks for no more than a threshold leaves as it is: strides it does not, where there are gaps."""
+    return fact_of(user) not in (None, "stride")
 
 
 def _moves(node: Any) -> bool:
     if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
         return False
-    function = getattr(Tensor, node.target, None) if node.op == "call_method" else node.target
+    function = function_of(node)
     if function not in MOVES or not node.args or not isinstance(node.args[0], fx.Node):
         return False
     # The data alone is a value: what else there is are sizes. (Or a dtype: `view` reads the bits as another one.)
@@ -89,6 +85,4 @@ def _moves(node: Any) -> bool:
 
 
 def _is_dtype(arg: Any) -> bool:
-    return isinstance(arg, torch.dtype) or (
-        isinstance(arg, fx.Node) and arg.target is getattr and arg.args[1] == "dtype"
-    )
+    return isinstance(arg, torch.dtype) or (isinstance(arg, fx.Node) and fact_of(arg) == "dtype")

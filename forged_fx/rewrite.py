@@ -8,6 +8,7 @@ what differs between them is how a node's module, a call's name and a value's or
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -72,10 +73,14 @@ def find_calls(
         elif node.op == "call_module" and node.target in layers:
             found.append(CallNode(node, layers[node.target], node.target))
         elif node.op in ("call_function", "call_method"):
-            target = getattr(torch.Tensor, node.target, None) if node.op == "call_method" else node.target
-            if target in table:
+            if (target := function_of(node)) in table:
                 found.append(CallNode(node, table[target], module(node)))
     return found
+
+
+def function_of(node: fx.Node) -> Any:
+    """What a call of a function or method calls; a method as `torch.Tensor` holds it, None if it does not."""
+    return getattr(torch.Tensor, node.target, None) if node.op == "call_method" else node.target
 
 
 def number(calls: list[CallNode]) -> list[str]:
@@ -172,10 +177,16 @@ def _operands(node: fx.Node, call: Call, name: str, origins: dict[fx.Node, Origi
 _FACTS = {"shape", "ndim", "dtype", "device", "size", "dim", "numel", "stride"}
 
 
+def fact_of(node: fx.Node) -> str | None:
+    """What of `_FACTS` the node asks a tensor for, as an attribute or by a method."""
+    name = node.args[1] if node.target is getattr else node.target if node.op == "call_method" else None
+    return name if name in _FACTS else None
+
+
 def _origin(node: fx.Node, origins: dict[fx.Node, Origin], source: Callable[[fx.Node], Origin]) -> Origin:
     if node.op in ("placeholder", "get_attr"):
         return source(node)
-    if (node.args[1] if node.target is getattr else node.target) in _FACTS:
+    if fact_of(node) is not None:
         return Origin.CONSTANT
     inputs = max((origins[n] for n in node.all_input_nodes), default=Origin.CONSTANT)
     return max(inputs, Origin.PARAMETER) if node.op == "call_module" else inputs
