@@ -286,7 +286,9 @@ def fuse(forged: fx.GraphModule) -> dict[str, str]:
         if FORGED[THRESHOLDS[threshold.target]].moves:
             node, reader = top(threshold, functools.partial(_writes, root=forged))
         steps, keep = _chain(node, reader, forged)
-        moved = reader is not threshold  # past moves, which are no steps: where it stands now it has no chain
+        # Past moves, which are no steps: where it stands now it has no chain. Nobody else may read what it moves up to,
+        # now or later: a move may be a copy, which keeps what is written there from the threshold's gradient.
+        moved = reader is not threshold
         if all(step.row.role == "pass" for step in steps) or (moved and keep is not None):
             continue
         if moved:

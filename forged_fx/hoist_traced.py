@@ -42,7 +42,7 @@ MOVES: dict[Any, Callable[[fx.Node], bool]] = {
 def top(threshold: fx.Node, writes: Callable[[fx.Node], bool]) -> tuple[fx.Node, fx.Node]:
     """The node that the threshold may move up to, and who reads it there: a move, or the threshold itself.
 
-    Nothing else may read the values on the way, and nothing may write, as what is moved is often the same memory.
+    Nothing else may read what is moved on the way, and nothing may write, as it is often the same memory.
     """
     below, node = threshold, threshold.args[0]
     while _moves(node) and readers(node) == {below}:
@@ -50,8 +50,7 @@ def top(threshold: fx.Node, writes: Callable[[fx.Node], bool]) -> tuple[fx.Node,
     above = threshold.prev
     while above is not node and not writes(above):
         above = above.prev
-    alone = above is node and readers(node) == {below}
-    return (node, below) if alone else (threshold.args[0], threshold)
+    return (node, below) if above is node else (threshold.args[0], threshold)
 
 
 def lift(threshold: fx.Node, node: fx.Node, below: fx.Node) -> None:
