@@ -3,7 +3,7 @@
     x ─ bn ─ relu ─ threshold ─ conv       becomes       x ─ producer_threshold(·, t, [bn, relu]) ─ conv
 
 The producer is what `forged_fx/fused_ops.py` can compute: an addition, a norm or another affine map, an addition, an
-activation. Each step has a row in `MODULES` or `FUNCTIONS`. A value on the way that others read too, such as a residual
+activation. Each step has a row in `forged_fx/producers.py`. A value on the way that others read too, such as a residual
 stream, becomes a second result.
 
 A threshold is any forged function here whose parameters are scalars (`fused_ops.FORGED`).
@@ -13,7 +13,6 @@ or under autocast they run one by one, as written. So nothing is frozen, and eve
 compiler too gets them one by one, and fuses them by itself.
 """
 
-import functools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,144 +20,18 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from forged_fx import ops, torch_internals
 from forged_fx.capture import has_hooks
+from forged_fx.effects import draws, is_fresh, modules_of, writes
 from forged_fx.fused_ops import FORGED
 from forged_fx.hoist_traced import lift, readers, reads_facts, top
+from forged_fx.producers import FUNCTIONS, MAPS, MODULES, NAMES, ROLES, Arguments, Producer, name_of, row_of
 from forged_fx.rewrite import function_of
-from forged_fx.sites import CALLS
 from forged_fx.torch_internals import has_any_global_hook
 
 THRESHOLDS = {function.op: name for name, function in FORGED.items()}
-
-Arguments = dict[str, Any]  # of a fused operator
-
-
-# ---- the table of producers
-
-
-@dataclass(frozen=True)
-class Producer:
-    """A row. role: its place in the chain, see `ROLES`. arguments: what a fused operator takes in its place, from the
-    module, or from the function's other arguments; None where it has to run by itself now."""
-
-    role: str
-    arguments: Callable[..., Arguments | None]
-
-
-def _batch_norm(m: Any) -> Arguments | None:
-    if m.training or m.running_mean is None:
-        return None
-    return {"mean": m.running_mean, "var": m.running_var, "weight": m.weight, "bias": m.bias, "eps": m.eps}
-
-
-def _batch_norm_act(m: Any) -> Arguments | None:
-    """timm's BatchNorm with an activation behind it, which is a module within it."""
-    affine, activation = _batch_norm(m), _row_of(m.act)
-    usual = type(m.drop) is nn.Identity and activation is not None and activation.role in ("activation", "pass")
-    if affine is None or not usual or has_hooks(m.act) or has_hooks(m.drop):
-        return None
-    more = activation.arguments(m.act)
-    return None if more is None else affine | more
-
-
-def _layer_norm(shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Arguments:
-    return {"shape": shape, "weight": weight, "bias": bias, "eps": eps}
-
-
-def _channels_first(m: Any) -> Arguments | None:
-    """A LayerNorm2d, which permutes its input, and permutes it back."""
-    return None if getattr(m, "_fast_norm", False) else {**_LAYER_NORM.arguments(m), "channels_first": True}
-
-
-def _rms_norm(shape: Any, weight: Any = None, eps: float | None = None) -> Arguments:
-    return {"shape": shape, "weight": weight, "eps": eps, "rms": True}
-
-
-def _gelu(approximate: str = "none") -> Arguments:
-    return {"activation": "gelu_tanh" if approximate == "tanh" else "gelu"}
-
-
-def _activation(name: str) -> Producer:
-    return Producer("activation", lambda *_, **__: {"activation": name})
-
-
-def _random(share: str) -> Producer:
-    """The identity, but in train mode, for a share of its input."""
-    return Producer("pass", lambda m: None if m.training and getattr(m, share) else {})
-
-
-_AFFINE = Producer("affine", _batch_norm)
-_LAYER_NORM = Producer("norm", lambda m: _layer_norm(m.normalized_shape, m.weight, m.bias, m.eps))
-_ADD = Producer("add", lambda residual: {"residual": residual})  # or a bias, where that is a parameter
-_SCALE = Producer("scale", lambda weight: {"weight": weight})
-
-# By the full name of the class, so that no library is imported for it. A class derived from one of them is another one.
-MODULES: dict[str, Producer] = {
-    "torch.nn.modules.batchnorm.BatchNorm1d": _AFFINE,
-    "torch.nn.modules.batchnorm.BatchNorm2d": _AFFINE,
-    "torch.nn.modules.batchnorm.BatchNorm3d": _AFFINE,
-    "torch.nn.modules.normalization.LayerNorm": _LAYER_NORM,
-    "timm.layers.norm.LayerNorm": Producer("norm", lambda m: None if m._fast_norm else _LAYER_NORM.arguments(m)),
-    "timm.layers.norm_act.BatchNormAct2d": Producer("affine, activation", _batch_norm_act),
-    "timm.layers.norm.LayerNorm2d": Producer("norm", _channels_first),
-    "torchvision.models.convnext.LayerNorm2d": Producer("norm", _channels_first),
-    "torch.nn.modules.normalization.RMSNorm": Producer(
-        "norm", lambda m: _rms_norm(m.normalized_shape, m.weight, m.eps)
-    ),
-    "torch.nn.modules.activation.ReLU": _activation("relu"),
-    "torch.nn.modules.activation.ReLU6": _activation("relu6"),
-    "torch.nn.modules.activation.GELU": Producer("activation", lambda m: _gelu(m.approximate)),
-    "timm.layers.activations.GELU": _activation("gelu"),
-    "timm.layers.activations.GELUTanh": _activation("gelu_tanh"),
-    "torch.nn.modules.activation.SiLU": _activation("silu"),
-    "torch.nn.modules.activation.Hardswish": _activation("hardswish"),
-    "torch.nn.modules.linear.Identity": Producer("pass", lambda m: {}),
-    "torch.nn.modules.dropout.Dropout": _random("p"),
-    "timm.layers.drop.DropPath": _random("drop_prob"),
-    "torchvision.ops.stochastic_depth.StochasticDepth": _random("p"),
-}
-
-# By a name that the graph can hold. A method is listed as the function that `torch.Tensor` holds.
-FUNCTIONS: dict[str, tuple[Callable, Producer]] = {
-    "operator.add": (operator.add, _ADD),
-    "operator.iadd": (operator.iadd, _ADD),
-    "torch.add": (torch.add, _ADD),
-    "Tensor.add": (Tensor.add, _ADD),
-    "Tensor.add_": (Tensor.add_, _ADD),
-    "operator.mul": (operator.mul, _SCALE),
-    "torch.mul": (torch.mul, _SCALE),
-    "Tensor.mul": (Tensor.mul, _SCALE),
-    "F.layer_norm": (F.layer_norm, Producer("norm", _layer_norm)),
-    "F.rms_norm": (F.rms_norm, Producer("norm", _rms_norm)),
-    "F.relu": (F.relu, _activation("relu")),
-    "torch.relu": (torch.relu, _activation("relu")),
-    "torch.relu_": (torch.relu_, _activation("relu")),
-    "Tensor.relu": (Tensor.relu, _activation("relu")),
-    "Tensor.relu_": (Tensor.relu_, _activation("relu")),
-    "F.relu6": (F.relu6, _activation("relu6")),
-    "F.gelu": (F.gelu, Producer("activation", _gelu)),
-    "F.silu": (F.silu, _activation("silu")),
-    "F.hardswish": (F.hardswish, _activation("hardswish")),
-}
-_NAMES = {function: name for name, (function, _) in FUNCTIONS.items()}
-
-# From the threshold upwards, the roles of the steps that one operator computes; each may be missing, "first" is an
-# addition ahead of the affine map or norm. And for each role, those behind it that it cannot be combined with.
-ROLES = {
-    "activation": set(),
-    "add": set(),
-    "scale": set(),
-    "affine": {"scale"},  # it has a scale itself
-    "affine, activation": {"activation", "add", "scale", "affine"},
-    "norm": {"activation", "add", "scale", "affine", "affine, activation"},  # a kernel of its own
-    "first": {"add"},  # there is one residual
-}
-MAPS = ("scale", "affine", "affine, activation")  # the roles that have one parameter per channel
-
 
 # ---- what runs
 
@@ -198,7 +71,7 @@ def _as_one(x: Tensor, steps: list[Step], keep: int | None) -> tuple[Callable, A
     found: Arguments = {}
     roles = []
     for name, module, position, args, kwargs in steps:
-        row, more = FUNCTIONS[name][1] if module is None else _row_of(module), None
+        row, more = FUNCTIONS[name][1] if module is None else row_of(module), None
         if row is None or (module is not None and row.role != MODULES[name].role):
             return None  # another module is there now, which has another place in the chain, if any
         if module is None:
@@ -241,19 +114,7 @@ def _operand(x: Tensor, role: str, position: int, value: Any) -> Arguments | Non
     return {"weight" if role == "scale" else "bias": value.reshape(-1), "channel": channel}
 
 
-def _row_of(module: nn.Module) -> Producer | None:
-    return MODULES.get(_name_of(type(module)))  # type: ignore[arg-type]
-
-
-@functools.cache
-def _name_of(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
 # ---- the pass
-
-# Calls whose result is a tensor of its own: a step may write into it where nothing else reads it.
-_FRESH = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.Linear, nn.LayerNorm)
 
 
 @dataclass(frozen=True, eq=False)
@@ -284,7 +145,7 @@ def fuse(forged: fx.GraphModule) -> dict[str, str]:
     for threshold in thresholds:
         node, reader = threshold.args[0], threshold
         if FORGED[THRESHOLDS[threshold.target]].moves:
-            node, reader = top(threshold, functools.partial(_writes, root=forged))
+            node, reader = top(threshold, forged)
         steps, keep = _chain(node, reader, forged)
         # Past moves, which are no steps: where it stands now it has no chain. Nobody else may read what it moves up to,
         # now or later: a move may be a copy, which keeps what is written there from the threshold's gradient.
@@ -338,12 +199,12 @@ def _step(node: Any, root: nn.Module) -> _Found | None:
         return None
     if node.op == "call_module":
         module = root.get_submodule(node.target)
-        row = _row_of(module)
+        row = row_of(module)
         plain = len(node.args) == 1 and isinstance(node.args[0], fx.Node) and not node.kwargs
         if row is None or not plain or has_hooks(module):
             return None
-        return _Found(node, node.args[0], row, _name_of(type(module)), module, 0, ())  # type: ignore[arg-type]
-    name = _NAMES.get(function_of(node)) if node.op in ("call_function", "call_method") else None
+        return _Found(node, node.args[0], row, name_of(type(module)), module, 0, ())  # type: ignore[arg-type]
+    name = NAMES.get(function_of(node)) if node.op in ("call_function", "call_method") else None
     if name is None:
         return None
     row, position = FUNCTIONS[name][1], 0
@@ -367,7 +228,7 @@ def _data(node: fx.Node, root: nn.Module, role: str) -> int | None:
         position = 0 if parameters[0] is None else 1
         per_channel = parameters[1 - position] is not None and sum(n > 1 for n in parameters[1 - position].shape) == 1
         return position if per_channel and parameters[position] is None else None
-    if not _writes(node, root):
+    if not writes(node, root):
         makers = [_step(arg, root) if len(arg.users) == 1 and not _adds(arg) else None for arg in node.args]
         if [maker is not None and maker.row.role in ("affine", "scale") for maker in makers] == [False, True]:
             return 1
@@ -376,8 +237,8 @@ def _data(node: fx.Node, root: nn.Module, role: str) -> int | None:
 
 def _adds(node: fx.Node) -> bool:
     """(One that is not asked what it adds to what: sums of sums of sums have no end.)"""
-    name = _NAMES.get(function_of(node))
-    return name is not None and FUNCTIONS[name][1] is _ADD
+    name = NAMES.get(function_of(node))
+    return name is not None and FUNCTIONS[name][1].role == "add"
 
 
 def _parameter(node: fx.Node, root: nn.Module) -> Tensor | None:
@@ -393,61 +254,22 @@ def _may_move(steps: list[_Found], reader: fx.Node, order: dict[fx.Node, int], r
     else's, and nothing in between may write, or in train mode draw random numbers that a step draws, or run a step's
     module again."""
     first, chain = steps[0], {step.node for step in steps}
-    if _writes(first.node, root) and not (len(first.x.users) == 1 and first.position == 0 and _is_fresh(first.x, root)):
+    if writes(first.node, root) and not (len(first.x.users) == 1 and first.position == 0 and _is_own(first.x, root)):
         return False
     between = [node for node in order if order[first.node] < order[node] < order[reader] and node not in chain]
-    if any(_writes(node, root) for node in between):
+    if any(writes(node, root) for node in between):
         return False
-    if any(_draws(node, root) for node in chain) and any(_draws(node, root) for node in between):
+    if any(draws(node, root) for node in chain) and any(draws(node, root) for node in between):
         return False
-    return {step.module for step in steps}.isdisjoint(module for node in between for module in _modules(node, root))
+    return {step.module for step in steps}.isdisjoint(module for node in between for module in modules_of(node, root))
 
 
-def _modules(node: fx.Node, root: nn.Module) -> list[nn.Module]:
-    return [*root.get_submodule(node.target).modules()] if node.op == "call_module" else []
-
-
-def _draws(node: fx.Node, root: nn.Module) -> bool:
-    """Whether the node may draw random numbers, in train mode at least."""
-    if node.op == "call_module":
-        return any(hasattr(m, "p") or hasattr(m, "drop_prob") or type(m) is nn.RReLU for m in _modules(node, root))
-    return any(word in _function_name(node) for word in ("drop", "rand", "bernoulli", "multinomial", "normal", "rrelu"))
-
-
-_OPERATORS = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()
-_WRITING = {"setitem", "__setitem__", *(f"i{name}" for name in _OPERATORS), *(f"__i{name}__" for name in _OPERATORS)}
-
-
-def _writes(node: fx.Node, root: nn.Module) -> bool:
-    """Whether the node may write into its input."""
-    if node.op == "call_module":
-        return any(getattr(m, "inplace", False) or not _is_known(m) for m in _modules(node, root))
-    if node.op not in ("call_function", "call_method"):
-        return False
-    if (schema := getattr(node.target, "_schema", None)) is not None:  # an operator says it itself
-        return schema.is_mutable
-    name = _function_name(node)
-    in_place = (name.endswith("_") and not name.endswith("__")) or name in _WRITING
-    flag = any(arg is True for arg in (*node.args[1:], node.kwargs.get("inplace")))  # (1 == True)
-    return in_place or flag or "out" in node.kwargs
-
-
-def _function_name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-
-
-def _is_known(module: nn.Module) -> bool:
-    """Whether modules of this class write nowhere unless they say `inplace`; a user's own may."""
-    return type(module).__module__.startswith(("torch.nn.", "torchvision.", "timm.")) or _row_of(module) is not None
-
-
-def _is_fresh(node: fx.Node, root: nn.Module) -> bool:
+def _is_own(node: fx.Node, root: nn.Module) -> bool:
+    """Whether a step may write into the node's result: it is a tensor of its own, which nothing else reads."""
     step = _step(node, root)
     if step is not None and step.row.role == "pass":
-        return len(step.x.users) == 1 and _is_fresh(step.x, root)
-    if node.op == "call_module":
-        return isinstance(root.get_submodule(node.target), _FRESH)
-    return node.op == "call_function" and (node.target in CALLS or node.target in (operator.add, operator.mul))
+        return len(step.x.users) == 1 and _is_own(step.x, root)
+    return is_fresh(node, root)
 
 
 def _replace(threshold: fx.Node, steps: list[_Found], keep: int | None) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import torch.fx as fx
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from forged_fx.effects import writes
 from forged_fx.rewrite import fact_of, function_of
 
 
@@ -39,7 +40,7 @@ MOVES: dict[Any, Callable[[fx.Node], bool]] = {
 }
 
 
-def top(threshold: fx.Node, writes: Callable[[fx.Node], bool]) -> tuple[fx.Node, fx.Node]:
+def top(threshold: fx.Node, root: nn.Module) -> tuple[fx.Node, fx.Node]:
     """The node that the threshold may move up to, and who reads it there: a move, or the threshold itself.
 
     Nothing else may read what is moved on the way, and nothing may write, as it is often the same memory.
@@ -48,7 +49,7 @@ def top(threshold: fx.Node, writes: Callable[[fx.Node], bool]) -> tuple[fx.Node,
     while _moves(node) and readers(node) == {below}:
         below, node = node, node.args[0]
     above = threshold.prev
-    while above is not node and not writes(above):
+    while above is not node and not writes(above, root):
         above = above.prev
     return (node, below) if above is node else (threshold.args[0], threshold)
 

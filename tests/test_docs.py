@@ -18,8 +18,8 @@ from forged_fx import trials
 from forged_fx.cli.main import COMMANDS, app
 from forged_fx.digits import one_thread
 from forged_fx.evaluate.attacks import ATTACKS
-from forged_fx.fuse import MODULES
 from forged_fx.kinds import KINDS
+from forged_fx.producers import MODULES
 from forged_fx.sites import CALLS
 from forged_fx.sources import MODELS
 
