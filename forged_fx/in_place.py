@@ -4,7 +4,8 @@ In eager mode a threshold costs a trip through PyTorch's dispatcher, a pass over
 Without gradients the trip is saved, and the new memory wherever nobody else can tell: the graph has no later reader of
 the input, and when it comes to it, the tensor has no other owner. A hook that kept it, a view that is still alive, the
 branch of a residual: each is an owner, and is counted when the threshold runs, so that nothing is assumed of modules.
-Sums go the same way, since a trace turns `x += y` into `x + y`.
+Sums go the same way, since a trace turns `x += y` into `x + y`. And several thresholds of one tensor are one, where
+they are equal (`forged_fx/share_traced.py`): on a CPU their values are read anyway.
 
 A graph also names each module by its path from the root, which costs Python more than the model's own nested calls.
 Here the paths are gone through together, once a run.
@@ -26,6 +27,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from forged_fx import ops, torch_internals
+from forged_fx.share_traced import share
 from forged_fx.torch_internals import dispatch_keys
 
 THRESHOLD = torch.ops.forged_fx.threshold.default
@@ -34,7 +36,7 @@ ROOT = "root"
 
 def offer(forged: fx.GraphModule) -> None:
     """Let the class of a graph module that was just compiled choose, call by call, how to run."""
-    as_written, unrecorded = type(forged).forward, _unrecorded(forged.graph)
+    as_written, unrecorded = type(forged).forward, _unrecorded(forged)
 
     @functools.wraps(as_written)
     def forward(self: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
@@ -45,13 +47,14 @@ def offer(forged: fx.GraphModule) -> None:
     type(forged).forward = forward
 
 
-def _unrecorded(graph: fx.Graph) -> Callable:
+def _unrecorded(forged: fx.GraphModule) -> Callable:
     """The graph's code, with its thresholds as plain calls."""
-    graph = copy.deepcopy(graph)
+    graph = copy.deepcopy(forged.graph)
+    share([node for node in graph.nodes if node.target is THRESHOLD and _is_plain_call(node)], each, forged)
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
         plain, overwriting = IN_PLACE.get(node.target, (None, None))
-        if plain is None or len(node.args) != 2 or node.kwargs:  # or a threshold's gradient was chosen
+        if plain is None or not _is_plain_call(node):
             continue
         x, node.target = node.args[0], plain
         if not isinstance(x, fx.Node) or x.op in ("placeholder", "get_attr"):
@@ -61,6 +64,10 @@ def _unrecorded(graph: fx.Graph) -> Callable:
                 references = graph.call_function(sys.getrefcount, (x,))
             node.target, node.args = overwriting, (*node.args, references)
     return _with_modules(graph)
+
+
+def _is_plain_call(node: fx.Node) -> bool:
+    return len(node.args) == 2 and not node.kwargs  # with more, a threshold's gradient was chosen
 
 
 def _with_modules(graph: fx.Graph) -> Callable:
@@ -108,22 +115,32 @@ def overwrite(x: Tensor, t: Tensor, references: int) -> Tensor:
     return torch.hardshrink(x, ops._largest_below(t.item(), x.dtype), out=x)
 
 
+def each(x: Tensor, thresholds: list[Tensor], references: int = 0) -> list[Tensor]:
+    """`threshold(x, t)` for each t: one tensor for those that are equal. The last may take the memory of x."""
+    if not _plain(x, *thresholds):
+        return [apply(x, t) for t in thresholds]
+    values = [t.item() for t in thresholds]
+    *others, last = dict(zip(values, thresholds, strict=True)).items()
+    results = {value: apply(x, t) for value, t in others} | {last[0]: overwrite(x, last[1], references)}
+    return [results[value] for value in values]
+
+
 def accumulate(x: Any, y: Any, references: int) -> Any:
     """`x + y` in the memory of x, if the caller's variable is all that owns it and the result looks the same."""
     alike = isinstance(x, Tensor) and isinstance(y, Tensor) and _plain(x, y) and _layout(x) == _layout(y)
     return x.add_(y) if alike and references == _ONE_VARIABLE and _alone(x) else x + y
 
 
-IN_PLACE = {THRESHOLD: (apply, overwrite), operator.add: (operator.add, accumulate)}
+IN_PLACE = {THRESHOLD: (apply, overwrite), each: (each, each), operator.add: (operator.add, accumulate)}
 
 
 def _layout(x: Tensor) -> tuple:
     return x.dtype, x.shape, x.stride()
 
 
-def _plain(x: Tensor, y: Tensor) -> bool:
+def _plain(x: Tensor, *others: Tensor) -> bool:
     """Ordinary CPU tensors of a dtype that is served: what the dispatcher would come to is known."""
-    return dispatch_keys(x) in ops.PLAIN and dispatch_keys(y) in ops.PLAIN and x.dtype in ops.DTYPES
+    return all(dispatch_keys(tensor) in ops.PLAIN for tensor in (x, *others)) and x.dtype in ops.DTYPES
 
 
 def _alone(x: Tensor) -> bool:

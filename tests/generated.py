@@ -177,6 +177,7 @@ def _in_place(x: Tensor) -> Tensor:
 
 MODULES = {
     "linear": lambda: nn.Linear(WIDTH, WIDTH),
+    "branch": lambda: nn.Linear(WIDTH, WIDTH),  # of an earlier value, which another layer may read too
     "block": Block,
     "own": Own,
     "image": Image,
@@ -193,7 +194,12 @@ CALLS = {
     "detour": lambda x: x.t().contiguous().t(),
     "rolled": lambda x: F.pad(torch.roll(x, 2, 1).view(x.shape[0], 2, WIDTH // 2), (0, 0)).flatten(1),
 }
-JOINS = {"add": torch.add, "add in place": lambda x, y: x.add_(y), "times": torch.mul}
+JOINS = {
+    "add": torch.add,
+    "add in place": lambda x, y: x.add_(y),
+    "times": torch.mul,
+    "halve earlier": lambda x, y: x + y.mul_(0.5),
+}
 STEPS = (*MODULES, *MODULES, *CALLS, *JOINS, "shared", "shared", "aside")
 # What a threshold is fused with, and what may be between it and the layer that it belongs to.
 PRODUCERS, BETWEEN = ("relu", "norm", "add"), ("dropout", "rolled", "aside", "add in place")
@@ -226,7 +232,7 @@ class Generated(nn.Module):
                 kept.insert(-1, last.sin())
                 continue
             if name in MODULES:
-                value = self.parts[str(i)](last)
+                value = self.parts[str(i)](earlier) + last if name == "branch" else self.parts[str(i)](last)
             elif name in CALLS:
                 value = CALLS[name](last)
             elif name in JOINS:
