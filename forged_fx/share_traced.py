@@ -19,7 +19,7 @@ from forged_fx.effects import aliases, writes
 def share(thresholds: list[fx.Node], each: Callable, root: nn.Module) -> None:
     """Let thresholds, calls of (x, t), that read one value be one call of `each`, (x, [t, ...]), where the first is.
 
-    The value has to be the same at all of them, and as their results may be one tensor, none of their readers may write.
+    The value has to be the same at all of them, and none of their readers may write, as the results may be one tensor.
     """
     by_value: dict[fx.Node, list[fx.Node]] = {}
     for node in thresholds:
