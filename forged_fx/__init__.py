@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # what type checkers see in place of `__getattr__`
+    from forged_fx.bpda import straight_through as straight_through
     from forged_fx.calibrate import calibrate as calibrate
     from forged_fx.cost import cost as cost
     from forged_fx.describe import describe as describe
@@ -18,7 +19,6 @@ if TYPE_CHECKING:  # what type checkers see in place of `__getattr__`
     from forged_fx.evaluate import evaluate as evaluate
     from forged_fx.lipschitz import lipschitz as lipschitz
     from forged_fx.ops import decompositions as decompositions
-    from forged_fx.ops import straight_through as straight_through
     from forged_fx.search import search as search
     from forged_fx.sparsity import sparsity as sparsity
     from forged_fx.stats import Stats as Stats
@@ -32,7 +32,7 @@ _PUBLIC = {
     "calibrate": "calibrate",
     "transform": "transform",
     "set_ratio": "transform",
-    "straight_through": "ops",
+    "straight_through": "bpda",
     "decompositions": "ops",
     "evaluate": "evaluate",
     "compare": "evaluate",

@@ -22,10 +22,12 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from forged_fx import ops, torch_internals
+from forged_fx import torch_internals
+from forged_fx.bpda import straight_through_enabled
 from forged_fx.frames import Compilation, Frame, passes
 from forged_fx.hoist import hoist
 from forged_fx.kinds import OWN, choose
+from forged_fx.lowering import register_lowerings
 from forged_fx.prologue import Patience, offer
 from forged_fx.rewrite import find_calls, insert_thresholds, nested
 from forged_fx.share import share
@@ -54,7 +56,7 @@ def forged(
     """
     compile_fx = torch_internals.inductor().compile_fx
     ours, inductor = _split(options or {})
-    ops.register_lowerings()
+    register_lowerings()
     patches = {**torch_internals.inductor().list_mode_options(mode), **inductor} if mode else inductor
     place, theirs = torch_internals.graph_pass(_place, _version()), patches.get("post_grad_custom_pre_pass") or []
     several = [place, *(theirs if isinstance(theirs, list) else [theirs])]
@@ -116,7 +118,7 @@ def _forge_graph(gm: fx.GraphModule, options: dict[str, Any]) -> Frame:
     calls = find_calls(gm.graph, lambda node: _module_of_node(node, names, names[id(here)]), {})
     alike = sum(type(module) is type(here) for module in root.modules())
     frame = Frame(gm, calls, compilation, shared=alike > 1)
-    insert_thresholds(gm.graph, calls, frame.names, frame.place, _source(root), ops.straight_through_enabled())
+    insert_thresholds(gm.graph, calls, frame.names, frame.place, _source(root), straight_through_enabled())
     gm.recompile()
     if frame.bound:
         torch_internals.guard_identity(gm)

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from forged_fx import ops, torch_internals
+from forged_fx import torch_internals
 from forged_fx.hoist import COPIES, MOVES, hoist, written_by_inductor
+from forged_fx.lowering import register_lowerings
 from forged_fx.modes import eval_mode
 from forged_fx.share import share, thresholds_in
 from forged_fx.thresholds import thresholds_of
@@ -63,7 +64,7 @@ def cost(forged: torch.nn.Module, args: tuple, kwargs: dict[str, Any] | None = N
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable:
         return torch_internals.on_inductors_graph(gm, inputs, _reader(gm, sites, found))
 
-    ops.register_lowerings()
+    register_lowerings()
     tensors = {id(tensor): tensor for tensor in (*forged.parameters(), *forged.buffers())}
     twin = copy.deepcopy(forged, tensors)  # what is compiled here must not count against the user's own compilations
     with torch.no_grad(), eval_mode(twin):

@@ -27,6 +27,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from forged_fx import ops, torch_internals
+from forged_fx.cpu import largest_below
 from forged_fx.share_traced import share
 from forged_fx.torch_internals import dispatch_keys
 
@@ -102,7 +103,7 @@ def apply(x: Tensor, t: Tensor) -> Tensor:
     """`threshold(x, t)` in new memory."""
     if not _plain(x, t):
         return (ops.direct(THRESHOLD, x, t) or THRESHOLD)(x, t)
-    return torch.hardshrink(x, ops._largest_below(t.item(), x.dtype), out=torch.empty_like(x))
+    return torch.hardshrink(x, largest_below(t.item(), x.dtype), out=torch.empty_like(x))
 
 
 def overwrite(x: Tensor, t: Tensor, references: int) -> Tensor:
@@ -112,7 +113,7 @@ def overwrite(x: Tensor, t: Tensor, references: int) -> Tensor:
     """
     if references != _ONE_VARIABLE or not _plain(x, t) or not _alone(x):
         return apply(x, t)
-    return torch.hardshrink(x, ops._largest_below(t.item(), x.dtype), out=x)
+    return torch.hardshrink(x, largest_below(t.item(), x.dtype), out=x)
 
 
 def each(x: Tensor, thresholds: list[Tensor], references: int = 0) -> list[Tensor]:

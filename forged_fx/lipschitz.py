@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from forged_fx.bpda import straight_through
 from forged_fx.gains import Gains, gains
 from forged_fx.modes import eval_mode, fast_path_off
-from forged_fx.ops import straight_through
 from forged_fx.progress import track
 from forged_fx.rows import Rows, text
 from forged_fx.thresholds import parameters_of

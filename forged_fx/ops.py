@@ -30,9 +30,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from forged_fx import torch_internals
+from forged_fx import cpu, torch_internals
 from forged_fx.kernels import reference
 from forged_fx.torch_internals import dispatch_keys
 
@@ -48,108 +47,6 @@ except RuntimeError as error:
 # flexible_layout: any layout will do. Without it Inductor, once it has met an op before its lowering was registered,
 # would hold its inputs to the strides that they had in eager mode.
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
-
-
-# ---- on a CPU
-
-
-def _threshold_cpu(x: Tensor, t: Tensor) -> Tensor:
-    return torch.hardshrink(x, _largest_below(t.item(), x.dtype), out=torch.empty_like(x))
-
-
-def _threshold_backward_cpu(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    # hardshrink_backward would be one pass, but it zeroes the gradient where x is NaN.
-    magnitude = torch.abs(x, out=torch.empty_like(x))
-    limit = _largest_below(t.item(), x.dtype)
-    return torch.ops.aten.threshold_backward.grad_input(grad, magnitude, limit, grad_input=magnitude)
-
-
-def _one_sided_cpu(x: Tensor, t: Tensor) -> Tensor:
-    if not _positive(t, x):
-        return torch.empty_like(x).copy_(x)
-    return torch.ops.aten.threshold.out(x, _largest_below(t.item(), x.dtype), 0, out=torch.empty_like(x))
-
-
-def _one_sided_backward_cpu(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    if not _positive(t, x):
-        return torch.empty_like(x).copy_(grad)
-    limit, result = _largest_below(t.item(), x.dtype), torch.empty_like(x)
-    return torch.ops.aten.threshold_backward.grad_input(grad, x, limit, grad_input=result)
-
-
-def _shifted_cpu(x: Tensor, t: Tensor) -> Tensor:
-    wide = reference.comparison_dtype(x.dtype)
-    if x.dtype != wide or not _positive(t, x):  # a difference that is rounded twice
-        return reference.shifted(x, t)
-    return torch.sub(x, t.to(wide), out=torch.empty_like(x)).relu_()
-
-
-def _soft_cpu(x: Tensor, t: Tensor) -> Tensor:
-    wide = reference.comparison_dtype(x.dtype)
-    if x.dtype != wide or not _positive(t, x):
-        return reference.soft(x, t)
-    t = t.to(wide).item()  # softshrink would be one pass, but it leaves -0.0 where it drops
-    inside = torch.clamp(x, -t, t, out=torch.empty_like(x))
-    return torch.sub(x, inside, out=inside)
-
-
-def _clamp_cpu(x: Tensor, limit: Tensor) -> Tensor:
-    if not _positive(limit, x):
-        return reference.clamp(x, limit)
-    end = limit.to(reference.comparison_dtype(x.dtype)).to(x.dtype).item()  # what lies beyond it rounds to it
-    return torch.clamp(x, -end, end, out=torch.empty_like(x))
-
-
-def _clamp_backward_cpu(grad: Tensor, x: Tensor, limit: Tensor) -> Tensor:
-    if not _positive(limit, x):
-        return reference.clamp_backward(grad, x, limit)
-    # hardtanh_backward would be one pass, but it zeroes the gradient where x is NaN.
-    negative = torch.copysign(x, -1.0, out=torch.empty_like(x))
-    beyond = _smallest_above(limit.item(), x.dtype)
-    return torch.ops.aten.threshold_backward.grad_input(grad, negative, -beyond, grad_input=negative)
-
-
-def _band_cpu(x: Tensor, t: Tensor, limit: Tensor) -> Tensor:
-    if not _positive(limit, x):
-        return reference.band(x, t, limit)
-    kept = _threshold_cpu(x, t)
-    end = limit.to(reference.comparison_dtype(x.dtype)).to(x.dtype).item()
-    return kept.clamp_(-end, end)
-
-
-def _band_backward_cpu(grad: Tensor, x: Tensor, t: Tensor, limit: Tensor) -> Tensor:
-    return _clamp_backward_cpu(_threshold_backward_cpu(grad, x, t), x, limit)
-
-
-def _positive(t: Tensor, x: Tensor) -> bool:
-    """Whether a parameter is above 0 in the dtype of the comparison, which a float64 next to 0 is not in float32."""
-    return bool(t.to(reference.comparison_dtype(x.dtype)) > 0)
-
-
-@functools.lru_cache(maxsize=4096)
-def _largest_below(t: float, dtype: torch.dtype) -> float:
-    """The largest value of `dtype` below t; -1 where no magnitude is (t <= 0, or NaN).
-
-    torch's one-pass functions compare by `<=`, in x's dtype, and `|x| < t` is `|x| <= _largest_below(t)`.
-    """
-    limit = torch.tensor(t, dtype=reference.comparison_dtype(dtype), device="cpu")
-    if not limit > 0:
-        return -1.0
-    below = limit.to(dtype)  # to nearest: it may be above the limit as well as on it
-    if below.to(limit.dtype) >= limit:
-        below = torch.nextafter(below, torch.zeros_like(below))
-    return below.item()
-
-
-@functools.lru_cache(maxsize=4096)
-def _smallest_above(limit: float, dtype: torch.dtype) -> float:
-    """The smallest value of `dtype` above the limit; NaN, which nothing equals, where there is none."""
-    wide = torch.tensor(limit, dtype=reference.comparison_dtype(dtype), device="cpu")
-    above = wide.to(dtype)
-    if above.to(wide.dtype) <= wide:
-        infinity = torch.full_like(above, torch.inf)
-        above = torch.nextafter(above, infinity) if above < infinity else infinity * 0
-    return above.item()
 
 
 # ---- the table
@@ -195,12 +92,12 @@ class Function:
 FUNCTIONS = {
     f.name: f
     for f in (
-        Function("threshold", ("t",), _threshold_cpu, _threshold_backward_cpu),
-        Function("one_sided", ("t",), _one_sided_cpu, _one_sided_backward_cpu),
-        Function("shifted", ("t",), _shifted_cpu, _one_sided_backward_cpu),
-        Function("soft", ("t",), _soft_cpu, _threshold_backward_cpu),
-        Function("clamp", ("limit",), _clamp_cpu, _clamp_backward_cpu),
-        Function("band", ("t", "limit"), _band_cpu, _band_backward_cpu),
+        Function("threshold", ("t",), cpu.threshold, cpu.threshold_backward),
+        Function("one_sided", ("t",), cpu.one_sided, cpu.one_sided_backward),
+        Function("shifted", ("t",), cpu.shifted, cpu.one_sided_backward),
+        Function("soft", ("t",), cpu.soft, cpu.threshold_backward),
+        Function("clamp", ("limit",), cpu.clamp, cpu.clamp_backward),
+        Function("band", ("t", "limit"), cpu.band, cpu.band_backward),
         Function("mean", ("mean", "width"), channels=True, moves=False),
     )
 }
@@ -328,6 +225,15 @@ def _fakes(f: Function) -> dict[str, Callable]:
         return torch.empty_like(x)
 
     return {f.name: forward, f"{f.name}_backward": backward}
+
+
+def _lower_if_inductor_runs() -> None:
+    """The fake implementations call this: a compiler consults them before it lowers anything. So plain
+    `backend="inductor"` finds the lowerings, and a program that never compiles never imports Inductor."""
+    if "torch._inductor.lowering" in sys.modules:
+        from forged_fx.lowering import register_lowerings
+
+        register_lowerings()
 
 
 # ---- gradients
@@ -470,157 +376,6 @@ def _batch_rule(f: Function, op: Callable, tensors: int) -> Callable:
         return op(*map(whole, args[:tensors], in_dims), *rest), 0
 
     return rule
-
-
-# ---- Inductor
-
-
-@functools.cache
-def register_lowerings() -> None:
-    """Teach Inductor to make a pointwise node of each op. Idempotent; imports Inductor.
-
-    A backend calls it. Under plain `torch.compile` it happens by itself: see `_lower_if_inductor_runs`.
-    """
-    inductor = torch_internals.inductor()
-    config, inner, V = inductor.config, inductor.ops, inductor.V
-
-    class Wide:
-        """Inductor's elementwise functions, for a rule of the reference: numbers among the arguments are constants."""
-
-        def __init__(self, dtype: torch.dtype) -> None:
-            self.dtype = dtype
-
-        def __getattr__(self, name: str) -> Callable:
-            return lambda *args: getattr(inner, name)(*map(self.value, args))
-
-        def value(self, given: Any) -> Any:
-            return inner.constant(given, self.dtype) if isinstance(given, int) else given
-
-    def own_products(x: Any) -> bool:
-        """Whether Inductor may generate the matrix products that read this value."""
-        return (config.max_autotune or config.max_autotune_gemm) and x.get_device().type != "cpu"
-
-    def pointwise(f: Function, x: Any, arguments: tuple, result: Callable) -> Any:
-        """result: (index, what is dropped, what takes its place, what else becomes of x) -> the value there."""
-        dtype, load_x = x.get_dtype(), x.make_loader()
-        loads = [(p.make_loader(), p.get_dtype()) for p in arguments[: len(f.parameters)]]
-        o, twice = Wide(reference.comparison_dtype(dtype)), own_products(x)
-        # For a CPU, Inductor gives up vectors in loops that are shorter than one (a layer's 8 channels, moved last)
-        # where more than 12 % of the operations select (`TilingSelect`). So conversions count that change nothing: with
-        # all three a lone threshold is 1 in 9; without, the loop behind a digits' network's first layer took 35 times
-        # as long. Elsewhere they would be no more than work for Inductor.
-        every = x.get_device().type == "cpu" and dtype == o.dtype
-
-        def converted(value: Any, source: torch.dtype, target: torch.dtype) -> Any:
-            return inner.to_dtype(value, target) if every or source != target else value
-
-        def at(index: Any) -> Any:
-            where = (index[arguments[-1]],) if f.channels else ()
-            given = load_x(index)  # once: Inductor traces all that makes x anew at each call, many times over
-            value = converted(given, dtype, o.dtype)
-            if twice:
-                # Twice: a kernel's loops are ordered as most of its accesses lie. So the input outvotes the output, and
-                # the kernel can be an epilogue of the product that makes it. Loaded once, a threshold with the copy of
-                # attention's heads is a kernel of its own (swin_tiny, float16: 12 launches more).
-                given = load_x(index)
-            parameters = [converted(load(where), stored, o.dtype) for load, stored in loads]
-            dropped, instead, kept = reference.RULES[f.name](o, value, *parameters)
-            if isinstance(instead, int):
-                instead = inner.constant(instead, dtype)
-            else:
-                instead = converted(instead, o.dtype, dtype)
-            found = result(index, dropped, instead, given if kept is value else converted(kept, o.dtype, dtype))
-            return converted(found, dtype, dtype)
-
-        return inductor.Pointwise.create(device=x.get_device(), dtype=x.get_dtype(), inner_fn=at, ranges=x.get_size())
-
-    def forged(f: Function, x: Any, arguments: tuple) -> Any:
-        return pointwise(f, x, arguments, lambda index, *three: inner.where(*three))
-
-    def write(x: Any) -> None:
-        """Have the input written, laid out as in eager mode: as its reader would without the threshold. So others that
-        read it need not compute it anew, and a product shall compute the threshold, and not all that comes ahead."""
-        x.realize()
-        if inductor.is_storage_and_layout(x) and isinstance(x.get_layout(), inductor.FlexibleLayout):
-            strides = V.graph.current_node.args[0].meta["val"].stride()
-            order = inductor.get_stride_order(strides, V.graph.sizevars.shape_env)
-            inductor.as_storage_and_layout(x, want_contiguous=False, stride_order=order)
-
-    def has_several_sources(x: Any) -> bool:
-        """Whether computing it anew reads as much as writing it and reading that: it has yet to be written, and is made
-        of several tensors of its size. Inductor would leave it at that up to four, for more kinds of kernels."""
-        if inductor.is_storage_and_layout(x):
-            return False
-        return sum(read.get_numel() == x.get_numel() for read in x.get_reads()) > 1
-
-    def forward(f: Function, x: Any, *arguments: Any) -> Any:
-        arguments = arguments[: f.arguments]
-        meta = V.graph.current_node.meta
-        offered = own_products(x) and config.prologue_fusion and meta.get("prologue")
-        if offered or (meta.get("raw") and has_several_sources(x)):
-            write(x)
-        result = forged(f, x, arguments)
-        if not offered:
-            return result
-        result.realize()
-        V.graph.invoke_quant_ops.add(result.get_operation_name())  # Inductor's list of prologues worth a try
-        return result
-
-    def backward(f: Function, grad: Any, x: Any, *arguments: Any) -> Any:
-        load = grad.make_loader()
-
-        def masked(index: Any, dropped: Any, *_: Any) -> Any:
-            return inner.where(dropped, inner.constant(0, x.get_dtype()), load(index))
-
-        return pointwise(f, x, arguments, masked)
-
-    for f in FUNCTIONS.values():
-        inductor.register_lowering(f.op, type_promotion_kind=None)(functools.partial(forward, f))
-        inductor.register_lowering(f.backward, type_promotion_kind=None)(functools.partial(backward, f))
-
-
-def _lower_if_inductor_runs() -> None:
-    """The fake implementations call this: a compiler consults them before it lowers anything. So plain
-    `backend="inductor"` finds the lowerings, and a program that never compiles never imports Inductor."""
-    if "torch._inductor.lowering" in sys.modules:
-        register_lowerings()
-
-
-# ---- the gradient that an attack may ask for
-
-
-class straight_through(TorchFunctionMode):
-    """A context manager: within it, every threshold's gradient is the identity. Values stay as they are.
-
-        with forged_fx.straight_through():
-            loss = criterion(forged(x), y)
-        loss.backward()
-
-    BPDA (Athalye, Carlini, Wagner 2018, arXiv 1802.00420) for any attack, whether or not it knows of this.
-
-    What counts is where the forward runs: a backward has the gradient that its forward was run with. It
-    holds for the thread that enters it, and for none that it starts. It nests. Compiled models are compiled
-    once for each gradient, when it is first asked for.
-
-    Activation checkpointing with `use_reentrant=True` runs the forward anew in the backward, where no mode
-    reaches it: take `use_reentrant=False`.
-    """
-
-    def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        # A function mode that overrides nothing else, because Dynamo traces such a one, may break its graph
-        # within it, and guards what it compiled on the types of those that are active.
-        kwargs = kwargs or {}
-        if func in THRESHOLD_OPS:
-            args, kwargs = args[: THRESHOLD_OPS[func]], {**kwargs, "straight_through": True}
-        return func(*args, **kwargs)
-
-
-def straight_through_enabled() -> bool:
-    """Whether this thread is within `straight_through()`; a backend may ask it too, while it compiles."""
-    modes = [*torch_internals.function_modes(), *torch_internals.modes_that_dynamo_took_off()]
-    return any(isinstance(mode, straight_through) for mode in modes)
 
 
 # ---- exporters that know standard operators only

@@ -7,7 +7,7 @@ one in channels_last), the product can apply it as it loads its input. Inductor'
 mode="max-autotune" it takes its own where they are faster than the library's. By itself it would not try: half
 precision is compared in float32, and it expects no gain of a prologue that computes in a wider type.
 
-The pass marks the thresholds, and their lowering makes the offer: see `forged_fx/ops.py`. Inductor looks at prologues
+The pass marks the thresholds, and their lowering (`forged_fx/lowering.py`) makes the offer. Inductor looks at prologues
 last: by then it would have joined a threshold with its producer, and written it beside the raw value. `Patience` keeps
 it from that for one round of fusions. What no product has taken then is joined with its producer as ever.
 """

@@ -19,7 +19,7 @@ from test_kinds_ops import KINDS, SCALAR, arguments
 from torch import nn
 
 import forged_fx
-from forged_fx import digits, ops
+from forged_fx import digits
 from forged_fx.kernels import reference
 from forged_fx.thresholds import thresholds_of
 
@@ -263,7 +263,7 @@ def test_training_through_it_gives_eagers_gradients(model, x, straight_through):
     found = []
     for module in (fast, forged):
         forged.zero_grad()
-        with ops.straight_through() if straight_through else torch.enable_grad():
+        with straight_through() if straight_through else torch.enable_grad():
             module(x).square().sum().backward()
         found.append(torch.cat([p.grad.flatten() for p in forged.parameters()]))
     assert close(*found, 1e-2)

@@ -18,7 +18,9 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from forged_fx import ops
+from forged_fx.bpda import straight_through, straight_through_enabled
 from forged_fx.kernels import reference
+from forged_fx.lowering import register_lowerings
 
 ROOT = Path(__file__).parents[1]
 threshold = torch.ops.forged_fx.threshold
@@ -283,14 +285,14 @@ def fresh_inductor() -> Iterator[None]:
 
     for op in (threshold.default, threshold_backward.default):
         lowerings.pop(op, None)
-    ops.register_lowerings.cache_clear()
+    register_lowerings.cache_clear()
     torch._dynamo.reset()
     # Whether there is a lowering is not part of the caches' keys.
     no_graphs = torch._inductor.config.patch(fx_graph_cache=False)
     with no_graphs, torch._functorch.config.patch(enable_autograd_cache=False):
         yield
     torch._dynamo.reset()
-    ops.register_lowerings()
+    register_lowerings()
 
 
 def calls(code: list[str]) -> list[str]:
@@ -337,7 +339,7 @@ def test_inductor_is_right_without_the_lowering(fresh_inductor: None, monkeypatc
 
 def inside(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     def call(x: Tensor) -> Tensor:
-        with ops.straight_through():
+        with straight_through():
             return f(x)
 
     return call
@@ -362,29 +364,29 @@ def test_context_in_eager(call: Callable[[Tensor], Tensor]) -> None:
 def test_what_counts_is_where_the_forward_runs() -> None:
     x = X.clone().requires_grad_()
     outside = threshold(x, T)
-    with ops.straight_through():
+    with straight_through():
         within = threshold(x, T)
         assert same(torch.autograd.grad(outside.sum(), x)[0], KEPT)
     assert torch.equal(torch.autograd.grad(within.sum(), x)[0], ONES)
 
 
 def test_context_ends_with_an_exception() -> None:
-    with pytest.raises(ZeroDivisionError), ops.straight_through():
+    with pytest.raises(ZeroDivisionError), straight_through():
         raise ZeroDivisionError
-    assert not ops.straight_through_enabled()
+    assert not straight_through_enabled()
 
 
 def test_context_belongs_to_its_thread() -> None:
     seen = []
 
     def look() -> None:
-        seen.extend([ops.straight_through_enabled(), gradient(lambda x: threshold(x, T))])
+        seen.extend([straight_through_enabled(), gradient(lambda x: threshold(x, T))])
 
-    with ops.straight_through():
+    with straight_through():
         worker = threading.Thread(target=look)
         worker.start()
         worker.join()
-        assert ops.straight_through_enabled()
+        assert straight_through_enabled()
     assert not seen[0] and same(seen[1], KEPT)
 
 
@@ -420,7 +422,7 @@ def test_context_reaches_compiled_code(backend: str, depths: tuple[int, ...]) ->
 @pytest.mark.parametrize("graph_break", [False, True])
 def test_context_within_compiled_code(graph_break: bool) -> None:
     def f(x: Tensor) -> Tensor:
-        with ops.straight_through():
+        with straight_through():
             y = threshold(x, T)
             if graph_break:
                 torch._dynamo.graph_break()
@@ -440,7 +442,7 @@ def test_a_backend_can_ask() -> None:
     seen = []
 
     def backend(gm: torch.fx.GraphModule, inputs: list) -> Callable:
-        seen.append(ops.straight_through_enabled())
+        seen.append(straight_through_enabled())
         return gm
 
     torch._dynamo.reset()

@@ -23,6 +23,7 @@ from forged_fx import ops
 from forged_fx.audit import same
 from forged_fx.digits import one_thread
 from forged_fx.kernels import reference
+from forged_fx.lowering import register_lowerings
 from forged_fx.modes import fast_path_off
 from forged_fx.stats import Stats
 
@@ -133,7 +134,7 @@ def test_compiled_is_the_specification(rows, columns, drawn):
     """The hard threshold; tests of the other functions compiled are in test_kinds_ops.py."""
     from dataclasses import replace
 
-    ops.register_lowerings()
+    register_lowerings()
     drawn = replace(drawn, shape=(rows, columns), layouts=("contiguous", "contiguous"), wide=False)
     for name in FUNCTIONS if TIMES > 1 else ("threshold",):
         x, grad, rest = drawn.x, drawn.grad, arguments(name, drawn)

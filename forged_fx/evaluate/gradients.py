@@ -18,7 +18,7 @@ Context = Callable[[], AbstractContextManager]
 
 def straight_through() -> Context:
     """The library's own context: BPDA for every threshold op in any model."""
-    from forged_fx.ops import straight_through
+    from forged_fx.bpda import straight_through
 
     return straight_through
 
