@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.fx as fx
 from torch import Tensor
 
 from forged_fx.modes import eval_mode, fast_path_off
@@ -64,13 +65,16 @@ def audit(
     with torch.no_grad(), torch.random.fork_rng(), eval_mode(model), eval_mode(forged):
         expected = _repeatably(observer.run, args, kwargs)
         with on_slow_path, fast_path_off():
-            found = _repeatably(forged, args, kwargs)
+            found = [_repeatably(forged, args, kwargs)]
+        if isinstance(forged, fx.GraphModule):  # runs in another way when nothing watches it, see in_place.py
+            with fast_path_off():
+                found.append(_repeatably(forged, args, kwargs))
         if any(isinstance(module, torch.nn.MultiheadAttention) for module in forged.modules()):
             with as_used:
                 _repeatably(forged, args, kwargs)
         else:
             as_used = on_slow_path
-    if not (agree or same)(expected, found):
+    if not all((agree or same)(expected, one) for one in found):
         raise AuditFailed("audit: with every threshold at 0 the result differs from the model")
     counts = {site: {c.seen[id(thresholds[site])] for c in (on_slow_path, as_used)} for site in wanted}
     return [site for site in wanted if counts[site] != {runs[site]}]

@@ -71,6 +71,12 @@ def calibrate(
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"calibrate takes the model first, then the batches; the model is {type(model).__name__}")
+    if isinstance(batches, Tensor):
+        raise TypeError("batches is one tensor, and each of its rows would be a batch: pass [x] for one batch")
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"max_batches={max_batches}: at least 1, or None for all")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("the model is on the device 'meta' and has no weights: load them first")
     if where not in ("linear+conv", "activations"):
         raise ValueError(f"where={where!r}: calibrate records 'linear+conv', or 'activations' besides")
     model = unwrapped(model)
@@ -109,7 +115,7 @@ def scan(
         for n, batch in enumerate(batches, start=1):
             args, kwargs = model_inputs(batch, model)
             example = example or (args, kwargs)
-            given |= inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments.keys()
+            given |= _arguments(model, args, kwargs)
             what = f"batch {first + n - 1} (counted from 0)"
             try:
                 in_halves(partial(run.batch, what), args, kwargs, what)
@@ -119,6 +125,18 @@ def scan(
     for name in _scripted(model):
         run.sites[name] = SiteStats("scripted", None, (), None, (), layer=False, left_out=SCRIPTED)
     return Stats(run.sites, run.modules, n, run.observer.contexts, given, example)
+
+
+def _arguments(model: torch.nn.Module, args: tuple, kwargs: dict) -> set[str]:
+    """The names of the arguments that a batch gives the model's forward."""
+    signature = inspect.signature(model.forward)
+    try:
+        return {*signature.bind_partial(*args, **kwargs).arguments}
+    except TypeError as error:
+        raise TypeError(
+            f"a batch gives {', '.join(kwargs) or 'an input'}, and {type(model).__name__}.forward takes {signature}: "
+            f"{error}. Pass tensors, tuples whose first item is the input, or dicts of the arguments by name"
+        ) from None
 
 
 def _agree(processes: Processes, model: torch.nn.Module, batches: Iterable[Any]) -> None:

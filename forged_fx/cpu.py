@@ -8,8 +8,8 @@ from torch import Tensor
 from forged_fx.kernels import reference
 
 
-def threshold(x: Tensor, t: Tensor) -> Tensor:
-    return torch.hardshrink(x, largest_below(t.item(), x.dtype), out=torch.empty_like(x))
+def threshold(x: Tensor, t: Tensor, out: Tensor | None = None) -> Tensor:
+    return torch.hardshrink(x, largest_below(t.item(), x.dtype), out=torch.empty_like(x) if out is None else out)
 
 
 def threshold_backward(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:

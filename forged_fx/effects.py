@@ -1,31 +1,53 @@
 """What a node of the graph that `transform` makes may do besides giving a result: write, draw random numbers, alias.
 
-The graph is as the model was written, so any of its functions, methods and modules may. What is not known to do without
-counts as doing it.
+The graph is as the model was written, so any of its functions, methods and modules may. What is of no library that is
+known counts as doing it.
 """
 
+import inspect
 import operator
+import types
+from typing import Any
 
 import torch
 import torch.fx as fx
-import torch.nn.functional as F
 from torch import nn
 
-from forged_fx.ops import THRESHOLD_OPS
+from forged_fx.capture import has_hooks
 from forged_fx.producers import row_of
 from forged_fx.sites import CALLS
+
+_LIBRARIES = ("torch.nn.modules.", "torchvision.", "timm.")  # (what torch.nn.utils makes of a module is another's code)
+_PACKAGES = ("torch", "torchvision", "timm", "forged_fx", "operator", "math", "builtins")
+_BUILTIN = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
 
 
 def modules_of(node: fx.Node, root: nn.Module) -> list[nn.Module]:
     return [*root.get_submodule(node.target).modules()] if node.op == "call_module" else []
 
 
+# ---- random numbers
+
+_RANDOM_MODULES = (nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
+_SHARES = ("p", "prob", "drop_prob", "dropout")  # attributes of modules that draw
+_RANDOM_WORDS = ("drop", "rand", "bernoulli", "multinomial", "rrelu", "fractional", "attention")
+
+
 def draws(node: fx.Node, root: nn.Module) -> bool:
     """Whether the node may draw random numbers, in train mode at least."""
     if node.op == "call_module":
-        return any(hasattr(m, "p") or hasattr(m, "drop_prob") or type(m) is nn.RReLU for m in modules_of(node, root))
-    return any(word in _function_name(node) for word in ("drop", "rand", "bernoulli", "multinomial", "normal", "rrelu"))
+        return any(_module_draws(module) for module in modules_of(node, root))
+    if not _is_call(node):
+        return False
+    name = _function_name(node)
+    return not _is_known_call(node) or name.strip("_") == "normal" or any(word in name for word in _RANDOM_WORDS)
 
+
+def _module_draws(module: nn.Module) -> bool:
+    return not _is_known(module) or isinstance(module, _RANDOM_MODULES) or any(hasattr(module, a) for a in _SHARES)
+
+
+# ---- writes
 
 _OPERATORS = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()
 _WRITING = {"setitem", "__setitem__", *(f"i{name}" for name in _OPERATORS), *(f"__i{name}__" for name in _OPERATORS)}
@@ -35,50 +57,62 @@ def writes(node: fx.Node, root: nn.Module) -> bool:
     """Whether the node may write into its input."""
     if node.op == "call_module":
         return any(getattr(m, "inplace", False) or not _is_known(m) for m in modules_of(node, root))
-    if node.op not in ("call_function", "call_method"):
+    if not _is_call(node):
         return False
-    if (schema := getattr(node.target, "_schema", None)) is not None:  # an operator says it itself
-        return schema.is_mutable
+    if schemas := _schemas(node.target):  # an operator says it itself
+        return any(schema.is_mutable for schema in schemas)
     name = _function_name(node)
     in_place = (name.endswith("_") and not name.endswith("__")) or name in _WRITING
-    flag = any(arg is True for arg in (*node.args[1:], node.kwargs.get("inplace")))  # (1 == True)
-    return in_place or flag or "out" in node.kwargs
+    return in_place or not _is_known_call(node) or _asks_in_place(node) or "out" in node.kwargs
+
+
+def _schemas(target: Any) -> list[Any]:
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return [getattr(target, overload)._schema for overload in target.overloads()]
+    return [target._schema] if isinstance(target, torch._ops.OpOverload) else []
+
+
+def _asks_in_place(node: fx.Node) -> bool:
+    """Whether the function is called with `inplace`, or may be."""
+    try:
+        return bool(inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments.get("inplace"))
+    except (TypeError, ValueError):  # a method, or a function that does not say what its arguments are
+        return bool(node.kwargs.get("inplace")) or any(arg is True for arg in node.args[1:])  # (1 == True)
+
+
+# ---- memory
+
+# (an einsum of one operand is a view of it)
+_FRESH_FUNCTIONS = {*CALLS, operator.add, operator.mul} - {torch.einsum}
+_FRESH_MODULES = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.Linear, nn.LayerNorm)
+
+
+def is_fresh(node: fx.Node, root: nn.Module) -> bool:
+    """Whether the node's result, if it is a tensor, shares no memory with its inputs."""
+    if node.op == "call_module":
+        module = root.get_submodule(node.target)
+        return isinstance(module, _FRESH_MODULES) and _is_known(module)
+    return node.op == "call_function" and node.target in _FRESH_FUNCTIONS
+
+
+# ---- what is known
+
+
+def _is_call(node: fx.Node) -> bool:
+    return node.op in ("call_function", "call_method")
 
 
 def _function_name(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
+def _is_known_call(node: fx.Node) -> bool:
+    """A method is taken for a tensor's. Of a function of a library, its name and arguments tell what it does."""
+    home = getattr(node.target, "__module__", None) or ""
+    return isinstance(node.target, (str, *_BUILTIN)) or home.partition(".")[0].lstrip("_") in _PACKAGES
+
+
 def _is_known(module: nn.Module) -> bool:
-    """Whether modules of this class write nowhere unless they say `inplace`; a user's own may."""
-    return type(module).__module__.startswith(("torch.nn.", "torchvision.", "timm.")) or row_of(module) is not None
-
-
-_FRESH_MODULES = (
-    nn.modules.conv._ConvNd,
-    nn.modules.batchnorm._BatchNorm,
-    nn.modules.pooling._MaxPoolNd,
-    nn.modules.pooling._AvgPoolNd,
-    nn.Linear,
-    nn.LayerNorm,
-)
-_FRESH_FUNCTIONS = {*CALLS, *THRESHOLD_OPS, operator.add, operator.mul, torch.cat, F.max_pool2d, F.avg_pool2d}
-
-
-def is_fresh(node: fx.Node, root: nn.Module) -> bool:
-    """Whether the node's result is a tensor of its own, which shares no memory with its inputs."""
-    if node.op == "call_module":
-        return isinstance(root.get_submodule(node.target), _FRESH_MODULES)
-    return node.op == "call_function" and node.target in _FRESH_FUNCTIONS
-
-
-def aliases(node: fx.Node, root: nn.Module) -> set[fx.Node]:
-    """The nodes whose results may share memory with the node's: it is one of them."""
-    found, left = {node}, [node]
-    while left:
-        last = left.pop()
-        near = {user for user in last.users if not is_fresh(user, root)}
-        near |= set() if is_fresh(last, root) else {*last.all_input_nodes}
-        left += near - found
-        found |= near
-    return found
+    """Whether the module is one of a library, as it was written there: what its class and attributes say holds."""
+    of_a_library = type(module).__module__.startswith(_LIBRARIES) or row_of(module) is not None
+    return of_a_library and not has_hooks(module) and "forward" not in vars(module)

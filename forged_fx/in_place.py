@@ -4,8 +4,10 @@ In eager mode a threshold costs a trip through PyTorch's dispatcher, a pass over
 Without gradients the trip is saved, and the new memory wherever nobody else can tell: the graph has no later reader of
 the input, and when it comes to it, the tensor has no other owner. A hook that kept it, a view that is still alive, the
 branch of a residual: each is an owner, and is counted when the threshold runs, so that nothing is assumed of modules.
-Sums go the same way, since a trace turns `x += y` into `x + y`. And several thresholds of one tensor are one, where
-they are equal (`forged_fx/share_traced.py`): on a CPU their values are read anyway.
+Sums go the same way, since a trace turns `x += y` into `x + y`.
+
+Of several thresholds that read one tensor, those that are equal to the first are not computed again: on a CPU their
+values are read anyway. Whether anyone has written to the tensor since, or to the result, is asked of PyTorch then.
 
 A graph also names each module by its path from the root, which costs Python more than the model's own nested calls.
 Here the paths are gone through together, once a run.
@@ -26,8 +28,8 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from forged_fx import ops, torch_internals
-from forged_fx.cpu import largest_below
+from forged_fx import cpu, ops, torch_internals
+from forged_fx.effects import writes
 from forged_fx.share_traced import share
 from forged_fx.torch_internals import dispatch_keys
 
@@ -39,24 +41,25 @@ def offer(forged: fx.GraphModule) -> None:
     """Let the class of a graph module that was just compiled choose, call by call, how to run."""
     as_written, unrecorded = type(forged).forward, _unrecorded(forged)
 
-    @functools.wraps(as_written)
     def forward(self: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch_internals.watched():
             return as_written(self, *args, **kwargs)
         return unrecorded(self, *args, **kwargs)
 
-    type(forged).forward = forward
+    forward.__code__ = forward.__code__.replace()  # its own: Dynamo counts how often it has compiled a code
+    type(forged).forward = functools.wraps(as_written)(forward)
 
 
 def _unrecorded(forged: fx.GraphModule) -> Callable:
     """The graph's code, with its thresholds as plain calls."""
     graph = copy.deepcopy(forged.graph)
-    share([node for node in graph.nodes if node.target is THRESHOLD and _is_plain_call(node)], each, forged)
+    # (with more arguments, a threshold's gradient was chosen)
+    calls = [n for n in graph.nodes if n.target in IN_PLACE and len(n.args) == 2 and not n.kwargs]
+    # A layer that writes into its input gets a tensor of its own.
+    share([n for n in calls if n.target is THRESHOLD and not any(writes(m, forged) for m in n.users)], note, again)
     order = {node: i for i, node in enumerate(graph.nodes)}
-    for node in list(graph.nodes):
-        plain, overwriting = IN_PLACE.get(node.target, (None, None))
-        if plain is None or not _is_plain_call(node):
-            continue
+    for node in calls:
+        plain, overwriting = IN_PLACE[node.target]
         x, node.target = node.args[0], plain
         if not isinstance(x, fx.Node) or x.op in ("placeholder", "get_attr"):
             continue
@@ -65,10 +68,6 @@ def _unrecorded(forged: fx.GraphModule) -> Callable:
                 references = graph.call_function(sys.getrefcount, (x,))
             node.target, node.args = overwriting, (*node.args, references)
     return _with_modules(graph)
-
-
-def _is_plain_call(node: fx.Node) -> bool:
-    return len(node.args) == 2 and not node.kwargs  # with more, a threshold's gradient was chosen
 
 
 def _with_modules(graph: fx.Graph) -> Callable:
@@ -103,7 +102,7 @@ def apply(x: Tensor, t: Tensor) -> Tensor:
     """`threshold(x, t)` in new memory."""
     if not _plain(x, t):
         return (ops.direct(THRESHOLD, x, t) or THRESHOLD)(x, t)
-    return torch.hardshrink(x, largest_below(t.item(), x.dtype), out=torch.empty_like(x))
+    return cpu.threshold(x, t)
 
 
 def overwrite(x: Tensor, t: Tensor, references: int) -> Tensor:
@@ -113,17 +112,23 @@ def overwrite(x: Tensor, t: Tensor, references: int) -> Tensor:
     """
     if references != _ONE_VARIABLE or not _plain(x, t) or not _alone(x):
         return apply(x, t)
-    return torch.hardshrink(x, largest_below(t.item(), x.dtype), out=x)
+    return cpu.threshold(x, t, out=x)
 
 
-def each(x: Tensor, thresholds: list[Tensor], references: int = 0) -> list[Tensor]:
-    """`threshold(x, t)` for each t: one tensor for those that are equal. The last may take the memory of x."""
-    if not _plain(x, *thresholds):
-        return [apply(x, t) for t in thresholds]
-    values = [t.item() for t in thresholds]
-    *others, last = dict(zip(values, thresholds, strict=True)).items()
-    results = {value: apply(x, t) for value, t in others} | {last[0]: overwrite(x, last[1], references)}
-    return [results[value] for value in values]
+def note(x: Tensor, t: Tensor, y: Tensor) -> tuple | None:
+    """What `again` needs to know of y, the threshold of x by t. Inference tensors do not count who wrote to them."""
+    if not _plain(x, t) or x.is_inference() or y.is_inference():
+        return None
+    return t.item(), y, (x._version, y._version)
+
+
+def again(x: Tensor, t: Tensor, noted: tuple | None, references: int = 0) -> Tensor:
+    """`threshold(x, t)`: the tensor that was noted, if that would be equal, else as `overwrite`."""
+    if noted is not None:
+        value, y, versions = noted
+        if _plain(x, t) and t.item() == value and (x._version, y._version) == versions:
+            return y
+    return overwrite(x, t, references)
 
 
 def accumulate(x: Any, y: Any, references: int) -> Any:
@@ -132,7 +137,7 @@ def accumulate(x: Any, y: Any, references: int) -> Any:
     return x.add_(y) if alike and references == _ONE_VARIABLE and _alone(x) else x + y
 
 
-IN_PLACE = {THRESHOLD: (apply, overwrite), each: (each, each), operator.add: (operator.add, accumulate)}
+IN_PLACE = {THRESHOLD: (apply, overwrite), again: (again, again), operator.add: (operator.add, accumulate)}
 
 
 def _layout(x: Tensor) -> tuple:
@@ -145,7 +150,9 @@ def _plain(x: Tensor, *others: Tensor) -> bool:
 
 
 def _alone(x: Tensor) -> bool:
-    """Whether no other tensor, in Python or within PyTorch, has this memory, and none of its elements share a place."""
+    """Whether nobody else, in Python or within PyTorch, has this memory, and none of its elements share a place."""
+    if not x.untyped_storage().resizable():  # it was numpy's, or another library's, before it was a tensor's
+        return False
     dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
     return dense and torch_internals.owners(x) == _ONE_TENSOR
 

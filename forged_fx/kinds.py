@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from forged_fx import ops
-from forged_fx.stats import SiteStats, Stats, parse_statistic
+from forged_fx.stats import SiteStats, Stats, is_number, parse_statistic
 
 Value = float | np.ndarray  # of a buffer: a float32 number, or one for each channel
 
@@ -41,7 +41,7 @@ class End:
         """The ratio as a number; None is off. Raises ValueError for one of no use."""
         if ratio is None:
             return self.off
-        number = isinstance(ratio, int | float) and not isinstance(ratio, bool) and not math.isnan(ratio)
+        number = is_number(ratio) and not math.isnan(ratio)
         if self.off == 0:
             most = 1 if statistic == "max" else math.inf  # c_max is the largest value; the others leave some beyond
             if not number or not 0 <= ratio <= most or math.isinf(ratio):

@@ -15,7 +15,7 @@ from forged_fx.ops import FUNCTIONS, Function
 def register_lowerings() -> None:
     """Teach Inductor to make a pointwise node of each op. Idempotent; imports Inductor.
 
-    A backend calls it. Under plain `torch.compile` it happens by itself: see `_lower_if_inductor_runs`.
+    A backend calls it. Under plain `torch.compile` it happens by itself: `_lower_if_inductor_runs`, forged_fx/ops.py.
     """
     inductor = torch_internals.inductor()
     config, inner, V = inductor.config, inductor.ops, inductor.V

@@ -2,9 +2,12 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 import torch.nn.modules.module as hooks
+
+F = TypeVar("F", bound=Callable)
 
 
 @contextlib.contextmanager
@@ -17,6 +20,11 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def of_ordinary_tensors(function: F) -> F:
+    """The function, run outside of `torch.inference_mode`, whose tensors can be neither moved nor attacked later."""
+    return torch.inference_mode(False)(function)
 
 
 @contextlib.contextmanager

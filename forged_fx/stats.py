@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import json
 import math
+import numbers
 import os
 import re
 from collections.abc import Mapping
@@ -330,7 +331,10 @@ class Stats:
             contexts, given = (set(checked.fit(header[key], list[str], key)) for key in ("contexts", "given"))
             return cls(sites, modules, checked.fit(header["batches"], int, "batches"), contexts, given)
         except FileNotFoundError:
-            raise
+            raise FileNotFoundError(
+                f"there are no calibration statistics at {os.fspath(path)}: write them with "
+                "forged_fx.calibrate(model, batches).save(path)"
+            ) from None
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError, OSError) as error:
             raise ValueError(
                 f"{os.fspath(path)} is not a file of calibration statistics ({error}): write one with "
@@ -404,8 +408,13 @@ def threshold(c_max: float, ratio: float) -> float:
     return float(np.float32(float(ratio) * c_max))
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is a real number, one of numpy's included; a truth value is none, nor is a tensor."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_)
+
+
 def check_ratio(ratio: Any, what: str = "ratio") -> float:
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not math.isfinite(ratio) or not 0 <= ratio <= 1:
+    if not is_number(ratio) or not math.isfinite(ratio) or not 0 <= ratio <= 1:
         raise ValueError(f"{what} must be a number in [0, 1], inputs below that share of c_max become 0; got {ratio!r}")
     return float(ratio)
 

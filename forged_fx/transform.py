@@ -14,7 +14,7 @@ from forged_fx.audit import AuditFailed, alike, audit, same
 from forged_fx.capture import Untraceable, capture, opened_modules
 from forged_fx.fuse import fuse as fuse_producers
 from forged_fx.kinds import OWN, Choice, choose
-from forged_fx.modes import is_sharded, unwrapped
+from forged_fx.modes import is_sharded, of_ordinary_tensors, unwrapped
 from forged_fx.regions import forge_regions
 from forged_fx.rewrite import WHOLE, Placed, find_calls, insert_thresholds, number
 from forged_fx.sites import ACTIVATIONS as ACTIVATION_CALLS
@@ -98,6 +98,7 @@ def _rebuild(body: dict, imports: str, class_name: str, meta: dict, modes: dict[
     return forged
 
 
+@of_ordinary_tensors
 def transform(
     model: torch.nn.Module,
     stats: Stats | str | os.PathLike[str],
@@ -126,9 +127,10 @@ def transform(
         model: the calibrated model.
         stats: what `calibrate(model, ...)` returned, or the path it was saved to.
         ratio: c_r, a number in [0, 1] or a mapping from site name or glob to one. By default 2^-6. 0 changes nothing,
-            bit for bit (to rounding where a layer reads a slice with gaps in memory, which a threshold closes). For
-            kind "clamp" the share that inputs are limited to, for "band" a pair (low, high), for "mean" how many
-            standard deviations; these have no default. None, for an end or a site, changes nothing.
+            bit for bit (to rounding where a layer reads a slice with gaps in memory, which a threshold closes, or the
+            model ran attention's fused eval-mode kernel, which is opened). For kind "clamp" the share that inputs are
+            limited to, for "band" a pair (low, high), for "mean" how many standard deviations; these have no default.
+            None, for an end or a site, changes nothing.
         kind: a key of `forged_fx.kinds.KINDS`, or a mapping from site name or glob to one.
         where: "linear+conv", or "activations" (calls of ReLU, GELU and the like, where
             `calibrate(..., where="activations")` saw them), or globs over the names of both.
@@ -150,6 +152,8 @@ def transform(
             there is no such kind; the model is forged already.
         RuntimeError: the audit found sites that cannot be reached (it names each), or a result that is not the model.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"transform takes the model first, then its statistics; the model is {type(model).__name__}")
     stats = stats if isinstance(stats, Stats) else Stats.load(stats)
     model = unwrapped(model)
     if fuse not in (None, True, False):

@@ -262,6 +262,33 @@ class Disabled(nn.Module):
         return self.plain(self.a(x))
 
 
+class OneBranch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.a(x) if x.sum() > 0 else self.b(x)
+
+
+def test_a_branch_that_calibration_did_not_take_is_named_as_a_cause():
+    model, x = OneBranch().eval(), torch.rand(5, 4)
+    fast = compiled(model, forged_fx.calibrate(model, [x]))
+    fast(x)
+    with pytest.raises(ValueError, match=r"'a' did not run in any graph.*a branch that none in calibration took"):
+        fast(-x)
+
+
+def test_any_number_of_forged_models_is_compiled():
+    """Dynamo compiles a code a limited number of times: each forged model has its own."""
+    torch._dynamo.reset()
+    for _ in range(torch._dynamo.config.recompile_limit + 2):
+        model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval(), torch.rand(5, 4)
+        forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]))
+        with torch.no_grad():
+            torch.compile(forged, backend="eager", fullgraph=True)(x)  # raises at the limit
+
+
 def test_sites_that_cannot_be_reached_raise():
     model, x = Disabled().eval(), torch.randn(5, 4)
     stats = forged_fx.calibrate(model, [x])

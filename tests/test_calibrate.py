@@ -135,6 +135,17 @@ def test_batches_of_no_use(model, batches, message):
         forged_fx.calibrate(model, batches)
 
 
+def test_what_looks_like_batches(model, x):
+    with pytest.raises(TypeError, match=r"batches is one tensor.*\[x\]"):
+        forged_fx.calibrate(model, x)
+    with pytest.raises(ValueError, match="max_batches=0: at least 1"):
+        forged_fx.calibrate(model, [x], max_batches=0)
+    with pytest.raises(TypeError, match=r"a batch gives image, label, and \w+\.forward takes \(.*by name"):
+        forged_fx.calibrate(model, [{"image": x, "label": 0}])
+    with pytest.raises(ValueError, match="'meta'"):
+        forged_fx.calibrate(copy.deepcopy(model).to("meta"), [x.to("meta")])
+
+
 class Oddities(nn.Module):
     """One call of each kind that is no site, or none by default."""
 

@@ -152,7 +152,8 @@ X, Y = inputs(4), torch.tensor([0, 1, 2, 3])
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"x": X.numpy()}, TypeError, "must be tensors"),
+        ({"x": X.numpy()}, TypeError, r"must be tensors, not ndarray.*torch\.as_tensor"),
+        ({"x": X[0], "y": Y[0]}, ValueError, r"x\[None\]"),
         ({"x": X.double()}, TypeError, r"x\.float\(\)"),
         ({"x": (X * 255).byte()}, TypeError, r"x\.float\(\)"),
         ({"x": X * 255}, ValueError, "normalisation into the model"),
@@ -166,6 +167,7 @@ X, Y = inputs(4), torch.tensor([0, 1, 2, 3])
         ({"y": Y + 7}, ValueError, "10 classes"),
         ({"y": Y - 1}, ValueError, "10 classes"),
         ({"eps": 0}, ValueError, "positive"),
+        ({"eps": "8/255"}, TypeError, "pass a number"),
         ({"eps": float("nan")}, ValueError, "positive"),
         ({"eps": 8}, ValueError, "8/255"),
         ({"norm": "linf"}, ValueError, "Linf, L2, L1"),
@@ -176,6 +178,8 @@ X, Y = inputs(4), torch.tensor([0, 1, 2, 3])
         ({"model": Tuple().eval()}, TypeError, "the model returns tuple"),
         ({"model": nn.Identity().eval()}, ValueError, "expected \\(n, classes\\)"),
         ({"model": Sick().eval()}, ValueError, "NaN or infinite logits"),
+        ({"model": lambda x: x}, TypeError, "the model is function; .*nn.Module"),
+        ({"folder": __file__}, FileExistsError, "is a file"),
         ({"base": linear(3)}, ValueError, "the base has 3 classes, the model 10"),
     ],
 )

@@ -33,7 +33,7 @@ class Net(nn.Module):
         self.first, self.last = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
         self.bn, self.relu, self.relu_, self.gelu = nn.BatchNorm2d(6), nn.ReLU(), nn.ReLU(inplace=True), nn.GELU("tanh")
         self.ln, self.rms, self.drop, self.same = nn.LayerNorm(8), nn.RMSNorm(8), nn.Dropout(0.5), nn.Identity()
-        self.drop2 = nn.Dropout(0.5)
+        self.drop2, self.pool = nn.Dropout(0.5), nn.FractionalMaxPool2d(2, output_ratio=0.5)
         self.gamma = nn.Parameter(torch.full((6, 1, 1), 0.7))
         self.position = nn.Parameter(torch.randn(6, 8, 8))
         self.bn.running_mean.uniform_(-1, 1)
@@ -138,6 +138,35 @@ def written_with_an_operator(m: Net, x: Tensor, last: nn.Module) -> Tensor:
     return last(m.relu(y)) + x
 
 
+@torch.fx.wrap
+def halve(x: Tensor) -> Tensor:
+    return x.mul_(0.5)
+
+
+def written_by_who_knows_what(m: Net, x: Tensor, last: nn.Module) -> Tensor:
+    y = m.bn(x)
+    z = halve(y)
+    return last(m.relu(y)) + z
+
+
+def written_by_any_operator(m: Net, x: Tensor, last: nn.Module) -> Tensor:
+    y = m.bn(x)
+    torch.ops.aten.mul_(y, 2)
+    return last(m.relu(y)) + y
+
+
+def written_by_one(m: Net, x: Tensor, last: nn.Module) -> Tensor:
+    y = m.bn(x)
+    F.relu(y, inplace=1)
+    return last(m.gelu(y)) + y
+
+
+def drawn_by_a_pooling(m: Net, x: Tensor, last: nn.Module) -> Tensor:
+    y = m.drop(x)
+    z = m.pool(y)
+    return last(m.relu(y))[..., :2, :2] + z[..., :2, :2]
+
+
 def written_where_it_moved_from(m: Net, x: Tensor, last: nn.Module) -> Tensor:
     y = x.relu_().transpose(2, 3)
     x.mul_(2)
@@ -231,6 +260,10 @@ LOOKALIKES: dict[str, Callable] = {
     "drawn in between": drawn_in_between,
     "its shape is read ahead of a sum": shape_read_ahead_of_a_sum,
     "written with an operator": written_with_an_operator,
+    "written by who knows what": written_by_who_knows_what,
+    "written by any operator": written_by_any_operator,
+    "written by one": written_by_one,
+    "drawn by a pooling": drawn_by_a_pooling,
     "moved, then written": written_where_it_moved_from,
     "of another layout": of_another_layout,
     "many sums": many_sums,

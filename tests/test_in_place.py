@@ -177,6 +177,25 @@ def test_what_a_hook_keeps_stays_as_it_was(forged, x):
         assert torch.equal(values, copied.flatten())
 
 
+def test_memory_of_another_library_is_not_taken(x):
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.values = x.flatten(1).numpy().copy()
+
+        def forward(self, x):
+            return torch.from_numpy(self.values)
+
+    model = nn.Sequential(Table(), nn.Linear(108, 2)).eval()
+    before = model[0].values.copy()
+    stats = forged_fx.calibrate(model, [x])
+    forged = forged_fx.transform(model, stats, 2**-1)
+    assert isinstance(forged, torch.fx.GraphModule)
+    with torch.no_grad():
+        forged(x)
+    assert (forged.get_submodule("0").values == before).all()
+
+
 def test_a_module_that_hands_its_input_on_is_noticed(forged, x):
     """Exchanged after the graph was made: nothing is assumed of what a module returns."""
     forged.act = nn.Identity()

@@ -108,6 +108,7 @@ def test_thresholds_are_ratio_times_c_max(stats):
     assert stats.thresholds({"0": 0.5, "*": 0}) == {"0": c["0"] / 2, "3": 0}
     assert stats.thresholds({"*": 0.25, "3": 1}) == {"0": c["0"] / 4, "3": c["3"]}
     assert stats.thresholds(0.3)["0"] == float(np.float32(0.3 * c["0"]))
+    assert stats.thresholds(np.float32(0.25)) == stats.thresholds(0.25)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +118,8 @@ def test_thresholds_are_ratio_times_c_max(stats):
         (float("nan"), "in .0, 1."),
         (1.5, "in .0, 1."),
         ("big", "in .0, 1."),
+        (True, "in .0, 1."),
+        (np.float32(2), "in .0, 1."),
         ({"0": 0.1}, "no ratio for site '3'"),
         ({"*": 0.1, "conv": 0.2}, "'conv' matches no site"),
         ({"*": -2}, "ratio for '.'"),
@@ -167,5 +170,5 @@ def test_a_truncated_file_is_refused(stats, tmp_path, keep):
 
 
 def test_a_missing_file_says_so(tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"none: write them with forged_fx\.calibrate"):
         Stats.load(tmp_path / "none")

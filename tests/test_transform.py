@@ -245,6 +245,23 @@ def test_forging_twice_is_refused(model, stats):
         forged_fx.transform(forged_fx.transform(model, stats), stats)
 
 
+def test_the_model_comes_first(model, stats):
+    with pytest.raises(TypeError, match="the model first, then its statistics; the model is Stats"):
+        forged_fx.transform(stats, model)
+
+
+def test_forged_in_inference_mode_it_can_be_used_outside(model, stats, x):
+    with torch.inference_mode():
+        forged = forged_fx.transform(model, stats, 2**-3)
+        expected = forged(x)["logits"]
+    forged_fx.set_ratio(forged, 2**-4)
+    forged_fx.set_ratio(forged, 2**-3)
+    leaf = x.clone().requires_grad_()
+    found = forged(leaf)["logits"]
+    found.sum().backward()
+    assert torch.equal(found, expected) and leaf.grad is not None
+
+
 def test_statistics_may_be_a_path(model, stats, x, tmp_path):
     stats.save(tmp_path / "s")
     assert torch.equal(

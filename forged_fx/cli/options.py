@@ -83,7 +83,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 
 KIND, WHERE = "hard", "linear+conv"
 
-_NUMBER = r"[0-9.]+(?:e[-+]?[0-9]+)?"
+_NUMBER = r"-?[0-9.]+(?:e[-+]?[0-9]+)?"
 _FORMS: dict[str, Callable[..., float]] = {
     rf"({_NUMBER})": lambda a: a,
     rf"({_NUMBER})/({_NUMBER})": lambda a, b: a / b,

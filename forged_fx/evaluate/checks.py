@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from forged_fx.evaluate.threat import NORMS, Threat
+from forged_fx.stats import is_number
 
 
 def threat(eps: float, norm: str) -> Threat:
     if norm not in NORMS:
         raise ValueError(f"norm={norm!r}: choose one of {', '.join(NORMS)}")
+    if not is_number(eps):
+        raise TypeError(f"eps={eps!r}: pass a number, such as 8 / 255")
     if not (math.isfinite(eps) and eps > 0):
         raise ValueError(f"eps={eps!r} must be a positive number")
     if norm == "Linf" and eps > 1:
@@ -20,10 +23,16 @@ def threat(eps: float, norm: str) -> Threat:
     return Threat(float(eps), norm)
 
 
+def module(model: object, who: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the {who} is {type(model).__name__}; evaluate judges an nn.Module: wrap it in one")
+
+
 def inputs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """x and y, detached; or an error that names what is wrong with them and the next step."""
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
-        raise TypeError(f"x and y must be tensors, not {type(x).__name__} and {type(y).__name__}; torch.as_tensor")
+        given = f"{type(x).__name__} and {type(y).__name__}"
+        raise TypeError(f"x and y must be tensors, not {given}: torch.as_tensor(...) makes them")
     if x.dtype != torch.float32:
         raise TypeError(f"x is {x.dtype}; attacks compute in float32: pass x.float(), scaled to [0, 1]")
     if x.dim() < 2 or x.numel() == 0:
@@ -37,7 +46,8 @@ def inputs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             "(nn.Sequential(normalise, model)) and pass pixels in [0, 1]"
         )
     if y.dim() != 1 or len(y) != len(x):
-        raise ValueError(f"y has shape {tuple(y.shape)}; expected one class index per input, ({len(x)},)")
+        hint = "" if y.dim() else "; of one input, pass x[None] and y[None]"
+        raise ValueError(f"y has shape {tuple(y.shape)}; expected one class index per input, ({len(x)},){hint}")
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise TypeError(f"y is {y.dtype}; expected class indices, int64")
     return x.detach(), y.detach().long()

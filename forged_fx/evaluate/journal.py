@@ -43,6 +43,8 @@ class Journal:
 
     def __init__(self, folder: str | os.PathLike[str], call: Call) -> None:
         self.folder = Path(folder) / UNFINISHED
+        if Path(folder).exists() and not Path(folder).is_dir():
+            raise FileExistsError(f"{folder} is a file, and a run is kept in a folder: choose another name")
         self.folder.mkdir(parents=True, exist_ok=True)
         filelock = need("filelock")
         self._lock = filelock.FileLock(self.folder / "lock")

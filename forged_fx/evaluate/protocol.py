@@ -107,6 +107,9 @@ def evaluate(
         FileExistsError: `folder` holds the run of another call. BlockingIOError: another process works on it.
         ImportError: `pip install forged_fx[eval]`.
     """
+    checks.module(model, "model")
+    if base is not None:
+        checks.module(base, "base")
     threat = checks.threat(eps, norm)
     x, y = checks.inputs(x, y)
     plan = choose(attacks)
