@@ -22,6 +22,19 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextlib.contextmanager
+def kept_buffers(model: torch.nn.Module) -> Iterator[None]:
+    """Afterwards every buffer has the values that it had: a model may count its runs, in eval mode too."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, values in before:
+                if not buffer.is_meta and not torch.equal(buffer, values):
+                    buffer.copy_(values)
+
+
 def of_ordinary_tensors(function: F) -> F:
     """The function, run outside of `torch.inference_mode`, whose tensors can be neither moved nor attacked later."""
     return torch.inference_mode(False)(function)

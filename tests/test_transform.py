@@ -262,6 +262,32 @@ def test_forged_in_inference_mode_it_can_be_used_outside(model, stats, x):
     assert torch.equal(found, expected) and leaf.grad is not None
 
 
+class Counts(nn.Module):
+    """Counts its runs, in eval mode too, and gives what depends on it."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+        self.register_buffer("runs", torch.zeros(()))
+
+    def forward(self, x):
+        return self.fc(x) * self.runs.add_(1)
+
+
+def test_a_model_that_counts_its_runs():
+    model, x = Counts().eval(), torch.rand(2, 4)
+    stats = forged_fx.calibrate(model, [x, x])
+    for audited in (True, False):
+        stats.example = stats.example if audited else None
+        forged = forged_fx.transform(model, stats, 0)
+        assert forged.forging.not_whole == "its forward writes into 'runs', which a graph would not do"
+        assert model.runs == forged.runs == 0
+        with torch.no_grad():
+            for runs in (1, 2):
+                assert torch.equal(forged(x), model(x)) and forged.runs == model.runs == runs
+        model.runs.zero_()
+
+
 def test_statistics_may_be_a_path(model, stats, x, tmp_path):
     stats.save(tmp_path / "s")
     assert torch.equal(
