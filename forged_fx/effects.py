@@ -7,7 +7,6 @@ known counts as doing it.
 import inspect
 import operator
 import types
-from typing import Any
 
 import torch
 import torch.fx as fx
@@ -16,6 +15,7 @@ from torch import nn
 from forged_fx.capture import has_hooks
 from forged_fx.producers import row_of
 from forged_fx.sites import CALLS
+from forged_fx.torch_internals import schemas_of
 
 _LIBRARIES = ("torch.nn.modules.", "torchvision.", "timm.")  # (what torch.nn.utils makes of a module is another's code)
 _PACKAGES = ("torch", "torchvision", "timm", "forged_fx", "operator", "math", "builtins")
@@ -59,17 +59,11 @@ def writes(node: fx.Node, root: nn.Module) -> bool:
         return any(getattr(m, "inplace", False) or not _is_known(m) for m in modules_of(node, root))
     if not _is_call(node):
         return False
-    if schemas := _schemas(node.target):  # an operator says it itself
+    if schemas := schemas_of(node.target):  # an operator says it itself
         return any(schema.is_mutable for schema in schemas)
     name = _function_name(node)
     in_place = (name.endswith("_") and not name.endswith("__")) or name in _WRITING
     return in_place or not _is_known_call(node) or _asks_in_place(node) or "out" in node.kwargs
-
-
-def _schemas(target: Any) -> list[Any]:
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        return [getattr(target, overload)._schema for overload in target.overloads()]
-    return [target._schema] if isinstance(target, torch._ops.OpOverload) else []
 
 
 def _asks_in_place(node: fx.Node) -> bool:

@@ -63,6 +63,8 @@ NAMES = {
     # graphs
     "torch._assert": "stands in captured graphs for assertions",
     "torch.fx._symbolic_trace._assert_is_none": "is what concrete arguments leave in a graph",
+    "torch._ops.OpOverload": "is an operator, which says whether it writes",
+    "torch._ops.OpOverloadPacket": "is an operator by the name of all its overloads",
     "torch.nn.modules.module._has_any_global_hook": "tells whether a module may be called past its __call__",
     # the compiler
     "torch._TorchCompileWrapper": "is how torch.compile holds a backend",
@@ -480,6 +482,13 @@ def watched() -> bool:
         or torch.jit.is_tracing()
         or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
     )
+
+
+def schemas_of(target: Any) -> list[Any]:
+    """What an operator says of its arguments, one for each overload that may be meant; nothing of other calls."""
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return [getattr(target, overload)._schema for overload in target.overloads()]
+    return [target._schema] if isinstance(target, torch._ops.OpOverload) else []
 
 
 def owners(x: Tensor) -> tuple[int, int, int]:
