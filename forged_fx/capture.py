@@ -69,7 +69,7 @@ def _trace(
     model: torch.nn.Module, opened: set[str], given: set[str], training: bool
 ) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
     # A copy: code that keeps something it computed (a cache of tensors) must not keep a proxy in the user's model. It
-    # shares the tensors. What is done to buffers alone is done now, once, and no part of the graph.
+    # shares the tensors: what the forward does to buffers alone is done while it is traced, and no part of the graph.
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     model = copy.deepcopy(model, shared).train(training)
     defaults = {
@@ -77,15 +77,13 @@ def _trace(
         for name, parameter in inspect.signature(model.forward).parameters.items()
         if parameter.default is not parameter.empty and name not in given
     }
-    before = _writes_to_buffers(model)
     try:
-        with kept_buffers(model):
+        with kept_buffers(model) as written:
             graph = _SiteTracer(opened).trace(model, concrete_args=defaults or None)
-            after = _writes_to_buffers(model)
     except Exception as error:  # tracing runs the user's code on proxies: anything can be raised from it
         first_line = next(iter(str(error).strip().splitlines()), "")
         raise Untraceable(f"{type(error).__name__}: {first_line}") from error
-    if written := [name for name in before if before[name] != after.get(name)]:
+    if written:
         raise Untraceable(f"its forward writes into {written[0]!r}, which a graph would not do")
     graph._tracer_cls = fx.Tracer  # what unpickling retraces with; ours needs to be told what to open
     for node in graph.find_nodes(op="placeholder"):
@@ -99,11 +97,6 @@ def _trace(
         graph.erase_node(node)
     literals = [n.target for n in graph.find_nodes(op="get_attr") if n.target.startswith("_tensor_constant")]
     return graph, {name: getattr(model, name) for name in literals}
-
-
-def _writes_to_buffers(model: torch.nn.Module) -> dict[str, int]:
-    """How often each buffer was written to, as far as that is counted."""
-    return {name: 0 if buffer.is_inference() else buffer._version for name, buffer in model.named_buffers()}
 
 
 def has_hooks(module: torch.nn.Module) -> bool:

@@ -93,9 +93,7 @@ def describe(model: torch.nn.Module, *, cost: bool = False, example: tuple[tuple
         if record.fused is not None:
             why = f" ({record.not_fused})" if record.not_fused else ""
             whole += f"; {record.fused or 'no'} thresholds fused with what produces their inputs{why}"
-        rows.notes.append(
-            whole + ("" if record.audited else "; not audited: there was no batch to run it on (example=)")
-        )
+        rows.notes.append(whole + ("" if record.audited else "; not audited: there was no batch to run it on"))
     return rows
 
 

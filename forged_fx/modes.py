@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import torch
 import torch.nn.modules.module as hooks
+from torch.nn.parameter import is_lazy
 
 F = TypeVar("F", bound=Callable)
 
@@ -23,16 +24,20 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def kept_buffers(model: torch.nn.Module) -> Iterator[None]:
-    """Afterwards every buffer has the values that it had: a model may count its runs, in eval mode too."""
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+def kept_buffers(model: torch.nn.Module) -> Iterator[list[str]]:
+    """Afterwards every buffer has the values that it had: a model may count its runs, in eval mode too. Yields a list,
+    which then names the buffers that were written to, as far as PyTorch counts that."""
+    written: list[str] = []
+    named = {name: buffer for name, buffer in model.named_buffers() if not (is_lazy(buffer) or buffer.is_inference())}
+    before = {name: (buffer.clone(), buffer._version) for name, buffer in named.items()}
     try:
-        yield
+        yield written
     finally:
         with torch.no_grad():
-            for buffer, values in before:
-                if not buffer.is_meta and not torch.equal(buffer, values):
-                    buffer.copy_(values)
+            for name, (values, version) in before.items():
+                if named[name]._version != version:
+                    named[name].copy_(values)
+                    written.append(name)
 
 
 def of_ordinary_tensors(function: F) -> F:
