@@ -126,7 +126,9 @@ class Journal:
         return self
 
     def _terminate(self, *_: Any) -> None:
-        raise SystemExit(f"stopped by SIGTERM; what is done is kept in {self.folder.parent}: the same call goes on")
+        raise SystemExit(
+            f"stopped by SIGTERM; what is done is kept in {self.folder.parent}: the same call goes on from there"
+        )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
