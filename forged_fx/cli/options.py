@@ -83,7 +83,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 
 KIND, WHERE = "hard", "linear+conv"
 
-_NUMBER = r"-?[0-9.]+(?:e[-+]?[0-9]+)?"
+_NUMBER = r"[0-9.]+(?:e[-+]?[0-9]+)?"
 _FORMS: dict[str, Callable[..., float]] = {
     rf"({_NUMBER})": lambda a: a,
     rf"({_NUMBER})/({_NUMBER})": lambda a, b: a / b,
@@ -99,6 +99,8 @@ def number(text: str, what: str) -> float:
                 return value(*(float(part) for part in match.groups()))
             except (ValueError, ArithmeticError):
                 break
+    if re.match(r"-[0-9.]", text.strip()):
+        raise typer.BadParameter(f"{what} {text!r} is negative: give a number of 0 or more")
     raise typer.BadParameter(f"{what} {text!r} is no number: write it like 0.015625, 1/64 or 2**-6")
 
 
