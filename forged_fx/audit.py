@@ -62,16 +62,22 @@ def audit(
     observer = Observer(model, see, any(map(is_activation, wanted)))
     thresholds = thresholds_of(forged)
     as_used, on_slow_path = _CountThresholds(), _CountThresholds()
+
+    def run() -> Any:
+        with kept_buffers(forged):
+            return _repeatably(forged, args, kwargs)
+
     with torch.no_grad(), torch.random.fork_rng(), eval_mode(model), eval_mode(forged):
-        expected = _repeatably(model, observer.run, args, kwargs)
+        with kept_buffers(model):
+            expected = _repeatably(observer.run, args, kwargs)
         with on_slow_path, fast_path_off():
-            found = [_repeatably(forged, forged, args, kwargs)]
+            found = [run()]
         if isinstance(forged, fx.GraphModule):  # runs in another way when nothing watches it, see in_place.py
             with fast_path_off():
-                found.append(_repeatably(forged, forged, args, kwargs))
+                found.append(run())
         if any(isinstance(module, torch.nn.MultiheadAttention) for module in forged.modules()):
             with as_used:
-                _repeatably(forged, forged, args, kwargs)
+                run()
         else:
             as_used = on_slow_path
     if not all((agree or same)(expected, one) for one in found):
@@ -91,12 +97,11 @@ def densely(x: Tensor) -> Tensor | None:
     return torch.empty_like(x).copy_(x)
 
 
-def _repeatably(model: torch.nn.Module, run: Callable, args: tuple, kwargs: dict) -> Any:
-    """A run of the model from a fixed seed, on copies of the input: it may write into what it is given."""
+def _repeatably(run: Callable, args: tuple, kwargs: dict) -> Any:
+    """A run from a fixed seed, on copies of the input: a model may write into what it is given."""
     torch.manual_seed(0)
     args, kwargs = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, (args, kwargs))
-    with kept_buffers(model):
-        return run(*args, **kwargs)
+    return run(*args, **kwargs)
 
 
 def same(a: Any, b: Any) -> bool:

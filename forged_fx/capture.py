@@ -104,5 +104,10 @@ def has_hooks(module: torch.nn.Module) -> bool:
     return any(getattr(module, kind, None) for kind in kinds)
 
 
+def is_as_its_class(module: torch.nn.Module) -> bool:
+    """Whether a call of the module runs its class's forward, and nothing besides."""
+    return not has_hooks(module) and "forward" not in vars(module)
+
+
 def _text(graph: fx.Graph) -> list[tuple]:
     return [(n.op, str(n.target), str(n.args), str(n.kwargs)) for n in graph.nodes]

@@ -12,8 +12,9 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from forged_fx.capture import has_hooks
+from forged_fx.capture import is_as_its_class
 from forged_fx.producers import row_of
+from forged_fx.rewrite import is_call
 from forged_fx.sites import CALLS
 from forged_fx.torch_internals import schemas_of
 
@@ -37,7 +38,7 @@ def draws(node: fx.Node, root: nn.Module) -> bool:
     """Whether the node may draw random numbers, in train mode at least."""
     if node.op == "call_module":
         return any(_module_draws(module) for module in modules_of(node, root))
-    if not _is_call(node):
+    if not is_call(node):
         return False
     name = _function_name(node)
     return not _is_known_call(node) or name.strip("_") == "normal" or any(word in name for word in _RANDOM_WORDS)
@@ -57,7 +58,7 @@ def writes(node: fx.Node, root: nn.Module) -> bool:
     """Whether the node may write into its input."""
     if node.op == "call_module":
         return any(getattr(m, "inplace", False) or not _is_known(m) for m in modules_of(node, root))
-    if not _is_call(node):
+    if not is_call(node):
         return False
     if schemas := schemas_of(node.target):  # an operator says it itself
         return any(schema.is_mutable for schema in schemas)
@@ -92,10 +93,6 @@ def is_fresh(node: fx.Node, root: nn.Module) -> bool:
 # ---- what is known
 
 
-def _is_call(node: fx.Node) -> bool:
-    return node.op in ("call_function", "call_method")
-
-
 def _function_name(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
@@ -109,4 +106,4 @@ def _is_known_call(node: fx.Node) -> bool:
 def _is_known(module: nn.Module) -> bool:
     """Whether the module is one of a library, as it was written there: what its class and attributes say holds."""
     of_a_library = type(module).__module__.startswith(_LIBRARIES) or row_of(module) is not None
-    return of_a_library and not has_hooks(module) and "forward" not in vars(module)
+    return of_a_library and is_as_its_class(module)

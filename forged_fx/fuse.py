@@ -23,12 +23,12 @@ import torch.fx as fx
 from torch import Tensor, nn
 
 from forged_fx import ops, torch_internals
-from forged_fx.capture import has_hooks
+from forged_fx.capture import has_hooks, is_as_its_class
 from forged_fx.effects import draws, is_fresh, modules_of, writes
 from forged_fx.fused_ops import FORGED
 from forged_fx.hoist_traced import lift, readers, reads_facts, top
 from forged_fx.producers import FUNCTIONS, MAPS, MODULES, NAMES, ROLES, Arguments, Producer, name_of, row_of
-from forged_fx.rewrite import function_of
+from forged_fx.rewrite import function_of, is_call
 from forged_fx.torch_internals import has_any_global_hook
 
 THRESHOLDS = {function.op: name for name, function in FORGED.items()}
@@ -76,7 +76,7 @@ def _as_one(x: Tensor, steps: list[Step], keep: int | None) -> tuple[Callable, A
             return None  # another module is there now, which has another place in the chain, if any
         if module is None:
             more = row.arguments(*args, **kwargs)
-        elif not has_hooks(module) and "forward" not in vars(module):
+        elif is_as_its_class(module):
             more = row.arguments(module)
         if more is not None and row.role in ("add", "scale"):
             more = _operand(x, row.role, position, *more.values())
@@ -204,7 +204,7 @@ def _step(node: Any, root: nn.Module) -> _Found | None:
         if row is None or not plain or has_hooks(module):
             return None
         return _Found(node, node.args[0], row, name_of(type(module)), module, 0, ())  # type: ignore[arg-type]
-    name = NAMES.get(function_of(node)) if node.op in ("call_function", "call_method") else None
+    name = NAMES.get(function_of(node)) if is_call(node) else None
     if name is None:
         return None
     row, position = FUNCTIONS[name][1], 0

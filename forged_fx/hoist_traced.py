@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from forged_fx.effects import writes
-from forged_fx.rewrite import fact_of, function_of
+from forged_fx.rewrite import fact_of, function_of, is_call
 
 
 def _always(node: fx.Node) -> bool:
@@ -74,7 +74,7 @@ def reads_facts(user: fx.Node) -> bool:
 
 
 def _moves(node: Any) -> bool:
-    if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
+    if not isinstance(node, fx.Node) or not is_call(node):
         return False
     function = function_of(node)
     if function not in MOVES or not node.args or not isinstance(node.args[0], fx.Node):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from forged_fx.capture import has_hooks
+from forged_fx.capture import is_as_its_class
 
 Arguments = dict[str, Any]  # of a fused operator
 
@@ -34,7 +34,7 @@ def _batch_norm_act(m: Any) -> Arguments | None:
     """timm's BatchNorm with an activation behind it, which is a module within it."""
     affine, activation = _batch_norm(m), row_of(m.act)
     usual = type(m.drop) is nn.Identity and activation is not None and activation.role in ("activation", "pass")
-    if affine is None or not usual or has_hooks(m.act) or has_hooks(m.drop):
+    if affine is None or not usual or not is_as_its_class(m.act) or not is_as_its_class(m.drop):
         return None
     more = activation.arguments(m.act)
     return None if more is None else affine | more

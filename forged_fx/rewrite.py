@@ -72,10 +72,15 @@ def find_calls(
             found += find_calls(body[0].graph, module, layers, table)
         elif node.op == "call_module" and node.target in layers:
             found.append(CallNode(node, layers[node.target], node.target))
-        elif node.op in ("call_function", "call_method"):
+        elif is_call(node):
             if (target := function_of(node)) in table:
                 found.append(CallNode(node, table[target], module(node)))
     return found
+
+
+def is_call(node: fx.Node) -> bool:
+    """Whether it calls a function or a method; what a module does is another question."""
+    return node.op in ("call_function", "call_method")
 
 
 def function_of(node: fx.Node) -> Any:

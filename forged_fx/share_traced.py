@@ -17,12 +17,12 @@ def share(thresholds: list[fx.Node], note: Callable, again: Callable) -> None:
 
     note: called with the first one's x, t and result.
     """
-    noted: dict[fx.Node, fx.Node] = {}
+    by_value: dict[fx.Node, list[fx.Node]] = {}
     for node in thresholds:
-        x, t = node.args
-        readers = [reader for reader in thresholds if reader.args[0] is x]
-        if x in noted:
-            node.target, node.args = again, (x, t, noted[x])
-        elif len(readers) > 1:
-            with node.graph.inserting_after(node):
-                noted[x] = node.graph.call_function(note, (x, t, node))
+        by_value.setdefault(node.args[0], []).append(node)
+    for first, *others in by_value.values():
+        if others:
+            with first.graph.inserting_after(first):
+                noted = first.graph.call_function(note, (*first.args, first))
+        for node in others:
+            node.target, node.args = again, (*node.args, noted)

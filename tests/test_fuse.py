@@ -422,6 +422,18 @@ def test_norms_of_other_libraries(path: str, kernel: str) -> None:
     assert ran(fused, x) == {"threshold": 1, kernel: 1} and torch.equal(fused(x), plain(x))
 
 
+def test_a_forward_of_its_own_within_a_norm_runs() -> None:
+    layers = pytest.importorskip("timm.layers")
+    model, x = Net(lambda m, x, last: last(m.same(x))).eval(), torch.randn(4, 3, 8, 8)
+    model.same = layers.BatchNormAct2d(6).eval()
+    stats = forged_fx.calibrate(model, [x])
+    plain, fused = (forged_fx.transform(model, stats, RATIO, fuse=fuse) for fuse in (False, True))
+    before = fused(x)
+    for forged in (plain, fused):
+        forged.same.act.forward = torch.tanh
+    assert torch.equal(fused(x), plain(x)) and not torch.equal(fused(x), before)
+
+
 def test_train_mode_is_not_fused(resnet) -> None:
     _, fused, x = resnet
     fused.bn.train()

@@ -98,11 +98,17 @@ def test_others_may_read_it_or_write_elsewhere(x, monkeypatch):
     assert passes(forge(x, Fork(between=lambda x: x.tanh().mul_(0.5))), x, monkeypatch) == (2, 0)
 
 
-@pytest.mark.parametrize("layer", ["left", "middle"])
-def test_a_hook_that_writes_has_it_computed_anew(x, monkeypatch, layer):
+@pytest.mark.parametrize("layer, computed", [("left", 4), ("middle", 3)])
+def test_a_hook_that_writes_has_it_computed_anew(x, monkeypatch, layer, computed):
     forged = forge(x, Fork())
     forged.get_submodule(layer).register_forward_pre_hook(lambda _, args: (args[0].mul_(0.5),))
-    assert passes(forged, x, monkeypatch)[0] > 2
+    assert passes(forged, x, monkeypatch)[0] == computed
+
+
+def test_what_it_saves_in_a_resnet(monkeypatch):
+    """The blocks that begin a stage read their input twice."""
+    model = pytest.importorskip("torchvision").models.resnet18(num_classes=2)
+    assert passes(forge(x := torch.rand(1, 3, 32, 32), model), x, monkeypatch)[0] == 21 - 3
 
 
 def test_what_writes_into_memory_unseen_is_found_by_the_audit(x):
