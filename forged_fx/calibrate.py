@@ -3,6 +3,7 @@
 import functools
 import inspect
 import itertools
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Sized
@@ -10,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -246,25 +246,26 @@ class _Scan:
 
 
 def _counted(*measured: Tensor) -> tuple[Tensor, ...]:
-    """(smallest, largest magnitude, exact zeros, counts per bin, sums of channels if they were taken) of one call."""
+    """(smallest, largest, those that are not zero, counts per bin, sums of channels if they were taken) of one call."""
     if not measured:
         return ()
     low, high, values, *sums = measured
-    # NaN spreads through aminmax and maximum, so the largest value alone tells whether all were finite.
-    return low, torch.maximum(-low, high), *histogram.count(values), *sums
+    return low, high, *histogram.count(values), *sums
 
 
 def _finished(site: str, one: SiteStats, measured: tuple[Tensor, ...], batch: str) -> SiteStats:
     """One call's statistics with the numbers that were waited for."""
     if not measured:
         return one
-    low, largest, zeros, bins, *sums = measured
-    if not np.isfinite(peak := float(largest)):
+    low, high, others, bins, *sums = measured
+    one.lowest, highest = float(low), float(high)  # NaN if any element is
+    if not math.isfinite(peak := max(abs(one.lowest), abs(highest))):
         raise ValueError(
             f"the input of site {site} holds {peak} in {batch}: calibrate on data and weights that give finite "
             "activations, or under another autocast dtype"
         )
-    one.c_max, one.lowest, one.zeros, one.histogram = peak, float(low), int(zeros), bins.cpu().numpy()
+    one.c_max = peak
+    one.zeros, one.histogram = histogram.counted(one.sampled, others, bins)
     for found in sums:
         one.channel_counts = ChannelCounts.one(one.elements // found.shape[1], found.cpu().numpy())
     return one

@@ -4,6 +4,7 @@ A bin is the top eleven bits of the float32 |x|: its exponent and the first thre
 are `2^e * (1 + m/8)`, binning is integer arithmetic, and two histograms add up to the histogram of both.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -32,19 +33,35 @@ def sample(x: Tensor) -> Tensor:
 
     k has no common factor with any dimension, so that no row, column or channel is favoured.
     """
-    step = max(1, x.numel() // SAMPLE)
-    while any(math.gcd(step, size) > 1 for size in x.shape):
+    return flat(x)[:: _step(x.shape)]
+
+
+@functools.lru_cache(maxsize=2**12)
+def _step(shape: tuple[int, ...]) -> int:
+    step = max(1, math.prod(shape) // SAMPLE)
+    while any(math.gcd(step, size) > 1 for size in shape):
         step += 1
-    return flat(x)[::step]
+    return step
 
 
 def count(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(number of exact zeros, the other values' counts per bin): int64 scalar and int64 [BINS]."""
+    """(how many values are not zero, all values' counts per bin, zeros in the first): int64 scalar and int64 [BINS].
+
+    They stay on the device; `counted` reads them.
+    """
     bits = values.detach().abs().to(torch.float32).view(torch.int32)
-    zeros = bits.numel() - bits.count_nonzero()  # of integers: three times as fast
-    bins = torch.bincount(bits.bitwise_right_shift_(_SHIFT), minlength=BINS)  # in place: no memory to be had first
-    bins[0] -= zeros
-    return zeros, bins
+    others = bits.count_nonzero()  # of integers: three times as fast
+    return others, torch.bincount(bits.bitwise_right_shift_(_SHIFT), minlength=BINS)  # in place: no memory to be had
+
+
+def counted(values: int, others: Tensor, bins: Tensor) -> tuple[int, np.ndarray]:
+    """What `count` gave for so many values, waited for: (number of exact zeros, the other values' counts per bin).
+
+    On a CPU the counts are those of `bins` itself.
+    """
+    zeros, found = values - int(others), bins.cpu().numpy()
+    found[0] -= zeros
+    return zeros, found
 
 
 def share_below(threshold: float, zeros: int, bins: np.ndarray) -> float:

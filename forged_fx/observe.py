@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ from forged_fx.sites import (
     operand_name,
     replace,
 )
-from forged_fx.torch_internals import tree_leaves
+from forged_fx.torch_internals import CHECKPOINT, MODULE_CALL, tree_leaves
 
 # Factories that take their values from Python: what they hold may well come from the input (numpy in the middle).
 _FROM_PYTHON = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy}
@@ -47,8 +47,7 @@ _NORMS = {F.batch_norm: 1, F.instance_norm: 1, F.group_norm: 1, F.layer_norm: No
 _LOOKS = {"__get__", "dim", "size", "stride", "numel", "is_contiguous", "is_floating_point", "ndimension"}
 
 
-@dataclass(frozen=True, eq=False)
-class Sighting:
+class Sighting(NamedTuple):
     """One operand of one call, as it runs."""
 
     name: str  # the site's name
@@ -60,7 +59,7 @@ class Sighting:
     first_run: bool  # that module runs for the first time in this forward pass
 
 
-@dataclass
+@dataclass(slots=True, eq=False)
 class _Frame:
     """A module call in progress."""
 
@@ -72,21 +71,32 @@ class _Frame:
 
 
 class _Origins:
-    """What each tensor of the run was made from. Unknown tensors came from outside torch: they count as data."""
+    """What each tensor of the runs was made from. Remembered are those made from less than data; all others, and what
+    comes from outside torch, count as data."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._known = WeakTensorKeyDictionary()
-        for module in model.modules():
-            for value in [*module._buffers.values(), *vars(module).values()]:
-                if isinstance(value, Tensor):
-                    self._known[value] = Origin.PARAMETER if value.requires_grad else Origin.CONSTANT
+        self._ids: set[int] = set()  # of all that were ever known: most tensors are not, and that is seen at once
+        held = (v for module in model.modules() for v in (*module._buffers.values(), *vars(module).values()))
+        self._models = {id(value): value for value in held if isinstance(value, Tensor)}
+        self._written = [*self._models]  # which of them are not known for what they are when a run begins
+
+    def begin(self) -> None:
+        """What the model holds is made from no data when it begins to run, whatever the last run wrote there."""
+        for value in map(self._models.__getitem__, self._written):
+            self.mark((value,), Origin.PARAMETER if value.requires_grad else Origin.CONSTANT)
+        self._written = []
+
+    def _is_unknown(self, value: Any) -> bool:
+        """Surely data, from the looks of it."""
+        return type(value) is Tensor and id(value) not in self._ids
 
     def of(self, value: Any) -> Origin:
         if not isinstance(value, Tensor):
             return Origin.CONSTANT
         if _is_parameter(value):
             return Origin.PARAMETER
-        return self._known.get(value, Origin.DATA)
+        return self._known.get(value, Origin.DATA) if id(value) in self._ids else Origin.DATA
 
     def _largest(self, tensors: list[Tensor]) -> Origin:
         largest = Origin.CONSTANT
@@ -98,21 +108,30 @@ class _Origins:
 
     def mark(self, values: Iterable[Any], origin: Origin) -> None:
         for tensor in _tensors(values):
-            if not _is_parameter(tensor):
+            if _is_parameter(tensor):
+                continue
+            if origin is not Origin.DATA:
+                self._ids.add(id(tensor))
                 self._known[tensor] = origin
+            elif id(tensor) in self._ids:
+                self._known.pop(tensor, None)
+                if id(tensor) in self._models:
+                    self._written.append(id(tensor))
 
     def follow(self, function: Callable, args: tuple, kwargs: dict, result: Any) -> None:
         """Give a call's results the largest origin among its inputs."""
+        if args and self._is_unknown(args[0]) and self._is_unknown(result):
+            return  # most calls: data first, and data out of it
         tensors = _tensors((*args, *kwargs.values()))
         if function in _FROM_PYTHON and not tensors:
             return
         made_from = self._largest(tensors)
+        if args and isinstance(args[0], Tensor) and made_from > self.of(args[0]):
+            name = getattr(function, "__name__", "")
+            if name.endswith("_") and (not name.endswith("__") or name == "__setitem__" or name.startswith("__i")):
+                self.mark([t for t in (args[0], args[0]._base) if t is not None], made_from)
         if isinstance(result, Tensor | tuple | list | dict):
             self.mark((result,), made_from)
-        name = getattr(function, "__name__", "")
-        writes = name.endswith("_") and (not name.endswith("__") or name == "__setitem__" or name.startswith("__i"))
-        if writes and args and isinstance(args[0], Tensor) and made_from > self.of(args[0]):
-            self.mark([t for t in (args[0], args[0]._base) if t is not None], made_from)
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
@@ -194,12 +213,13 @@ class Observer:
         self.on_call = on_call
         self.table = {**CALLS, **ACTIVATIONS} if activations else CALLS
         self.names = names_of(model)
+        self.origins = _Origins(model)
         self.contexts: set[str] = set()  # modules whose own code runs calls in a context that a graph would drop
         self.not_layers: set[str] = set()  # modules that do more with their first argument than one call of the table
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """One forward pass. The fast path of attention is off within: it would hide the products inside it."""
-        self.origins = _Origins(self.model)
+        self.origins.begin()
         self.origins.mark((args, kwargs), Origin.DATA)
         self.layouts = _Layouts() if self.table is not CALLS else None
         self.numbering = Numbering()
@@ -210,7 +230,7 @@ class Observer:
 
     def saw(self, call: Call, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         frame = self.frames[-1]
-        self._check_context(frame)
+        self._check_context(frame, _modes())
         frame.calls += 1
         name = self.numbering.call(frame.name, call.mark)
         for i, operand in enumerate(data_operands(call, args, kwargs, self.origins.of)):
@@ -225,38 +245,43 @@ class Observer:
 
     def called(self, function: Callable, args: tuple, kwargs: dict, result: Any) -> None:
         """Note a use of the running module's first argument, other than a look at its shape and the like."""
-        looks = getattr(function, "__name__", "") in _LOOKS and not isinstance(result, Tensor)
-        if not looks:
-            self._uses((*args, *kwargs.values()))
+        if self._uses((*args, *kwargs.values())):
+            looks = getattr(function, "__name__", "") in _LOOKS and not isinstance(result, Tensor)
+            self.frames[-1].uses_input_elsewhere |= not looks
 
-    def _uses(self, values: tuple) -> None:
+    def _uses(self, values: tuple) -> bool:
+        """Whether the running module's first argument is among the values, unless that is known already."""
         frame = self.frames[-1] if self.frames else None
         if frame is None or frame.first_input is None or frame.uses_input_elsewhere:
-            return
-        frame.uses_input_elsewhere = any(value is frame.first_input for value in values)
+            return False
+        for value in values:  # `in` would compare tensors by value
+            if value is frame.first_input:
+                return True
+        return False
 
     def changes_context(self) -> None:
         if self.frames:
             self.contexts.add(self.frames[-1].name)
 
-    def _check_context(self, frame: _Frame) -> None:
+    def _check_context(self, frame: _Frame, modes: tuple) -> None:
         """Autocast, the grad mode, or activation checkpointing, between the module's start and this call."""
-        if _modes() != frame.modes or _checkpointed():
+        if modes != frame.modes or _checkpointed():
             self.contexts.add(frame.name)
 
     def _follow_modules(self) -> contextlib.AbstractContextManager[None]:
         """Keep the stack of module calls."""
 
         def enter(module: torch.nn.Module, args: tuple) -> None:
+            modes = _modes()
             caller = self.frames[-1] if self.frames else None
             if caller is not None:
-                self._check_context(caller)
-                self._uses(args)
+                self._check_context(caller, modes)
+                caller.uses_input_elsewhere |= self._uses(args)
             if id(module) in self.names:
-                frame = _Frame(self.names[id(module)], args[0] if args else None, _modes())
+                frame = _Frame(self.names[id(module)], args[0] if args else None, modes)
                 self.runs[frame.name] += 1
             else:  # not registered (kept in a plain list or a closure): its calls count as its caller's own
-                frame = _Frame(caller.name if caller else "", None, _modes())
+                frame = _Frame(caller.name if caller else "", None, modes)
             self.frames.append(frame)
 
         def leave(module: torch.nn.Module, args: tuple, result: Any) -> None:
@@ -276,9 +301,13 @@ def _checkpointed() -> bool:
     """Whether torch.utils.checkpoint stands between this call and the forward of the module that makes it."""
     frame = sys._getframe(2)
     forwards = 0  # the innermost _call_impl runs the hook that asks; the next one is the caller's
-    while frame is not None and forwards < 2:
-        if frame.f_code is torch_internals.CHECKPOINT:
+    while frame is not None:
+        code = frame.f_code
+        if code is CHECKPOINT:
             return True
-        forwards += frame.f_code is torch_internals.MODULE_CALL
+        if code is MODULE_CALL:
+            forwards += 1
+            if forwards == 2:
+                break
         frame = frame.f_back
     return False

@@ -22,7 +22,7 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -184,8 +184,7 @@ SCRIPTED = "inside a TorchScript module, which cannot be opened"
 RECURRENT = "a fused recurrent kernel, which cannot be opened"
 
 
-@dataclass(frozen=True, eq=False)
-class Operand:
+class Operand(NamedTuple):
     """One input of one call that data may enter: where it sits, and why it is no site by default (None: it is one)."""
 
     key: Key

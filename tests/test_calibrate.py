@@ -10,6 +10,7 @@ from torch import nn
 
 import forged_fx
 from forged_fx.sites import CONSTANT_INPUT, FIXED_FILTER, RECURRENT
+from forged_fx.thresholds import thresholds_of
 
 
 class Small(nn.Module):
@@ -235,3 +236,53 @@ def test_an_input_is_measured_as_it_was_when_it_entered():
     expected = forged_fx.calibrate(model, [x]).sites["layer"]
     model.overwrites = True
     assert forged_fx.calibrate(model, [x]).sites["layer"] == expected and expected.zeros == 0
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda y, h: y[:, :4].copy_(h),
+        lambda y, h: y[:, 2:6].add_(h),
+        lambda y, h: y.narrow(1, 0, 4).__iadd__(h),
+        lambda y, h: y.__setitem__((slice(None), slice(4)), h),
+        lambda y, h: y.unbind(1)[0].copy_(h[:, 0]),
+    ],
+)
+def test_data_written_into_a_part_of_a_constant_makes_it_data(write):
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(8, 3)
+
+        def forward(self, x):
+            y = torch.zeros((x.shape[0], 8))
+            write(y, self.first(x))
+            return self.second(y)
+
+    model, x = Padded().eval(), torch.randn(5, 4)
+    stats = forged_fx.calibrate(model, [x, x])
+    assert {name: site.left_out for name, site in stats.sites.items()} == {"first": None, "second": None}
+    forged = forged_fx.transform(model, stats, 2**-2)
+    assert [*thresholds_of(forged)] == ["first", "second"]
+
+
+def test_what_a_run_writes_into_the_model_is_a_constant_again_when_the_next_one_begins():
+    """A site is one, or is none, in the first batch as in those behind it."""
+
+    class Remembers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.last = nn.Linear(4, 4), None
+            self.register_buffer("memory", torch.randn(4, 4))
+
+        def forward(self, x):
+            y = self.layer(x @ self.memory)
+            self.memory.copy_(y[:4])
+            z = y @ self.memory  # a product of two activations
+            self.last = y[:4] if self.last is None else self.last
+            return z @ self.last  # and another one
+
+    stats = forged_fx.calibrate(Remembers().eval(), [torch.randn(5, 4) for _ in range(3)])
+    assert {name: (site.calls, site.left_out is None) for name, site in stats.sites.items()} == {
+        "#0": (3, False), "layer": (3, True)
+    }  # fmt: skip

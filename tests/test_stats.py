@@ -73,9 +73,10 @@ def test_zeros_are_counted_apart(stats):
 def test_bins_are_exact_at_their_edges():
     edges = torch.from_numpy(histogram.EDGES[1 : histogram.BINS - 8].copy())
     below = torch.nextafter(edges, torch.zeros(()))
-    zeros, counts = histogram.count(torch.cat([edges, below, torch.zeros(3), -edges[:1]]))
-    assert zeros == 3
-    assert counts[1] == 3 and counts[2:-9].unique().tolist() == [2]
+    values = torch.cat([edges, below, torch.zeros(3), -edges[:1]])
+    zeros, counts = histogram.counted(values.numel(), *histogram.count(values))
+    assert zeros == 3 and counts[0] == 1 and zeros + counts.sum() == values.numel()
+    assert counts[1] == 3 and np.unique(counts[2:-9]).tolist() == [2]
 
 
 def test_a_tensor_without_gaps_is_read_where_it_lies():
