@@ -153,11 +153,16 @@ def _demands(graph: fx.Graph) -> tuple[dict[fx.Node, Demand], set[fx.Node]]:
 def _passes(move: fx.Node, demands: dict[fx.Node, Demand], passable: set[fx.Node]) -> bool:
     """Whether the threshold behind the move may and should go ahead of it."""
     for x in _data(move):
-        if demands.get(x) != demands[move]:
+        if demands.get(x) != demands[move] or _dtype(x) != _dtype(move):  # a cat may convert
             return False
         if x not in passable and (move.target in RENAMINGS or not written_by_inductor(x)):
             return False
     return True
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    value = node.meta["val"]
+    return value.dtype if isinstance(value, Tensor) else value[0].dtype  # a split's
 
 
 def _wants(reader: fx.Node, x: fx.Node, demands: dict[fx.Node, Demand], passable: set[fx.Node]) -> Demand | None:

@@ -76,6 +76,15 @@ def test_a_threshold_moves_up_to_its_producer(move):
     assert [producer for producer, _ in places] == ["aten.relu.default"], after.code
 
 
+@pytest.mark.parametrize("other", [torch.bool, torch.int64, torch.float16, torch.float64])
+@pytest.mark.parametrize("join", [torch.cat, torch.stack])
+def test_a_threshold_stays_behind_a_conversion(join, other):
+    """Ahead of it, it would be another dtype's, or of one that has no threshold."""
+    before, after, places = hoisted(lambda x, t: threshold(join([x.relu(), (x.abs() * 3).to(other)]), t), X[1:], T)
+    assert same(before(X[1:], T), after(X[1:], T))
+    assert [producer for producer, _ in places] == [f"aten.{join.__name__}.default"]
+
+
 def test_a_threshold_that_is_where_it_belongs_is_left_alone():
     """Inductor works out the tensors of every new call anew, which takes long."""
     gm = make_fx(lambda x, t: threshold(threshold(x.relu(), t).exp().view(2, -1), t).sin(), tracing_mode="fake")(X, T)
