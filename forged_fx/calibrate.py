@@ -17,7 +17,7 @@ from torch import Tensor
 from forged_fx import channels, histogram
 from forged_fx.channels import ChannelCounts
 from forged_fx.memory import in_halves
-from forged_fx.modes import eval_mode, is_sharded, kept_buffers, unwrapped
+from forged_fx.modes import as_found, is_sharded, unwrapped
 from forged_fx.observe import Observer, Sighting
 from forged_fx.processes import Processes, attempt, joined, result
 from forged_fx.progress import track
@@ -111,7 +111,7 @@ def scan(
     run = _Scan(model, where == "activations", channels)
     example, n = None, 0
     given: set[str] = set()
-    with eval_mode(model), kept_buffers(model), torch.no_grad():
+    with as_found(model), torch.no_grad():
         for n, batch in enumerate(batches, start=1):
             args, kwargs = model_inputs(batch, model)
             example = example or (args, kwargs)

@@ -59,19 +59,17 @@ def capture(
     for name in sorted(opened):
         if has_hooks(model.get_submodule(name)):
             raise Untraceable(f"{name or 'the model'!r} has hooks, which a graph does not run")
-    graph, constants = _trace(model, opened, given, training=False)
-    if _text(graph) != _text(_trace(model, opened, given, training=True)[0]):
-        raise Untraceable("its forward does one thing in train mode and another in eval mode")
-    return graph, constants
-
-
-def _trace(
-    model: torch.nn.Module, opened: set[str], given: set[str], training: bool
-) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
     # A copy: code that keeps something it computed (a cache of tensors) must not keep a proxy in the user's model. It
     # shares the tensors: what the forward does to buffers alone is done while it is traced, and no part of the graph.
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    model = copy.deepcopy(model, shared).train(training)
+    twin = copy.deepcopy(model, shared)
+    graph, constants = _trace(twin.eval(), opened, given)
+    if _text(graph) != _text(_trace(twin.train(), opened, given)[0]):
+        raise Untraceable("its forward does one thing in train mode and another in eval mode, or in its next run")
+    return graph, constants
+
+
+def _trace(model: torch.nn.Module, opened: set[str], given: set[str]) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
     defaults = {
         name: parameter.default
         for name, parameter in inspect.signature(model.forward).parameters.items()
@@ -96,7 +94,7 @@ def _trace(
             graph.call_function(torch_internals.assertion, (graph.call_function(operator.eq, (value, None)), message))
         graph.erase_node(node)
     literals = [n.target for n in graph.find_nodes(op="get_attr") if n.target.startswith("_tensor_constant")]
-    return graph, {name: getattr(model, name) for name in literals}
+    return graph, {name: vars(model).pop(name) for name in dict.fromkeys(literals)}  # the next trace names its own
 
 
 def has_hooks(module: torch.nn.Module) -> bool:

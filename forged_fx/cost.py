@@ -17,7 +17,7 @@ import torch.fx as fx
 from forged_fx import torch_internals
 from forged_fx.hoist import COPIES, MOVES, hoist, written_by_inductor
 from forged_fx.lowering import register_lowerings
-from forged_fx.modes import eval_mode
+from forged_fx.modes import as_found
 from forged_fx.share import share, thresholds_in
 from forged_fx.thresholds import thresholds_of
 
@@ -67,7 +67,7 @@ def cost(forged: torch.nn.Module, args: tuple, kwargs: dict[str, Any] | None = N
     register_lowerings()
     tensors = {id(tensor): tensor for tensor in (*forged.parameters(), *forged.buffers())}
     twin = copy.deepcopy(forged, tensors)  # what is compiled here must not count against the user's own compilations
-    with torch.no_grad(), eval_mode(twin):
+    with torch.no_grad(), as_found(twin):
         torch.compile(twin, backend=backend)(*args, **(kwargs or {}))
     unseen = Cost(LAUNCH, 0, "it runs uncompiled")
     return {site: found.get(site, unseen) for site in sites.values()}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from forged_fx.bpda import straight_through
 from forged_fx.gains import Gains, gains
-from forged_fx.modes import eval_mode, fast_path_off
+from forged_fx.modes import as_found, fast_path_off
 from forged_fx.progress import track
 from forged_fx.rows import Rows, text
 from forged_fx.thresholds import parameters_of
@@ -114,7 +114,7 @@ def lipschitz(
     boxed = 0 <= x.min() and x.max() <= 1
     sites: dict[str, list[Gains]] = {}
     found: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}  # what, where -> (base, forged) of each batch
-    with eval_mode(model), eval_mode(forged), fast_path_off(), torch.random.fork_rng():
+    with as_found(model, forged), fast_path_off(), torch.random.fork_rng():
         for i, part in enumerate(track(list(x.split(batch_size)), "measuring")):
             for site, values in gains(forged, part, seed).items():
                 sites.setdefault(site, []).append(values)

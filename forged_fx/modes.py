@@ -25,11 +25,18 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def kept_buffers(model: torch.nn.Module) -> Iterator[list[str]]:
-    """Afterwards every buffer has the values that it had: a model may count its runs, in eval mode too. Yields a list,
-    which then names the buffers that were written to, as far as PyTorch counts that."""
+    """Afterwards every buffer is the tensor that it was, with the values that it had: a model may count its runs, in
+    eval mode too. Yields a list, which then names the buffers that were replaced, or written to, as far as PyTorch
+    counts that."""
     written: list[str] = []
     named = {name: buffer for name, buffer in model.named_buffers() if not (is_lazy(buffer) or buffer.is_inference())}
     before = {name: (buffer.clone(), buffer._version) for name, buffer in named.items()}
+    slots = [
+        (f"{path}.{name}".lstrip("."), module._buffers, name, buffer)
+        for path, module in model.named_modules()
+        if not isinstance(module, torch.jit.ScriptModule)
+        for name, buffer in module._buffers.items()
+    ]
     try:
         yield written
     finally:
@@ -38,6 +45,20 @@ def kept_buffers(model: torch.nn.Module) -> Iterator[list[str]]:
                 if named[name]._version != version:
                     named[name].copy_(values)
                     written.append(name)
+            for path, buffers, name, buffer in slots:
+                if buffers.get(name) is not buffer:
+                    buffers[name] = buffer
+                    written.append(path)
+
+
+@contextlib.contextmanager
+def as_found(*models: torch.nn.Module) -> Iterator[None]:
+    """Eval mode within; afterwards modes and buffers are what they were."""
+    with contextlib.ExitStack() as stack:
+        for model in models:
+            stack.enter_context(eval_mode(model))
+            stack.enter_context(kept_buffers(model))
+        yield
 
 
 def of_ordinary_tensors(function: F) -> F:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from forged_fx import ops
 from forged_fx.calibrate import model_inputs
-from forged_fx.modes import eval_mode
+from forged_fx.modes import as_found
 from forged_fx.progress import track
 from forged_fx.rows import Rows, share, text
 from forged_fx.sites import is_activation, module_of
@@ -125,7 +125,7 @@ def sparsity(forged: torch.nn.Module, batches: Iterable[Any], *, max_batches: in
     owners = {site: (module, record) for module, record in records for site in record.reached}
     counts = _Count({id(buffers[0]): site for site, buffers in parameters_of(forged).items()})
     ran = False
-    with eval_mode(forged), torch.no_grad():
+    with as_found(forged), torch.no_grad():
         for batch in track(batches, "counting zeros", max_batches):
             ran = True
             args, kwargs = model_inputs(batch, forged)

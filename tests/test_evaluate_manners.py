@@ -11,6 +11,7 @@ from planted import Hidden, evaluate, inputs, linear
 from pyautoattack import checks
 from torch import nn
 
+import forged_fx
 from forged_fx.digits import one_thread
 
 
@@ -31,6 +32,44 @@ def hurried(monkeypatch):
 
 
 # --- everything is left as it was found ---
+
+
+class Counting(nn.Module):
+    """Writes into a buffer, and replaces another one, in every forward pass."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.register_buffer("runs", torch.zeros(1))
+        self.register_buffer("mean", torch.zeros(1))
+
+    def forward(self, x):
+        self.runs += 1
+        self.mean = x.detach().mean(0, keepdim=True)
+        return self.model(x)
+
+
+def test_buffers_are_what_they_were(small, hurried):
+    trained, x, y = small
+    base = Counting(trained).eval()
+    stats = forged_fx.calibrate(base, [x])
+    forged = forged_fx.transform(base, stats, 2**-4)
+    models = {"base": base, "forged": forged}
+    before = {name: (model.runs, model.mean) for name, model in models.items()}
+    calls = {
+        "evaluate": lambda: evaluate(forged, base, x=x[:12], y=y[:12], attacks=["apgd-ce"]),
+        "sweep": lambda: forged_fx.sweep(
+            base, stats, x[:12], y[:12], eps=0.1, ratios=[0.1], kinds=["hard"], attacks=["apgd-ce"], rounds=1
+        ),
+        "sparsity": lambda: forged_fx.sparsity(forged, [x]),
+        "lipschitz": lambda: forged_fx.lipschitz(base, forged, x[:4], eps=0.1),
+        "cost": lambda: forged_fx.cost(forged, (x,)),
+    }
+    for call, run in calls.items():
+        run()
+        for name, model in models.items():
+            runs, mean = before[name]
+            assert model.runs is runs and runs == 0 and model.mean is mean, f"{call}: {name}"
 
 
 def test_caller_finds_everything_as_it_was(small, hurried):

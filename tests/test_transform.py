@@ -392,3 +392,28 @@ def test_an_input_with_gaps_in_memory_is_forged():
 
 def test_empty_outputs_with_gaps_are_the_same():
     assert same(torch.zeros(0, 2)[:, ::2], torch.zeros(0, 1))
+
+
+@pytest.mark.parametrize(
+    "remember, whole",
+    [(lambda model, y: y * model.runs, False), (lambda model, y: y, True)],
+    ids=["used again", "only kept"],
+)
+def test_what_a_model_remembers_of_its_last_run_is_in_no_graph(remember, whole):
+    class Remembers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.runs = nn.Linear(4, 4), torch.zeros(4) if whole else 0
+
+        def forward(self, x):
+            y = self.layer(x)
+            self.runs = y if whole else self.runs + 1
+            return remember(self, y)
+
+    model, x = Remembers().eval(), torch.randn(5, 4)
+    stats = forged_fx.calibrate(model, [x])
+    forged = forged_fx.transform(model, stats, 0)
+    assert isinstance(forged, torch.fx.GraphModule) is whole
+    for _ in range(3):
+        assert torch.equal(forged(x), model(x))
+    assert model.runs is not None and (whole or model.runs > 3)

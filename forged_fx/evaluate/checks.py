@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from forged_fx.evaluate.threat import NORMS, Threat
+from forged_fx.modes import kept_buffers
 from forged_fx.stats import is_number
 
 
@@ -76,7 +77,7 @@ def device_of(model: nn.Module, default: torch.device) -> torch.device:
 
 @contextmanager
 def borrowed(model: nn.Module, who: str) -> Iterator[list[str]]:
-    """The model in eval mode and its parameters without gradients; afterwards each as it was.
+    """The model in eval mode and its parameters without gradients; afterwards each as it was, buffers included.
 
     Yields notes for the record. Parameters that ask for no gradient get none: attacks differentiate for the input
     alone, and FAB's call to `backward` would fill every parameter's `.grad`.
@@ -90,7 +91,8 @@ def borrowed(model: nn.Module, who: str) -> Iterator[list[str]]:
         model.eval()
         for parameter, _ in asked:
             parameter.requires_grad_(False)
-        yield notes
+        with kept_buffers(model):
+            yield notes
     finally:
         for module, training in modes:
             module.training = training
