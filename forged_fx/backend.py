@@ -199,6 +199,8 @@ def _source(root: torch.nn.Module) -> Callable[[fx.Node], Origin]:
         if isinstance(value, torch.nn.Parameter):
             return Origin.PARAMETER
         is_size = isinstance(node.meta.get("example_value"), int | torch.SymInt)
-        return Origin.CONSTANT if node.op == "get_attr" or is_size or id(value) in constants else Origin.DATA
+        if node.op == "get_attr" or is_size or id(value) in constants:
+            return Origin.CONSTANT
+        return Origin.DATA if torch_internals.is_local(node) else Origin.UNKNOWN
 
     return source

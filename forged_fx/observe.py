@@ -29,6 +29,7 @@ from forged_fx.sites import (
     Operand,
     Origin,
     data_operands,
+    joined,
     names_of,
     operand_name,
     replace,
@@ -71,12 +72,13 @@ class _Frame:
 
 
 class _Origins:
-    """What each tensor of the runs was made from. Remembered are those made from less than data; all others, and what
-    comes from outside torch, count as data."""
+    """What each tensor of the runs was made from."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._known = WeakTensorKeyDictionary()
-        self._ids: set[int] = set()  # of all that were ever known: most tensors are not, and that is seen at once
+        self._known = WeakTensorKeyDictionary()  # of all but data
+        self._ids: set[int] = set()  # of all that were ever there: most tensors were not, and that is seen at once
+        # id of all data. An id may be another tensor's later, but not one's that was there before the first run.
+        self._data: set[int] = set()
         held = (v for module in model.modules() for v in (*module._buffers.values(), *vars(module).values()))
         self._models = {id(value): value for value in held if isinstance(value, Tensor)}
         self._written = [*self._models]  # which of them are not known for what they are when a run begins
@@ -87,24 +89,15 @@ class _Origins:
             self.mark((value,), Origin.PARAMETER if value.requires_grad else Origin.CONSTANT)
         self._written = []
 
-    def _is_unknown(self, value: Any) -> bool:
-        """Surely data, from the looks of it."""
-        return type(value) is Tensor and id(value) not in self._ids
-
     def of(self, value: Any) -> Origin:
         if not isinstance(value, Tensor):
             return Origin.CONSTANT
         if _is_parameter(value):
             return Origin.PARAMETER
-        return self._known.get(value, Origin.DATA) if id(value) in self._ids else Origin.DATA
-
-    def _largest(self, tensors: list[Tensor]) -> Origin:
-        largest = Origin.CONSTANT
-        for tensor in tensors:
-            largest = max(largest, self.of(tensor))
-            if largest is Origin.DATA:  # none is larger, and data comes first in most calls
-                break
-        return largest
+        known = self._known.get(value) if id(value) in self._ids else None
+        if known is None:
+            return Origin.DATA if id(value) in self._data else Origin.UNKNOWN
+        return known
 
     def mark(self, values: Iterable[Any], origin: Origin) -> None:
         for tensor in _tensors(values):
@@ -113,25 +106,48 @@ class _Origins:
             if origin is not Origin.DATA:
                 self._ids.add(id(tensor))
                 self._known[tensor] = origin
-            elif id(tensor) in self._ids:
+                continue
+            self._data.add(id(tensor))
+            if id(tensor) in self._ids:
                 self._known.pop(tensor, None)
                 if id(tensor) in self._models:
                     self._written.append(id(tensor))
 
     def follow(self, function: Callable, args: tuple, kwargs: dict, result: Any) -> None:
-        """Give a call's results the largest origin among its inputs."""
-        if args and self._is_unknown(args[0]) and self._is_unknown(result):
-            return  # most calls: data first, and data out of it
+        """Join the origins of a call's inputs: they are its results', and that of what it writes to."""
+        if args and type(args[0]) is type(result) is Tensor:
+            first, made = id(args[0]), id(result)
+            if first in self._data and first not in self._ids and made not in self._ids:
+                self._data.add(made)  # most calls: data first, and data out of it
+                return
         tensors = _tensors((*args, *kwargs.values()))
+        made_from = joined(*map(self.of, tensors))
         if function in _FROM_PYTHON and not tensors:
-            return
-        made_from = self._largest(tensors)
-        if args and isinstance(args[0], Tensor) and made_from > self.of(args[0]):
-            name = getattr(function, "__name__", "")
-            if name.endswith("_") and (not name.endswith("__") or name == "__setitem__" or name.startswith("__i")):
-                self.mark([t for t in (args[0], args[0]._base) if t is not None], made_from)
+            made_from = Origin.UNKNOWN
+        for target in _tensors((args[0] if args and _writes(function) else None, kwargs.get("out"))):
+            if joined(self.of(target), made_from) is not self.of(target):
+                self.mark(self._in_memory_of(target), made_from)
         if isinstance(result, Tensor | tuple | list | dict):
             self.mark((result,), made_from)
+
+    def _in_memory_of(self, tensor: Tensor) -> list[Tensor]:
+        """All that would be data when it is written there: the tensor, what it is a view of, and its other views."""
+        memory = _memory(tensor)
+        others = [] if memory is None else [other for other in self._known if _memory(other) == memory]
+        return [tensor, *others]
+
+
+def _writes(function: Callable) -> bool:
+    """Whether the function writes into its first argument, by its name."""
+    name = getattr(function, "__name__", "")
+    return name.endswith("_") and (not name.endswith("__") or name == "__setitem__" or name.startswith("__i"))
+
+
+def _memory(tensor: Tensor) -> int | None:
+    try:
+        return tensor.untyped_storage().data_ptr() or None
+    except (NotImplementedError, RuntimeError):  # sparse tensors and the like have none of their own
+        return None
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:

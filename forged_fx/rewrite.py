@@ -14,7 +14,7 @@ import torch
 import torch.fx as fx
 
 import forged_fx.ops  # noqa: F401 (defines the op)
-from forged_fx.sites import CALLS, Call, Numbering, Origin, data_operands, get, operand_name, replace
+from forged_fx.sites import CALLS, Call, Numbering, Origin, data_operands, get, joined, operand_name, replace
 
 # A module that is a site as a whole, by the mark in the site's name.
 WHOLE = {"#": Call("layer", "x", ((0, "input"),)), "@": Call("activation layer", "a", ((0, "input"),))}
@@ -193,5 +193,5 @@ def _origin(node: fx.Node, origins: dict[fx.Node, Origin], source: Callable[[fx.
         return source(node)
     if fact_of(node) is not None:
         return Origin.CONSTANT
-    inputs = max((origins[n] for n in node.all_input_nodes), default=Origin.CONSTANT)
-    return max(inputs, Origin.PARAMETER) if node.op == "call_module" else inputs
+    inputs = joined(*(origins[n] for n in node.all_input_nodes))
+    return joined(inputs, Origin.PARAMETER) if node.op == "call_module" else inputs

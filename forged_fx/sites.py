@@ -34,11 +34,24 @@ Key = tuple[int | str, ...]  # where an operand sits in a call: (3,), ("weight",
 
 
 class Origin(IntEnum):
-    """What a value was made from. A result takes the largest origin among its inputs."""
+    """What a value was made from. A bit each, so that a result's is `joined` from its inputs'."""
 
     CONSTANT = 0  # buffers, literals, factory functions
     PARAMETER = 1  # at least one parameter, no data
-    DATA = 2  # depends on the model's input
+    UNKNOWN = 2  # where it comes from was not seen: a global tensor, an item of a list, numbers from Python or numpy
+    MIXED = 3  # parameters and the unknown
+    DATA = 4  # depends on the model's input
+
+
+_ORIGINS = [*Origin]
+
+
+def joined(*origins: Origin) -> Origin:
+    """That of what is made from values of these origins: `DATA` whatever comes to it."""
+    bits = 0
+    for origin in origins:
+        bits |= origin
+    return _ORIGINS[min(bits, Origin.DATA)]
 
 
 @dataclass(frozen=True)
@@ -179,7 +192,7 @@ def _open(function: Callable) -> Callable:
 OPENED: dict[Callable, Callable] = {F.multi_head_attention_forward: _open(F.multi_head_attention_forward)}
 
 CONSTANT_INPUT = "its input is a constant: it does not depend on the model's input"
-FIXED_FILTER = "its weight is fixed: made from buffers or literals alone"
+FIXED_FILTER = "its weight is fixed: no parameter is a part of it"
 SCRIPTED = "inside a TorchScript module, which cannot be opened"
 RECURRENT = "a fused recurrent kernel, which cannot be opened"
 
@@ -194,22 +207,26 @@ class Operand(NamedTuple):
 
 
 def data_operands(call: Call, args: tuple, kwargs: dict, origin: Callable[[Any], Origin]) -> list[Operand]:
-    """The operands of one call that are sites, or would be but for a reason. Empty for a product of two activations."""
+    """The operands of one call that are sites, or would be but for a reason. Empty for a product of two activations.
+
+    What is unknown is a weight where the call or the other operand says so, else data.
+    """
     operands = [(role, key, value, origin(value)) for role, key, value in call.operands(args, kwargs)]
     if call.roles == "a":
         _, key, value, of = operands[0]
-        return [Operand(key, value, None, None if of is Origin.DATA else CONSTANT_INPUT)]
+        return [Operand(key, value, None, None if of >= Origin.UNKNOWN else CONSTANT_INPUT)]
     if not call.opens:
         _, key, value, _ = operands[0]
         return [Operand(key, value, None, RECURRENT)]
-    is_data = [role == "x" or (role == "?" and of is Origin.DATA) for role, _, _, of in operands]
+    least = Origin.DATA if any(of is Origin.DATA for *_, of in operands) else Origin.UNKNOWN
+    is_data = [role == "x" or (role == "?" and of >= least) for role, *_, of in operands]
     data = [o for o, yes in zip(operands, is_data, strict=True) if yes]
     weights = [o for o, yes in zip(operands, is_data, strict=True) if not yes]
     if not data or len(weights) != 1 or weights[0][3] is Origin.DATA:
         return []  # activations alone, constants alone, or a weight that is itself computed from the input
     _, _, weight, weight_from = weights[0]
-    fixed = FIXED_FILTER if weight_from is Origin.CONSTANT else None
-    return [Operand(key, v, weight, fixed if of is Origin.DATA else CONSTANT_INPUT) for _, key, v, of in data]
+    fixed = None if weight_from & Origin.PARAMETER else FIXED_FILTER
+    return [Operand(key, v, weight, fixed if of >= Origin.UNKNOWN else CONSTANT_INPUT) for _, key, v, of in data]
 
 
 def get(args: tuple, kwargs: dict, key: Key) -> Any:

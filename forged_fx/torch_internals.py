@@ -74,6 +74,8 @@ NAMES = {
     "torch._dynamo.exc.BackendCompilerFailed": "is how a missing C++ compiler shows",
     "torch._dynamo.guards.GuardBuilder": "compiles anew for another module",
     "torch._dynamo.guards.install_guard": "compiles anew for another module, or other thresholds",
+    "torch._dynamo.source.AttrSource": "tells what is kept in modules from what comes in through arguments",
+    "torch._dynamo.source.GlobalSource": "tells global tensors from what comes in through arguments",
     "torch._dynamo.source.ConstantSource": "says where a threshold in a graph comes from",
     "torch._functorch.aot_autograd.make_boxed_func": "runs the graph of ATen calls as it is",
     "torch._inductor.compile_fx.compile_fx": "is Inductor",
@@ -356,6 +358,19 @@ def guard_equal(a: fx.Node, b: fx.Node) -> None:
         _guard(source, lambda value, tensor=tensor: value is tensor(), "the threshold is the same tensor")
     # At the root: what is within a module, torch 2.11 looks at only once one of its dictionaries has changed.
     _guard(sources[0], lambda _: equal(), "it equals another threshold", at_root=True)
+
+
+def is_local(node: fx.Node) -> bool:
+    """Whether a placeholder of Dynamo's graph stands for a local variable of the frame, or for an item of one that is
+    no module: what comes in through arguments. Not so for globals, and for what is kept in modules."""
+    from torch._dynamo.source import AttrSource, GlobalSource
+
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    while hasattr(source, "base"):
+        if isinstance(source, AttrSource):
+            return False
+        source = source.base
+    return not isinstance(source, GlobalSource)
 
 
 def _root(source: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -246,9 +247,13 @@ def test_an_input_is_measured_as_it_was_when_it_entered():
         lambda y, h: y.narrow(1, 0, 4).__iadd__(h),
         lambda y, h: y.__setitem__((slice(None), slice(4)), h),
         lambda y, h: y.unbind(1)[0].copy_(h[:, 0]),
+        lambda y, h: torch.add(h, 1, out=y[:, :4]),
+        lambda y, h: y.data[:, :4].copy_(h),
+        lambda y, h: y.detach()[:, :4].copy_(h),
     ],
 )
-def test_data_written_into_a_part_of_a_constant_makes_it_data(write):
+@pytest.mark.parametrize("calibrating", [torch.enable_grad, torch.inference_mode])
+def test_data_written_into_a_part_of_a_constant_makes_it_data(write, calibrating):
     class Padded(nn.Module):
         def __init__(self):
             super().__init__()
@@ -256,11 +261,14 @@ def test_data_written_into_a_part_of_a_constant_makes_it_data(write):
 
         def forward(self, x):
             y = torch.zeros((x.shape[0], 8))
-            write(y, self.first(x))
-            return self.second(y)
+            seen_before = y.view(-1)
+            with torch.no_grad():
+                write(y, self.first(x))
+            return self.second(seen_before.view(-1, 8))
 
     model, x = Padded().eval(), torch.randn(5, 4)
-    stats = forged_fx.calibrate(model, [x, x])
+    with calibrating():
+        stats = forged_fx.calibrate(model, [x, x])
     assert {name: site.left_out for name, site in stats.sites.items()} == {"first": None, "second": None}
     forged = forged_fx.transform(model, stats, 2**-2)
     assert [*thresholds_of(forged)] == ["first", "second"]
@@ -286,3 +294,73 @@ def test_what_a_run_writes_into_the_model_is_a_constant_again_when_the_next_one_
     assert {name: (site.calls, site.left_out is None) for name, site in stats.sites.items()} == {
         "#0": (3, False), "layer": (3, True)
     }  # fmt: skip
+
+
+MASK, BLUR = torch.ones(6, 4), torch.full((4, 4), 0.25)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    {
+        "made of Python's numbers": lambda model: model.weight * torch.tensor(0.5),
+        "masked from a list": lambda model: model.weight * model.masks[0],
+        "masked by a global": lambda model: MASK * model.weight,
+        "masked from numpy": lambda model: model.weight * torch.from_numpy(np.ones((6, 4), np.float32)),
+    }.values(),
+)
+@pytest.mark.parametrize("call", [F.linear, lambda x, w: x @ w.T], ids=["layer", "product"])
+def test_a_weight_of_which_a_part_comes_from_nowhere_is_a_weight(weight, call):
+    class Weighted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.masks = nn.Parameter(torch.randn(6, 4)), [torch.ones(6, 4)]
+
+        def forward(self, x):
+            return call(x, weight(self))
+
+    model, x = Weighted().eval(), torch.randn(5, 4)
+    stats = forged_fx.calibrate(model, [x])
+    assert {name: site.left_out for name, site in stats.sites.items()} == {"#0": None}
+    forged = forged_fx.transform(model, stats, 0.5)
+    expected = call(x * (x.abs() >= 0.5 * x.abs().max()), weight(model))
+    assert torch.equal(forged(x), expected)
+    compiled = torch.compile(model, backend="forged", options={"stats": stats, "ratio": 0.5})
+    assert torch.allclose(compiled(x), expected, atol=1e-6)
+
+
+def test_a_filter_from_nowhere_is_fixed_and_numbers_from_the_input_are_data():
+    class Filtered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            x = torch.from_numpy(2 * F.linear(F.linear(x, BLUR), torch.tensor(BLUR.tolist())).numpy())
+            return self.layer(x @ x.mT.mul(torch.tensor(2.0)) @ x)
+
+    stats = forged_fx.calibrate(Filtered().eval(), [torch.randn(5, 4)])
+    assert {name: site.left_out for name, site in stats.sites.items()} == {
+        "#0": FIXED_FILTER, "#1": FIXED_FILTER, "layer": None
+    }  # fmt: skip
+
+
+def test_buffers_that_a_forward_replaces_are_handed_back():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.register_buffer("count", torch.zeros(1))
+            self.register_buffer("last", None)
+
+        def forward(self, x):
+            self.count, self.last = self.count + 1, x.mean(0)
+            return self.layer(x * self.count)
+
+    model, x = Counts().eval(), torch.randn(5, 4)
+    count = model.count
+    stats = forged_fx.calibrate(model, [x, x])
+    forged = forged_fx.transform(model, stats, 0)
+    assert model.count is count and count == 0 and model.last is None
+    assert forged.forging.not_whole == "its forward writes into 'count', which a graph would not do"
+    for _ in range(3):
+        assert torch.equal(forged(x), model(x))
