@@ -69,7 +69,14 @@ def audit(
 
     with torch.no_grad(), torch.random.fork_rng(), eval_mode(model), eval_mode(forged):
         with kept_buffers(model):
-            expected = _repeatably(observer.run, args, kwargs)
+            try:
+                expected = _repeatably(observer.run, args, kwargs)
+            except Exception as error:
+                error.add_note(
+                    "forged_fx ran the model to audit the forged one, on the first calibration batch where no example "
+                    "is given. If it takes other inputs now (another dtype, say), pass one: example=((x,), {})"
+                )
+                raise
         with on_slow_path, fast_path_off():
             found = [run()]
         if isinstance(forged, fx.GraphModule):  # runs in another way when nothing watches it, see in_place.py

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forged_fx import channels, histogram
+from forged_fx import channels, histogram, torch_internals
 from forged_fx.channels import ChannelCounts
 from forged_fx.memory import in_halves
 from forged_fx.modes import as_found, is_sharded, unwrapped
 from forged_fx.observe import Observer, Sighting
 from forged_fx.processes import Processes, attempt, joined, result
 from forged_fx.progress import track
-from forged_fx.sites import SCRIPTED, mark_of, module_of
+from forged_fx.sites import COMPLEX, NOT_DENSE, SCRIPTED, VMAPPED, mark_of, module_of
 from forged_fx.stats import SiteStats, Stats, parameter_shapes
 from forged_fx.torch_internals import tree_leaves, tree_map
 
@@ -94,7 +94,7 @@ def calibrate(
         stats = together(processes, own)
     if stats.batches == 0:
         raise ValueError("calibrate got no batch: an iterator that was already used up gives none a second time")
-    if stats.sites and not any(site.elements or site.kind == "scripted" for site in stats.sites.values()):
+    if stats.sites and not any(site.elements or site.left_out for site in stats.sites.values()):
         raise ValueError("calibrate saw no element: every batch was empty")
     return stats
 
@@ -224,13 +224,13 @@ class _Scan:
             key=seen.operand.key,
             layer=seen.reads_module_input,
             once=seen.first_run,
-            left_out=seen.operand.left_out,
+            left_out=seen.operand.left_out or _unmeasured(x),
             calls=1,
-            elements=x.numel(),
             channel=seen.channel,
         )
         measured: tuple[Tensor, ...] = ()
-        if x.numel():
+        if x.numel() and not _unmeasured(x):
+            one.elements = x.numel()
             low, high = torch.aminmax(histogram.flat(x))  # of other layouts it would make a copy
             values = histogram.sample(x).clone()  # to be counted after the run, all in a row: a third faster
             one.sampled = values.numel()
@@ -243,6 +243,15 @@ class _Scan:
         """The name of a parameter that the module has had since it began to run: a sharded one's, gathered for it."""
         own = self.observer.model.get_submodule(module).named_parameters(recurse=False)
         return next((f"{module}.{name}".removeprefix(".") for name, value in own if value is weight), None)
+
+
+def _unmeasured(x: Tensor) -> str | None:
+    """Why the magnitudes of a site's input cannot be measured; None: they can."""
+    if torch_internals.is_vmapped(x):
+        return VMAPPED
+    if x.layout != torch.strided:
+        return NOT_DENSE
+    return COMPLEX if x.is_complex() else None
 
 
 def _counted(*measured: Tensor) -> tuple[Tensor, ...]:
@@ -258,13 +267,13 @@ def _finished(site: str, one: SiteStats, measured: tuple[Tensor, ...], batch: st
     if not measured:
         return one
     low, high, others, bins, *sums = measured
-    one.lowest, highest = float(low), float(high)  # NaN if any element is
-    if not math.isfinite(peak := max(abs(one.lowest), abs(highest))):
+    one.lowest, highest = float(low.float()), float(high.float())  # NaN if any element is; as the file will hold them
+    one.c_max = max(abs(one.lowest), abs(highest))
+    if not math.isfinite(one.c_max):
         raise ValueError(
-            f"the input of site {site} holds {peak} in {batch}: calibrate on data and weights that give finite "
+            f"the input of site {site} holds {one.c_max} in {batch}: calibrate on data and weights that give finite "
             "activations, or under another autocast dtype"
         )
-    one.c_max = peak
     one.zeros, one.histogram = histogram.counted(one.sampled, others, bins)
     for found in sums:
         one.channel_counts = ChannelCounts.one(one.elements // found.shape[1], found.cpu().numpy())

@@ -195,6 +195,9 @@ CONSTANT_INPUT = "its input is a constant: it does not depend on the model's inp
 FIXED_FILTER = "its weight is fixed: no parameter is a part of it"
 SCRIPTED = "inside a TorchScript module, which cannot be opened"
 RECURRENT = "a fused recurrent kernel, which cannot be opened"
+COMPLEX = "its input is complex, and a threshold is for real numbers"
+NOT_DENSE = "its input is a sparse or nested tensor, and a threshold is for dense ones"
+VMAPPED = "it runs within torch.vmap, where its input cannot be measured"
 
 
 class Operand(NamedTuple):

@@ -43,6 +43,7 @@ NAMES = {
     "torch.overrides._get_current_function_mode_stack": "finds modes that want to see the operators",
     "torch._dynamo.variables.torch_function.torch_function_mode_stack_state_mgr": "has the modes that Dynamo took off",
     "torch._C._functorch.maybe_current_level": "tells whether torch.func transforms are at work",
+    "torch._C._functorch.is_functorch_wrapped_tensor": "tells tensors within torch.vmap, which cannot be measured",
     "torch._C._len_torch_dispatch_stack": "tells whether dispatch modes are at work",
     "torch._C._len_torch_function_stack": "tells whether function modes are at work",
     "torch._C._storage_Use_Count": "counts who holds a tensor's memory, before it is written to in place",
@@ -481,6 +482,11 @@ def forward_of(graph: fx.Graph) -> Callable:
 
     code = graph.python_code("self")
     return _forward_from_src(code.src, code.globals)
+
+
+def is_vmapped(x: Tensor) -> bool:
+    """Whether the tensor is one that a torch.func transform has made for the function that it runs."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def dispatched() -> bool:

@@ -189,7 +189,7 @@ def transform(
         if missed and strict:
             raise RuntimeError(
                 f"sites {', '.join(map(repr, missed))} cannot be reached: the audit did not see their thresholds run. "
-                f"Leave them out with exclude={missed!r}, or accept it with strict=False"
+                f"Leave them out with exclude={missed!r}, or accept it with strict=False{_hint(model, missed)}"
             ) from error
         for site in missed:
             del record.reached[site], choice.kinds[site]
@@ -200,6 +200,18 @@ def transform(
         _fuse(model, forged, wanted, example, exact=not on_gpu)
     set_ratio(forged, ratio)
     return forged
+
+
+def _hint(model: torch.nn.Module, missed: list[str]) -> str:
+    """What else may help: a hook's calls count as its module's, and run ahead of the forward that is forged."""
+    hooked = {module_of(site) for site in missed if model.get_submodule(module_of(site))._forward_pre_hooks}
+    if not hooked:
+        return ""
+    return (
+        f". {', '.join(map(repr, sorted(hooked)))} has hooks that run ahead of its forward: where torch.nn.utils made "
+        "them (spectral_norm), remove_spectral_norm leaves the weight as it is, and torch.nn.utils.parametrizations "
+        "has one without hooks"
+    )
 
 
 def _costly(

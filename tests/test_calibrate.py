@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import forged_fx
-from forged_fx.sites import CONSTANT_INPUT, FIXED_FILTER, RECURRENT
+from forged_fx.sites import COMPLEX, CONSTANT_INPUT, FIXED_FILTER, NOT_DENSE, RECURRENT, VMAPPED
 from forged_fx.thresholds import thresholds_of
 
 
@@ -364,3 +364,38 @@ def test_buffers_that_a_forward_replaces_are_handed_back():
     assert forged.forging.not_whole == "its forward writes into 'count', which a graph would not do"
     for _ in range(3):
         assert torch.equal(forged(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "call, why",
+    [
+        (lambda x, w: (torch.fft.rfft(x) @ torch.complex(w, w)).abs(), COMPLEX),
+        (lambda x, w: x.to_sparse() @ w, NOT_DENSE),
+        (lambda x, w: torch.vmap(lambda row: row @ w)(x), VMAPPED),
+    ],
+)
+def test_what_cannot_be_measured_is_left_out_with_the_reason(call, why):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 8), nn.Linear(5, 3)
+            self.weight = nn.Parameter(torch.randn(5 if why is COMPLEX else 8, 5))
+
+        def forward(self, x):
+            return self.last(call(self.first(x), self.weight))
+
+    model, x = Odd().eval(), torch.randn(4, 8)
+    stats = forged_fx.calibrate(model, [x, x])
+    assert {name: site.left_out for name, site in stats.sites.items()} == {"first": None, "#0": why, "last": None}
+    assert torch.equal(forged_fx.transform(model, stats, 0)(x), model(x))
+    assert [*thresholds_of(forged_fx.transform(model, stats, 0.5))] == ["first", "last"]
+
+
+def test_float64_statistics_are_what_their_file_says(tmp_path):
+    x = torch.tensor([[1.0, 1 + 2**-40], [-(2 + 2**-40), 0]], dtype=torch.float64)
+    stats = forged_fx.calibrate(nn.Linear(2, 3).double(), [x])
+    stats.save(tmp_path / "stats")
+    assert forged_fx.Stats.load(tmp_path / "stats") == stats
+    assert stats.sites["#0"].c_max == 2 and stats.sites["#0"].lowest == -2
+    with pytest.raises(ValueError, match="holds inf in batch 0"):
+        forged_fx.calibrate(nn.Linear(2, 3).double(), [1e300 * x])

@@ -417,3 +417,24 @@ def test_what_a_model_remembers_of_its_last_run_is_in_no_graph(remember, whole):
     for _ in range(3):
         assert torch.equal(forged(x), model(x))
     assert model.runs is not None and (whole or model.runs > 3)
+
+
+def test_a_model_that_was_cast_since_calibration_needs_an_example():
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 3)).eval(), torch.randn(2, 3, 8, 8)
+    stats = forged_fx.calibrate(model, [x])
+    half = copy.deepcopy(model).bfloat16()
+    with pytest.raises(RuntimeError) as caught:
+        forged_fx.transform(half, stats)
+    assert "pass one: example=((x,), {})" in caught.value.__notes__[0]
+    forged = forged_fx.transform(half, stats, 0, example=((x.bfloat16(),), {}))
+    assert torch.equal(forged(x.bfloat16()), half(x.bfloat16()))
+
+
+def test_a_hook_that_makes_calls_of_its_own_is_named():
+    model = nn.Sequential(nn.Linear(4, 8), torch.nn.utils.spectral_norm(nn.Linear(8, 3))).eval()
+    stats = forged_fx.calibrate(model, [torch.randn(5, 4)])
+    with pytest.raises(RuntimeError, match="'1' has hooks .* remove_spectral_norm"):
+        forged_fx.transform(model, stats)
+    torch.nn.utils.remove_spectral_norm(model[1])
+    stats = forged_fx.calibrate(model, [torch.randn(5, 4)])
+    assert [*forged_fx.transform(model, stats).threshold_buffers] == ["0", "1"]
