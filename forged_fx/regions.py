@@ -35,6 +35,7 @@ from forged_fx.sites import (
 )
 from forged_fx.stats import SiteStats, Stats
 from forged_fx.thresholds import HoldsThresholds, register
+from forged_fx.write_back import works_in_place
 
 # Their fused eval-mode kernels would run past the layers within; under a function mode they take the open path.
 _FUSES_CHILDREN = (torch.nn.TransformerEncoder, torch.nn.TransformerEncoderLayer)
@@ -104,12 +105,17 @@ class _Region(HoldsThresholds):
 
 
 class ForgedLayer(_Region):
-    """A layer: `threshold -> forward`."""
+    """A layer, or an activation's module: `threshold -> forward`."""
+
+    @property
+    def works_in_place(self) -> bool:
+        return getattr(self, "inplace", False) and any(map(is_activation, self.threshold_buffers))
 
     def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         self.forged_plan.start()
         for forge in self.forged_plan.next():
-            input = forge(self, input)
+            forged = forge(self, input)
+            input = input.copy_(forged) if self.works_in_place else forged
         return super().forward(input, *args, **kwargs)
 
 
@@ -147,7 +153,9 @@ class _OwnCalls(TorchFunctionMode):
                 plan = self.region.forged_activations
             if plan is not None:
                 for forge in plan.next():
-                    x = forge(self.region, get(args, kwargs, forge.key))
+                    x = get(args, kwargs, forge.key)
+                    new = forge(self.region, x)
+                    x = x.copy_(new) if function in ACTIVATIONS and works_in_place(function, args, kwargs) else new
                     args, kwargs = replace(args, kwargs, forge.key, x)
         return function(*args, **kwargs)
 

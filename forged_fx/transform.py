@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from forged_fx import in_place
+from forged_fx import in_place, write_back
 from forged_fx.audit import AuditFailed, alike, audit, same
 from forged_fx.capture import Untraceable, capture, opened_modules
 from forged_fx.fuse import fuse as fuse_producers
@@ -316,6 +316,7 @@ def _forge_whole(model: torch.nn.Module, stats: Stats, wanted: list[str], choice
     layers = {module_of(site): WHOLE[mark_of(site)] for site in layer_sites if module_of(site) not in opened}
     calls = find_calls(graph, _module_of_node, layers, {**CALLS, **ACTIVATION_CALLS})
     insert_thresholds(graph, calls, number(calls), place, _source(model))
+    write_back.in_graph(graph, model)
     if missed := [name for name in wanted if name not in buffers]:
         raise Untraceable(f"the graph lacks the sites {', '.join(missed)}")
     # torch.fx writes Python with the modules' names in it

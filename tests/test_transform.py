@@ -7,6 +7,7 @@ import sys
 import oracle
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import forged_fx
@@ -433,8 +434,53 @@ def test_a_model_that_was_cast_since_calibration_needs_an_example():
 def test_a_hook_that_makes_calls_of_its_own_is_named():
     model = nn.Sequential(nn.Linear(4, 8), torch.nn.utils.spectral_norm(nn.Linear(8, 3))).eval()
     stats = forged_fx.calibrate(model, [torch.randn(5, 4)])
-    with pytest.raises(RuntimeError, match="'1' has hooks .* remove_spectral_norm"):
+    with pytest.raises(RuntimeError, match=r"'1' has hooks .* remove_spectral_norm"):
         forged_fx.transform(model, stats)
     torch.nn.utils.remove_spectral_norm(model[1])
     stats = forged_fx.calibrate(model, [torch.randn(5, 4)])
     assert [*forged_fx.transform(model, stats).threshold_buffers] == ["0", "1"]
+
+
+ACT_IN_PLACE = {
+    "a function": lambda model, h: F.relu_(h),
+    "a method": lambda model, h: h.relu_(),
+    "an argument": lambda model, h: F.leaky_relu(h, 0.1, True),
+    "a module": lambda model, h: model.relu(h),
+    "on a view": lambda model, h: model.relu(h.view(-1)),
+}
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["one graph", "module by module"])
+@pytest.mark.parametrize("act", ACT_IN_PLACE.values(), ids=ACT_IN_PLACE)
+def test_what_an_activation_in_place_leaves_is_found_by_all_readers(act, whole):
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last, self.relu = nn.Linear(8, 8), nn.Linear(8, 3), nn.ReLU(inplace=True)
+
+        def forward(self, x):
+            h = self.first(x)
+            if not whole and h.sum() > 1e9:
+                return h
+            act(self, h)
+            return self.last(h)
+
+    model, x = InPlace().eval(), torch.randn(6, 8)
+    stats = forged_fx.calibrate(model, [x], where="activations")
+    (site,) = (name for name in stats.sites if "@" in name)
+    stats.example = None  # as of a file: no audit
+    assert torch.equal(forged_fx.transform(model, stats, 0, where="activations")(x), model(x))
+    forged = forged_fx.transform(model, stats, 0.5, where="activations")
+    assert isinstance(forged, torch.fx.GraphModule) is whole
+    h = model.first(x)
+    kept = h.detach() * (h.abs() >= 0.5 * stats.sites[site].c_max)
+    act(model, kept)
+    for context in (torch.enable_grad, torch.no_grad):
+        with context():
+            assert torch.equal(forged(x), model.last(kept))
+
+
+def test_an_activation_in_place_costs_no_copy_where_nothing_reads_its_input():
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 3)).eval(), torch.randn(6, 8)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x], where="activations"), where="activations")
+    assert not forged.graph.find_nodes(op="call_method", target="copy_")

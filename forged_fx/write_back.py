@@ -1,0 +1,35 @@
+"""Thresholds ahead of activations that work in place: whoever reads the input later finds the result there.
+
+    h = layer(x); h.relu_(); return other(h)
+
+A threshold's result is new memory. An activation that is given it leaves its own there, and `h` would be as it was.
+So the threshold is written to `h` first, and the activation is given `h`; unless nothing else can read it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.fx as fx
+from torch import nn
+
+from forged_fx.effects import is_fresh, writes
+from forged_fx.ops import THRESHOLD_OPS
+from forged_fx.sites import is_activation
+
+
+def in_graph(graph: fx.Graph, root: nn.Module) -> None:
+    """Of the graph that `transform` made of `root`."""
+    for threshold in list(graph.nodes):
+        if threshold.target not in THRESHOLD_OPS or not is_activation(threshold.meta["site"]):
+            continue
+        x, (reader,) = threshold.args[0], threshold.users
+        dies = len(x.users) == 1 and is_fresh(x, root) and reader.users
+        if writes(reader, root) and not dies:
+            with graph.inserting_before(reader):
+                reader.replace_input_with(threshold, graph.call_method("copy_", (x, threshold)))
+
+
+def works_in_place(function: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether this call of an activation function does."""
+    named = getattr(function, "__name__", "").endswith("_")
+    return named or bool(kwargs.get("inplace")) or any(arg is True for arg in args[1:])
