@@ -126,7 +126,8 @@ class _Origins:
             made_from = Origin.UNKNOWN
         for target in _tensors((args[0] if args and _writes(function) else None, kwargs.get("out"))):
             if joined(self.of(target), made_from) is not self.of(target):
-                self.mark(self._in_memory_of(target), made_from)
+                for tensor in self._in_memory_of(target):
+                    self.mark((tensor,), joined(self.of(tensor), made_from))
         if isinstance(result, Tensor | tuple | list | dict):
             self.mark((result,), made_from)
 
