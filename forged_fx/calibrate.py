@@ -23,6 +23,7 @@ from forged_fx.processes import Processes, attempt, joined, result
 from forged_fx.progress import track
 from forged_fx.sites import COMPLEX, NOT_DENSE, SCRIPTED, VMAPPED, mark_of, module_of
 from forged_fx.stats import SiteStats, Stats, parameter_shapes
+from forged_fx.thresholds import thresholds_of
 from forged_fx.torch_internals import tree_leaves, tree_map
 
 
@@ -63,8 +64,8 @@ def calibrate(
         elements, and a histogram of |x|.
 
     Raises:
-        ValueError: no batch, a batch of another form, or an input of a site that holds NaN or infinity (it names the
-            site and the batch).
+        ValueError: no batch, a batch of another form, a model that is forged already, or an input of a site that holds
+            NaN or infinity (it names the site and the batch).
         FileExistsError: `checkpoint` holds the scan of another model, or of other batches.
 
     Where memory does not suffice for a batch it is run in two halves, once, and a warning says so.
@@ -80,6 +81,8 @@ def calibrate(
     if where not in ("linear+conv", "activations"):
         raise ValueError(f"where={where!r}: calibrate records 'linear+conv', or 'activations' besides")
     model = unwrapped(model)
+    if thresholds_of(model):
+        raise ValueError("this model is forged already, and is measured behind its thresholds: calibrate the plain one")
 
     def own() -> Stats:
         measured: dict[str, Any] = {"where": where, "channels": channels}

@@ -399,3 +399,11 @@ def test_float64_statistics_are_what_their_file_says(tmp_path):
     assert stats.sites["#0"].c_max == 2 and stats.sites["#0"].lowest == -2
     with pytest.raises(ValueError, match="holds inf in batch 0"):
         forged_fx.calibrate(nn.Linear(2, 3).double(), [1e300 * x])
+
+
+def test_a_forged_model_is_not_calibrated():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)), torch.randn(5, 4)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]))
+    for given in (forged, nn.Sequential(forged), torch.compile(forged)):
+        with pytest.raises(ValueError, match="calibrate the plain one"):
+            forged_fx.calibrate(given, [x])
