@@ -1,7 +1,7 @@
 """A configuration: which kind of forging stands at which site, at which ratio. `sweep` and `search` compare them."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -71,8 +71,13 @@ class Configuration:
         for text, places in groupby(sorted(self.places, key=how), how):
             found = {place[0] for place in places}
             sites = [site for site, _, _ in self.places if site in found]
-            named = ", ".join(sites) if len(sites) <= LISTED else f"{len(sites)} sites, {sites[0]} to {sites[-1]}"
-            yield f"{text} at {named}"
+            yield f"{text} at {listed(sites)}"
+
+
+def listed(sites: Sequence[str]) -> str:
+    """The sites by name, or, where they are many, how many from which to which."""
+    names = [site or "(root)" for site in sites]
+    return ", ".join(names) if len(names) <= LISTED else f"{len(names)} sites, {names[0]} to {names[-1]}"
 
 
 def written(ratio: Ends) -> str:

@@ -116,6 +116,18 @@ def test_a_page_shows_what_was_measured_into_its_folder(capsys, tmp_path):
     assert "Share zeroed by site, measured" in page and "Gain by site" in page
 
 
+def test_a_folder_is_of_one_kind(capsys, tmp_path):
+    """At the same thresholds too; and what lies beside the other's result stays."""
+    run = [*MODEL, "--stats", "demo/stats.safetensors", "--eps", "0.15", "--limit", "8", "--attacks", "apgd-ce"]
+    run = ["evaluate", *run, "--folder", str(tmp_path / "run"), "--kind"]
+    assert main([*run, "soft"]) in EXIT_CODES.values()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    capsys.readouterr()
+    assert main([*run, "hard"]) == 1
+    assert "model.forging: soft at 4 sites, 0 to 7 (sum" in one_line(capsys)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
 def test_describe_says_what_the_library_says(capsys):
     main(["describe", *JSON["describe"], "--ratio", "0=0,*=1/64", "--json"])
     rows = {row["site"]: row for row in json.loads(capsys.readouterr().out)["sites"]}

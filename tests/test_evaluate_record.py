@@ -251,6 +251,16 @@ def test_fingerprints_tell_tensors_apart():
     assert fingerprint.of_tensors([("a", torch.tensor(1.0))])  # 0-dimensional
 
 
+def test_fingerprints_tell_programs_apart():
+    """A program of torch.export has no record of its forging: its kinds are in its code."""
+    layer, x = torch.nn.Linear(4, 3).eval(), torch.rand(5, 4)
+    stats = forged_fx.calibrate(layer, [x])
+    forged = [forged_fx.transform(layer, stats, 0.1, kind=kind) for kind in ("hard", "soft", "hard")]
+    programs = [torch.export.export(one, (x,)) for one in forged]
+    hard, soft, again = (fingerprint.of_model(program.module()) for program in programs)
+    assert hard != soft and hard == again
+
+
 @pytest.mark.parametrize(("norm", "length"), [("Linf", 0.5), ("L2", 1.0), ("L1", 2.0)])
 def test_the_ball_in_each_norm(norm, length):
     x = torch.full((1, 1, 2, 2), 0.25)

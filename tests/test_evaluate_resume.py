@@ -13,10 +13,12 @@ import torch
 from planted import Hidden, inputs, linear
 from safetensors.torch import load_file
 
+from forged_fx import calibrate, transform
 from forged_fx.digits import one_thread
 from forged_fx.evaluate import Result, blocks
 from forged_fx.evaluate.harness import Subject
 from forged_fx.evaluate.journal import Journal, pack
+from forged_fx.sources.classifier import Classifier
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +110,29 @@ def test_another_call_is_refused_with_the_difference(request, call, state, words
     with pytest.raises(FileExistsError, match=f"another call; choose another folder. .*{words}"):
         planted.evaluate(**(call | OTHER[words]))
     assert snapshot(call["folder"]) == before
+
+
+def test_another_kind_at_the_same_thresholds_is_refused_by_its_name(call):
+    """Kinds share the names of their buffers: the state alone is the same."""
+    stats = calibrate(call["base"], [call["x"]])
+    hard, soft = (transform(call["base"], stats, 2**-4, kind=kind) for kind in ("hard", "soft"))
+    assert all(torch.equal(a, b) for a, b in zip(hard.state_dict().values(), soft.state_dict().values(), strict=True))
+    found = planted.evaluate(**call | {"model": soft})
+    assert found.model.forging.startswith("soft at 1 (sum ")
+    before = snapshot(call["folder"])
+    words = r"model.forging: soft at 1 \(sum \w{12}\) there, hard at 1 \(sum \w{12}\) here"
+    with pytest.raises(FileExistsError, match=words):
+        planted.evaluate(**call | {"model": hard})
+    assert snapshot(call["folder"]) == before
+    planted.evaluate(**call | {"model": soft})  # its own
+
+
+def test_another_normalisation_is_refused(call):
+    """Mean and deviation are in no state_dict."""
+    here, there = (Classifier(Hidden(call["base"]), ((mean,), (0.5,))) for mean in (0.5, 0.4))
+    planted.evaluate(**call | {"model": there})
+    with pytest.raises(FileExistsError, match=r"model.fingerprint: \w{12}... there"):
+        planted.evaluate(**call | {"model": here})
 
 
 def test_another_version_is_refused(unfinished, monkeypatch):

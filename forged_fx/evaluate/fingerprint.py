@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 
 def of_tensors(named: Iterable[tuple[str, Any]]) -> str:
@@ -24,8 +24,47 @@ def of_tensors(named: Iterable[tuple[str, Any]]) -> str:
 
 
 def of_model(model: nn.Module) -> str:
-    """Of everything in `state_dict()`. The code is not in it: two models of one state may differ in what they do."""
-    return of_tensors(sorted(model.state_dict().items()))
+    """Of everything in `state_dict()`, of the buffers that are not in it, of the forging, and of programs.
+
+    Other code is not in it: two models of one state may differ in what they do.
+    """
+    from forged_fx.transform import forging_of  # late: evaluate serves models of any make
+
+    state, forging = model.state_dict(), of_forging(model)
+    more: list[tuple[str, Any]] = [("forging", forging)] if forging else []
+    more += [(f"unsaved {name}", value) for name, value in model.named_buffers() if name not in state]
+    more += [  # what torch.export wrote: its kinds of forging are in its code
+        (f"program {name}", module.code)
+        for name, module in model.named_modules()
+        if isinstance(module, fx.GraphModule) and not forging_of(module)
+    ]
+    return of_tensors([*sorted(state.items()), *sorted(more, key=lambda one: one[0])])
+
+
+def of_forging(model: nn.Module) -> str:
+    """Kinds and sites in words, and a sum over both and the thresholds: "soft at 0, 5 (sum 1f2e3d4c5b6a)".
+
+    "" for a model that `forged_fx.transform` has not made. Whatever the forged model is wrapped in, it is the same.
+    Kinds share the names of their buffers, so that a `state_dict()` does not tell a hard threshold from a soft one.
+    """
+    from forged_fx.configuration import listed  # late, as above
+    from forged_fx.thresholds import parameters_of
+    from forged_fx.transform import forging_of
+
+    sites: dict[str, list[str]] = {}  # by kind
+    held: list[tuple[str, Tensor]] = []
+    for module in model.modules():
+        if record := forging_of(module):
+            parameters = parameters_of(module)
+            for site in record.reached:
+                kind = record.choice[site]
+                sites.setdefault(kind.name, []).append(site)
+                how = f"{site} {kind.name} {kind.rest(record.stats.sites[site])}"
+                held += [(how, buffer) for buffer in parameters[site]]
+    if not sites:
+        return ""
+    words = "; ".join(f"{kind} at {listed(found)}" for kind, found in sites.items())
+    return f"{words} (sum {of_tensors(held)[:12]})"
 
 
 def of_file(path: Path) -> str:

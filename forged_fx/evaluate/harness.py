@@ -15,7 +15,7 @@ from forged_fx.evaluate.compiled import Eager, agree, is_compiled
 from forged_fx.evaluate.gallery import Gallery
 from forged_fx.evaluate.gradients import Borrowed, Context, Logits, differ
 from forged_fx.evaluate.report import Progress
-from forged_fx.evaluate.result import STANDING, Row, Side
+from forged_fx.evaluate.result import STANDING, Row, Side, identity
 from forged_fx.evaluate.threat import Threat
 
 FOUND: Fields = {"broken": (torch.int64, 1), "examples": (torch.float32, None), "rejected": (torch.int64, 0)}
@@ -58,10 +58,15 @@ class Subject:
         self.attacked = model  # or, if it is compiled, what it is eagerly
         self.notes: list[str] = []
         self.device = checks.device_of(model, x.device)
-        self.identity = {"class": type(model).__name__, "fingerprint": fingerprint.of_model(model)}
+        self.description, self.fingerprint = type(model).__name__, fingerprint.of_model(model)
+        self.forging = fingerprint.of_forging(model)
         self.rows: list[Row] = []
         self.broken_by = torch.full((len(x),), STANDING)
         self.examples = torch.zeros_like(x)  # of the broken inputs
+
+    @property
+    def identity(self) -> dict[str, str]:
+        return identity(self.description, self.fingerprint, self.forging)
 
     def standing(self) -> Tensor:
         return (self.broken_by == STANDING).nonzero().flatten()
@@ -262,9 +267,10 @@ class Subject:
         broken = (self.broken_by != STANDING).nonzero().flatten()
         return Side(
             self.name,
-            self.identity["class"],
-            self.identity["fingerprint"],
+            self.description,
+            self.fingerprint,
             self.rows,
             self.broken_by,
             self.examples[broken.to(self.x.device)].cpu(),
+            self.forging,
         )

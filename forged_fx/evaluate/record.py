@@ -124,6 +124,7 @@ def save(result: Result, folder: str | os.PathLike[str], overwrite: bool = False
                 "name": side.name,
                 "description": side.description,
                 "fingerprint": side.fingerprint,
+                "forging": side.forging,
                 "rows": [{k: v for k, v in asdict(row).items() if k != "seconds"} for row in side.rows],
                 "broken_by": side.broken_by.tolist(),
             }
@@ -148,7 +149,8 @@ def _side(record: dict[str, Any], tensors: dict[str, Tensor], seconds: list[floa
     ]
     broken_by = torch.tensor(checked.fit(record["broken_by"], list[int], f"{name}.broken_by"), dtype=torch.int64)
     said, print_ = (checked.fit(record[key], str, f"{name}.{key}") for key in ("description", "fingerprint"))
-    side = Side(name, said, print_, rows, broken_by, tensors[f"{name}.x"])
+    forging = checked.fit(record.get("forging"), str | None, f"{name}.forging")
+    side = Side(name, said, print_, rows, broken_by, tensors[f"{name}.x"], forging)
     known = torch.arange(STANDING, len(side.rows))
     sound = (
         side.broken_by.shape == (n,)

@@ -29,6 +29,11 @@ FIGURES = {
 }
 
 
+def identity(description: str, fingerprint: str, forging: str | None) -> dict[str, str]:
+    """By which a run knows its models: one that is not forged as an earlier version did, which did not ask."""
+    return {"class": description, "fingerprint": fingerprint, **({"forging": forging} if forging else {})}
+
+
 @dataclass
 class Row:
     """One attack on one side.
@@ -55,9 +60,10 @@ class Row:
 class Side:
     """One of the two that are compared, named "model" or "base".
 
-    fingerprint: SHA-256 of its state_dict. broken_by: (n,) int64, the index in `rows` of the row that broke the
+    fingerprint: see `fingerprint.of_model`. broken_by: (n,) int64, the index in `rows` of the row that broke the
     example, or -1. examples: (k, ...) float32, for each of the k broken inputs, in order, an input that the side
-    gets wrong; for one that is wrong without attack, that input itself.
+    gets wrong; for one that is wrong without attack, that input itself. forging: see `fingerprint.of_forging`; None in
+    a result of an earlier version, which does not say.
     """
 
     name: str
@@ -66,10 +72,11 @@ class Side:
     rows: list[Row]
     broken_by: Tensor
     examples: Tensor
+    forging: str | None = None
 
     @property
     def identity(self) -> dict[str, str]:
-        return {"class": self.description, "fingerprint": self.fingerprint}
+        return identity(self.description, self.fingerprint, self.forging)
 
     @property
     def listed(self) -> list[Row]:
