@@ -24,9 +24,11 @@ from forged_fx.evaluate import checks, fingerprint, gradients, pool
 from forged_fx.evaluate.attacks import choose
 from forged_fx.evaluate.extras import need
 from forged_fx.evaluate.journal import Journal
+from forged_fx.evaluate.pool import Judged
 from forged_fx.evaluate.result import Side
 from forged_fx.evaluate.statistics import LEVEL, compare, holm
 from forged_fx.evaluate.threat import Threat
+from forged_fx.evaluate.verdict import VERDICTS
 from forged_fx.files import whole
 from forged_fx.kinds import KINDS
 from forged_fx.recorded import LIMIT, Recorded, running, within
@@ -48,6 +50,7 @@ class Point:
     p_holm: the same for the number of points. zeroed, limited: share of all inputs of sites that forging set to zero
     (beyond what was zero) or limited, by the calibration's histogram; None where that cannot tell. speed: throughput as
     a share of the base's, the median over the rounds, speed_low and speed_high its quartiles; None where not taken.
+    verdict, sentence: what `evaluate` says of these outcomes, by the same rules.
     """
 
     kind: str
@@ -64,10 +67,28 @@ class Point:
     speed: float | None = None
     speed_low: float | None = None
     speed_high: float | None = None
+    verdict: str = "cannot say"
+    sentence: str = "the record is of an earlier version, which did not ask; sweep anew, into another folder"
+
+    @classmethod
+    def of(cls, record: Any) -> "Point":
+        """From JSON; ValueError for anything else. A record of an earlier version has no verdict."""
+        asked = {name: getattr(cls, name) for name in ("verdict", "sentence")}
+        return checked.build(cls, asked | checked.fit(record, dict[str, Any], "a point"), "a point")
 
     @property
     def name(self) -> str:
         return f"{self.kind} {written(self.ratio)}"
+
+    @property
+    def above(self) -> bool:
+        """Whether its worst case is measurably above the base's, of so many points."""
+        return self.low > 0 and self.p_holm <= 1 - LEVEL
+
+    @property
+    def stands(self) -> bool:
+        """Whether that is a gain by the rules of `evaluate` too: after all of AutoAttack, unmasked, without a doubt."""
+        return self.above and self.verdict == "gain"
 
 
 @dataclass(eq=False, repr=False)
@@ -91,13 +112,14 @@ class Sweep(Recorded):
 
     @property
     def best(self) -> Point:
-        """The point with the best worst case; of several the one that is right unattacked most often."""
-        return max(self.points, key=lambda point: (point.worst, point.natural))
+        """Of the points that stand, or where none does of all, the one with the best worst case; of several the one
+        that is right unattacked most often."""
+        return max(self.points, key=lambda point: (point.stands, point.worst, point.natural))
 
     @property
     def better(self) -> bool:
-        """Whether the best point's worst case is measurably above the base's."""
-        return self.best.low > 0 and self.best.p_holm <= 1 - LEVEL
+        """Whether the best point is shown to be above the base."""
+        return self.best.stands
 
     @property
     def verdict(self) -> str:
@@ -107,13 +129,19 @@ class Sweep(Recorded):
     def sentence(self) -> str:
         best, worst = self.best, min(self.points, key=lambda point: (point.worst, point.natural))
         below = sum(point.high < 0 and point.p_holm <= 1 - LEVEL for point in self.points)
+        masking = sum(point.verdict == "masking" for point in self.points)
+        if self.better:
+            shown, then = f"{best.name} is measurably above", "; attacks that know the kind come with forged_fx.search"
+        elif best.above:
+            shown, then = "none is shown to be above", f"; evaluate's verdict on it is {best.verdict}: {best.sentence}"
+        else:
+            shown, then = "none is measurably above", ""
         return (
-            f"of {len(self.points)} points "
-            + (f"{best.name} is measurably above the base" if self.better else "none is measurably above the base")
+            f"of {len(self.points)} points {shown} the base"
             + (f", {below} measurably below" if below else "")
+            + (f", {masking} masking" if masking else "")
             + f": worst case {self.worst} of {self.n} at the base, {worst.worst} ({worst.name}) to {best.worst} "
-            f"({best.name}), Holm p = {best.p_holm:.2g}"
-            + ("; attacks that know the kind come with forged_fx.search" if self.better else "")
+            f"({best.name}), Holm p = {best.p_holm:.2g}{then}"
         )
 
     def records(self) -> list[dict[str, Any]]:
@@ -133,6 +161,8 @@ class Sweep(Recorded):
         for point in self.points:
             if point.kind not in KINDS:
                 raise ValueError(f"its kind {checked.short(point.kind)} is none of {', '.join(KINDS)}")
+            if point.verdict not in VERDICTS:
+                raise ValueError(f"its verdict {checked.short(point.verdict)} is none of {', '.join(VERDICTS)}")
             within("interval", (point.low, point.high), -1, 1)
             within("p, and shares", (point.p, point.p_holm, point.zeroed, point.limited), 0, 1)
             within("speed", (point.speed, point.speed_low, point.speed_high), 0, LIMIT)
@@ -152,16 +182,18 @@ class Sweep(Recorded):
 
     def tables(self) -> list[Table]:
         headings = ("", "worst case", "points", "95 % interval", "Holm p", "true gradient", "natural")
-        rows = [("base", str(self.worst), *[""] * 3, str(self.true), str(self.natural), *[""] * 3)]
+        rows = [("base", str(self.worst), *[""] * 3, str(self.true), str(self.natural), *[""] * 4)]
         for p in self.points:
             interval = f"{100 * p.low:+.1f} {100 * p.high:+.1f}"
             points = f"{100 * (p.worst - self.worst) / self.n:+.1f}"
             shares = ["" if share is None else f"{100 * share:.1f} %" for share in (p.zeroed, p.limited)]
             speed = "" if p.speed is None else f"{p.speed:.2f} [{p.speed_low:.2f} {p.speed_high:.2f}]"
             figures = (str(p.worst), points, interval, f"{p.p_holm:.2g}", str(p.true), str(p.natural))
-            rows.append((p.name, *figures, *shares, speed))
+            rows.append((p.name, *figures, *shares, speed, p.verdict))
         bold = 1 + self.points.index(self.best)
-        return [Table(f"right, of {self.n} inputs", (*headings, "zeroed", "limited", "throughput"), rows, bold)]
+        return [
+            Table(f"right, of {self.n} inputs", (*headings, "zeroed", "limited", "throughput", "verdict"), rows, bold)
+        ]
 
 
 def sweep(
@@ -238,17 +270,18 @@ def sweep(
             run.processes.first(lambda: stats.save(Path(folder) / STATISTICS))
         stack.enter_context(pool.at_peace(models))
         stack.enter_context(run.shown)
-        sides = pool.judge(
+        judged = pool.judge(
             models, x, y, threat, plan, bpda=gradients.straight_through(), blocks=run.blocks, batch_size=batch_size,
             progress=run.shown,
         )  # fmt: skip
+        sides = {name: one.side for name, one in judged.items()}
         timed = run.processes.first(lambda: json.dumps(_speeds(models, x[:batch_size], rounds)).encode())
         result = Sweep(
             n=len(x),
             threat=threat,
             **_counts(sides[BASE]),
             sites=sites,
-            points=_points(grid, forged, sides, stats, json.loads(timed)),
+            points=_points(grid, forged, judged, stats, json.loads(timed)),
             facts={
                 "call": call,
                 "command": list(sys.argv),
@@ -281,17 +314,18 @@ def _counts(side: Side) -> dict[str, int]:
 def _points(
     grid: Sequence[tuple[str, Ends]],
     forged: Mapping[str, nn.Module],
-    sides: Mapping[str, Side],
+    judged: Mapping[str, Judged],
     stats: Stats,
     speeds: Mapping[str, tuple[float, float, float]],
 ) -> list[Point]:
-    paired = [compare(sides[name].right(), sides[BASE].right()) for name in forged]
+    paired = [compare(judged[name].side.right(), judged[BASE].side.right()) for name in forged]
     adjusted = holm([p.p for p in paired])
     points = []
     for (kind, ratio), (name, module), p, p_holm in zip(grid, forged.items(), paired, adjusted, strict=True):
         shares, speed = shares_changed(module, stats), speeds.get(name, (None, None, None))
-        interval = (p.low, p.high, p.p, p_holm)
-        points.append(Point(kind, ratio, *_counts(sides[name]).values(), *interval, *shares, *speed))
+        found, interval = judged[name], (p.low, p.high, p.p, p_holm)
+        figures: tuple[Any, ...] = (*_counts(found.side).values(), *interval, *shares, *speed)
+        points.append(Point(kind, ratio, *figures, verdict=found.verdict, sentence=found.sentence))
     return points
 
 

@@ -2,16 +2,19 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import planted
 import pytest
 import torch
 
 import forged_fx
+from forged_fx import report
 from forged_fx.configuration import Configuration, written
 from forged_fx.digits import one_thread
-from forged_fx.evaluate import attacks
+from forged_fx.evaluate import attacks, findings
 from forged_fx.evaluate.attacks import ATTACKS, Attack
+from forged_fx.evaluate.findings import CHECKS
 from forged_fx.evaluate.journal import Journal
 from forged_fx.sweep import Sweep
 
@@ -33,7 +36,7 @@ def toy():
 
 def test_the_planted_ratio_stands_out_and_every_figure_is_paired_with_the_base(toy, tmp_path):
     model, x, y = toy
-    found = forged_fx.sweep(model, [x], x, y, **OPTIONS | {"rounds": 1}, folder=tmp_path)
+    found = forged_fx.sweep(model, [x], x, y, **OPTIONS | {"rounds": 1, "attacks": "standard"}, folder=tmp_path)
     off, hard, clamp = found.points
     assert (found.worst, found.natural, off.worst, off.natural) == (6, 24, 6, 24)  # class 0 alone
     assert clamp.worst == 24 and clamp.natural == 24 and found.best is clamp
@@ -41,6 +44,7 @@ def test_the_planted_ratio_stands_out_and_every_figure_is_paired_with_the_base(t
     assert (off.p, off.zeroed, off.limited) == (1.0, 0.0, 0.0)
     assert hard.zeroed > 0 and clamp.limited > 0 and clamp.zeroed == 0
     assert "clamp 0.9 is measurably above the base" in found.sentence
+    assert [point.verdict for point in found.points] == ["no measurable gain", "masking", "gain"]
     assert all(point.speed > 0 and point.speed_low <= point.speed <= point.speed_high for point in found.points)
     assert "clamp 0.9" in str(found)
     # what was written is what was found
@@ -51,6 +55,56 @@ def test_the_planted_ratio_stands_out_and_every_figure_is_paired_with_the_base(t
     assert "<svg" in (tmp_path / "sweep.svg").read_text()
     found.plot(tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_no_gain_is_shown_that_evaluate_would_not_show(toy, tmp_path, monkeypatch):
+    """What is less than AutoAttack, and what a finding forbids, shows none: in print, on disk, on the page."""
+    model, x, y = toy
+    options = OPTIONS | {"ratios": {"clamp": [0.9]}, "kinds": ("clamp",)}
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0.9, kind="clamp")
+    flat = replace(CHECKS[0], measure=lambda case: (1, 0))
+    for attacks_, checks, words in (
+        (["apgd-ce"], CHECKS, "only a part of AutoAttack was run"),
+        ("standard", (flat,), "the attacks may have failed"),
+    ):
+        monkeypatch.setattr(findings, "CHECKS", checks)
+        folder = tmp_path / words
+        found = forged_fx.sweep(model, [x], x, y, **options | {"attacks": attacks_}, folder=folder)
+        result = forged_fx.evaluate(forged, model, x=x, y=y, eps=0.1, attacks=attacks_)
+        (point,) = found.points
+        assert point.above and (point.verdict, point.sentence) == (result.verdict, result.sentence)
+        assert not found.better and found.verdict == "none above the base"
+        assert "none is shown to be above the base" in found.sentence and words in found.sentence
+        assert "cannot say" in str(found) and "measurably above" not in str(found)
+        assert (
+            Sweep.load(folder).sentence == found.sentence == json.loads((folder / "sweep.json").read_text())["sentence"]
+        )
+        page = report.page(report.load(folder))
+        assert ">none above the base<" in page and words in page and "cannot say" in page
+
+
+def test_masking_shows_no_gain(toy):
+    """The best worst case of all, and a gradient that hides examples."""
+    model, x, y = toy
+    found = forged_fx.sweep(model, [x], x, y, **OPTIONS)
+    *rest, clamp = found.points
+    found.points = [
+        *(replace(point, verdict="loss") for point in rest),
+        replace(clamp, verdict="masking", sentence="it hides examples"),
+    ]
+    assert found.best.name == "clamp 0.9" and not found.better
+    assert ", 1 masking" in found.sentence and found.sentence.endswith("verdict on it is masking: it hides examples")
+
+
+def test_a_sweep_of_an_earlier_version_says_that_it_did_not_ask(toy, tmp_path):
+    model, x, y = toy
+    forged_fx.sweep(model, [x], x, y, **OPTIONS | {"attacks": "standard"}).save(tmp_path)
+    record = json.loads((tmp_path / "sweep.json").read_text())
+    for point in record["points"]:
+        del point["verdict"], point["sentence"]
+    (tmp_path / "sweep.json").write_text(json.dumps(record))
+    found = Sweep.load(tmp_path)
+    assert not found.better and "earlier version, which did not ask" in found.sentence
 
 
 def test_what_is_found_on_any_is_shown_to_all(toy, monkeypatch):

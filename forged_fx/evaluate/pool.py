@@ -6,6 +6,7 @@ better than another for having been attacked less.
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +14,23 @@ from torch import Tensor, nn
 from forged_fx.evaluate import checks
 from forged_fx.evaluate.attacks import Plan, Setting
 from forged_fx.evaluate.blocks import Blocks
+from forged_fx.evaluate.findings import Case, examine
 from forged_fx.evaluate.gradients import Context
 from forged_fx.evaluate.harness import Subject
+from forged_fx.evaluate.probes import probe
 from forged_fx.evaluate.protocol import contest
 from forged_fx.evaluate.report import Progress
-from forged_fx.evaluate.result import Side
+from forged_fx.evaluate.result import Side, doubts, judged
 from forged_fx.evaluate.threat import Threat
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A model's outcome, and what `evaluate` would say of it beside the base; of the base itself: ""."""
+
+    side: Side
+    verdict: str = ""
+    sentence: str = ""
 
 
 @contextmanager
@@ -45,18 +57,30 @@ def judge(
     blocks: Blocks,
     batch_size: int,
     progress: Progress,
-) -> dict[str, Side]:
+) -> dict[str, Judged]:
     """Name -> outcome of every model; the first is the base. To be called within `at_peace`.
 
     x (n, ...) float32 and y (n,) int64, as `checks.inputs` returns them. The rows are those of `evaluate`.
     """
     sides = [Subject(name, model, x, y, threat, batch_size, blocks, progress) for name, model in models.items()]
-    classes: int | None = None
+    classes, logits = None, []
     for side in sides:
-        classes = side.natural(classes).shape[1]
+        logits.append(side.natural(classes))
+        classes = logits[0].shape[1]
     settings = {
         side.name: Setting(threat, classes or 0, tuple(x.shape[1:]), blocks.seed, batch_size, side.device)
         for side in sides
     }
     contest(sides, plan, settings, bpda)
-    return {side.name: side.side() for side in sides}
+    base = sides[0].side()
+    found = {base.name: Judged(base)}
+    for side, mine in zip(sides[1:], logits[1:], strict=True):
+        same = torch.equal(mine, logits[0])
+        outcome = side.side()
+        verdict = judged(outcome, base, complete=plan.complete, same=same)
+        if verdict[0] == "gain":  # else no finding changes it, and the probes are spared
+            probes = probe(side, settings[side.name], bpda)
+            findings = examine(Case(outcome, base, same, mine, probes, training=0, outside=0))
+            verdict = judged(outcome, base, complete=plan.complete, same=same, doubts=doubts(findings))
+        found[side.name] = Judged(outcome, *verdict)
+    return found

@@ -1,6 +1,7 @@
 """What an evaluation found: rows, outcome by example, adversarial examples, and the figures that follow."""
 
 import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
@@ -103,6 +104,16 @@ class Side:
         return float(self.right(under).double().mean())
 
 
+def judged(
+    model: Side, base: Side | None, *, complete: bool, same: bool, doubts: Sequence[str] = ()
+) -> tuple[str, str]:
+    """(verdict, sentence), by the rules of `verdict.py`. complete, same, doubts: as in `Result`."""
+    paired = compare(model.right(), base.right(), same=same) if base else None
+    after = [row for row in model.rows if row.kind not in KINDS[:2] and row.broken]
+    finders = [f"{row.attack}{' under BPDA' * (row.kind == 'BPDA')} ({row.broken})" for row in after]
+    return judge(weigh(model.right, base.right if base else None, paired, complete, same, finders, doubts))
+
+
 @dataclass(frozen=True)
 class Finding:
     """One check of the model. value: None if it could not be made, and `note` says why; raised: value > bound.
@@ -117,6 +128,11 @@ class Finding:
     raised: bool
     masking: bool
     note: str = ""
+
+
+def doubts(findings: Iterable[Finding]) -> list[str]:
+    """Names of those that are raised and forbid a gain."""
+    return [finding.name for finding in findings if finding.raised and finding.masking]
 
 
 @dataclass(eq=False, repr=False)
@@ -189,15 +205,12 @@ class Result:
 
     @cached_property
     def _judged(self) -> tuple[str, str]:
-        base = self.base.right if self.base else None
-        after = [row for row in self.model.rows if row.kind not in KINDS[:2] and row.broken]
-        finders = [f"{row.attack}{' under BPDA' * (row.kind == 'BPDA')} ({row.broken})" for row in after]
-        return judge(weigh(self.model.right, base, self.compared(), self.complete, self.same, finders, self.doubts))
+        return judged(self.model, self.base, complete=self.complete, same=self.same, doubts=self.doubts)
 
     @property
     def doubts(self) -> list[str]:
         """Names of the findings that are raised and forbid a gain."""
-        return [finding.name for finding in self.findings if finding.raised and finding.masking]
+        return doubts(self.findings)
 
     @property
     def verdict(self) -> str:
