@@ -173,6 +173,7 @@ def test_other_kinds_and_what_they_take(capsys):
     assert [row["site"] for row in rows if row["width"] is not None] == ["1@0", "3@0", "6@0"]
 
 
+EVALUATE = ["evaluate", *MODEL, "--eps", "0.1", "--limit", "2", "--attacks", "apgd-ce"]
 ERRORS = {
     "no such model": (1, ["calibrate", "nothing", "--data", "digits"], "write one of timm:NAME"),
     "no such file": (1, ["describe", MODEL[0], "--stats", "gone.safetensors"], "gone.safetensors"),
@@ -184,6 +185,19 @@ ERRORS = {
     "no ratio": (1, ["describe", MODEL[0], "--stats", "demo/stats.safetensors", "--ratio", "2"], "[0, 1]"),
     "no site": (1, ["describe", *MODEL, "--stats", "demo/stats.safetensors", "--include", "8"], "matches no site"),
     "no eps": (2, ["evaluate", *MODEL], "--eps"),
+    "a ratio of nothing": (2, [*EVALUATE, "--ratio", "0.5"], "--ratio says how to forge, and"),
+    "a kind, as it would be": (2, [*EVALUATE, "--kind", "hard"], "--kind says how to forge"),
+    "sites of nothing": (2, [*EVALUATE, "--include", "7"], "--include says how to forge"),
+    "no sites of nothing": (2, [*EVALUATE, "--exclude", "7"], "--exclude says how to forge"),
+    "where of nothing": (2, [*EVALUATE, "--where", "activations"], "needs --stats, the file"),
+    "a statistic of nothing": (2, [*EVALUATE, "--statistic", "max"], "needs --stats, the file"),
+    "weights of no base": (2, [*EVALUATE, "--base-weights", "random"], "needs --base, which"),
+    "form of no base": (2, [*EVALUATE, "--base-normalize", "half"], "--base-normalize is of"),
+    "the size of no images": (
+        2,
+        ["describe", MODEL[0], "--stats", "demo/stats.safetensors", "--resize", "8"],
+        "--resize is of images, and needs --data",
+    ),
     "no device": (1, ["calibrate", *MODEL, "--device", "cuda:77"], "--device cuda:77"),
     "no ending": (2, ["transform", *MODEL, "--stats", "demo/stats.safetensors", "--out", "forged"], ".pt2, .onnx"),
 }

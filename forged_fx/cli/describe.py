@@ -13,6 +13,7 @@ EXAMPLE = (
 
 
 def run(
+    context: typer.Context,
     model: options.Model,
     stats: options.Stats,
     data: Annotated[
@@ -37,6 +38,8 @@ def run(
 
     if cost and data is None:
         raise typer.BadParameter("--cost looks at a forward pass: give it images with --data")
+    if data is None:
+        options.refuse(context, ["resize"], "is of images, and needs --data, which names them")
     found = given.model(model, weights, normalize, device)
     x = None if data is None else given.images(data, None, resize, usual="train").batches(2)[0][0]
     forged = given.forged(found, stats, ratio, kind, where, statistic, include, exclude, x)

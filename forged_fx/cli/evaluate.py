@@ -13,7 +13,12 @@ EXAMPLE = (
 )
 
 
+FORGING = ("ratio", "kind", "where", "statistic", "include", "exclude")
+OF_BASE = ("base_weights", "base_normalize")
+
+
 def run(
+    context: typer.Context,
     model: options.Model,
     data: options.Data,
     eps: Annotated[
@@ -63,6 +68,10 @@ def run(
     from forged_fx.sources import load_model
     from forged_fx.sources.classifier import device_of
 
+    if stats is None:
+        options.refuse(context, FORGING, "says how to forge, and needs --stats, the file that calibrate wrote")
+    if base is None:
+        options.refuse(context, OF_BASE, "is of the model to compare with, and needs --base, which names it")
     found = given.model(model, weights, normalize, device)
     of_list = found.threat if found.threat is not None and norm in (None, found.threat[0]) else None
     if eps is None and of_list is None:

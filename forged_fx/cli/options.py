@@ -1,7 +1,7 @@
 """Arguments that several commands take, and how numbers are written: 1/64, 2**-6, 8/255, 0.015625."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,6 +89,14 @@ _FORMS: dict[str, Callable[..., float]] = {
     rf"({_NUMBER})/({_NUMBER})": lambda a, b: a / b,
     rf"({_NUMBER})(?:\*\*|\^)(-?[0-9]+)": lambda a, b: a**b,
 }
+
+
+def refuse(context: typer.Context, names: Iterable[str], need: str) -> None:
+    """typer.BadParameter if any of these parameters was given. need: what it says, and of which option it would be."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            raise typer.BadParameter(f"--{name.replace('_', '-')} {need}")
 
 
 def number(text: str, what: str) -> float:
