@@ -95,6 +95,13 @@ def build(cls: type, record: Any, where: str, **given: Any) -> Any:
     return cls(**{name: fit(record[name], kinds[name], f"{where}.{name}") for name in names}, **given)
 
 
+def several(given: Any, name: str, what: str) -> list[Any]:
+    """An argument that holds several, as a list; TypeError for one by itself, which Python would take apart or not."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(f"{name}={given!r}: a list of {what}, such as [{given!r}]")
+    return list(given)
+
+
 def short(value: Any) -> str:
     """The value for an error: its beginning, with what a terminal would act on escaped."""
     try:

@@ -81,14 +81,15 @@ def listed(sites: Sequence[str]) -> str:
 
 
 def written(ratio: Ends) -> str:
-    """A ratio as people write it: 1/64, 0.7, 1/64 to 0.7."""
+    """A ratio as people write it: 1/64, 0.7, 1/64 to 0.7. Two that differ are written differently."""
     if isinstance(ratio, tuple):
         return " to ".join(map(written, ratio))
     if ratio is None:
         return "off"
     if 0 < ratio < 0.25 and math.frexp(ratio)[0] == 0.5:
         return f"1/{round(1 / ratio)}"
-    return f"{ratio:g}"
+    short = f"{ratio:g}"
+    return short if float(short) == float(ratio) else repr(float(ratio))
 
 
 def ratio_of(value: Any) -> Ends:

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from forged_fx import moves, trials
+from forged_fx import checked, moves, trials
 from forged_fx.configuration import Configuration
 from forged_fx.evaluate import blocks as unit
 from forged_fx.evaluate import checks, evaluate, fingerprint, pool
@@ -241,10 +241,11 @@ def search(
     stats = stats if isinstance(stats, Stats) else Stats.load(stats)
     threat, (x, y) = checks.threat(eps, norm), checks.inputs(x, y)
     choose(attacks)
+    kinds = checked.several(kinds, "kinds", "names")
     if unknown := [kind for kind in kinds if kind not in moves.LADDERS]:
         raise ValueError(f"search does not know kind {unknown[0]!r}; choose from {', '.join(moves.LADDERS)}")
     if not kinds or budget < 1 or finalists < 1:
-        raise ValueError(f"kinds={list(kinds)}, budget={budget}, finalists={finalists}: at least one of each")
+        raise ValueError(f"kinds={kinds}, budget={budget}, finalists={finalists}: at least one of each")
     if not 0 <= max_natural_loss <= 1:
         raise ValueError(f"max_natural_loss={max_natural_loss}: a share of all inputs, in [0, 1]")
     (x, y), (kept_x, kept_y) = _split(x, y, confirm)
@@ -252,7 +253,7 @@ def search(
     data = {"x": x, "y": y, "confirm_x": kept_x, "confirm_y": kept_y}
     call = {
         "threat": asdict(threat),
-        "kinds": list(kinds),
+        "kinds": kinds,
         "sites": sites,
         "max_natural_loss": max_natural_loss,
         "budget": budget,

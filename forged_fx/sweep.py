@@ -241,11 +241,7 @@ def sweep(
         FileExistsError: `folder` holds the run of another call. BlockingIOError: another process works on it.
     """
     threat, (x, y), plan = checks.threat(eps, norm), checks.inputs(x, y), choose(attacks)
-    if isinstance(ratios, Mapping) and (missing := [kind for kind in kinds if kind not in ratios]):
-        raise ValueError(f"ratios has none for kind {missing[0]!r}")
-    grid = [(kind, ratio) for kind in kinds for ratio in (ratios[kind] if isinstance(ratios, Mapping) else ratios)]
-    if not grid or len(set(grid)) < len(grid):
-        raise ValueError(f"kinds={list(kinds)}, ratios={ratios}: at least one point, and none twice")
+    grid = _grid(ratios, kinds)
     stats = batches if isinstance(batches, Stats) else calibrate(model, batches, channels="mean" in kinds, shard=shard)
     sites, _ = select(stats, include, exclude)
     forged = {
@@ -294,6 +290,22 @@ def sweep(
         if folder is not None:
             run.processes.first(lambda: _finish(result, sides, Path(folder), run.journal))
     return result
+
+
+def _grid(ratios: Sequence[Ends] | Mapping[str, Sequence[Ends]], kinds: Sequence[str]) -> list[tuple[str, Ends]]:
+    """(kind, ratio) of each point."""
+    kinds = checked.several(kinds, "kinds", "names")
+    by_kind = ratios if isinstance(ratios, Mapping) else dict.fromkeys(kinds, ratios)
+    if missing := [kind for kind in kinds if kind not in by_kind]:
+        raise ValueError(f"ratios has none for kind {missing[0]!r}")
+    grid = [
+        (kind, tuple(ratio) if isinstance(ratio, list) else ratio)
+        for kind in kinds
+        for ratio in checked.several(by_kind[kind], "ratios", "numbers")
+    ]
+    if not grid or len(set(grid)) < len(grid):
+        raise ValueError(f"kinds={kinds}, ratios={ratios}: at least one point, and none twice")
+    return grid
 
 
 def _finish(result: Sweep, sides: Mapping[str, Side], folder: Path, journal: Journal) -> None:

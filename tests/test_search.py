@@ -199,6 +199,8 @@ def test_errors_name_what_is_wrong(toy, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             forged_fx.search(model, stats, x, y, **QUICK | change)
+    with pytest.raises(TypeError, match=r"kinds='hard': a list of names, such as \['hard'\]"):
+        forged_fx.search(model, stats, x, y, **QUICK, kinds="hard")
     with pytest.raises(ValueError, match="wrong on every input"):
         forged_fx.search(model, stats, x, (y + 1) % 4, **QUICK)
     (tmp_path / "search.json").write_text(json.dumps({"format": 1, "sentence": "", "base": {}, "trials": 3}))

@@ -4,6 +4,7 @@ import csv
 import json
 from dataclasses import replace
 
+import numpy as np
 import planted
 import pytest
 import torch
@@ -153,6 +154,16 @@ def test_stopped_anywhere_it_goes_on_and_a_finished_one_is_returned(toy, tmp_pat
         forged_fx.sweep(model, [x], x, y, **options, folder=tmp_path / "parts", seed=1)
 
 
+def test_ratios_that_are_close_are_points_of_their_own(toy):
+    model, x, y = toy
+    close = {"ratios": [0.1234561, 0.1234562, np.float32(0.1)], "kinds": ["hard"], "attacks": ["noise"]}
+    found = forged_fx.sweep(model, [x], x, y, **OPTIONS | close)
+    assert [point.name for point in found.points] == ["hard 0.1234561", "hard 0.1234562", "hard 0.10000000149011612"]
+    pairs = {"ratios": [[2**-8, 0.5], (2**-8, 0.7)], "kinds": ["band"], "attacks": ["noise"]}
+    found = forged_fx.sweep(model, [x], x, y, **OPTIONS | pairs)
+    assert [point.name for point in found.points] == ["band 1/256 to 0.5", "band 1/256 to 0.7"]
+
+
 def test_the_model_is_left_as_it_was(toy):
     model, x, y = toy
     model.train()
@@ -173,6 +184,13 @@ def test_errors_name_what_is_wrong(toy, tmp_path):
         ({"ratios": [3.0]}, "ratio"),
     ):
         with pytest.raises(ValueError, match=message):
+            forged_fx.sweep(model, [x], x, y, **OPTIONS | change)
+    for change, message in (
+        ({"kinds": "hard"}, r"kinds='hard': a list of names, such as \['hard'\]"),
+        ({"ratios": 0.1}, r"ratios=0.1: a list of numbers, such as \[0.1\]"),
+        ({"ratios": {"hard": 0.1, "clamp": [0.5]}}, r"ratios=0.1: a list of numbers"),
+    ):
+        with pytest.raises(TypeError, match=message):
             forged_fx.sweep(model, [x], x, y, **OPTIONS | change)
     (tmp_path / "sweep.json").write_text('{"format": 1, "points": [[]]}')
     with pytest.raises(ValueError, match="holds no sweep"):
