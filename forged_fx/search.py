@@ -269,7 +269,7 @@ def search(
             "starts": STARTS,
         },
         "model": fingerprint.of_model(model),
-        "stats": fingerprint.of_tensors((name, repr(stats.sites[name])) for name in sites),
+        "stats": fingerprint.of_sites({name: stats.sites[name] for name in sites}),
         "data": {name: fingerprint.of_tensors([(name, value)]) for name, value in data.items()},
         "versions": {name: version(name) for name in ("forged_fx", "pyautoattack", "torch")},
     }

@@ -188,6 +188,27 @@ def test_stopped_anywhere_it_goes_on_and_ends_alike(toy, tmp_path, monkeypatch):
         forged_fx.search(model, stats, x, y, **options | {"budget": 7}, folder=tmp_path / "parts")
 
 
+def test_statistics_that_differ_anywhere_are_other_ones(toy, tmp_path):
+    """In the middle of a histogram, or at one of many channels, which a printed array leaves out."""
+    model, _, x, y = toy
+    call = QUICK | {"kinds": ("clamp",), "budget": 1, "attacks": ["noise"], "folder": tmp_path}
+    forged_fx.search(model, forged_fx.calibrate(model, [x]), x, y, **call)
+    other = forged_fx.calibrate(model, [x])
+    histogram = other.sites["3"].histogram
+    histogram[len(histogram) // 2] += 1
+    with pytest.raises(FileExistsError, match=r"stats: \w{12}... there, \w{12}... here"):
+        forged_fx.search(model, other, x, y, **call)
+    wide = torch.nn.Linear(1500, 3)
+    parts = torch.rand(3, 1500).split(1)
+    once, again, other = (forged_fx.calibrate(wide, parts, channels=True).sites for _ in range(3))
+    next(iter(other.values())).channel_counts.sums[0, 700] += 1
+    one, same, moved = map(fingerprint.of_sites, (once, again, other))
+    assert one == same != moved
+    last, first = (forged_fx.calibrate(wide, some, channels=True) for some in (parts[2:], parts[:2]))
+    merged = last.merge(first).sites  # in another order
+    assert merged == once and fingerprint.of_sites(merged) == one
+
+
 def test_errors_name_what_is_wrong(toy, tmp_path):
     model, stats, x, y = toy
     for change, message in (

@@ -1,12 +1,16 @@
 """SHA-256 of tensors and files, to tell which model and which data a figure belongs to."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
+
+from forged_fx.stats import SiteStats
 
 
 def of_tensors(named: Iterable[tuple[str, Any]]) -> str:
@@ -65,6 +69,20 @@ def of_forging(model: nn.Module) -> str:
         return ""
     words = "; ".join(f"{kind} at {listed(found)}" for kind, found in sites.items())
     return f"{words} (sum {of_tensors(held)[:12]})"
+
+
+def of_sites(sites: Mapping[str, SiteStats]) -> str:
+    """Of what was seen at these sites, every value of it: the `repr` of a long array leaves its middle out."""
+    named: list[tuple[str, Any]] = []
+    for name, site in sites.items():
+        seen = {field.name: getattr(site, field.name) for field in fields(site)}
+        if site.channel_counts is not None:  # as they are, however they were merged
+            mean, std = site.channel_mean_std()
+            seen["channel_counts"] = site.channel_counts.count
+            seen |= {"mean": mean, "std": std}
+        for key, value in seen.items():
+            named.append((f"{name} {key}", torch.tensor(value) if isinstance(value, np.ndarray) else value))
+    return of_tensors(named)
 
 
 def of_file(path: Path) -> str:
