@@ -313,6 +313,25 @@ def test_smooth_surrogates(name):
     assert torch.equal(gradient(off, 0.3), torch.ones_like(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", surrogate.SLOPES)
+def test_smooth_surrogates_of_small_thresholds_in_half_precision(name, dtype):
+    """Parameters are float32, and may be smaller than anything in float16: the slope is that of float32, rounded."""
+    f = FUNCTIONS[name]
+    values = {"clamp": (1e-9,), "band": (1e-9, 2e-9), "mean": (0.0, 1e-9)}.get(name, (1e-9,))
+    channel = (0,) if f.channels else ()
+    x = torch.tensor([-8.0, -1e-3, 0.0, 6e-8, 1e-3, 8.0], dtype=dtype)
+
+    def gradient(leaf):
+        leaf = leaf.clone().requires_grad_()
+        parameters = [torch.full((len(x),), v) if f.channels else torch.tensor(v) for v in values]
+        with surrogate.smooth(0.1):
+            y = f.op(leaf, *parameters, *channel)
+        return torch.autograd.grad(y.sum(), leaf)[0]
+
+    assert torch.equal(gradient(x), gradient(x.float()).to(dtype)) and gradient(x).isfinite().all()
+
+
 # ---- MeanSparse, and activations as sites
 
 

@@ -67,7 +67,9 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         x, *parameters = ctx.saved_tensors
-        return grad * SLOPES[ctx.name](x, *parameters, ctx.temperature), *(None,) * (len(ctx.needs_input_grad) - 1)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # in float16 a small threshold's width rounds to 0
+        slopes = SLOPES[ctx.name](wide, *parameters, ctx.temperature).to(x.dtype)
+        return grad * slopes, *(None,) * (len(ctx.needs_input_grad) - 1)
 
 
 class smooth(TorchFunctionMode):
