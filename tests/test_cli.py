@@ -136,6 +136,16 @@ def test_describe_says_what_the_library_says(capsys):
     assert rows["7"]["left_out"] == "in exclude"
 
 
+def test_a_sites_own_name_counts_before_a_glob_and_help_says_so(capsys, monkeypatch):
+    arguments = ["describe", *MODEL, "--stats", "demo/stats.safetensors", "--ratio", "*=1/64,0=off", "--json"]
+    assert main(arguments) == 0
+    rows = {row["site"]: row for row in json.loads(capsys.readouterr().out)["sites"]}
+    assert rows["0"]["threshold"] == 0 < rows["5"]["threshold"]
+    monkeypatch.setenv("COLUMNS", "100")
+    main(["describe", "--help"])
+    assert "asite'sownnamecountsfirst,thenthefirstglobthatmatches" in re.sub(r"[\s│]+", "", capsys.readouterr().out)
+
+
 def test_a_program_that_transform_wrote_is_a_model_like_any_other(capsys):
     assert main(["transform", *MODEL, "--stats", "demo/stats.safetensors", "--out", "forged.pt2"]) == 0
     found = given.model("forged.pt2", None, None, "cpu")

@@ -51,7 +51,8 @@ Ratio = Annotated[
     typer.Option(
         metavar="RATIO",
         help="Inputs below this share of the largest become 0: 2**-6, 1/64; for kind band LOW:HIGH; off: as it was. By "
-        "site, the first that matches: 'head=off,layer1.*=2**-7,*=2**-6'. Without it: the kind's own, 2**-6 for hard.",
+        "site: 'layer1.*=2**-7,*=2**-6,head=off'; a site's own name counts first, then the first glob that matches. "
+        "Without it: the kind's own, 2**-6 for hard.",
     ),
 ]
 Kind = Annotated[
