@@ -93,13 +93,14 @@ def run(
                 sites=sites,
                 zeros={name: site.zeros / max(site.sampled, 1) for name, site in stats.sites.items()},
                 speeds=speeds,
+                timed=sites.forging,
                 sparsity=zeroed,
                 lipschitz=reactions,
                 notes=[agreement],
                 facts={"command": f"{COMMAND} --out {shlex.quote(str(out))} --seed {seed} -n {n}", "threads": "1"},
             )
             save_sites(out, sites, stats)
-            save_speeds(out, speeds)
+            save_speeds(out, speeds, sites.forging)
             zeroed.save(out / SPARSITY)
             reactions.save(out / LIPSCHITZ)
             (out / "report.html").write_text(report.page(found), encoding="utf-8")

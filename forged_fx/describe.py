@@ -10,6 +10,7 @@ from torch import Tensor
 from forged_fx.checked import visible
 from forged_fx.cost import Cost
 from forged_fx.cost import cost as site_costs
+from forged_fx.evaluate import fingerprint
 from forged_fx.kinds import Kind
 from forged_fx.stats import SiteStats
 from forged_fx.thresholds import parameters_of
@@ -51,6 +52,7 @@ class Description(list[Row]):
     def __init__(self) -> None:
         super().__init__()
         self.notes: list[str] = []  # how each forged model was captured
+        self.forging: str | None = None  # which it is, see `fingerprint.of_forging`; None: not said
 
     def __str__(self) -> str:
         table: list[tuple[str, ...]] = [("site", "kind", "input seen", "c_max", "threshold", "zeroed, placed")]
@@ -77,6 +79,7 @@ def describe(model: torch.nn.Module, *, cost: bool = False, example: tuple[tuple
     if not found:
         raise ValueError(f"this {type(model).__name__} is not forged: describe what forged_fx.transform returned")
     rows = Description()
+    rows.forging = fingerprint.of_forging(model)
     for owner, record in found:
         parameters = parameters_of(owner)
         input = example or record.stats.example

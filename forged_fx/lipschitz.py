@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from forged_fx.bpda import straight_through
+from forged_fx.evaluate import fingerprint
 from forged_fx.gains import Gains, gains
 from forged_fx.modes import as_found, fast_path_off
 from forged_fx.progress import track
@@ -56,7 +57,7 @@ class Lipschitz(Rows[Figure]):
         self.not_seen: list[str] = []
 
     def more(self) -> dict[str, Any]:
-        return {"not_seen": self.not_seen}
+        return super().more() | {"not_seen": self.not_seen}
 
     def __str__(self) -> str:
         cells = [
@@ -127,6 +128,7 @@ def lipschitz(
                 pair = largest_steps(model, forged, part, share * eps, steps, seed + i, boxed)
                 found.setdefault((STEP, f"within {share * eps:.2g}"), []).append(pair)
     result = Lipschitz()
+    result.forging = fingerprint.of_forging(forged)
     for what, below in ((SITE_WHOLE, "whole"), (SITE_NONZERO, "nonzero")):
         for site, seen in sites.items():
             whole, kept = (torch.cat([getattr(values, key) for values in seen]) for key in (below, "kept"))

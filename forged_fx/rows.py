@@ -30,9 +30,13 @@ Row = TypeVar("Row")  # a dataclass of numbers and text
 
 
 class Rows(list[Row], Generic[Row]):
-    """A list of rows of one dataclass, whose fields are the columns of a CSV file."""
+    """A list of rows of one dataclass, whose fields are the columns of a CSV file.
+
+    forging: of which forging the figures are, see `fingerprint.of_forging`; None: not said.
+    """
 
     row: ClassVar[type]
+    forging: str | None = None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the rows, whole or not at all, as the path's suffix says: .json or .csv; ValueError for others."""
@@ -49,7 +53,7 @@ class Rows(list[Row], Generic[Row]):
 
     def more(self) -> dict[str, Any]:
         """What a JSON file holds besides the rows."""
-        return {}
+        return {"forging": self.forging}
 
 
 def write_csv(path: Path, columns: Sequence[str], records: Iterable[dict[str, Any]]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from forged_fx import ops
 from forged_fx.calibrate import model_inputs
+from forged_fx.evaluate import fingerprint
 from forged_fx.modes import as_found
 from forged_fx.progress import track
 from forged_fx.rows import Rows, share, text
@@ -85,7 +86,7 @@ class Sparsity(Rows[SiteSparsity]):
         ]
 
     def more(self) -> dict[str, Any]:
-        return {"overall": vars(self.overall), "by_place": [vars(row) for row in self.by_place]}
+        return super().more() | {"overall": vars(self.overall), "by_place": [vars(row) for row in self.by_place]}
 
     def __str__(self) -> str:
         headings = ["site", "place", "kind", "elements", "zero before", "after", "net", "predicted", "changed"]
@@ -134,6 +135,7 @@ def sparsity(forged: torch.nn.Module, batches: Iterable[Any], *, max_batches: in
     if not ran:
         raise ValueError("sparsity got no batch: an iterator that was already used up gives none a second time")
     found = Sparsity()
+    found.forging = fingerprint.of_forging(forged)
     first = {module: next(iter(record.stats.sites), None) for module, record in records}
     for site, (module, record) in owners.items():
         row = record.stats.sites[site]

@@ -114,6 +114,12 @@ def test_a_page_shows_what_was_measured_into_its_folder(capsys, tmp_path):
     assert main(["report", str(tmp_path / "run")]) == 0
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "Share zeroed by site, measured" in page and "Gain by site" in page
+    assert page.count("another forging than the model judged above") == 4  # judged was 2**-7, and these are the default
+    for command in (["sparsity", "--limit", "9"], ["lipschitz", "--limit", "2", "--steps", "1"]):
+        arguments = [*MODEL, "--stats", "demo/stats.safetensors", *command[1:], "--folder", str(tmp_path / "run")]
+        assert main([command[0], *arguments, "--ratio", "2**-7"]) == 0
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert "another forging" not in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_folder_is_of_one_kind(capsys, tmp_path):

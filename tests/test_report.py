@@ -64,7 +64,7 @@ def folder(tmp_path_factory):
     result.model.rows[1].note = NASTY
     result.save(folder)
     save_sites(folder, describe(forged), stats)
-    save_speeds(folder, [Speed("eager", 1e-3, 2e-3, 0.5, 0.4, 0.6)])
+    save_speeds(folder, [Speed("eager", 1e-3, 2e-3, 0.5, 0.4, 0.6)], describe(forged).forging)
     facts, counts = {"call": {}, "seed": 0, "attacks": ["quick"], "stopped": "the budget is spent"}, (5, 4, 3)
     points = [Point(kind, 0.5, *counts, -0.5, 0.4, 1.0, 1.0, 0.2, 0.1, 0.9, 0.8, 1.0) for kind in ("hard", "clamp")]
     Sweep(6, result.threat, *counts, ["out"], points, facts).save(folder / "sweep")
@@ -144,6 +144,46 @@ def test_the_command_is_one_that_can_be_given_again(folder):
     assert facts(result)["command"] == "python -m forged_fx evaluate 'a b' --ratio '2**-6'"
     result.command = ["/usr/bin/forged-fx", "evaluate"]
     assert facts(result)["command"] == "forged-fx evaluate"
+
+
+PARTS = {  # file -> how many times the page shows figures of it
+    "sites.json": 1,
+    "speeds.json": 1,
+    "sparsity.json": 1,
+    "lipschitz.json": 3,
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_figures_of_another_forging_come_with_a_caution(folder, page, tmp_path, name):
+    assert 'class="caution"' not in page  # all of one
+    other = tmp_path / "run"
+    shutil.copytree(folder, other)
+    record = json.loads((other / name).read_text())
+    for forging, words in (
+        ("soft at <i> (sum 0)", "of soft at &lt;i&gt; (sum 0); judged was hard at"),
+        (None, "may be"),
+    ):
+        (other / name).write_text(json.dumps(record | {"forging": forging}))
+        mixed = report.page(report.Run.load(other))
+        assert mixed.count('class="caution"') == mixed.count(words) == PARTS[name]
+    del record["forging"]  # as earlier versions wrote it
+    (other / name).write_text(json.dumps(record))
+    assert report.page(report.Run.load(other)).count("may be of another forging") == PARTS[name]
+
+
+def test_a_result_that_does_not_say_of_which_forging_it_is_makes_each_figure_doubtful(folder, tmp_path):
+    other = tmp_path / "run"
+    shutil.copytree(folder, other)
+    record = json.loads((other / "result.json").read_text())
+    for side in record["sides"]:
+        del side["forging"]  # as earlier versions wrote it
+    (other / "result.json").write_text(json.dumps(record))
+    assert report.page(report.Run.load(other)).count("may be of another forging") == sum(PARTS.values())
+    for side in record["sides"]:
+        side["forging"] = ""
+    (other / "result.json").write_text(json.dumps(record))
+    assert "judged was a model that is not forged" in report.page(report.Run.load(other))
 
 
 def test_a_bare_result_makes_a_shorter_page(folder, tmp_path):

@@ -35,6 +35,7 @@ def run(
     """Time the forged model beside the plain one, in turn, on one batch. A figure of 1: forging is free."""
     from forged_fx import throughput
     from forged_fx.cli import given, output
+    from forged_fx.evaluate.fingerprint import of_forging
     from forged_fx.report.run import save_speeds
     from forged_fx.sources.classifier import device_of
 
@@ -47,6 +48,6 @@ def run(
     pair = (found.classifier(), found.classifier(forged))
     speeds = throughput.compare(*pair, x.to(device_of(forged)), rounds=rounds, modes=chosen)
     if folder is not None:
-        save_speeds(folder, speeds)
+        save_speeds(folder, speeds, of_forging(forged))
     document = {"batch": len(x), "rounds": rounds, "speeds": [vars(speed) for speed in speeds]}
     output.show(document, throughput.text(speeds), json)

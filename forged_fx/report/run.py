@@ -43,9 +43,9 @@ class Run:
     """What a page can show. Only the result must be there.
 
     title, about: what was judged, in a line each. sites: what `describe` gave. zeros: for each site, the share of its
-    inputs in calibration that is zero without forging, in [0, 1]. speeds: what `throughput.compare` gave. sparsity,
-    lipschitz, sweep, search: what the calls of these names gave. notes: further findings, a sentence each. facts: how
-    to get this page again. classes: their names, by number.
+    inputs in calibration that is zero without forging, in [0, 1]. speeds: what `throughput.compare` gave. timed: of
+    which forging, see `fingerprint.of_forging`. sparsity, lipschitz, sweep, search: what the calls of these names gave.
+    notes: further findings, a sentence each. facts: how to get this page again. classes: their names, by number.
     """
 
     title: str
@@ -54,6 +54,7 @@ class Run:
     sites: Description = field(default_factory=Description)
     zeros: Mapping[str, float] = field(default_factory=dict)
     speeds: Sequence[Speed] = ()
+    timed: str | None = None
     sparsity: Sparsity = field(default_factory=Sparsity)
     lipschitz: Lipschitz = field(default_factory=Lipschitz)
     sweep: Sweep | None = None
@@ -72,6 +73,7 @@ class Run:
         folder = Path(folder)
         result = Result.load(folder)
         sites, zeros = _sites(folder / SITES) if (folder / SITES).exists() else (Description(), {})
+        speeds, timed = _speeds(folder / SPEEDS) if (folder / SPEEDS).exists() else ([], None)
         sides = f"model: {result.model.description}" + (f"; base: {result.base.description}" if result.base else "")
         return cls(
             _title(title, folder),
@@ -79,7 +81,8 @@ class Run:
             sides,
             sites,
             zeros,
-            speeds=_speeds(folder / SPEEDS) if (folder / SPEEDS).exists() else [],
+            speeds=speeds,
+            timed=timed,
             sparsity=_measured(folder / SPARSITY, Sparsity()),
             lipschitz=_measured(folder / LIPSCHITZ, Lipschitz()),
             sweep=Sweep.load(folder / "sweep") if _there(folder / "sweep", Sweep) else None,
@@ -150,12 +153,12 @@ def save_sites(folder: str | os.PathLike[str], sites: Description, stats: Stats)
     """Write sites.json."""
     rows = [{**asdict(row), "cost": None if row.cost is None else str(row.cost)} for row in sites]
     zeros = {name: site.zeros / max(site.sampled, 1) for name, site in stats.sites.items()}
-    _write(Path(folder) / SITES, {"notes": sites.notes, "sites": rows, "zeros": zeros})
+    _write(Path(folder) / SITES, {"forging": sites.forging, "notes": sites.notes, "sites": rows, "zeros": zeros})
 
 
-def save_speeds(folder: str | os.PathLike[str], speeds: Sequence[Speed]) -> None:
-    """Write speeds.json."""
-    _write(Path(folder) / SPEEDS, {"speeds": [asdict(speed) for speed in speeds]})
+def save_speeds(folder: str | os.PathLike[str], speeds: Sequence[Speed], forging: str | None = None) -> None:
+    """Write speeds.json. forging: which was timed, see `fingerprint.of_forging`."""
+    _write(Path(folder) / SPEEDS, {"forging": forging, "speeds": [asdict(speed) for speed in speeds]})
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
@@ -168,6 +171,7 @@ def _sites(path: Path) -> tuple[Description, dict[str, float]]:
     found = _read(path)
     sites = Description()
     try:
+        sites.forging = _forging(found)
         sites.notes = checked.fit(found["notes"], list[str], "notes")
         for i, row in enumerate(checked.fit(found["sites"], list[dict[str, Any]], "sites")):
             row = {key: value for key, value in row.items() if key != "cost"}
@@ -180,11 +184,11 @@ def _sites(path: Path) -> tuple[Description, dict[str, float]]:
         raise ValueError(f"{path} holds no sites ({error}): delete it, or evaluate anew") from error
 
 
-def _speeds(path: Path) -> list[Speed]:
+def _speeds(path: Path) -> tuple[list[Speed], str | None]:
     found = _read(path)
     try:
         rows = checked.fit(found["speeds"], list[dict[str, Any]], "speeds")
-        return [checked.build(Speed, row, f"speeds[{i}]") for i, row in enumerate(rows)]
+        return [checked.build(Speed, row, f"speeds[{i}]") for i, row in enumerate(rows)], _forging(found)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no speeds ({error}): delete it, or run forged-fx bench anew") from error
 
@@ -195,6 +199,7 @@ def _measured(path: Path, rows: Measured) -> Measured:
         return rows
     found, what = _read(path), path.stem
     try:
+        rows.forging = _forging(found)
         for i, row in enumerate(checked.fit(found["rows"], list[dict[str, Any]], "rows")):
             rows.append(checked.build(rows.row, row, f"rows[{i}]"))
         if not all(isfinite(value) for row in rows for value in vars(row).values() if isinstance(value, float)):
@@ -202,6 +207,11 @@ def _measured(path: Path, rows: Measured) -> Measured:
         return rows
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path} holds no {what} ({error}): delete it, or run forged-fx {what} anew") from error
+
+
+def _forging(record: Mapping[str, Any]) -> str | None:
+    """Of which forging the figures are; None where an earlier version wrote them, which did not say."""
+    return checked.fit(record.get("forging"), str | None, "forging")
 
 
 def _there(folder: Path, kind: type[Recorded]) -> bool:

@@ -96,8 +96,27 @@ def _pictures(run: Run) -> str:
     return f'<section class="pictures">{"".join(drawn)}</section>'
 
 
+def _caution(run: Run, forging: str | None) -> str:
+    """Unless these figures are known to be of the forging that was judged."""
+    judged = run.result.model.forging
+    if forging and forging == judged:
+        return ""
+    if forging is None or judged is None:
+        says = (
+            "These figures may be of another forging than the model judged above: their file, or the result, is of an "
+            "earlier version and does not say. Make it anew, and the two are compared."
+        )
+    else:
+        says = (
+            f"These figures are of another forging than the model judged above: of {forging or 'none'}; judged was "
+            f"{judged or 'a model that is not forged'}."
+        )
+    return f'<p class="caution">{text(says)}</p>'
+
+
 def _zeros(run: Run) -> str:
     """What was measured, if it was; else what calibration tells."""
+    forging = run.sparsity.forging if run.sparsity else run.sites.forging
     if run.sparsity:
         title, when, shares = "Share zeroed by site, measured", "as measured", run.sparsity.bars
         keys = {
@@ -118,7 +137,7 @@ def _zeros(run: Run) -> str:
     most = sorted(shares, key=lambda one: one[1] - one[2])[:DRAWN]
     left = f" (the {DRAWN} of {len(shares)} sites of which forging zeroes most)" if len(shares) > DRAWN else ""
     drawn = pictures.zeroed_by_site([one for one in shares if one in most], when)
-    return picture(title, legend(keys) + left, drawn.svg())
+    return picture(title, legend(keys) + left + _caution(run, forging), drawn.svg())
 
 
 def _smoothness(run: Run) -> list[str]:
@@ -129,19 +148,19 @@ def _smoothness(run: Run) -> list[str]:
         if _of_site(row):
             sites.setdefault(row.where, {})[row.what] = (row.ratio, row.low, row.high)
     both = [(site, gains) for site, gains in sites.items() if len(gains) == 2]
-    drawn = []
+    drawn, caution = [], _caution(run, run.lipschitz.forging)
     if ends:
         rows = [(f"{row.what}:\n{row.where}", [(row.ratio, row.low, row.high)]) for row in ends]
         note = "measured on a few inputs: it bounds nothing elsewhere; left of 1 the forged model reacts less"
         found = pictures.ratios("smoothness", rows, "forged / base: mean, 95 % interval")
-        drawn.append(picture("Reaction to small changes", html.escape(note), found.svg()))
+        drawn.append(picture("Reaction to small changes", html.escape(note) + caution, found.svg()))
     if both:
         both = sorted(both, key=lambda one: one[1][SITE_NONZERO][0])[:DRAWN]
         rows = [(site or "(root)", [gains[SITE_WHOLE], gains[SITE_NONZERO]]) for site, gains in both]
         keys = {"model": SITE_WHOLE.removeprefix("gain of "), "base": SITE_NONZERO.removeprefix("gain of ")}
         left = f" (the {DRAWN} of {len(sites)} sites with the least)" if len(sites) > DRAWN else ""
         found = pictures.ratios("gains", rows, "gain: mean, 95 % interval")
-        drawn.append(picture("Gain by site", legend(keys) + left, found.svg()))
+        drawn.append(picture("Gain by site", legend(keys) + left + caution, found.svg()))
     return drawn
 
 
@@ -258,7 +277,8 @@ def _sites(run: Run) -> str:
     notes = "; ".join(run.sites.notes)
     return section(
         "Site by site",
-        f'<p class="soft">Captured as {html.escape(notes)}. *: any size. A click on a heading sorts.</p>'
+        _caution(run, run.sites.forging)
+        + f'<p class="soft">Captured as {html.escape(notes)}. *: any size. A click on a heading sorts.</p>'
         + table(headings, rows, sortable=True),
     )
 
@@ -278,7 +298,8 @@ def _reactions(run: Run) -> str:
     note = "Measured on these inputs; none of it bounds what happens elsewhere."
     folded = table(headings, sites, sortable=True)
     more = f"<details><summary>{len(sites)} gains by site</summary>{folded}</details>" if sites else ""
-    return section("Small changes", f'<p class="soft">{note}</p>{table(headings, ends)}{more}')
+    caution = _caution(run, run.lipschitz.forging)
+    return section("Small changes", f'{caution}<p class="soft">{note}</p>{table(headings, ends)}{more}')
 
 
 def _cost(run: Run) -> str:
@@ -297,7 +318,7 @@ def _cost(run: Run) -> str:
             [s.mode, f"{1e3 * s.plain:.3f}", f"{1e3 * s.forged:.3f}", f"{s.ratio:.3f}", f"{s.low:.3f} to {s.high:.3f}"]
             for s in run.speeds
         ]
-        content = f"<h3>A forward pass</h3>{table(headings, rows)}{content}"
+        content = f"<h3>A forward pass</h3>{_caution(run, run.timed)}{table(headings, rows)}{content}"
     return section("Cost", "".join(f"<p>{html.escape(note)}</p>" for note in run.notes) + content)
 
 
