@@ -33,6 +33,7 @@ import coverage_models
 from dispatch_oracle import DispatchOracle
 
 import forged_fx
+from forged_fx import torch_internals
 from forged_fx.modes import fast_path_off
 from forged_fx.transform import forging_of
 
@@ -132,7 +133,7 @@ def _compiled(
 
     options = {"stats": stats, "ratio": RATIO}
     try:
-        with torch.no_grad(), fast_path_off(), mock.patch("torch._inductor.compile_fx.compile_fx", as_it_is):
+        with torch.no_grad(), fast_path_off(), mock.patch.object(torch_internals.inductor(), "compile_fx", as_it_is):
             found = _seeded(lambda: torch.compile(model, backend="forged", options=options)(*args, **kwargs))
             expected = _seeded(lambda: forged(*args, **kwargs))
     except TimeoutError:

@@ -62,10 +62,13 @@ def capture(
     # A copy: code that keeps something it computed (a cache of tensors) must not keep a proxy in the user's model. It
     # shares the tensors: what the forward does to buffers alone is done while it is traced, and no part of the graph.
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    twin = copy.deepcopy(model, shared)
+    twin = copy.deepcopy(model, dict(shared))
     graph, constants = _trace(twin.eval(), opened, given)
     if _text(graph) != _text(_trace(twin.train(), opened, given)[0]):
-        raise Untraceable("its forward does one thing in train mode and another in eval mode, or in its next run")
+        fresh = copy.deepcopy(model, shared)
+        by_mode = _text(graph) != _text(_trace(fresh.train(), opened, given)[0])
+        another = "one thing in train mode and another in eval mode" if by_mode else "another thing when it runs again"
+        raise Untraceable(f"its forward does {another}")
     return graph, constants
 
 

@@ -415,6 +415,7 @@ def test_what_a_model_remembers_of_its_last_run_is_in_no_graph(remember, whole):
     stats = forged_fx.calibrate(model, [x])
     forged = forged_fx.transform(model, stats, 0)
     assert isinstance(forged, torch.fx.GraphModule) is whole
+    assert whole or forged.forging.not_whole == "its forward does another thing when it runs again"
     for _ in range(3):
         assert torch.equal(forged(x), model(x))
     assert model.runs is not None and (whole or model.runs > 3)
