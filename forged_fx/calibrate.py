@@ -21,7 +21,7 @@ from forged_fx.modes import as_found, is_sharded, unwrapped
 from forged_fx.observe import Observer, Sighting
 from forged_fx.processes import Processes, attempt, joined, result
 from forged_fx.progress import track
-from forged_fx.sites import COMPLEX, NOT_DENSE, SCRIPTED, VMAPPED, mark_of, module_of
+from forged_fx.sites import COMPLEX, NOT_DENSE, SCRIPTED, UNMEASURED, VMAPPED, mark_of, module_of
 from forged_fx.stats import SiteStats, Stats, parameter_shapes
 from forged_fx.thresholds import thresholds_of
 from forged_fx.torch_internals import tree_leaves, tree_map
@@ -97,7 +97,7 @@ def calibrate(
         stats = together(processes, own)
     if stats.batches == 0:
         raise ValueError("calibrate got no batch: an iterator that was already used up gives none a second time")
-    if stats.sites and not any(site.elements or site.left_out for site in stats.sites.values()):
+    if stats.sites and not any(site.elements or site.left_out in UNMEASURED for site in stats.sites.values()):
         raise ValueError("calibrate saw no element: every batch was empty")
     return stats
 
@@ -219,6 +219,7 @@ class _Scan:
             )
         if seen.module not in self.modules:
             self.modules[seen.module] = parameter_shapes(self.observer.model.get_submodule(seen.module))
+        unmeasured = _unmeasured(x)
         one = SiteStats(
             kind=seen.kind,
             shape=tuple(x.shape),
@@ -227,12 +228,12 @@ class _Scan:
             key=seen.operand.key,
             layer=seen.reads_module_input,
             once=seen.first_run,
-            left_out=seen.operand.left_out or _unmeasured(x),
+            left_out=seen.operand.left_out or unmeasured,
             calls=1,
             channel=seen.channel,
         )
         measured: tuple[Tensor, ...] = ()
-        if x.numel() and not _unmeasured(x):
+        if x.numel() and not unmeasured:
             one.elements = x.numel()
             low, high = torch.aminmax(histogram.flat(x))  # of other layouts it would make a copy
             values = histogram.sample(x).clone()  # to be counted after the run, all in a row: a third faster

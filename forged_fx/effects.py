@@ -7,6 +7,8 @@ known counts as doing it.
 import inspect
 import operator
 import types
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -72,7 +74,12 @@ def _asks_in_place(node: fx.Node) -> bool:
     try:
         return bool(inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments.get("inplace"))
     except (TypeError, ValueError):  # a method, or a function that does not say what its arguments are
-        return bool(node.kwargs.get("inplace")) or any(arg is True for arg in node.args[1:])  # (1 == True)
+        return may_ask_in_place(node.args, node.kwargs)
+
+
+def may_ask_in_place(args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Whether these may be the arguments of a call with `inplace`."""
+    return bool(kwargs.get("inplace")) or any(arg is True for arg in args[1:])  # (1 == True)
 
 
 # ---- memory

@@ -198,6 +198,7 @@ RECURRENT = "a fused recurrent kernel, which cannot be opened"
 COMPLEX = "its input is complex, and a threshold is for real numbers"
 NOT_DENSE = "its input is a sparse or nested tensor, and a threshold is for dense ones"
 VMAPPED = "it runs within torch.vmap, where its input cannot be measured"
+UNMEASURED = (SCRIPTED, COMPLEX, NOT_DENSE, VMAPPED)
 
 
 class Operand(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Any
 import torch.fx as fx
 from torch import nn
 
-from forged_fx.effects import is_fresh, writes
+from forged_fx.effects import is_fresh, may_ask_in_place, writes
 from forged_fx.ops import THRESHOLD_OPS
 from forged_fx.sites import is_activation
 
@@ -31,5 +31,4 @@ def in_graph(graph: fx.Graph, root: nn.Module) -> None:
 
 def works_in_place(function: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:
     """Whether this call of an activation function does."""
-    named = getattr(function, "__name__", "").endswith("_")
-    return named or bool(kwargs.get("inplace")) or any(arg is True for arg in args[1:])
+    return getattr(function, "__name__", "").endswith("_") or may_ask_in_place(args, kwargs)

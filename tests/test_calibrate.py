@@ -407,3 +407,16 @@ def test_a_forged_model_is_not_calibrated():
     for given in (forged, nn.Sequential(forged), torch.compile(forged)):
         with pytest.raises(ValueError, match="calibrate the plain one"):
             forged_fx.calibrate(given, [x])
+
+
+def test_batches_without_an_element_are_refused_though_a_site_is_left_out():
+    class Filtered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.layer(F.linear(x, BLUR))
+
+    with pytest.raises(ValueError, match="saw no element"):
+        forged_fx.calibrate(Filtered(), [torch.empty(0, 4)])
