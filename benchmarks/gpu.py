@@ -1,7 +1,11 @@
 """What needs a GPU, in one command and under 5 minutes: tables, and rows in two CSV files.
 
     python benchmarks/gpu.py
-    python benchmarks/gpu.py --models torchvision:resnet50 timm:vit_small_patch16_224 --budget 1200
+    python benchmarks/gpu.py --models timm:convnext_tiny timm:swin_tiny_patch4_window7_224 --budget 1200
+
+What has to be compiled is compiled first, in processes of their own, as many at once as --ahead says: the process that
+measures finds it in the caches of Inductor and Triton, which all of them share on disk. It alone chooses what runs:
+what a busy GPU says of two kernels or two block sizes is thrown away.
 
 1. Every kernel beside its specification (kernels/reference.py), on the device. differ: elements that are not equal;
    decide: that one zeroes and the other does not; error: the largest difference, as a share of the largest value that
@@ -12,9 +16,9 @@
 3. Models, plain and forged, in turn: throughput forged / plain, median and quartiles; and by the profiler, how many
    kernels a forward pass of each launches, and how long they take: loops are the kernels that Inductor generates but
    for products, where thresholds ride; the others are products, attention and copies. "eager, unfused" is the forged
-   model with a kernel for each threshold alone; "only free", not run unless asked for, the model with no other
-   thresholds than those that forged_fx.cost calls free. Below a row: the kernels that take longer, as Inductor calls
-   them, the threshold and the number left out, so that plain and forged ones have one name.
+   model with a kernel for each threshold alone; "only free" the model with no other thresholds than those that
+   forged_fx.cost calls free; neither is run unless asked for. Below a row: the kernels that take longer, as Inductor
+   calls them, the threshold and the number left out, so that plain and forged ones have one name.
 
 What is not through when --budget ends is cut off, and listed; kernels leave half of it to the models. What fails is a
 row that says how, and the others are measured all the same. The exit status is 1 where a row is WRONG or failed.
@@ -28,9 +32,11 @@ import csv
 import datetime
 import functools
 import math
+import os
 import re
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,10 +46,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._inductor.config as inductor
+from ahead import Job, ahead
 from kernel_cases import DTYPES, Case, cases
 from models import load
 from throughput import device_name, triton_version
 from torch import Tensor
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 import forged_fx
 from forged_fx.thresholds import thresholds_of
@@ -51,10 +60,10 @@ from forged_fx.throughput import interleave
 from forged_fx.transform import forging_of
 
 COPY_BYTES = 2**28  # of the tensor whose copy is timed: more than any cache holds
-MODELS = ("torchvision:resnet18", "preact:28-4", "timm:vit_tiny_patch16_224")
+MODELS = ("torchvision:resnet50", "preact:28-10", "timm:vit_small_patch16_224")
 BACKENDS = {"plain": "inductor", "forged": "forged"}
 LOOPS = ("triton_poi", "triton_red", "triton_per")  # how Inductor calls a kernel that is no product
-KERNELS_SHARE = 0.5  # of the budget, at most, where models follow
+AHEAD_SHARE, KERNELS_SHARE = 0.35, 0.5  # of the budget, when compiling ahead and, where models follow, kernels end
 LATE = "no time left in --budget"
 
 
@@ -192,9 +201,13 @@ def measure_kernel(case: Case, dtype: torch.dtype, device: str, bandwidth: float
     return {**checked, **times, "share": least / median / bandwidth, "gain": chain / median}
 
 
-def kernel_rows(args: argparse.Namespace, bandwidth: float, ends: float) -> Iterator[KernelRow]:
+def chosen_cases(args: argparse.Namespace) -> dict[str, Case]:
     shapes = cases(args.batch) if args.device == "cuda" else cases(1, side=4, length=3)
-    for name, case in ((name, case) for name, case in shapes.items() if args.only in name):
+    return {name: case for name, case in shapes.items() if args.only in name}
+
+
+def kernel_rows(args: argparse.Namespace, bandwidth: float, ends: float) -> Iterator[KernelRow]:
+    for name, case in chosen_cases(args).items():
         for key in args.dtype:
             measure = functools.partial(measure_kernel, case, DTYPES[key], args.device, bandwidth)
             yield KernelRow(name, key, **attempt(measure, ends))
@@ -221,6 +234,7 @@ MODES = {  # those that take least first, so that what has no time left is what 
     "compiled, only free": Mode("default", False, "free"),
     "max-autotune, only free": Mode("max-autotune", False, "free"),
 }
+USUAL = ("eager", "compiled", "reduce-overhead", "max-autotune")
 
 
 @dataclass(frozen=True)
@@ -255,26 +269,59 @@ class ModelRow:
         return f"{self.model} ({self.dtype}, {self.mode})"
 
 
+@functools.cache
+def plain(name: str, dtype: torch.dtype, device: str, batch: int) -> tuple[torch.nn.Module, Tensor]:
+    """The model, and its input."""
+    model, shape = load(name)
+    x = torch.rand(batch, *shape, generator=torch.Generator().manual_seed(0))
+    return tuple(v.to(device, dtype, memory_format=torch.channels_last) for v in (model, x))  # type: ignore[return-value]
+
+
+@functools.cache
+def statistics(*what: Any) -> forged_fx.Stats:
+    model, x = plain(*what)
+    return forged_fx.calibrate(model, [x])
+
+
+def variant(
+    which: str, name: str, dtype: torch.dtype, mode: Mode, args: argparse.Namespace
+) -> tuple[torch.nn.Module, Callable[[], Any]]:
+    """ "plain" or "forged": the model, and a forward pass, which compiles it first."""
+    what = name, dtype, args.device, args.batch
+    model, x = plain(*what)
+    if which == "forged":
+        model = forged_fx.transform(model, statistics(*what), 2**-6, fuse=mode.fuse, only=mode.only)
+    if mode.mode is None:
+        return model, functools.partial(model, x)
+    options = {} if mode.mode == "default" else {"mode": mode.mode}
+    return model, functools.partial(torch.compile(model, backend=BACKENDS[which], **options), x)
+
+
+@contextmanager
+def choosing(mode: Mode) -> Iterator[None]:
+    """Without gradients, and so that the choices that Inductor measures for are made by this process: of block sizes
+    (autotune_local_cache), and under max-autotune of kernels, which the code of a graph in the cache has made already.
+    """
+    contests = mode.mode == "max-autotune"
+    with torch.no_grad(), inductor.patch(autotune_local_cache=contests, fx_graph_cache=not contests):
+        yield
+
+
 def measure_model(name: str, dtype: torch.dtype, mode: Mode, args: argparse.Namespace) -> dict[str, Any]:
     torch._dynamo.reset()
-    model, shape = load(name)
-    model = model.to(args.device, dtype, memory_format=torch.channels_last)
-    x = torch.rand(args.batch, *shape, generator=torch.Generator().manual_seed(0)).to(args.device, dtype)
-    x = x.to(memory_format=torch.channels_last)
-    stats = forged_fx.calibrate(model, [x])
-    forged = forged_fx.transform(model, stats, 2**-6, fuse=mode.fuse, only=mode.only)
-    models: dict[str, Callable] = {"plain": model, "forged": forged}
-    if mode.mode is not None:
-        options = {} if mode.mode == "default" else {"mode": mode.mode}
-        models = {key: torch.compile(m, backend=BACKENDS[key], **options) for key, m in models.items()}
-    calls = {("", key): functools.partial(m, x) for key, m in models.items()}
-    with torch.no_grad():
-        times = interleave(calls, args.runs, torch.cuda.synchronize if args.device == "cuda" else lambda: None)
-        ran = {key: kernels(call) if args.device == "cuda" else [] for (_, key), call in calls.items()}
-    plain, ours = times["", "plain"], times["", "forged"]
-    low, ratio, high = np.quantile(plain / ours, (0.25, 0.5, 0.75))
+    found = {which: variant(which, name, dtype, mode, args) for which in BACKENDS}
+    with choosing(mode):
+        times = interleave(
+            {("", which): call for which, (_, call) in found.items()},
+            args.runs,
+            torch.cuda.synchronize if args.device == "cuda" else lambda: None,
+        )
+        ran = {which: kernels(call) if args.device == "cuda" else [] for which, (_, call) in found.items()}
+    base, ours = times["", "plain"], times["", "forged"]
+    low, ratio, high = np.quantile(base / ours, (0.25, 0.5, 0.75))
+    forged, _ = found["forged"]
     return {
-        "plain_ms": 1e3 * plain.min(),
+        "plain_ms": 1e3 * base.min(),
         "forged_ms": 1e3 * ours.min(),
         "ratio": ratio,
         "low": low,
@@ -328,12 +375,52 @@ def slower(plain: dict[str, list[float]], forged: dict[str, list[float]], most: 
     return [f"{name} {sum(a):.3f} ms ({len(a)}) -> {sum(b):.3f} ms ({len(b)})" for name, a, b in rows]
 
 
+def dtypes(args: argparse.Namespace) -> list[str]:
+    """Of models."""
+    return [key for key in args.dtype if key != "float32" or args.dtype == ["float32"]]
+
+
 def model_rows(args: argparse.Namespace, ends: float) -> Iterator[ModelRow]:
     for mode in (name for name in MODES if name in args.modes):
         for model in args.models:
-            for dtype in (key for key in args.dtype if key != "float32" or args.dtype == ["float32"]):
+            for dtype in dtypes(args):
                 measure = functools.partial(measure_model, model, DTYPES[dtype], MODES[mode], args)
                 yield ModelRow(model, dtype, mode, args.batch, **attempt(measure, ends))
+
+
+# ---- compiling ahead
+
+
+def compile_kernels(key: str, args: argparse.Namespace) -> None:
+    for case in chosen_cases(args).values():
+        check(case, filled(case, DTYPES[key], args.device))
+
+
+def compile_model(name: str, key: str, which: str, modes: list[Mode], args: argparse.Namespace) -> None:
+    for mode in modes:
+        torch._dynamo.reset()
+        _, call = variant(which, name, DTYPES[key], mode, args)
+        with choosing(mode):
+            call()
+
+
+def contests(name: str, key: str, which: str, mode: Mode, args: argparse.Namespace) -> None:
+    """Compiles what takes part, too; who wins while others use the GPU is forgotten with the folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        compile_model(name, key, which, [mode], args)
+
+
+def jobs(args: argparse.Namespace) -> Iterator[Job]:
+    """What is measured first, first; "max-autotune", which takes longest, last."""
+    modes = [MODES[name] for name in MODES if name in args.modes]
+    usual = [mode for mode in modes if mode.mode != "max-autotune"]
+    yield from (functools.partial(compile_kernels, key, args) for key in args.dtype)
+    whole = [(model, key, which) for model in args.models for key in dtypes(args) for which in BACKENDS]
+    yield from (functools.partial(compile_model, *what, usual, args) for what in whole if usual)
+    for mode in modes:
+        if mode not in usual:
+            yield from (functools.partial(contests, *what, mode, args) for what in whole)
 
 
 # ---- the tables
@@ -379,13 +466,19 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="*", default=list(MODELS), metavar="MODEL", help="see benchmarks/models.py")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="of models, float32 if alone")
     parser.add_argument("--only", default="", help="of the kernels, those whose name contains this")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=[m for m in MODES if not MODES[m].only])
-    parser.add_argument("--batch", type=int, default=32, help="inputs per forward pass (default: %(default)s)")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(USUAL))
+    parser.add_argument("--batch", type=int, default=128, help="inputs per forward pass (default: %(default)s)")
     parser.add_argument("--runs", type=int, default=15, help="rounds (default: %(default)s)")
     parser.add_argument("--budget", type=float, default=280, help="seconds for all of it (default: %(default)s)")
+    parser.add_argument(
+        "--ahead", type=int, metavar="N", help="processes that compile (default: the cores; on a CPU 0)"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--csv", type=Path, default=Path(__file__).parent, help="the folder (default: %(default)s)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.ahead is None:
+        args.ahead = len(os.sched_getaffinity(0)) if args.device == "cuda" else 0
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -407,6 +500,11 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{where['device']}, torch {where['torch']}, triton {where['triton']}")
     if args.device == "cpu":
         print("a rehearsal on the CPU: the times mean nothing")
+    if args.ahead:
+        # (one folder, whoever compiles first: Inductor's own is named after it)
+        os.environ.setdefault("TRITON_CACHE_DIR", str(Path(cache_dir()) / "triton" / "all"))
+        ahead(jobs(args), args.ahead, began + args.budget * AHEAD_SHARE)
+        print(f"compiled ahead: {time.monotonic() - began:.0f} s, {args.ahead} processes at once")
     bandwidth = copy_bandwidth(args.device)
     print(f"a copy moves {bandwidth / 1e9:.0f} GB/s, read and written; share is of that\n")
     rows = kernel_rows(args, bandwidth, kernels_end)

@@ -4,11 +4,13 @@ tests/test_device.py: what its network would launch."""
 import contextlib
 import csv
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,3 +167,28 @@ def test_the_product_in_test_device_applies_its_threshold() -> None:
     (launches, size), (forged_launches, forged_size) = plain_and_forged(HEADS)
     assert launches == forged_launches == 2, "attention and the product"
     assert forged_size == size + 4, "the threshold"
+
+
+def test_what_is_compiled_ahead_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the process that measures: both graphs; under max-autotune it compiles them itself, to hold the contests."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    modes = "compiled", "max-autotune"
+    args = gpu.options(["--device", "cpu", "--dtype", "float32", "--models", "digits", "--batch", "2", "--runs", "1"])
+    args.modes, args.only = modes, "no kernel"
+    began = time.monotonic()
+    gpu.ahead(gpu.jobs(args), 2, began + 300)
+    assert time.monotonic() - began < 300, "all are through"
+    found = {}
+    for mode in modes:
+        torch._dynamo.utils.counters.clear()
+        gpu.measure_model("digits", torch.float32, gpu.MODES[mode], args)
+        counts = torch._dynamo.utils.counters["inductor"]
+        found[mode] = counts["fxgraph_cache_hit"], counts["fxgraph_cache_miss"]
+    assert found == {"compiled": (2, 0), "max-autotune": (0, 0)}
+
+
+def test_what_is_not_through_is_killed() -> None:
+    began = time.monotonic()
+    gpu.ahead([partial(time.sleep, 60)] * 3, 2, began + 3)
+    assert time.monotonic() - began < 20
+    assert not multiprocessing.active_children()
