@@ -101,8 +101,10 @@ def _trace(model: torch.nn.Module, opened: set[str], given: set[str]) -> tuple[f
 
 
 def has_hooks(module: torch.nn.Module) -> bool:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind, None) for kind in kinds)
+    of = vars(module).get
+    return bool(
+        of("_forward_hooks") or of("_forward_pre_hooks") or of("_backward_hooks") or of("_backward_pre_hooks")
+    )  # (asked of each module in each call of a fused graph, so without a loop)
 
 
 def is_as_its_class(module: torch.nn.Module) -> bool:

@@ -22,7 +22,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor, nn
 
-from forged_fx import ops, torch_internals
+from forged_fx import fused_ops, in_place
 from forged_fx.capture import has_hooks, is_as_its_class
 from forged_fx.effects import draws, is_fresh, modules_of, writes
 from forged_fx.fused_ops import FORGED
@@ -52,8 +52,6 @@ def producer_threshold(
     if one is not None:
         op, arguments = one
         t, *limit = parameters
-        if not (torch.is_grad_enabled() or torch_internals.watched()):
-            op = ops.direct(op, x, t) or op
         return op(x, t, function=function, limit=limit[0] if limit else None, **arguments)
     kept = None
     for i, (name, module, position, args, kwargs) in enumerate(steps):
@@ -62,6 +60,16 @@ def producer_threshold(
         kept = x if i == keep else kept
     y = FORGED[function].op(x, *parameters)
     return y if keep is None else (y, kept)
+
+
+def _unrecorded(x: Tensor, parameters: tuple[Tensor, ...], steps: list[Step], keep: int | None, function: str) -> Any:
+    if (one := _as_one(x, steps, keep)) is None:
+        return producer_threshold(x, parameters, steps, keep, function)
+    op, arguments = one
+    return fused_ops.unrecorded(op, x, parameters, {**arguments, "function": function})
+
+
+in_place.UNRECORDED[producer_threshold] = _unrecorded
 
 
 def _as_one(x: Tensor, steps: list[Step], keep: int | None) -> tuple[Callable, Arguments] | None:

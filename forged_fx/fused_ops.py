@@ -265,6 +265,51 @@ _FITS: dict[str, Callable[[dict[str, Any]], bool]] = {
 }
 
 
+# ---- where nothing is recorded or watched
+
+MOST = 4096  # cases that are kept: inputs of ever new sizes must not fill the memory
+_known: dict[tuple, tuple[Any, Any]] = {}  # case -> a file of kernels/, and its kernel
+
+
+def unrecorded(op: Any, x: Tensor, parameters: tuple[Tensor, ...], arguments: dict[str, Any]) -> Result:
+    """`op(x, *parameters, **arguments)`. That nothing has to be recorded, or is watched, is for the caller to know.
+
+    On a GPU, checking the arguments and finding out whether there is a kernel for them takes longer than most kernels
+    run. Both depend on what the tensors look like, not on what is in them: of a case that is known, the kernel is all.
+    """
+    t, limit = parameters if len(parameters) == 2 else (*parameters, None)
+    residual = arguments.get("residual")
+    run = ops.direct(op, x, t) if residual is None else ops.direct(op, x, t, residual)
+    if run is None or run is not ops.CUDA.get(op):
+        return (run or op)(x, t, limit=limit, **arguments)
+    case = (op, *arguments, *[
+        (v.dtype, v.shape, v.stride(), v.get_device()) if isinstance(v, Tensor) else v
+        for v in (x, *parameters, *arguments.values())
+    ])  # fmt: skip
+    if case not in _known:
+        result = run(x, t, limit=limit, **arguments)
+        _learn(case, op, {**arguments, "x": x, "t": t, "limit": limit})
+        return result
+    file, kernel = _known[case]
+    y = torch.empty_like(x)
+    kept = torch.empty_like(x) if "keep" in arguments else None
+    tensors = (x, t, limit, y, kept, *map(arguments.get, file.OTHERS))
+    file.launch(kernel, tensors, case, lambda: file.plan(y, **{**_DEFAULTS[_NAMES[op]], **arguments}))
+    return _with_kept(y, kept)
+
+
+def _learn(case: tuple, op: Any, arguments: dict[str, Any]) -> None:
+    """Keep the case, if the kernel takes every tensor as it is. (Whether the arguments are right was checked.)"""
+    name = _NAMES[op]
+    whole = {**_DEFAULTS[name], **arguments}
+    file = _kernels(name)
+    parameters = [whole[other] for other in file.OTHERS if other != "residual" and whole[other] is not None]
+    if whole["x"].numel() and _FITS[name](whole) and all(p.is_contiguous() for p in parameters):
+        if len(_known) >= MOST:
+            _known.clear()
+        _known[case] = file, getattr(file, f"{name}_kernel")
+
+
 @functools.cache
 def _kernels(name: str) -> Any:
     # Late: Triton takes long to import, and not every machine has it.
@@ -299,6 +344,7 @@ def _register_decompositions() -> None:
 
 # ---- registration
 
+_NAMES: dict[Callable, str] = {}
 _library = torch.library.Library("forged_fx", "FRAGMENT")
 for _name, _schema in SCHEMAS.items():
     for _overload, _rest in OVERLOADS.items():
@@ -307,7 +353,7 @@ for _name, _schema in SCHEMAS.items():
         _op = getattr(getattr(torch.ops.forged_fx, _name), _overload)
         _chain = functools.partial(_elsewhere, _name)
         _library.impl(_full, _chain, "CompositeExplicitAutograd")
-        ops.CUDA[_op] = functools.partial(_cuda, _name)
+        ops.CUDA[_op], _NAMES[_op] = functools.partial(_cuda, _name), _name
         _library.impl(_full, ops.CUDA[_op], "CUDA")
         _library.impl(_full, functools.partial(_autograd, _name, _op), "Autograd")
         _library.impl(_full, _chain, "FuncTorchBatchedDecomposition")

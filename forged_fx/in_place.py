@@ -58,6 +58,8 @@ def _unrecorded(forged: fx.GraphModule) -> Callable:
     # A layer that writes into its input gets a tensor of its own.
     share([n for n in calls if n.target is THRESHOLD and not any(writes(m, forged) for m in n.users)], note, again)
     order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        node.target = UNRECORDED.get(node.target, node.target)
     for node in calls:
         plain, overwriting = IN_PLACE[node.target]
         x, node.target = node.args[0], plain
@@ -137,6 +139,7 @@ def accumulate(x: Any, y: Any, references: int) -> Any:
     return x.add_(y) if alike and references == _ONE_VARIABLE and _alone(x) else x + y
 
 
+UNRECORDED: dict[Callable, Callable] = {}  # what a graph calls -> what it calls instead. Other files add theirs.
 IN_PLACE = {THRESHOLD: (apply, overwrite), again: (again, again), operator.add: (operator.add, accumulate)}
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from forged_fx.capture import is_as_its_class
 
 Arguments = dict[str, Any]  # of a fused operator
+_AFFINES = {"weight", "bias"}  # where nn.Module keeps them; asking it takes longer, and these are asked in each call
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,19 @@ class Producer:
 
 
 def _batch_norm(m: Any) -> Arguments | None:
-    if m.training or m.running_mean is None:
+    own = vars(m)
+    buffers, parameters = own["_buffers"], own["_parameters"]
+    mean, var = buffers.get("running_mean"), buffers.get("running_var")
+    if own["training"] or mean is None or var is None or not _AFFINES <= parameters.keys():
         return None
-    return {"mean": m.running_mean, "var": m.running_var, "weight": m.weight, "bias": m.bias, "eps": m.eps}
+    return {"mean": mean, "var": var, "weight": parameters["weight"], "bias": parameters["bias"], "eps": own["eps"]}
+
+
+def _layer_norm_module(m: Any) -> Arguments | None:
+    own = vars(m)
+    if not _AFFINES <= (parameters := own["_parameters"]).keys():
+        return None
+    return _layer_norm(own["normalized_shape"], parameters["weight"], parameters["bias"], own["eps"])
 
 
 def _batch_norm_act(m: Any) -> Arguments | None:
@@ -41,16 +52,17 @@ def _batch_norm_act(m: Any) -> Arguments | None:
 
 
 def _layer_norm(shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Arguments:
-    return {"shape": shape, "weight": weight, "bias": bias, "eps": eps}
+    return {"shape": tuple(shape), "weight": weight, "bias": bias, "eps": eps}
 
 
 def _channels_first(m: Any) -> Arguments | None:
     """A LayerNorm2d, which permutes its input, and permutes it back."""
-    return None if getattr(m, "_fast_norm", False) else {**_LAYER_NORM.arguments(m), "channels_first": True}
+    arguments = None if getattr(m, "_fast_norm", False) else _layer_norm_module(m)
+    return None if arguments is None else {**arguments, "channels_first": True}
 
 
 def _rms_norm(shape: Any, weight: Any = None, eps: float | None = None) -> Arguments:
-    return {"shape": shape, "weight": weight, "eps": eps, "rms": True}
+    return {"shape": tuple(shape), "weight": weight, "eps": eps, "rms": True}
 
 
 def _gelu(approximate: str = "none") -> Arguments:
@@ -67,7 +79,7 @@ def _random(share: str) -> Producer:
 
 
 _AFFINE = Producer("affine", _batch_norm)
-_LAYER_NORM = Producer("norm", lambda m: _layer_norm(m.normalized_shape, m.weight, m.bias, m.eps))
+_LAYER_NORM = Producer("norm", _layer_norm_module)
 _ADD = Producer("add", lambda residual: {"residual": residual})  # or a bias, where that is a parameter
 _SCALE = Producer("scale", lambda weight: {"weight": weight})
 

@@ -10,15 +10,19 @@ The launcher wants CUDA tensors. Under TRITON_INTERPRET=1 it takes CPU tensors t
 interpreter truncates where a GPU rounds to nearest).
 """
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .kinds import forged, parameter
-from .launch import Plan, launch
+from .launch import Plan, dtypes, launch
 from .threshold import NUM_WARPS, VECTOR_BYTES
 
+OTHERS = ("residual", "mean", "var", "weight", "bias")  # the kernel's tensors behind x, t, limit and its results
 ACTIVATIONS = ("none", "relu", "relu6", "gelu", "gelu_tanh", "silu", "hardswish")
 VECTORS_PER_THREAD = 4  # at most: a channel's parameters are loaded and prepared once for all of them
 BLOCKS = 512  # smaller blocks rather than fewer than these
@@ -175,6 +179,19 @@ def as_matrix(y: Tensor, channel: int | None) -> tuple[int, int, int, dict]:
     return rows * channels, inner, channels, {"CHANNEL": "row", "INNER": 1, "CHANNELS": 1}
 
 
+def plan(
+    y: Tensor, channel: int, eps: float, add_first: bool, activation: str, keep: str | None, function: str, **more: Any
+) -> Plan:
+    """For a result as y, and the launcher's arguments by name."""
+    has_channels = any(more[name] is not None for name in OTHERS[1:])
+    rows, columns, channels, where = as_matrix(y, channel if has_channels else None)
+    rule = tile_rule(y.dtype, rows, columns)
+    constants = {"RULE": function, "ADD_FIRST": add_first, "RAW_SUM": keep == "sum", "ACTIVATION": activation}
+    programs = triton.cdiv(rows, rule["ROWS"]) * triton.cdiv(columns, rule["COLUMNS"])
+    numbers = {"eps": eps, "rows": rows, "columns": columns, "channels": channels}
+    return programs, {**numbers, **constants, **where, **rule}
+
+
 def launch_elementwise_threshold(
     x: Tensor,
     t: Tensor,
@@ -201,17 +218,11 @@ def launch_elementwise_threshold(
     x, residual = (v if v is None or v.stride() == y.stride() else torch.empty_like(y).copy_(v) for v in (x, residual))
     raw = None if keep is None else torch.empty_like(y)
     if y.numel():
-        parameters = [p if p is None else p.contiguous() for p in (mean, var, weight, bias)]
-        has_channels = any(p is not None for p in parameters)
-        constants = {"RULE": function, "ADD_FIRST": add_first, "RAW_SUM": keep == "sum", "ACTIVATION": activation}
-
-        def plan() -> Plan:
-            rows, columns, channels, where = as_matrix(y, channel if has_channels else None)
-            rule = tile_rule(y.dtype, rows, columns)
-            programs = triton.cdiv(rows, rule["ROWS"]) * triton.cdiv(columns, rule["COLUMNS"])
-            numbers = {"eps": eps, "rows": rows, "columns": columns, "channels": channels}
-            return programs, {**numbers, **constants, **where, **rule}
-
-        tensors = (x, t, limit, y, raw, residual, *parameters)
-        launch(elementwise_threshold_kernel, tensors, (y.shape, y.stride(), channel, eps, *constants.values()), plan)
+        mean, var, weight, bias = (p if p is None else p.contiguous() for p in (mean, var, weight, bias))
+        tensors = (x, t, limit, y, raw, residual, mean, var, weight, bias)
+        key = (y.shape, y.stride(), channel, eps, add_first, activation, keep, function, *dtypes(tensors))
+        planned = functools.partial(
+            plan, y, channel, eps, add_first, activation, keep, function, mean=mean, var=var, weight=weight, bias=bias
+        )
+        launch(elementwise_threshold_kernel, tensors, key, planned)
     return y, raw

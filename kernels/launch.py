@@ -19,11 +19,15 @@ MOST = 4096  # cases that are kept: inputs of ever new sizes must not fill the m
 _known: dict[tuple, tuple[Callable, list]] = {}
 
 
+def dtypes(tensors: tuple[Tensor | None, ...]) -> tuple[torch.dtype | None, ...]:
+    return tuple([None if tensor is None else tensor.dtype for tensor in tensors])
+
+
 def launch(kernel: Any, tensors: tuple[Tensor | None, ...], key: Hashable, plan: Callable[[], Plan]) -> None:
     """Run a kernel over tensors of one device, which are its first arguments.
 
-    key: what decides about the rest besides the kernel and the tensors' dtypes: `plan` is called if it is new. Tensors
-    may be on a CPU where the kernel is interpreted.
+    key: what decides about the rest besides the kernel, the tensors' dtypes among it: `plan` is called if it is new.
+    Tensors may be on a CPU where the kernel is interpreted.
     """
     if not isinstance(kernel, triton.JITFunction):  # interpreted
         programs, rest = plan()
@@ -32,7 +36,7 @@ def launch(kernel: Any, tensors: tuple[Tensor | None, ...], key: Hashable, plan:
     device, addresses = tensors[0].device.index, 0
     for tensor in tensors:
         addresses |= 0 if tensor is None else tensor.data_ptr()
-    case = (id(kernel), device, key, *[None if tensor is None else tensor.dtype for tensor in tensors])
+    case = (id(kernel), device, key)
     known = None if addresses % ALIGNED else _known.get(case)
     if known is not None and torch.cuda.current_device() == device:
         run, values = known

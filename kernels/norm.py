@@ -5,7 +5,9 @@ the norm are rounded to the tensor's dtype, as they are in kernels of their own;
 steps, in float32. The threshold is the same device function as there.
 """
 
+import functools
 import math
+from typing import Any
 
 import torch
 import triton
@@ -14,8 +16,9 @@ from torch import Tensor
 
 from .fused import rounded
 from .kinds import forged, parameter
-from .launch import Plan, launch
+from .launch import Plan, dtypes, launch
 
+OTHERS = ("residual", "weight", "bias")  # the kernel's tensors behind x, t, limit and its results
 LONGEST = 2**14  # elements of a row that fit into the registers of a block
 PER_THREAD = 32  # elements that a thread holds, so that a short row is one warp's, which needs no shared memory
 FLOAT32_EPS = torch.finfo(torch.float32).eps
@@ -85,6 +88,16 @@ def row_rule(rows: int, columns: int) -> dict:
     return {"ROWS": down, "COLUMNS": across, "INDEX": index, "num_warps": warps}
 
 
+def plan(y: Tensor, shape: list[int], eps: float | None, rms: bool, keep: str | None, function: str, **_: Any) -> Plan:
+    """For a result as y, and the launcher's arguments by name."""
+    columns = math.prod(shape)
+    rows = y.numel() // columns
+    rule = row_rule(rows, columns)
+    numbers = {"eps": FLOAT32_EPS if eps is None else eps, "rows": rows, "columns": columns}
+    constants = {"RULE": function, "RMS": rms, "RAW_SUM": keep == "sum"}
+    return triton.cdiv(rows, rule["ROWS"]), {**numbers, **constants, **rule}
+
+
 def launch_norm_threshold(
     x: Tensor,
     t: Tensor,
@@ -109,15 +122,8 @@ def launch_norm_threshold(
     y = torch.empty_like(x)
     raw = None if keep is None else torch.empty_like(x)
     if x.numel():
-        columns = math.prod(shape)
-        rows = x.numel() // columns
-        constants = {"RULE": function, "RMS": rms, "RAW_SUM": keep == "sum"}
-
-        def plan() -> Plan:
-            rule = row_rule(rows, columns)
-            numbers = {"eps": FLOAT32_EPS if eps is None else eps, "rows": rows, "columns": columns}
-            return triton.cdiv(rows, rule["ROWS"]), {**numbers, **constants, **rule}
-
         tensors = (x, t, limit, y, raw, residual, weight, bias)
-        launch(norm_threshold_kernel, tensors, (rows, columns, eps, *constants.values()), plan)
+        decides = eps, rms, keep, function
+        key = (x.numel(), *shape, *decides, *dtypes(tensors))
+        launch(norm_threshold_kernel, tensors, key, functools.partial(plan, y, shape, *decides))
     return tuple(v.movedim(-1, 1) if channels_first and v is not None else v for v in (y, raw))

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Plan, launch
+from .launch import Plan, dtypes, launch
 
 NUM_WARPS = 4
 VECTOR_BYTES = 16  # the widest load and store of a thread: 128 bits
@@ -105,4 +105,4 @@ def _launch(kernel: triton.JITFunction, *tensors: Tensor | None, **constants: An
             rule = block_rule(y.dtype, numel)
             return triton.cdiv(numel, rule["BLOCK"]), {"numel": numel, **constants, **rule}
 
-        launch(kernel, tensors, (numel, *constants.values()), plan)
+        launch(kernel, tensors, (numel, *constants.values(), *dtypes(tensors)), plan)

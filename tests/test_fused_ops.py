@@ -10,7 +10,8 @@ from interpreted import arithmetic_of_a_gpu, kernels  # noqa: F401 (a fixture)
 from kinks import same
 from torch import Tensor
 
-from forged_fx import fuse, fused_ops, ops
+import forged_fx
+from forged_fx import fused_ops, ops
 from forged_fx.bpda import straight_through
 
 elementwise = torch.ops.forged_fx.elementwise_threshold
@@ -202,20 +203,145 @@ def test_cuda_launches_the_kernel(on_cuda: list[str]) -> None:
     assert on_cuda.count("norm_threshold") == 4  # (it is asked for the longest row, too)
 
 
-def test_without_gradients_the_kernel_is_reached_past_the_dispatcher(
-    on_cuda: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    here, fused = ops.direct, {elementwise.default, elementwise.keep}  # as for ordinary tensors on a GPU
-    monkeypatch.setattr(ops, "direct", lambda op, *tensors: ops.CUDA[op] if op in fused else here(op, *tensors))
-    relu = ("torch.nn.modules.activation.ReLU", torch.nn.ReLU(), 0, (), {})
-    call = functools.partial(fuse.producer_threshold, X, (T,), [relu])
-    for context, launched in ((torch.enable_grad, 0), (torch.no_grad, 1)):
-        with context():
-            assert same(call(None, "threshold"), threshold(F.relu(X), T))
-            assert len(on_cuda) == launched
+LAST = X.contiguous(memory_format=torch.channels_last)
+# What a fused graph calls where nothing is recorded: the operator, x, and the rest.
+UNRECORDED: dict[str, tuple[Callable, Tensor, dict]] = {
+    "batch norm": (elementwise.default, LAST, {**BN, "eps": 1e-5, "activation": "relu"}),
+    "residual + batch norm": (elementwise.keep, X, {"residual": R, "add_first": True, **BN, "keep": "sum"}),
+    "scale": (elementwise.default, X, {"weight": W, "bias": None, "channel": 3, "activation": "gelu"}),
+    "residual": (elementwise.keep, X, {"residual": R, "keep": "value"}),
+    "layer norm": (norm.default, X, {"shape": (4,), "weight": W, "bias": B, "eps": 1e-5}),
+    "residual + rms norm": (norm.keep, X, {"residual": R, "shape": (5, 4), "eps": None, "rms": True, "keep": "sum"}),
+    "over channels": (norm.keep, LAST, {"shape": (6,), "weight": BN["mean"], "channels_first": True, "keep": "value"}),
+}
+
+
+@pytest.fixture
+def asked(on_cuda: list[str], monkeypatch: pytest.MonkeyPatch) -> list[Callable]:
+    """As on a GPU. The operators whose arguments were looked at."""
+    here, found = ops.direct, []
+
+    def noted(op: Callable, run: Callable) -> Callable:
+        return lambda *args, **kwargs: found.append(op) or run(*args, **kwargs)
+
+    fused = {op: noted(op, ops.CUDA[op]) for packet in (elementwise, norm) for op in (packet.default, packet.keep)}
+    for op, run in fused.items():
+        monkeypatch.setitem(ops.CUDA, op, run)
+
+    def direct(op: Callable, *tensors: Tensor) -> Callable | None:
+        if op not in fused:
+            return here(op, *tensors)
+        return fused[op] if all(ops.dispatch_keys(tensor) in ops.PLAIN for tensor in tensors) else None
+
+    monkeypatch.setattr(ops, "direct", direct)
+    monkeypatch.setattr(fused_ops, "_known", {})
+    return found
+
+
+@pytest.mark.parametrize("name", UNRECORDED)
+@pytest.mark.parametrize("function", ["threshold", "band"])
+def test_a_case_that_is_known_goes_to_the_kernel(name: str, function: str, asked: list[Callable]) -> None:
+    op, x, arguments = UNRECORDED[name]
+    parameters = (T, LIMIT) if function == "band" else (T,)
+
+    def call(x: Tensor) -> tuple[Tensor, ...]:
+        found = fused_ops.unrecorded(op, x, parameters, {**arguments, "function": function})
+        return found if isinstance(found, tuple) else (found,)
+
+    for given in (x, x + 1, x / 3):
+        known = call(given)
+        assert asked == [op]
+        fused_ops._known.clear()
+        assert all(
+            one.stride() == other.stride() and torch.equal(one, other)
+            for one, other in zip(known, call(given), strict=True)
+        )
+        asked.pop()
+    assert not any(same(one, other) for one, other in zip(call(x), known, strict=True))
+
+
+CHANGES: dict[str, dict] = {
+    "size": {"x": X[:1]},
+    "layout": {"x": LAST},
+    "dtype": {"x": X.half()},
+    "another dtype of a parameter": {"weight": BN["weight"].half()},
+    "no weight": {"weight": None},
+    "eps": {"eps": 0.5},
+    "activation": {"activation": "relu6"},
+    "function": {"function": "soft"},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_decides_is_looked_at_again(change: str, asked: list[Callable]) -> None:
+    given = {"x": X, "parameters": (T,), **BN, "eps": 1e-5, "activation": "relu", "function": "threshold"}
+
+    def call(x: Tensor, parameters: tuple, **arguments) -> Tensor:
+        return fused_ops.unrecorded(elementwise.default, x, parameters, arguments)
+
+    call(**given), call(**given)
+    assert len(asked) == 1
+    found, known = (call(**given | CHANGES[change]) for _ in range(2))
+    assert len(asked) == 2 and same(found, known)
+    arguments = given | CHANGES[change]
+    x, _ = arguments.pop("x"), arguments.pop("parameters")
+    if "dtype of a parameter" in change:  # which PyTorch's own operator wants to be x's on a CPU
+        arguments["weight"] = arguments["weight"].float()
+    expected = elementwise(x, T, **arguments)
+    torch.testing.assert_close(found, expected, atol=1e-2 if change == "dtype" else 1e-5, rtol=1e-3)
+
+
+def test_what_no_kernel_takes_as_it_is_is_never_known(asked: list[Callable]) -> None:
+    """No elements, parameters with gaps, another residual's layout; a wrong one is an error each time."""
+    gaps = torch.stack([W, W], 1)[:, 0]
+    for x, arguments in (
+        (X[:0], {"activation": "relu"}),
+        (X, {"weight": gaps, "channel": 3}),
+        (X, {"residual": torch.empty_like(R, memory_format=torch.channels_last).copy_(R)}),
+    ):
+        for _ in range(2):
+            found = fused_ops.unrecorded(elementwise.default, x, (T,), {**arguments, "function": "threshold"})
+            torch.testing.assert_close(found, elementwise(x, T, **arguments))
+    assert len(asked) == 6 and not fused_ops._known
+    for _ in range(2):
+        with pytest.raises(ValueError, match="6 channels"):
+            fused_ops.unrecorded(elementwise.default, X, (T,), {"weight": W, "channel": 1, "function": "threshold"})
+    negated = torch._neg_view(R)  # R's memory; the sign is a bit beside it
+    for _ in range(2):
+        found = fused_ops.unrecorded(elementwise.default, X, (T,), {"residual": negated, "function": "threshold"})
+        assert same(found, threshold(X - R, T))
+
+
+def test_known_cases_do_not_fill_the_memory(asked: list[Callable], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_ops, "MOST", 4)
+    for size in range(1, 12):
+        fused_ops.unrecorded(elementwise.default, torch.ones(size), (T,), {"activation": "relu", "function": "soft"})
+    assert len(asked) == 11 and 0 < len(fused_ops._known) <= 4
+
+
+def test_a_fused_graph_takes_that_way_where_nothing_is_recorded(asked: list[Callable]) -> None:
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn, self.conv = torch.nn.BatchNorm2d(6), torch.nn.Conv2d(6, 2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(F.relu(self.bn(x)))
+
+    model = Net().eval()
+    stats = forged_fx.calibrate(model, [X])
+    fused, plain = (forged_fx.transform(model, stats, 2**-3, fuse=fuse) for fuse in (True, False))
+    assert fused.forging.fused == 1 and fused_ops._known, "the audit has run it"
+    asked.clear(), fused_ops._known.clear()
+    for _ in range(3):
+        with torch.no_grad():
+            torch.testing.assert_close(fused(X), plain(X))
+    assert asked == [elementwise.default]
+    fused(X), plain(X)
+    assert asked == [elementwise.default], "recorded, it is the operator"
+    fused.bn.register_forward_hook(lambda module, args, y: y + 1)
     with torch.no_grad():
-        y, kept = call(0, "threshold")
-    assert same(y, threshold(F.relu(X), T)) and same(kept, F.relu(X)) and len(on_cuda) == 2
+        assert not torch.allclose(fused(X), plain(X))
 
 
 def test_cuda_runs_the_chain_for_what_the_kernel_lays_out_otherwise(on_cuda: list[str]) -> None:

@@ -1,0 +1,93 @@
+"""What a forged model in eager mode makes Python do on a GPU, measured without one: a table.
+
+    python benchmarks/host.py
+
+A GPU waits where Python takes longer to ask for the next kernel than the last one runs: in eager mode at small batches,
+and at large ones where kernels are many and short. So a fused call must not take longer than what it stands for.
+
+Forged models take a GPU's way here on a CPU, all but its last step: instead of a kernel nothing runs, so what comes out
+means nothing. The networks are those of README, narrow, so that what PyTorch computes beside it takes next to no time.
+What is not in it: Triton's launcher and CUDA's, a few microseconds for each kernel, of which a fused model has fewer.
+
+plain, fused, unfused: milliseconds of a forward pass, the fastest of the rounds, one thread. per call: microseconds that
+a fused call takes more than the modules whose place it takes, (fused - plain) / calls; and a threshold alone.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import forged_fx
+from forged_fx import in_place, ops
+from forged_fx.kernels import launch as launching
+from forged_fx.throughput import interleave
+from forged_fx.transform import forging_of
+
+
+def timm(name: str, **narrow: Any) -> Callable[[], torch.nn.Module]:
+    def make() -> torch.nn.Module:
+        from timm import create_model
+
+        return create_model(name, pretrained=False, **narrow)
+
+    return make
+
+
+# name -> the network, and the side of its input
+NETS = {
+    "convnext_tiny": (timm("convnext_tiny", dims=(16, 16, 16, 16)), 32),
+    "vit_small": (timm("vit_small_patch16_224", img_size=32, embed_dim=16, num_heads=2), 32),
+    "swin_tiny": (timm("swin_tiny_patch4_window7_224", img_size=56, embed_dim=16, num_heads=(1, 1, 1, 1)), 56),
+}
+
+
+class Anything(dict):
+    """What kernels/launch.py knows: for each case, machine code that does nothing."""
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return (lambda *_: None), ()
+
+
+def take_a_gpus_way() -> None:
+    """From here on; nothing that is computed afterwards means anything."""
+    torch.cuda.current_device = lambda: None  # type: ignore[assignment,return-value] # a CPU's index
+    launching._known = Anything()
+    for op in ops.CUDA:
+        ops._CPU[op] = ops.CUDA[op]
+    in_place._plain = lambda *_: False  # type: ignore[assignment]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("nets", nargs="*", default=list(NETS), metavar="NET", help=", ".join(NETS))
+    parser.add_argument("--rounds", type=int, default=30)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    models = {}
+    for name in args.nets:
+        make, side = NETS[name]
+        model, x = make().eval(), torch.rand(1, 3, side, side)
+        model, x = (v.to(memory_format=torch.channels_last) for v in (model, x))
+        stats = forged_fx.calibrate(model, [x])
+        forged = {
+            which: forged_fx.transform(model, stats, 2**-6, fuse=which == "fused") for which in ("fused", "unfused")
+        }
+        models[name] = x, {"plain": model, **forged}
+    take_a_gpus_way()
+    print(f"{'network':<16}{'plain':>8}{'fused':>8}{'unfused':>9}{'calls':>7}{'per call':>10}{'a threshold':>13}")
+    with torch.no_grad():
+        for name, (x, variants) in models.items():
+            calls = {("", which): lambda m=m, x=x: m(x) for which, m in variants.items()}
+            plain, fused, unfused = (1e3 * seconds.min() for seconds in interleave(calls, args.rounds).values())
+            fusing, sites = forging_of(variants["fused"]).fused, len(forging_of(variants["fused"]).reached)
+            alone = (unfused - plain) / sites
+            per_call = (fused - plain - (sites - fusing) * alone) / fusing
+            print(
+                f"{name:<16}{plain:>8.3f}{fused:>8.3f}{unfused:>9.3f}{fusing:>7}{1e3 * per_call:>10.1f}{1e3 * alone:>13.1f}"
+            )
+
+
+if __name__ == "__main__":
+    main()
