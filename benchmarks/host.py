@@ -9,8 +9,8 @@ Forged models take a GPU's way here on a CPU, all but its last step: instead of 
 means nothing. The networks are those of README, narrow, so that what PyTorch computes beside it takes next to no time.
 What is not in it: Triton's launcher and CUDA's, a few microseconds for each kernel, of which a fused model has fewer.
 
-plain, fused, unfused: milliseconds of a forward pass, the fastest of the rounds, one thread. per call: microseconds that
-a fused call takes more than the modules whose place it takes, (fused - plain) / calls; and a threshold alone.
+plain, fused, unfused: milliseconds of a forward pass, the fastest of the rounds, one thread. calls: the fused ones.
+per call: microseconds that one takes more than the modules whose place it takes. a threshold: that one alone takes.
 """
 
 import argparse
@@ -84,9 +84,8 @@ def main() -> None:
             fusing, sites = forging_of(variants["fused"]).fused, len(forging_of(variants["fused"]).reached)
             alone = (unfused - plain) / sites
             per_call = (fused - plain - (sites - fusing) * alone) / fusing
-            print(
-                f"{name:<16}{plain:>8.3f}{fused:>8.3f}{unfused:>9.3f}{fusing:>7}{1e3 * per_call:>10.1f}{1e3 * alone:>13.1f}"
-            )
+            figures = f"{plain:>8.3f}{fused:>8.3f}{unfused:>9.3f}{fusing:>7}{1e3 * per_call:>10.1f}{1e3 * alone:>13.1f}"
+            print(f"{name:<16}{figures}")
 
 
 if __name__ == "__main__":

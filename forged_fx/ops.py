@@ -307,11 +307,6 @@ def _record(function: type[_Masked], op: Callable, *args: Any) -> Tensor:
     return _run(op, *args)
 
 
-def _is_ordinary(x: Tensor) -> bool:
-    """Whether the dispatcher would come to a CPU's or a GPU's code for this tensor, and to nothing else ahead of it."""
-    return dispatch_keys(x) in (_ordinary_on_cuda() if x.is_cuda else PLAIN)
-
-
 def _keys_of_ordinary_tensors(device: str) -> list:
     with torch.inference_mode():
         inference = dispatch_keys(torch.empty(0, device=device))
@@ -331,9 +326,11 @@ def _ordinary_on_cuda() -> list:
 def direct(op: Callable, x: Tensor, *others: Tensor) -> Callable | None:
     """What the dispatcher would come to, without another round of it, a third of the call; None where it must decide,
     or something else is to see the call. That nothing has to be recorded for a backward is for the caller to know."""
-    if all(map(_is_ordinary, (x, *others))) and not torch_internals.dispatched():
-        return (CUDA if x.is_cuda else _CPU).get(op)
-    return None
+    ordinary, implementations = (_ordinary_on_cuda(), CUDA) if x.is_cuda else (PLAIN, _CPU)
+    for tensor in (x, *others):
+        if dispatch_keys(tensor) not in ordinary:
+            return None
+    return None if torch_internals.dispatched() else implementations.get(op)
 
 
 def _run(op: Callable, *args: Any) -> Tensor:
