@@ -17,8 +17,11 @@ import torch._inductor.config
 Job = Callable[[], object]  # that another process can be given: of functions that a module names
 
 
-def ahead(jobs: Iterable[Job], at_once: int, ends: float) -> None:
-    """Run the jobs, each in a new process; what runs at `ends`, of time.monotonic, is killed."""
+def ahead(jobs: Iterable[Job], at_once: int, ends: float) -> int:
+    """Run the jobs, each in a new process; what runs at `ends`, of time.monotonic, is killed.
+
+    Returns how many were not through.
+    """
     start = multiprocessing.get_context("spawn").Process
     waiting, running = deque(jobs), []
     while time.monotonic() < ends:
@@ -27,11 +30,12 @@ def ahead(jobs: Iterable[Job], at_once: int, ends: float) -> None:
             running.append(start(target=_quietly, args=(waiting.popleft(), torch.get_num_threads()), daemon=True))
             running[-1].start()
         if not running:
-            return
+            return 0
         time.sleep(0.05)
     for process in running:
         process.kill()
         process.join()
+    return len(running) + len(waiting)
 
 
 def _quietly(job: Job, threads: int) -> None:

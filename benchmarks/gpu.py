@@ -503,8 +503,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.ahead:
         # (one folder, whoever compiles first: Inductor's own is named after it)
         os.environ.setdefault("TRITON_CACHE_DIR", str(Path(cache_dir()) / "triton" / "all"))
-        ahead(jobs(args), args.ahead, began + args.budget * AHEAD_SHARE)
-        print(f"compiled ahead: {time.monotonic() - began:.0f} s, {args.ahead} processes at once")
+        whole = list(jobs(args))
+        left = ahead(whole, args.ahead, began + args.budget * AHEAD_SHARE)
+        through = f"{len(whole) - left} of {len(whole)} jobs"
+        print(f"compiled ahead: {through} in {time.monotonic() - began:.0f} s, {args.ahead} at once")
     bandwidth = copy_bandwidth(args.device)
     print(f"a copy moves {bandwidth / 1e9:.0f} GB/s, read and written; share is of that\n")
     rows = kernel_rows(args, bandwidth, kernels_end)
