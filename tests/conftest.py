@@ -28,6 +28,25 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+class NamedAtOnce:
+    """A test that fails is named when it does, not only in the summary: a run that is cut off has none."""
+
+    def __init__(self, terminal):
+        self.terminal = terminal
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            reason, *_ = (crash.message if crash else report.longreprtext).strip().splitlines() or [""]
+            self.terminal.write_line(f"\nFAILED {report.nodeid} ({report.when}): {reason}")
+
+
+@pytest.hookimpl(trylast=True)  # when pytest has made it
+def pytest_configure(config):
+    if terminal := config.pluginmanager.get_plugin("terminalreporter"):  # (xdist's workers have none)
+        config.pluginmanager.register(NamedAtOnce(terminal))
+
+
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
     """Compiled code of one test must not count against the recompilation limit of the next."""
