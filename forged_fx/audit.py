@@ -12,7 +12,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from forged_fx.modes import eval_mode, fast_path_off, kept_buffers
+from forged_fx.modes import eval_mode, fast_path_off, kept_buffers, kept_randomness, seed
 from forged_fx.observe import Observer, Sighting
 from forged_fx.ops import THRESHOLD_OPS
 from forged_fx.sites import is_activation
@@ -45,13 +45,13 @@ def audit(
     args: tuple,
     kwargs: dict,
     agree: Callable[[Any, Any], bool] | None = None,
-) -> list[str]:
+) -> tuple[list[str], set[str]]:
     """Compare `forged`, its thresholds at 0, with `model` on one input, in eval mode.
 
-    Returns the wanted sites whose threshold did not run exactly as often as the site runs in `model`. Raises
-    AuditFailed where the outputs do not agree, by default where they differ in a bit, once the operands in memory with
-    gaps were copied as a threshold copies them (`densely`). Randomness is repeated, and the
-    random generators' state restored.
+    Returns the wanted sites whose threshold did not run exactly as often as the site runs in `model`, and all sites
+    that `model` ran, wanted or not. Raises AuditFailed where the outputs do not agree, by default where they differ in
+    a bit, once the operands in memory with gaps were copied as a threshold copies them (`densely`). Randomness is
+    repeated, and the random generators' state restored.
     """
     runs: Counter[str] = Counter()
 
@@ -65,9 +65,16 @@ def audit(
 
     def run() -> Any:
         with kept_buffers(forged):
-            return _repeatably(forged, args, kwargs)
+            try:
+                return _repeatably(forged, args, kwargs)
+            except Exception as error:  # the model took this input: a graph that does not is another program
+                if not isinstance(forged, fx.GraphModule):
+                    raise
+                first, *_ = str(error).strip().splitlines() or [""]
+                why = f"{type(error).__name__}: {first}"
+                raise AuditFailed(f"audit: the graph does not take the input, {why}") from error
 
-    with torch.no_grad(), torch.random.fork_rng(), eval_mode(model), eval_mode(forged):
+    with torch.no_grad(), kept_randomness(), eval_mode(model), eval_mode(forged):
         with kept_buffers(model):
             try:
                 expected = _repeatably(observer.run, args, kwargs)
@@ -90,7 +97,7 @@ def audit(
     if not all((agree or same)(expected, one) for one in found):
         raise AuditFailed("audit: with every threshold at 0 the result differs from the model")
     counts = {site: {c.seen[id(thresholds[site])] for c in (on_slow_path, as_used)} for site in wanted}
-    return [site for site in wanted if counts[site] != {runs[site]}]
+    return [site for site in wanted if counts[site] != {runs[site]}], set(runs)
 
 
 def densely(x: Tensor) -> Tensor | None:
@@ -106,7 +113,7 @@ def densely(x: Tensor) -> Tensor | None:
 
 def _repeatably(run: Callable, args: tuple, kwargs: dict) -> Any:
     """A run from a fixed seed, on copies of the input: a model may write into what it is given."""
-    torch.manual_seed(0)
+    seed(0)
     args, kwargs = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, (args, kwargs))
     return run(*args, **kwargs)
 

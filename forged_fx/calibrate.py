@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Sized
 from functools import partial
 from pathlib import Path
@@ -74,6 +75,8 @@ def calibrate(
         raise TypeError(f"calibrate takes the model first, then the batches; the model is {type(model).__name__}")
     if isinstance(batches, Tensor):
         raise TypeError("batches is one tensor, and each of its rows would be a batch: pass [x] for one batch")
+    if not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+        raise TypeError(f"batches is {type(batches).__name__}: pass a DataLoader, a list or another iterable")
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches={max_batches}: at least 1, or None for all")
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -99,6 +102,12 @@ def calibrate(
         raise ValueError("calibrate got no batch: an iterator that was already used up gives none a second time")
     if stats.sites and not any(site.elements or site.left_out in UNMEASURED for site in stats.sites.values()):
         raise ValueError("calibrate saw no element: every batch was empty")
+    if not stats.sites:
+        warnings.warn(
+            "calibrate saw no linear, convolution or matrix product of data with weights, so there is nothing to forge "
+            "(quantized layers, and operators that a library brings along, are out of its sight)",
+            stacklevel=3,
+        )
     return stats
 
 

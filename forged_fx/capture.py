@@ -5,7 +5,6 @@ surroundings is frozen in it. So only the modules that must be looked into are o
 others stay whole as `call_module`, and what a graph cannot carry is refused rather than dropped.
 """
 
-import copy
 import inspect
 import operator
 from collections.abc import Iterable
@@ -14,7 +13,7 @@ import torch
 import torch.fx as fx
 
 from forged_fx import torch_internals
-from forged_fx.modes import kept_buffers
+from forged_fx.modes import copied, kept_buffers, kept_randomness
 from forged_fx.sites import module_of
 
 
@@ -61,11 +60,11 @@ def capture(
             raise Untraceable(f"{name or 'the model'!r} has hooks, which a graph does not run")
     # A copy: code that keeps something it computed (a cache of tensors) must not keep a proxy in the user's model. It
     # shares the tensors: what the forward does to buffers alone is done while it is traced, and no part of the graph.
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    twin = copy.deepcopy(model, dict(shared))
+    shared = [*model.parameters(), *model.buffers()]
+    twin = copied(model, shared)
     graph, constants = _trace(twin.eval(), opened, given)
     if _text(graph) != _text(_trace(twin.train(), opened, given)[0]):
-        fresh = copy.deepcopy(model, shared)
+        fresh = copied(model, shared)
         by_mode = _text(graph) != _text(_trace(fresh.train(), opened, given)[0])
         another = "one thing in train mode and another in eval mode" if by_mode else "another thing when it runs again"
         raise Untraceable(f"its forward does {another}")
@@ -79,8 +78,12 @@ def _trace(model: torch.nn.Module, opened: set[str], given: set[str]) -> tuple[f
         if parameter.default is not parameter.empty and name not in given
     }
     try:
-        with kept_buffers(model) as written:
+        with kept_buffers(model) as written, kept_randomness() as drawn:
             graph = _SiteTracer(opened).trace(model, concrete_args=defaults or None)
+            if drawn():
+                raise Untraceable("its forward draws random numbers, which a graph would hold as they fell once")
+    except Untraceable:
+        raise
     except Exception as error:  # tracing runs the user's code on proxies: anything can be raised from it
         first_line = next(iter(str(error).strip().splitlines()), "")
         raise Untraceable(f"{type(error).__name__}: {first_line}") from error

@@ -12,9 +12,10 @@ from forged_fx.cost import Cost
 from forged_fx.cost import cost as site_costs
 from forged_fx.evaluate import fingerprint
 from forged_fx.kinds import Kind
+from forged_fx.sites import module_of
 from forged_fx.stats import SiteStats
 from forged_fx.thresholds import parameters_of
-from forged_fx.transform import forging_of
+from forged_fx.transform import Forging, forging_of
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,22 @@ def describe(model: torch.nn.Module, *, cost: bool = False, example: tuple[tuple
         if record.fused is not None:
             why = f" ({record.not_fused})" if record.not_fused else ""
             whole += f"; {record.fused or 'no'} thresholds fused with what produces their inputs{why}"
+        if unseen := _unseen(owner, record):
+            more = f" and {len(unseen) - 5} more" if len(unseen) > 5 else ""
+            whole += f"; left as they are, as calibration saw no call of them: {', '.join(unseen[:5])}{more}"
         rows.notes.append(whole + ("" if record.audited else "; not audited: there was no batch to run it on"))
     return rows
+
+
+def _unseen(owner: torch.nn.Module, record: Forging) -> list[str]:
+    """Sites that only the audit saw, and layers without a site, of their own or where their weight is used."""
+    sites = record.stats.sites
+    seen = {module_of(site) for site in sites} | {(site.weight or "").rpartition(".")[0] for site in sites.values()}
+    layers = [name for name, m in owner.named_modules() if isinstance(m, _LAYERS) and name not in seen]
+    return [*dict.fromkeys([*(site for site in record.left_out if site not in sites), *layers])]
+
+
+_LAYERS = (torch.nn.Linear, torch.nn.modules.conv._ConvNd, torch.nn.Bilinear)
 
 
 def _forged(start: tuple, site: SiteStats, kind: Kind, buffers: tuple[Tensor, ...], reached: str, cost: Any) -> Row:

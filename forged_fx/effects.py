@@ -10,14 +10,13 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import torch.fx as fx
 from torch import nn
 
 from forged_fx.capture import is_as_its_class
 from forged_fx.producers import row_of
 from forged_fx.rewrite import is_call
-from forged_fx.sites import CALLS
+from forged_fx.sites import CALLS, Many
 from forged_fx.torch_internals import schemas_of
 
 _LIBRARIES = ("torch.nn.modules.", "torchvision.", "timm.")  # (what torch.nn.utils makes of a module is another's code)
@@ -84,8 +83,8 @@ def may_ask_in_place(args: tuple, kwargs: Mapping[str, Any]) -> bool:
 
 # ---- memory
 
-# (an einsum of one operand is a view of it)
-_FRESH_FUNCTIONS = {*CALLS, operator.add, operator.mul} - {torch.einsum}
+# (an einsum of one operand, or a product of one, is a view of it)
+_FRESH_FUNCTIONS = {*(f for f, call in CALLS.items() if not isinstance(call, Many)), operator.add, operator.mul}
 _FRESH_MODULES = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.Linear, nn.LayerNorm)
 
 
@@ -94,7 +93,7 @@ def is_fresh(node: fx.Node, root: nn.Module) -> bool:
     if node.op == "call_module":
         module = root.get_submodule(node.target)
         return isinstance(module, _FRESH_MODULES) and _is_known(module)
-    return node.op == "call_function" and node.target in _FRESH_FUNCTIONS
+    return node.op == "call_function" and node.target in _FRESH_FUNCTIONS and not writes(node, root)
 
 
 # ---- what is known

@@ -55,8 +55,9 @@ def _unrecorded(forged: fx.GraphModule) -> Callable:
     graph = copy.deepcopy(forged.graph)
     # (with more arguments, a threshold's gradient was chosen)
     calls = [n for n in graph.nodes if n.target in IN_PLACE and len(n.args) == 2 and not n.kwargs]
-    # A layer that writes into its input gets a tensor of its own.
-    share([n for n in calls if n.target is THRESHOLD and not any(writes(m, forged) for m in n.users)], note, again)
+    # A layer that writes into its input gets a tensor of its own. Writes through `.data` are not counted.
+    if not any(n.target is getattr and n.args[1] == "data" for n in graph.nodes):
+        share([n for n in calls if n.target is THRESHOLD and not any(writes(m, forged) for m in n.users)], note, again)
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         node.target = UNRECORDED.get(node.target, node.target)

@@ -193,6 +193,8 @@ class Choice:
 
 def choose(stats: Stats, kind: str | Mapping[str, str], sites: list[str], statistic: str | None = None) -> Choice:
     """The kind of each site. Raises ValueError for a name that is none, or where a statistic is missing."""
+    if not isinstance(kind, str | Mapping):
+        raise TypeError(f"kind={kind!r}: a name ({', '.join(KINDS)}), or a mapping from site name or glob to one")
     kinds = stats.per_site(kind, sites, "kind")
     for name in {kind} if isinstance(kind, str) else set(kind.values()):
         if name not in KINDS:

@@ -1,8 +1,11 @@
 """Context managers that set a state for a while and put it back; and models out of what others wrapped them in."""
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+import copy
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.modules.module as hooks
@@ -15,12 +18,43 @@ F = TypeVar("F", bound=Callable)
 def eval_mode(model: torch.nn.Module) -> Iterator[None]:
     """Eval mode within; afterwards every submodule is back in the mode it had."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    with contextlib.suppress(NotImplementedError):  # an exported program is in the mode that it was exported in
+        model.eval()
     try:
         yield
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextlib.contextmanager
+def kept_randomness() -> Iterator[Callable[[], bool]]:
+    """Afterwards the random generators of PyTorch, Python and numpy are where they were. Yields a function that tells
+    whether any has been drawn from."""
+    numpy = sys.modules.get("numpy.random")
+    devices = [*range(torch.cuda.device_count())] if torch.cuda.is_initialized() else []
+
+    def state() -> list:
+        tensors = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+        _, words, used, *_ = numpy.get_state() if numpy else (None, b"", 0)
+        return [random.getstate(), bytes(words), used, *(bytes(tensor.numpy()) for tensor in tensors)]
+
+    before, python, of_numpy = state(), random.getstate(), numpy.get_state() if numpy else None
+    with torch.random.fork_rng(devices):
+        try:
+            yield lambda: state() != before
+        finally:
+            random.setstate(python)
+            if numpy:
+                numpy.set_state(of_numpy)
+
+
+def seed(value: int) -> None:
+    """All of them."""
+    torch.manual_seed(value)
+    random.seed(value)
+    if numpy := sys.modules.get("numpy.random"):
+        numpy.seed(value)
 
 
 @contextlib.contextmanager
@@ -92,6 +126,36 @@ def module_hooks(enter: Callable, leave: Callable) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def copied(model: torch.nn.Module, shared: Iterable[torch.Tensor] = ()) -> torch.nn.Module:
+    """A deep copy, which shares these tensors. Of what a run has left in the modules (a weight that hooks compute, a
+    cache), which PyTorch does not copy, it has the values.
+
+    Raises RuntimeError where something else cannot be copied; it names what.
+    """
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
+    for module in model.modules():
+        for value in (*vars(module).values(), *module.buffers(recurse=False)):
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        for path, module in model.named_modules():
+            for name, value in vars(module).items():
+                try:
+                    copy.deepcopy(value, dict(memo)) if name not in _HELD else None
+                except Exception as reason:
+                    raise RuntimeError(
+                        f"the model cannot be copied, and is not changed in place: {f'{path}.{name}'.lstrip('.')!r} is "
+                        f"a {type(value).__name__}, of which there is no copy ({reason}); take it off the model, or "
+                        "give its class a __deepcopy__"
+                    ) from error
+        raise
+
+
+_HELD = ("_parameters", "_buffers", "_modules")
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:

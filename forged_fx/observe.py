@@ -183,7 +183,7 @@ class _Layouts:
         if not isinstance(result, Tensor) or not result.dim():
             return
         if function in CALLS:
-            self._known[result] = CALLS[function].channel
+            self._known[result] = CALLS[function].channel_of(result)
         elif function in _NORMS:
             self._known[result] = -1 if _NORMS[function] is None else _NORMS[function] - result.dim()
         else:
@@ -251,9 +251,10 @@ class Observer:
         frame.calls += 1
         name = self.numbering.call(frame.name, call.mark)
         for i, operand in enumerate(data_operands(call, args, kwargs, self.origins.of)):
-            reads_input = operand.value is frame.first_input
+            reads_input = operand.value is frame.first_input and i == 0  # (a second one would be another argument's)
             first_run = self.runs[frame.name] <= 1
-            channel = call.channel if call.mark == "#" else self.layouts.channel(operand.value)
+            layouts = self.layouts
+            channel = call.channel_of(operand.value) if call.mark == "#" else layouts.channel(operand.value)
             site = operand_name(name, i)
             new = self.on_call(Sighting(site, frame.name, call.kind, operand, channel, reads_input, first_run))
             if new is not None:

@@ -59,19 +59,22 @@ class Call:
     """How to read one function's call: its kind, and where its operands are.
 
     roles: a letter per operand; "x" is always data, "w" always the weight, "?" is a product's operand, either one; "a"
-    is an activation's. channel: which dimension of the data holds the channels, from behind.
+    is an activation's. channel: which dimension of the data holds the channels, from behind; None: the second.
     """
 
     kind: str
     roles: str
     keys: tuple[tuple[int, str], ...]  # per operand: its position, its keyword
     opens: bool = True  # False: a fused kernel whose inside cannot be reached
-    channel: int = -1
+    channel: int | None = -1
 
     @property
     def mark(self) -> str:
         """What stands ahead of the number in a site's name."""
         return "@" if self.roles == "a" else "#"
+
+    def channel_of(self, value: Tensor) -> int:
+        return 1 - value.dim() if self.channel is None else self.channel
 
     def operands(self, args: tuple, kwargs: dict) -> list[tuple[str, Key, Any]]:
         found: list[tuple[str, Key, Any]] = []
@@ -83,18 +86,21 @@ class Call:
         return found
 
 
-class Einsum(Call):
-    """`einsum(equation, *operands)`, or with the operands in one list."""
+@dataclass(frozen=True)
+class Many(Call):
+    """`einsum(equation, *operands)`, or with the operands in one list. first: the position of the first operand."""
+
+    first: int = 1
 
     def operands(self, args: tuple, kwargs: dict) -> list[tuple[str, Key, Any]]:
         found: list[tuple[str, Key, Any]] = []
-        for i, value in enumerate(args[1:], start=1):
+        for i, value in enumerate(args[self.first :], start=self.first):
             nested = isinstance(value, list | tuple)
             found += [("?", (i, j), v) for j, v in enumerate(value)] if nested else [("?", (i,), value)]
         return found
 
 
-def _layer(kind: str, channel: int = -1) -> Call:
+def _layer(kind: str, channel: int | None = -1) -> Call:
     return Call(kind, "xw", ((0, "input"), (1, "weight")), channel=channel)
 
 
@@ -104,6 +110,19 @@ def _activation(kind: str) -> Call:
 
 def _product(kind: str, first: int, a: str, b: str) -> Call:
     return Call(kind, "??", ((first, a), (first + 1, b)))
+
+
+def _aten(rows: dict[str, Call]) -> dict[Callable, Call]:
+    """For each operator by name: itself, and its overloads that have these operands and make their own result."""
+    found: dict[Callable, Call] = {}
+    for name, call in rows.items():
+        packet = getattr(torch.ops.aten, name)
+        for overload in (getattr(packet, o) for o in packet.overloads()):
+            arguments = [argument.name for argument in overload._schema.arguments]
+            if "out" not in arguments and all(arguments[p : p + 1] == [keyword] for p, keyword in call.keys):
+                found[overload] = call
+        found[packet] = call
+    return found
 
 
 _RECURRENT = Call("recurrent", "x", ((0, "input"),), opens=False)
@@ -135,16 +154,54 @@ CALLS: dict[Callable, Call] = {
     torch.baddbmm: _product("baddbmm", 1, "batch1", "batch2"),
     Tensor.baddbmm: _product("baddbmm", 1, "batch1", "batch2"),
     torch.tensordot: _product("tensordot", 0, "a", "b"),
-    torch.einsum: Einsum("einsum", "", ()),
+    torch.inner: _product("inner", 0, "input", "other"),
+    Tensor.inner: _product("inner", 0, "self", "other"),
+    torch.dot: _product("dot", 0, "input", "tensor"),
+    Tensor.dot: _product("dot", 0, "self", "tensor"),
+    torch.linalg.vecdot: _product("vecdot", 0, "x", "y"),
+    torch.addmv: _product("addmv", 1, "mat", "vec"),
+    Tensor.addmv: _product("addmv", 1, "mat", "vec"),
+    Tensor.addmv_: _product("addmv", 1, "mat", "vec"),
+    torch.addbmm: _product("addbmm", 1, "batch1", "batch2"),
+    Tensor.addbmm: _product("addbmm", 1, "batch1", "batch2"),
+    Tensor.addbmm_: _product("addbmm", 1, "batch1", "batch2"),
+    Tensor.addmm_: _product("addmm", 1, "mat1", "mat2"),
+    Tensor.baddbmm_: _product("baddbmm", 1, "batch1", "batch2"),
+    torch.einsum: Many("einsum", "", ()),
+    torch.chain_matmul: Many("chain_matmul", "", (), first=0),
+    torch.linalg.multi_dot: Many("multi_dot", "", (), first=0),
+    torch.convolution: _layer("convolution", None),
     torch_internals.grouped_mm: _product("grouped_mm", 0, "input", "mat2"),
     F.grouped_mm: _product("grouped_mm", 0, "mat_a", "mat_b"),
-    torch.ops.aten.linear.default: _layer("linear"),
-    torch.ops.aten.convolution.default: _layer("convolution"),
-    torch.ops.aten.mm.default: _product("mm", 0, "self", "mat2"),
-    torch.ops.aten.bmm.default: _product("bmm", 0, "self", "mat2"),
-    torch.ops.aten.addmm.default: _product("addmm", 1, "mat1", "mat2"),
-    torch.ops.aten.baddbmm.default: _product("baddbmm", 1, "batch1", "batch2"),
-    torch.ops.aten.matmul.default: _product("matmul", 0, "self", "other"),
+    **_aten(
+        {
+            "linear": _layer("linear"),
+            "conv1d": _layer("conv1d", -2),
+            "conv2d": _layer("conv2d", -3),
+            "conv3d": _layer("conv3d", -4),
+            "conv_transpose1d": _layer("conv_transpose1d", -2),
+            "conv_transpose2d": _layer("conv_transpose2d", -3),
+            "conv_transpose3d": _layer("conv_transpose3d", -4),
+            "convolution": _layer("convolution", None),
+            "_convolution": _layer("convolution", None),
+            "bilinear": Call("bilinear", "xxw", ((0, "input1"), (1, "input2"), (2, "weight"))),
+            "matmul": _product("matmul", 0, "self", "other"),
+            "mm": _product("mm", 0, "self", "mat2"),
+            "mv": _product("mv", 0, "self", "vec"),
+            "bmm": _product("bmm", 0, "self", "mat2"),
+            "dot": _product("dot", 0, "self", "tensor"),
+            "inner": _product("inner", 0, "self", "other"),
+            "linalg_vecdot": _product("vecdot", 0, "x", "y"),
+            "addmm": _product("addmm", 1, "mat1", "mat2"),
+            "addmv": _product("addmv", 1, "mat", "vec"),
+            "addbmm": _product("addbmm", 1, "batch1", "batch2"),
+            "baddbmm": _product("baddbmm", 1, "batch1", "batch2"),
+            "tensordot": _product("tensordot", 0, "self", "other"),
+            "einsum": Many("einsum", "", ()),
+            "chain_matmul": Many("chain_matmul", "", (), first=0),
+            "linalg_multi_dot": Many("multi_dot", "", (), first=0),
+        }
+    ),
     torch.lstm: _RECURRENT,
     torch.gru: _RECURRENT,
     torch.rnn_tanh: _RECURRENT,
@@ -290,8 +347,8 @@ def operand_name(call: str, index: int) -> str:
 def has_input(kind: str, key: Key) -> bool:
     """Whether some function of that kind takes an operand at that place that may be data."""
     rows = {call for call in (*CALLS.values(), *ACTIVATIONS.values()) if call.kind == kind}
-    if any(isinstance(call, Einsum) for call in rows):
-        return key[:1] != (0,) and all(type(part) is int for part in key) and len(key) in (1, 2)
+    if first := [call.first for call in rows if isinstance(call, Many)]:
+        return len(key) in (1, 2) and all(type(part) is int for part in key) and int(key[0]) >= min(first)
     return any(role != "w" and key in ((p,), (k,)) for c in rows for role, (p, k) in zip(c.roles, c.keys, strict=True))
 
 

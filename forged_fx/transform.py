@@ -14,7 +14,7 @@ from forged_fx.audit import AuditFailed, alike, audit, same
 from forged_fx.capture import Untraceable, capture, opened_modules
 from forged_fx.fuse import fuse as fuse_producers
 from forged_fx.kinds import OWN, Choice, choose
-from forged_fx.modes import is_sharded, of_ordinary_tensors, unwrapped
+from forged_fx.modes import copied, is_sharded, of_ordinary_tensors, unwrapped
 from forged_fx.regions import forge_regions
 from forged_fx.rewrite import WHOLE, Placed, find_calls, insert_thresholds, number
 from forged_fx.sites import ACTIVATIONS as ACTIVATION_CALLS
@@ -154,6 +154,16 @@ def transform(
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"transform takes the model first, then its statistics; the model is {type(model).__name__}")
+    if not isinstance(stats, Stats | str | os.PathLike):
+        raise TypeError(
+            f"transform takes statistics that forged_fx.calibrate returned, or their file's path, not "
+            f"{type(stats).__name__}"
+        )
+    if example is not None and not _is_call(example):
+        raise TypeError(
+            "example is what the model is called with, (args, kwargs): for one tensor example=((x,), {}), not "
+            f"{type(example).__name__}"
+        )
     stats = stats if isinstance(stats, Stats) else Stats.load(stats)
     model = unwrapped(model)
     if fuse not in (None, True, False):
@@ -179,13 +189,15 @@ def transform(
     try:
         forged = _forge_whole(model, stats, wanted, choice)
         forged.meta["forged_fx"] = record = Forging(stats, dict.fromkeys(wanted, "in the graph"), left_out, choice)
-        if example and (missed := audit(model, forged, wanted, *example)):
-            raise Untraceable(f"the graph does not run the sites {', '.join(missed)}")
+        if example:
+            missed, ran = audit(model, forged, wanted, *example)
+            if missed:
+                raise Untraceable(f"the graph does not run the sites {', '.join(missed)}")
     except (Untraceable, AuditFailed) as error:
-        forged = copy.deepcopy(model)
+        forged = copied(model)
         reached = forge_regions(forged, stats, wanted, choice)
         forged.forging = record = Forging(stats, reached, left_out, choice, not_whole=str(error))
-        missed = audit(model, forged, wanted, *example) if example else []
+        missed, ran = audit(model, forged, wanted, *example) if example else ([], set())
         if missed and strict:
             raise RuntimeError(
                 f"sites {', '.join(map(repr, missed))} cannot be reached: the audit did not see their thresholds run. "
@@ -195,11 +207,39 @@ def transform(
             del record.reached[site], choice.kinds[site]
             record.left_out[site] = "the audit did not see its threshold run"
     record.audited = example is not None
+    if example:
+        _check_seen(stats, ran, record, strict)
     on_gpu = any(value.is_cuda for value in (*model.parameters(), *model.buffers()))
     if on_gpu if fuse is None else fuse:
         _fuse(model, forged, wanted, example, exact=not on_gpu)
     set_ratio(forged, ratio)
     return forged
+
+
+def _is_call(example: Any) -> bool:
+    return (
+        isinstance(example, tuple | list)
+        and len(example) == 2
+        and isinstance(example[0], tuple | list)
+        and isinstance(example[1], Mapping)
+    )
+
+
+def _check_seen(stats: Stats, ran: set[str], record: Forging, strict: bool) -> None:
+    """What the model ran in the audit is what calibration saw of it, or the statistics are not this model's."""
+    if stats.sites and ran.isdisjoint(stats.sites):
+        what = f"it ran {', '.join(map(repr, sorted(ran)[:3]))}" if ran else "it ran no site at all"
+        raise RuntimeError(
+            f"the model runs none of the {len(stats.sites)} sites that calibration saw ({what}): the statistics are "
+            "those of another form of it (a traced or exported one, say); calibrate the model that is to be forged"
+        )
+    unseen = sorted(ran - set(stats.sites))
+    if unseen and strict:
+        raise RuntimeError(
+            f"the model runs sites that calibration did not see: {', '.join(map(repr, unseen))}. They would stay as "
+            "they are. Calibrate on data that reaches them, or accept it with strict=False"
+        )
+    record.left_out |= dict.fromkeys(unseen, "calibration did not see it")
 
 
 def _hint(model: torch.nn.Module, missed: list[str]) -> str:
@@ -240,7 +280,7 @@ def _fuse(model: torch.nn.Module, forged: torch.nn.Module, wanted: list[str], ex
     unfused = copy.deepcopy(forged.graph)
     fused = fuse_producers(forged)
     try:
-        missed = audit(model, forged, wanted, *example, agree=same if exact else alike) if example else []
+        missed = audit(model, forged, wanted, *example, agree=same if exact else alike)[0] if example else []
         record.not_fused = f"the audit did not see the thresholds of {', '.join(missed)} run" if missed else None
     except AuditFailed as error:
         record.not_fused = str(error)
@@ -301,7 +341,7 @@ def _forge_whole(model: torch.nn.Module, stats: Stats, wanted: list[str], choice
     opened = opened_modules(wanted, layer_sites)
     graph, constants = capture(model, opened, stats.given, stats.contexts)
     keys = model.state_dict().keys()
-    model = copy.deepcopy(model)
+    model = copied(model)
     for name, value in constants.items():
         model.register_buffer(name, value, persistent=False)
     buffers: dict[str, tuple[str, ...]] = {}

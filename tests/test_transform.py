@@ -330,7 +330,7 @@ def test_the_oracle_agrees_with_the_formula():
 
 def test_a_site_that_cannot_be_reached_is_an_error_or_left_out(model, stats, monkeypatch):
     """No model is known for which this happens: the audit is made to find it."""
-    monkeypatch.setattr(sys.modules["forged_fx.transform"], "audit", lambda *_: ["fc#1", "#0"])
+    monkeypatch.setattr(sys.modules["forged_fx.transform"], "audit", lambda *_: (["fc#1", "#0"], {*SITES}))
     with pytest.raises(RuntimeError, match=r"'fc#1', '#0' cannot be reached.*exclude=\['fc#1', '#0'\].*strict=False"):
         forged_fx.transform(model, stats)
     rows = {row.site: row.left_out for row in forged_fx.describe(forged_fx.transform(model, stats, strict=False))}
