@@ -82,6 +82,8 @@ def _as_one(x: Tensor, steps: list[Step], keep: int | None) -> tuple[Callable, A
         row, more = FUNCTIONS[name][1] if module is None else row_of(module), None
         if row is None or (module is not None and row.role != MODULES[name].role):
             return None  # another module is there now, which has another place in the chain, if any
+        if row.dims and x.dim() not in row.dims:
+            return None
         if module is None:
             more = row.arguments(*args, **kwargs)
         elif is_as_its_class(module):

@@ -185,6 +185,9 @@ def _check_norm(a: dict[str, Any]) -> None:
     if not shape or over != shape:
         which = "dimension 1" if a["channels_first"] else "the last dimensions"
         raise ValueError(f"{name}: shape={shape} is not that of {which} of x, which is {tuple(x.shape)}")
+    for key in ("weight", "bias"):
+        if a[key] is not None and list(a[key].shape) != shape:
+            raise ValueError(f"{name}: {key} has shape {tuple(a[key].shape)}; it needs that of a row, {tuple(shape)}")
     if a["rms"] and a["bias"] is not None:
         raise ValueError(f"{name}: an RMSNorm has no bias; leave it out, or take the LayerNorm with rms=False")
     if a["eps"] is None and not a["rms"]:
@@ -283,14 +286,18 @@ def unrecorded(op: Any, x: Tensor, parameters: tuple[Tensor, ...], arguments: di
     if run is None or run is not ops.CUDA.get(op):
         return (run or op)(x, t, limit=limit, **arguments)
     case = (op, *arguments, *[
-        (v.dtype, v.shape, v.stride(), v.get_device()) if isinstance(v, Tensor) else v
+        (type(v), v.dtype, v.shape, v.stride(), v.get_device(), v.is_neg()) if isinstance(v, Tensor) else v
         for v in (x, *parameters, *arguments.values())
     ])  # fmt: skip
-    if case not in _known:
-        result = run(x, t, limit=limit, **arguments)
-        _learn(case, op, {**arguments, "x": x, "t": t, "limit": limit})
+    known = _known.get(case)
+    if known is None:
+        others = [v for v in (*parameters, *arguments.values()) if isinstance(v, Tensor)]
+        ordinary = ops.direct(op, x, *others) is not None
+        result = (run if ordinary else op)(x, t, limit=limit, **arguments)
+        if ordinary:
+            _learn(case, op, {**arguments, "x": x, "t": t, "limit": limit})
         return result
-    file, kernel = _known[case]
+    file, kernel = known
     y = torch.empty_like(x)
     kept = torch.empty_like(x) if "keep" in arguments else None
     tensors = (x, t, limit, y, kept, *map(arguments.get, file.OTHERS))

@@ -333,15 +333,19 @@ def direct(op: Callable, x: Tensor, *others: Tensor) -> Callable | None:
     return None if torch_internals.dispatched() else implementations.get(op)
 
 
+def _direct(op: Callable, args: tuple) -> Callable | None:
+    return direct(op, *[arg for arg in args if isinstance(arg, Tensor)])
+
+
 def _run(op: Callable, *args: Any) -> Tensor:
-    if run := direct(op, args[0]):
+    if run := _direct(op, args):
         return run(*args)
     with torch_internals.AutoDispatchBelowAutograd():
         return op(*args)
 
 
 def _run_recorded(op: Callable, *args: Any) -> Tensor:
-    if run := direct(op, args[0]):
+    if run := _direct(op, args):
         return run(*args)
     # autograd.Function switches both modes off; a torch.func transform further out has yet to record this.
     with torch.enable_grad(), torch_internals.forward_mode_enabled():

@@ -13,32 +13,42 @@ from torch import Tensor, nn
 from forged_fx.capture import is_as_its_class
 
 Arguments = dict[str, Any]  # of a fused operator
-_AFFINES = {"weight", "bias"}  # where nn.Module keeps them; asking it takes longer, and these are asked in each call
 
 
 @dataclass(frozen=True)
 class Producer:
     """A row. role: its place in the chain, see `ROLES`. arguments: what a fused operator takes in its place, from the
-    module, or from the function's other arguments; None where it has to run by itself now."""
+    module, or from the function's other arguments; None where it has to run by itself now. dims: how many dimensions
+    its input may have, where it is particular about that."""
 
     role: str
     arguments: Callable[..., Arguments | None]
+    dims: tuple[int, ...] = ()
+
+
+def _held(module: nn.Module, *names: str) -> list:
+    """These attributes, as Python would find them, and without asking nn.Module: that takes longer, and is done in each
+    call."""
+    own = vars(module)
+    parameters, buffers = own["_parameters"], own["_buffers"]
+    return [
+        own[name] if name in own else parameters[name] if name in parameters else buffers[name] if name in buffers
+        else getattr(module, name)
+        for name in names
+    ]  # fmt: skip
 
 
 def _batch_norm(m: Any) -> Arguments | None:
-    own = vars(m)
-    buffers, parameters = own["_buffers"], own["_parameters"]
-    mean, var = buffers.get("running_mean"), buffers.get("running_var")
-    if own["training"] or mean is None or var is None or not _AFFINES <= parameters.keys():
+    mean, var, weight, bias, eps, training = _held(
+        m, "running_mean", "running_var", "weight", "bias", "eps", "training"
+    )
+    if training or mean is None or var is None or isinstance(eps, Tensor):
         return None
-    return {"mean": mean, "var": var, "weight": parameters["weight"], "bias": parameters["bias"], "eps": own["eps"]}
+    return {"mean": mean, "var": var, "weight": weight, "bias": bias, "eps": eps}
 
 
 def _layer_norm_module(m: Any) -> Arguments | None:
-    own = vars(m)
-    if not _AFFINES <= (parameters := own["_parameters"]).keys():
-        return None
-    return _layer_norm(own["normalized_shape"], parameters["weight"], parameters["bias"], own["eps"])
+    return _layer_norm(*_held(m, "normalized_shape", "weight", "bias", "eps"))
 
 
 def _batch_norm_act(m: Any) -> Arguments | None:
@@ -51,8 +61,8 @@ def _batch_norm_act(m: Any) -> Arguments | None:
     return None if more is None else affine | more
 
 
-def _layer_norm(shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Arguments:
-    return {"shape": tuple(shape), "weight": weight, "bias": bias, "eps": eps}
+def _layer_norm(shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Arguments | None:
+    return None if isinstance(eps, Tensor) else {"shape": tuple(shape), "weight": weight, "bias": bias, "eps": eps}
 
 
 def _channels_first(m: Any) -> Arguments | None:
@@ -61,8 +71,8 @@ def _channels_first(m: Any) -> Arguments | None:
     return None if arguments is None else {**arguments, "channels_first": True}
 
 
-def _rms_norm(shape: Any, weight: Any = None, eps: float | None = None) -> Arguments:
-    return {"shape": tuple(shape), "weight": weight, "eps": eps, "rms": True}
+def _rms_norm(shape: Any, weight: Any = None, eps: float | None = None) -> Arguments | None:
+    return None if isinstance(eps, Tensor) else {"shape": tuple(shape), "weight": weight, "eps": eps, "rms": True}
 
 
 def _gelu(approximate: str = "none") -> Arguments:
@@ -78,21 +88,20 @@ def _random(share: str) -> Producer:
     return Producer("pass", lambda m: None if m.training and getattr(m, share) else {})
 
 
-_AFFINE = Producer("affine", _batch_norm)
 _LAYER_NORM = Producer("norm", _layer_norm_module)
 _ADD = Producer("add", lambda residual: {"residual": residual})  # or a bias, where that is a parameter
 _SCALE = Producer("scale", lambda weight: {"weight": weight})
 
 # By the full name of the class, so that no library is imported for it. A class derived from one of them is another one.
 MODULES: dict[str, Producer] = {
-    "torch.nn.modules.batchnorm.BatchNorm1d": _AFFINE,
-    "torch.nn.modules.batchnorm.BatchNorm2d": _AFFINE,
-    "torch.nn.modules.batchnorm.BatchNorm3d": _AFFINE,
+    "torch.nn.modules.batchnorm.BatchNorm1d": Producer("affine", _batch_norm, (2, 3)),
+    "torch.nn.modules.batchnorm.BatchNorm2d": Producer("affine", _batch_norm, (4,)),
+    "torch.nn.modules.batchnorm.BatchNorm3d": Producer("affine", _batch_norm, (5,)),
     "torch.nn.modules.normalization.LayerNorm": _LAYER_NORM,
     "timm.layers.norm.LayerNorm": Producer("norm", lambda m: None if m._fast_norm else _LAYER_NORM.arguments(m)),
-    "timm.layers.norm_act.BatchNormAct2d": Producer("affine, activation", _batch_norm_act),
-    "timm.layers.norm.LayerNorm2d": Producer("norm", _channels_first),
-    "torchvision.models.convnext.LayerNorm2d": Producer("norm", _channels_first),
+    "timm.layers.norm_act.BatchNormAct2d": Producer("affine, activation", _batch_norm_act, (4,)),
+    "timm.layers.norm.LayerNorm2d": Producer("norm", _channels_first, (4,)),
+    "torchvision.models.convnext.LayerNorm2d": Producer("norm", _channels_first, (4,)),
     "torch.nn.modules.normalization.RMSNorm": Producer(
         "norm", lambda m: _rms_norm(m.normalized_shape, m.weight, m.eps)
     ),

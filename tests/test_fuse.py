@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import forged_fx
 from forged_fx import fused_ops
 from forged_fx.audit import alike
+from forged_fx.capture import is_as_its_class
 from forged_fx.fuse import producer_threshold
 from forged_fx.kinds import KINDS
 from forged_fx.thresholds import thresholds_of
@@ -589,3 +590,52 @@ def test_a_model_on_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         assert fused.forging.fused == 1
         with torch.no_grad():
             torch.testing.assert_close(fused(x), plain(x), atol=1e-5, rtol=1e-5)
+
+
+HOOKS = {
+    "forward": lambda m: m.register_forward_hook(lambda *_: None),
+    "ahead": lambda m: m.register_forward_pre_hook(lambda *_: None),
+    "backward": lambda m: m.register_full_backward_hook(lambda *_: None),
+    "ahead of backward": lambda m: m.register_full_backward_pre_hook(lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_every_kind_of_hook_is_one(kind: str) -> None:
+    module = nn.Linear(2, 2)
+    assert is_as_its_class(module)
+    HOOKS[kind](module)
+    assert not is_as_its_class(module)
+
+
+def test_a_norm_is_asked_for_what_it_would_use_itself() -> None:
+    """As Python finds it: what stands in the instance's own dict comes first, as in the replicas of DataParallel."""
+    x = torch.randn(2, 6, 6, 5)
+    for norm, name in ((nn.BatchNorm2d(6), "weight"), (nn.BatchNorm2d(6), "running_mean"), (nn.LayerNorm(5), "bias")):
+        model = nn.Sequential(norm, nn.ReLU(), nn.Conv2d(6, 2, 1)).eval()
+        stats = forged_fx.calibrate(model, [x])
+        fused, plain = (forged_fx.transform(model, stats, 2**-3, fuse=fuse) for fuse in (True, False))
+        assert fused.forging.fused == 1
+        for forged in (fused, plain):
+            module = forged.get_submodule("0")
+            vars(module)[name] = torch.full_like(getattr(norm, name).detach(), 5.0)
+        with torch.no_grad():
+            assert torch.equal(fused(x), plain(x)) and not torch.allclose(plain(x), model(x))
+
+
+def test_an_input_that_the_norm_refuses_is_refused() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 2, 1)).eval()
+    x = torch.randn(2, 6, 6, 5)
+    fused = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-3, fuse=True)
+    for context in (torch.no_grad, torch.enable_grad):
+        with context(), pytest.raises(ValueError, match="expected 4D input"):
+            fused(x[0])
+
+
+def test_an_eps_that_is_a_tensor() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 2, 1)).eval()
+    x = torch.randn(2, 6, 6, 5)
+    fused = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0, fuse=True)
+    for network in (model, fused):
+        network.get_submodule("0").eps = torch.tensor(0.5)
+    assert torch.equal(fused(x), model(x))

@@ -154,6 +154,8 @@ def test_exported_programs_have_standard_operators() -> None:
         (lambda: norm(X, T, [5]), ValueError, r"shape=\[5\].*last dimensions"),
         (lambda: norm(X, T, [5], channels_first=True), ValueError, r"shape=\[5\].*dimension 1 of.*\(2, 6, 5, 4\)"),
         (lambda: norm(X, T, [4], bias=B, rms=True), ValueError, "has no bias"),
+        (lambda: norm(X, T, [4], weight=W[:1]), ValueError, r"weight has shape \(1,\).*that of a row, \(4,\)"),
+        (lambda: norm(X, T, [4], bias=B[None]), ValueError, r"bias has shape \(1, 4\)"),
         (lambda: norm(X, T, [4], eps=None), ValueError, "LayerNorm needs a number"),
         (lambda: norm(X, torch.ones(2), [4]), TypeError, "0-dim"),
         (lambda: norm(X, T, [4], function="mean"), ValueError, "no function 'mean'.*soft"),
@@ -269,6 +271,7 @@ CHANGES: dict[str, dict] = {
     "eps": {"eps": 0.5},
     "activation": {"activation": "relu6"},
     "function": {"function": "soft"},
+    "another dtype of the threshold": {"parameters": (T.double(),)},
 }
 
 
@@ -310,6 +313,25 @@ def test_what_no_kernel_takes_as_it_is_is_never_known(asked: list[Callable]) -> 
     for _ in range(2):
         found = fused_ops.unrecorded(elementwise.default, X, (T,), {"residual": negated, "function": "threshold"})
         assert same(found, threshold(X - R, T))
+        scale = {"weight": torch._neg_view(BN["weight"]), "channel": 1, "function": "threshold"}
+        found = fused_ops.unrecorded(elementwise.default, X, (T,), scale)
+        torch.testing.assert_close(found, threshold(X * -BN["weight"][:, None, None], T))
+
+
+def test_arguments_are_told_apart_by_their_names(asked: list[Callable]) -> None:
+    for name, expected in (("weight", X * W), ("bias", X + W)):
+        found = fused_ops.unrecorded(elementwise.default, X, (T,), {name: W, "channel": 3, "function": "threshold"})
+        assert same(found, threshold(expected, T))
+
+
+def test_a_case_may_be_forgotten_while_another_thread_looks(asked: list[Callable], monkeypatch) -> None:
+    class Forgetful(dict):
+        def __contains__(self, key: object) -> bool:
+            return True
+
+    monkeypatch.setattr(fused_ops, "_known", Forgetful())
+    found = fused_ops.unrecorded(elementwise.default, X, (T,), {"activation": "relu", "function": "threshold"})
+    assert same(found, threshold(F.relu(X), T))
 
 
 def test_known_cases_do_not_fill_the_memory(asked: list[Callable], monkeypatch: pytest.MonkeyPatch) -> None:

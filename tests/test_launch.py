@@ -59,6 +59,66 @@ def test_asked_again_for_what_decides(kernel, x, t):
     assert len(kernel.asked) == 2 and not kernel.runs
 
 
+ON = torch.rand(2, 16, 4, 4)  # channels of 16: one for each case of storage order
+BY_CHANNEL = {key: torch.rand(16) for key in ("mean", "var", "weight", "bias")}
+# launcher: its module, the kernel, a call, and what decides about the machine code or its arguments
+KEYS = {
+    "elementwise": (
+        "fused", "elementwise_threshold", {"x": ON, "t": T, **BY_CHANNEL},
+        {
+            "x": torch.rand(3, 16, 4, 4), "t": T.double(), "weight": torch.rand(16).half(), "bias": None, "eps": 0.5,
+            "residual": torch.rand(2, 16, 4, 4), "activation": "relu", "keep": "value", "function": "soft",
+        },
+    ),
+    "elementwise, another layout": (
+        "fused", "elementwise_threshold", {"x": ON, "t": T, **BY_CHANNEL},
+        {"x": torch.rand(2, 4, 4, 16).permute(0, 3, 1, 2)},
+    ),
+    "elementwise, another channel": (
+        "fused", "elementwise_threshold", {"x": torch.rand(16, 16), "t": T, "weight": torch.rand(16)}, {"channel": 0},
+    ),
+    "elementwise, the sum": (
+        "fused", "elementwise_threshold", {"x": ON, "t": T, "residual": ON.clone(), "keep": "value"},
+        {"add_first": True, "keep": None},
+    ),
+    "norm": (
+        "norm", "norm_threshold", {"x": torch.rand(4, 16), "t": T, "shape": [16], "weight": torch.rand(16)},
+        {
+            "x": torch.rand(8, 16), "t": T.double(), "weight": None, "bias": torch.rand(16), "eps": 0.5, "rms": True,
+            "keep": "value", "function": "soft",
+        },
+    ),
+    "norm, another row": (
+        "norm", "norm_threshold", {"x": torch.rand(4, 16), "t": T, "shape": [16]}, {"shape": [4, 16]},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_a_fused_kernel_is_asked_again_for_what_decides(name, kernel, monkeypatch):
+    module, operator, call, changes = KEYS[name]
+    module = pytest.importorskip(f"forged_fx.kernels.{module}")
+    kernel.arg_names = getattr(module, f"{operator}_kernel").arg_names
+    monkeypatch.setattr(module, f"{operator}_kernel", kernel)
+    launch = getattr(module, f"launch_{operator}")
+    for given in (call, *(call | {key: value} for key, value in changes.items())):
+        kernel.asked.clear(), kernel.runs.clear()
+        launch(**given), launch(**given)
+        assert len(kernel.asked) == len(kernel.runs) == 1, given
+        ((_, tensors, rest),) = kernel.asked
+        ((_, args),) = kernel.runs
+        behind = kernel.arg_names[len(tensors) :]
+        assert dict(zip(behind, args[len(tensors) :], strict=True)) == {key: rest[key] for key in behind}
+
+
+def test_asked_for_each_kernel_and_device(kernel, monkeypatch):
+    threshold.launch_threshold(X, T)
+    another = Kernel()
+    monkeypatch.setattr(threshold, "threshold_kernel", another)
+    threshold.launch_threshold(X, T)
+    assert len(another.asked) == 1 and not another.runs
+
+
 def test_asked_each_time_where_an_address_is_odd(kernel):
     """Machine code for aligned addresses must not get them, nor the other way round."""
     odd = torch.zeros(4101)[1:]
