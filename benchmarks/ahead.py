@@ -20,22 +20,25 @@ Job = Callable[[], object]  # that another process can be given: of functions th
 def ahead(jobs: Iterable[Job], at_once: int, ends: float) -> int:
     """Run the jobs, each in a new process; what runs at `ends`, of time.monotonic, is killed.
 
-    Returns how many were not through.
+    Returns how many were not through, or failed. ValueError for less than one at once.
     """
+    if at_once < 1:
+        raise ValueError(f"{at_once} jobs at once: at least 1")
     start = multiprocessing.get_context("spawn").Process
-    waiting, running = deque(jobs), []
+    waiting, running, failed = deque(jobs), [], 0
     while time.monotonic() < ends:
+        failed += sum(bool(process.exitcode) for process in running)
         running = [process for process in running if process.is_alive()]
         while waiting and len(running) < at_once:
             running.append(start(target=_quietly, args=(waiting.popleft(), torch.get_num_threads()), daemon=True))
             running[-1].start()
         if not running:
-            return 0
+            return failed
         time.sleep(0.05)
     for process in running:
         process.kill()
         process.join()
-    return len(running) + len(waiting)
+    return len(running) + len(waiting) + failed
 
 
 def _quietly(job: Job, threads: int) -> None:

@@ -31,6 +31,7 @@ import argparse
 import csv
 import datetime
 import functools
+import itertools
 import math
 import os
 import re
@@ -404,15 +405,14 @@ def compile_model(name: str, key: str, which: str, modes: list[Mode], args: argp
             call()
 
 
-def contests(name: str, key: str, which: str, mode: Mode, args: argparse.Namespace) -> None:
+def contests(name: str, key: str, which: str, mode: Mode, args: argparse.Namespace, folder: str) -> None:
     """Compiles what takes part, too; who wins while others use the GPU is forgotten with the folder."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
-        compile_model(name, key, which, [mode], args)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(dir=folder)
+    compile_model(name, key, which, [mode], args)
 
 
-def jobs(args: argparse.Namespace) -> Iterator[Job]:
-    """What is measured first, first; "max-autotune", which takes longest, last."""
+def jobs(args: argparse.Namespace, folder: str) -> Iterator[Job]:
+    """What is measured first, first; "max-autotune", which takes longest, last. folder: for what is to be forgotten."""
     modes = [MODES[name] for name in MODES if name in args.modes]
     usual = [mode for mode in modes if mode.mode != "max-autotune"]
     yield from (functools.partial(compile_kernels, key, args) for key in args.dtype)
@@ -420,7 +420,7 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
     yield from (functools.partial(compile_model, *what, usual, args) for what in whole if usual)
     for mode in modes:
         if mode not in usual:
-            yield from (functools.partial(contests, *what, mode, args) for what in whole)
+            yield from (functools.partial(contests, *what, mode, args, folder) for what in whole)
 
 
 # ---- the tables
@@ -446,10 +446,14 @@ def report(
     """Print the rows and write them as they come: what was measured is not lost with what fails later."""
     print(" ".join(f"{key:{width}}" for key, (width, _) in columns.items()))
     done = []
+    first = next(rows, None)
+    if first is None:  # a table of an earlier run is not lost to an empty one
+        print(f"no rows: {path} stays as it is\n")
+        return done
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*(field.name for field in fields(kind)), *where])
         writer.writeheader()
-        for row in rows:
+        for row in itertools.chain([first], rows):
             cells = asdict(row)
             print(" ".join(f"{cells[k]:{width}{form}}" for k, (width, form) in columns.items()).rstrip(), flush=True)
             for kernel in filter(None, cells.get("slower", "").split("; ")):
@@ -478,11 +482,16 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.ahead is None:
         args.ahead = len(os.sched_getaffinity(0)) if args.device == "cuda" else 0
+    if args.ahead < 0:
+        parser.error(f"--ahead {args.ahead}: at least 1, or 0 to compile nothing ahead")
+    args.dtype = list(dict.fromkeys(args.dtype))
+    args.csv.mkdir(parents=True, exist_ok=True)
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = options(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it started ends, too
     began = time.monotonic()
     ends = began + args.budget
     kernels_end = began + args.budget * (KERNELS_SHARE if args.models else 1)
@@ -503,8 +512,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.ahead:
         # (one folder, whoever compiles first: Inductor's own is named after it)
         os.environ.setdefault("TRITON_CACHE_DIR", str(Path(cache_dir()) / "triton" / "all"))
-        whole = list(jobs(args))
-        left = ahead(whole, args.ahead, began + args.budget * AHEAD_SHARE)
+        with tempfile.TemporaryDirectory() as folder:
+            whole = list(jobs(args, folder))
+            left = ahead(whole, args.ahead, began + args.budget * AHEAD_SHARE)
         through = f"{len(whole) - left} of {len(whole)} jobs"
         print(f"compiled ahead: {through} in {time.monotonic() - began:.0f} s, {args.ahead} at once")
     bandwidth = copy_bandwidth(args.device)

@@ -9,11 +9,15 @@ Forged models take a GPU's way here on a CPU, all but its last step: instead of 
 means nothing. The networks are those of README, narrow, so that what PyTorch computes beside it takes next to no time.
 What is not in it: Triton's launcher and CUDA's, a few microseconds for each kernel, of which a fused model has fewer.
 
-plain, fused, unfused: milliseconds of a forward pass, the fastest of the rounds, one thread. calls: the fused ones.
-per call: microseconds that one takes more than the modules whose place it takes. a threshold: that one alone takes.
+plain, graph, unfused, fused: milliseconds of a forward pass, the fastest of the rounds, one thread: the model; the
+graph of the forged one without its thresholds, which is faster than nested modules; with them; with fused ones. calls:
+those that are fused. per call: microseconds that one takes more than the modules whose place it takes. a threshold:
+that one alone takes. Both are beside the graph.
 """
 
 import argparse
+import copy
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -46,17 +50,31 @@ NETS = {
 class Anything(dict):
     """What kernels/launch.py knows: for each case, machine code that does nothing."""
 
+    launches = 0
+
     def get(self, key: Any, default: Any = None) -> Any:
+        self.launches += 1
         return (lambda *_: None), ()
 
 
-def take_a_gpus_way() -> None:
-    """From here on; nothing that is computed afterwards means anything."""
+def without_thresholds(forged: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    bare = copy.deepcopy(forged)
+    for node in bare.graph.nodes:
+        if node.target in ops.THRESHOLD_OPS:
+            node.replace_all_uses_with(node.args[0])
+            bare.graph.erase_node(node)
+    bare.recompile()
+    return bare
+
+
+def take_a_gpus_way() -> Anything:
+    """From here on; nothing that is computed afterwards means anything. Returns what counts the launches."""
     torch.cuda.current_device = lambda: None  # type: ignore[assignment,return-value] # a CPU's index
-    launching._known = Anything()
+    launching._known = launched = Anything()
     for op in ops.CUDA:
         ops._CPU[op] = ops.CUDA[op]
     in_place._plain = lambda *_: False  # type: ignore[assignment]
+    return launched
 
 
 def main() -> None:
@@ -64,6 +82,8 @@ def main() -> None:
     parser.add_argument("nets", nargs="*", default=list(NETS), metavar="NET", help=", ".join(NETS))
     parser.add_argument("--rounds", type=int, default=30)
     args = parser.parse_args()
+    if unknown := set(args.nets) - set(NETS):
+        parser.error(f"no network {min(unknown)!r}; there are {', '.join(NETS)}")
     torch.set_num_threads(1)
     models = {}
     for name in args.nets:
@@ -71,21 +91,27 @@ def main() -> None:
         model, x = make().eval(), torch.rand(1, 3, side, side)
         model, x = (v.to(memory_format=torch.channels_last) for v in (model, x))
         stats = forged_fx.calibrate(model, [x])
-        forged = {
-            which: forged_fx.transform(model, stats, 2**-6, fuse=which == "fused") for which in ("fused", "unfused")
-        }
-        models[name] = x, {"plain": model, **forged}
-    take_a_gpus_way()
-    print(f"{'network':<16}{'plain':>8}{'fused':>8}{'unfused':>9}{'calls':>7}{'per call':>10}{'a threshold':>13}")
+        fused, unfused = (forged_fx.transform(model, stats, 2**-6, fuse=fuse) for fuse in (True, False))
+        bare = without_thresholds(unfused)
+        models[name] = x, {"plain": model, "graph": bare, "unfused": unfused, "fused": fused}
+    launched = take_a_gpus_way()
+    heads = "".join(f"{head:>9}" for head in ("plain", "graph", "unfused", "fused", "calls"))
+    print(f"{'network':<16}{heads}{'per call':>10}{'a threshold':>13}")
     with torch.no_grad():
         for name, (x, variants) in models.items():
-            calls = {("", which): lambda m=m, x=x: m(x) for which, m in variants.items()}
-            plain, fused, unfused = (1e3 * seconds.min() for seconds in interleave(calls, args.rounds).values())
             fusing, sites = forging_of(variants["fused"]).fused, len(forging_of(variants["fused"]).reached)
-            alone = (unfused - plain) / sites
-            per_call = (fused - plain - (sites - fusing) * alone) / fusing
-            figures = f"{plain:>8.3f}{fused:>8.3f}{unfused:>9.3f}{fusing:>7}{1e3 * per_call:>10.1f}{1e3 * alone:>13.1f}"
-            print(f"{name:<16}{figures}")
+            for which, expected in (("graph", 0), ("unfused", sites), ("fused", sites)):
+                launched.launches = 0
+                variants[which](x), variants[which](x)
+                if launched.launches != 2 * expected:
+                    sys.exit(f"host.py: {name}, {which}: {launched.launches} launches in two passes of {expected}")
+            calls = {("", which): lambda m=m, x=x: m(x) for which, m in variants.items()}
+            times = [1e3 * seconds.min() for seconds in interleave(calls, args.rounds).values()]
+            _, graph, unfused, fused = times
+            alone = (unfused - graph) / sites
+            per_call = (fused - graph - (sites - fusing) * alone) / fusing
+            figures = "".join(f"{ms:>9.3f}" for ms in times)
+            print(f"{name:<16}{figures}{fusing:>9}{1e3 * per_call:>10.1f}{1e3 * alone:>13.1f}")
 
 
 if __name__ == "__main__":

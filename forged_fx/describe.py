@@ -107,8 +107,10 @@ def describe(model: torch.nn.Module, *, cost: bool = False, example: tuple[tuple
 def _unseen(owner: torch.nn.Module, record: Forging) -> list[str]:
     """Sites that only the audit saw, and layers without a site, of their own or where their weight is used."""
     sites = record.stats.sites
-    seen = {module_of(site) for site in sites} | {(site.weight or "").rpartition(".")[0] for site in sites.values()}
-    layers = [name for name, m in owner.named_modules() if isinstance(m, _LAYERS) and name not in seen]
+    names = {module_of(site) for site in sites} | {(site.weight or "").rpartition(".")[0] for site in sites.values()}
+    modules = dict(owner.named_modules(remove_duplicate=False))
+    seen = {id(modules[name]) for name in names if name in modules}  # (one that is registered twice has two names)
+    layers = [name for name, m in owner.named_modules() if isinstance(m, _LAYERS) and id(m) not in seen]
     return [*dict.fromkeys([*(site for site in record.left_out if site not in sites), *layers])]
 
 

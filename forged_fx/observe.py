@@ -258,6 +258,7 @@ class Observer:
             site = operand_name(name, i)
             new = self.on_call(Sighting(site, frame.name, call.kind, operand, channel, reads_input, first_run))
             if new is not None:
+                self.origins.mark((new,), self.origins.of(operand.value))  # it stands for it
                 args, kwargs = replace(args, kwargs, operand.key, new)
         return args, kwargs
 

@@ -173,9 +173,17 @@ def test_what_is_compiled_ahead_is_found(tmp_path: Path, monkeypatch: pytest.Mon
     """By the process that measures: both graphs; under max-autotune it compiles them itself, to hold the contests."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     modes = "compiled", "max-autotune"
-    args = gpu.options(["--device", "cpu", "--dtype", "float32", "--models", "digits", "--batch", "2", "--runs", "1"])
+    command = ["--device", "cpu", "--dtype", "float32", "--models", "digits", "--batch", "2", "--runs", "1"]
+    args = gpu.options([*command, "--csv", str(tmp_path)])
     args.modes, args.only = modes, "no kernel"
-    assert gpu.ahead(gpu.jobs(args), 2, time.monotonic() + 300) == 0
+    apart = tmp_path / "apart"
+    apart.mkdir()
+    jobs = list(gpu.jobs(args, str(apart)))
+    assert [job.func.__name__ for job in jobs] == ["compile_kernels", *["compile_model"] * 2, *["contests"] * 2]
+    assert gpu.ahead(jobs[3:], 2, time.monotonic() + 300) == 0
+    assert len([*apart.glob("*/fxgraph")]) == 0 and len([*apart.iterdir()]) == 2, "what a contest says is kept apart"
+    assert not (tmp_path / "fxgraph").exists()
+    assert gpu.ahead(jobs[:3], 2, time.monotonic() + 300) == 0
     found = {}
     for mode in modes:
         torch._dynamo.utils.counters.clear()
@@ -190,3 +198,34 @@ def test_what_is_not_through_is_killed() -> None:
     assert gpu.ahead([partial(time.sleep, 60)] * 3, 2, began + 3) == 3
     assert time.monotonic() - began < 20
     assert not multiprocessing.active_children()
+
+
+def test_what_fails_is_no_more_through_than_what_is_cut_off() -> None:
+    assert gpu.ahead([partial(os._exit, 3), partial(time.sleep, 0), partial(int, "x")], 2, time.monotonic() + 60) == 2
+    with pytest.raises(ValueError, match="at least 1"):
+        gpu.ahead([], 0, time.monotonic() + 1)
+
+
+@pytest.mark.parametrize("mode", gpu.MODES)
+def test_who_chooses(mode: str) -> None:
+    """A graph in the cache holds what won its contests, so those are held anew; of block sizes, none is taken over."""
+    config = torch._inductor.config
+    before = config.fx_graph_cache, config.autotune_local_cache
+    contests = gpu.MODES[mode].mode == "max-autotune"
+    with gpu.choosing(gpu.MODES[mode]):
+        assert (config.fx_graph_cache, config.autotune_local_cache) == (not contests, contests)
+        assert not torch.is_grad_enabled()
+    assert (config.fx_graph_cache, config.autotune_local_cache) == before
+
+
+def test_no_rows_leave_a_table_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("of an earlier run")
+    assert gpu.report(gpu.KernelRow, iter(()), gpu.KERNEL_COLUMNS, tmp_path / "rows.csv", {}) == []
+    assert (tmp_path / "rows.csv").read_text() == "of an earlier run"
+
+
+def test_a_missing_folder_is_made_first(tmp_path: Path) -> None:
+    args = gpu.options(["--device", "cpu", "--csv", str(tmp_path / "a" / "b"), "--dtype", "float32", "float32"])
+    assert args.csv.is_dir() and gpu.dtypes(args) == ["float32"]
+    with pytest.raises(SystemExit):
+        gpu.options(["--ahead", "-1"])

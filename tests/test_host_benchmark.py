@@ -20,6 +20,16 @@ def test_its_rows() -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     heads, row = (line.split() for line in done.stdout.splitlines())
-    assert heads[:5] == ["network", "plain", "fused", "unfused", "calls"] and row[0] == "vit_small"
-    plain, fused, unfused = map(float, row[1:4])
-    assert 0 < plain < fused and plain < unfused and row[4] == "36", "12 norms ahead of attention, 12 behind, 12 GELUs"
+    assert heads[:6] == ["network", "plain", "graph", "unfused", "fused", "calls"] and row[0] == "vit_small"
+    _, graph, unfused, fused = map(float, row[1:5])
+    assert 0 < graph < min(unfused, fused) and row[5] == "36", "12 norms ahead of attention, 12 behind, 12 GELUs"
+
+
+def test_it_sees_where_no_kernel_would_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import host
+
+    monkeypatch.setattr(host, "take_a_gpus_way", host.Anything)
+    monkeypatch.setattr(sys, "argv", ["host.py", "vit_small", "--rounds", "1"])
+    with pytest.raises(SystemExit, match="vit_small, unfused: 0 launches"):
+        host.main()

@@ -270,3 +270,21 @@ def test_the_functional_bilinear_too():
     model = Product(torch.rand(2, 4, 4), lambda x, w: F.bilinear(x, x, w)).eval()
     stats = forged_fx.calibrate(model, [W - 0.5])
     assert list(stats.sites) == ["#0", "#0:1"]
+
+
+class Slices(nn.Module):
+    """Its layers read slices with gaps in memory, and two of their results meet in a product."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 4), nn.Linear(2, 4)
+
+    def forward(self, x):
+        return self.a(x[:, :2]) @ self.b(x[:, 2:]).T
+
+
+def test_a_product_of_two_activations_is_none_where_the_audit_closes_gaps():
+    model = Slices().eval()
+    stats = forged_fx.calibrate(model, [W])
+    assert list(stats.sites) == ["a", "b"]
+    assert len(forged_fx.describe(forged_fx.transform(model, stats, 2**-2))) == 2
