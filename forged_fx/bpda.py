@@ -1,6 +1,7 @@
 """The gradient that an attack may ask for: straight through the thresholds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch.overrides import TorchFunctionMode
@@ -9,7 +10,11 @@ from forged_fx import torch_internals
 from forged_fx.ops import THRESHOLD_OPS
 
 
-class straight_through(TorchFunctionMode):
+class Backward(TorchFunctionMode):
+    """A base of the modes that choose which gradient a forged function has."""
+
+
+class straight_through(Backward):
     """A context manager: within it, every threshold's gradient is the identity. Values stay as they are.
 
         with forged_fx.straight_through():
@@ -20,7 +25,8 @@ class straight_through(TorchFunctionMode):
 
     What counts is where the forward runs: a backward has the gradient that its forward was run with. It
     holds for the thread that enters it, and for none that it starts. It nests. Compiled models are compiled
-    once for each gradient, when it is first asked for.
+    once for each gradient, when it is first asked for. `evaluate`, `sweep`, `search` and `lipschitz` choose their
+    gradients themselves, and name them: called within, they find what they find outside.
 
     Activation checkpointing with `use_reentrant=True` runs the forward anew in the backward, where no mode
     reaches it: take `use_reentrant=False`.
@@ -35,6 +41,16 @@ class straight_through(TorchFunctionMode):
         if func in THRESHOLD_OPS:
             args, kwargs = args[: THRESHOLD_OPS[func]], {**kwargs, "straight_through": True}
         return func(*args, **kwargs)
+
+
+@contextmanager
+def callers_gradient_off() -> Iterator[None]:
+    """Within, forged functions have their own gradient, whatever the caller chose; afterwards his choice is back.
+
+    For whatever says of its figures which gradient they were found with. Other function modes stay.
+    """
+    with torch_internals.without_function_modes(Backward):
+        yield
 
 
 def straight_through_enabled() -> bool:

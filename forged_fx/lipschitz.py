@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forged_fx.bpda import straight_through
+from forged_fx.bpda import callers_gradient_off, straight_through
 from forged_fx.evaluate import fingerprint
 from forged_fx.gains import Gains, gains
 from forged_fx.modes import as_found, fast_path_off
@@ -99,6 +99,7 @@ def lipschitz(
     on both. Where all of x lies in [0, 1], so does x + d.
 
     Neither model is changed; both run in eval mode, on their device. Rows of a batch must not depend on each other.
+    Called within `forged_fx.straight_through`, it finds what it finds outside.
 
     Args:
         model: the plain model. forged: what `transform` made of it.
@@ -115,7 +116,7 @@ def lipschitz(
     boxed = 0 <= x.min() and x.max() <= 1
     sites: dict[str, list[Gains]] = {}
     found: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}  # what, where -> (base, forged) of each batch
-    with as_found(model, forged), fast_path_off(), torch.random.fork_rng():
+    with as_found(model, forged), fast_path_off(), callers_gradient_off(), torch.random.fork_rng():
         for i, part in enumerate(track(list(x.split(batch_size)), "measuring")):
             for site, values in gains(forged, part, seed).items():
                 sites.setdefault(site, []).append(values)

@@ -11,7 +11,7 @@ import sys
 import types
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -41,6 +41,8 @@ NAMES = {
     "torch._functorch.utils.enable_single_level_autograd_function": "lets the operators' autograd functions be applied",
     "torch.autograd.function._SingleLevelFunction": "is the base of the operators' autograd functions",
     "torch.overrides._get_current_function_mode_stack": "finds modes that want to see the operators",
+    "torch.overrides._pop_mode": "takes a caller's modes off, so that they do not reach in",
+    "torch.overrides._push_mode": "puts them back",
     "torch._dynamo.variables.torch_function.torch_function_mode_stack_state_mgr": "has the modes that Dynamo took off",
     "torch._C._functorch.maybe_current_level": "tells whether torch.func transforms are at work",
     "torch._C._functorch.is_functorch_wrapped_tensor": "tells tensors within torch.vmap, which cannot be measured",
@@ -164,6 +166,24 @@ def modes_that_dynamo_took_off() -> list[Any]:
     from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
 
     return torch_function_mode_stack_state_mgr.stack
+
+
+@contextmanager
+def without_function_modes(kind: type) -> Iterator[None]:
+    """Off the stack, so that what is compiled within is guarded as if they had not been entered; others stay."""
+    found = function_modes()
+    _stack([mode for mode in found if not isinstance(mode, kind)])
+    try:
+        yield
+    finally:
+        _stack(found)
+
+
+def _stack(modes: list[Any]) -> None:
+    while function_modes():
+        torch.overrides._pop_mode()
+    for mode in modes:
+        torch.overrides._push_mode(mode)
 
 
 def in_forward_mode() -> bool:

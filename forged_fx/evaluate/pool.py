@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from forged_fx.bpda import callers_gradient_off
 from forged_fx.evaluate import checks
 from forged_fx.evaluate.attacks import Plan, Setting
 from forged_fx.evaluate.blocks import Blocks
@@ -35,11 +36,12 @@ class Judged:
 
 @contextmanager
 def at_peace(models: Mapping[str, nn.Module]) -> Iterator[None]:
-    """The models in eval mode and without gradients of their parameters, the caller's modes and random numbers kept;
-    afterwards all is as it was."""
+    """The models in eval mode and without gradients of their parameters, with their own gradient for attacks, the
+    caller's modes and random numbers kept; afterwards all is as it was."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
+        stack.enter_context(callers_gradient_off())
         stack.enter_context(checks.own_random_numbers())
         for name, model in models.items():
             stack.enter_context(checks.borrowed(model, name))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from forged_fx.bpda import callers_gradient_off
 from forged_fx.evaluate import blocks as unit
 from forged_fx.evaluate import checks, fingerprint, further, gallery, gradients, scale, surrogate
 from forged_fx.evaluate.attacks import ATTACKS, STRONGEST, Attack, Plan, Setting, choose
@@ -79,7 +80,8 @@ def evaluate(
             and it is returned. If it holds anything of another call, the error says what differs.
         progress: on standard error. None: if that is a terminal.
         bpda: a context manager under which the model's backward is the straight-through one, decided when the
-            forward runs. None: `forged_fx.straight_through`. For defences that are not this library's own.
+            forward runs. None: `forged_fx.straight_through`. For defences that are not this library's own; do not call
+            `evaluate` within it. (Within `forged_fx.straight_through` it may be called: that does not reach in.)
         shard: share the blocks among the processes that torchrun started, or that torch.distributed has. All of them
             must make the same call, each with its own copy of the models, and get the same result, that of one
             process; process 0 alone prints and writes. None: if there are any. False: this process alone.
@@ -132,6 +134,7 @@ def evaluate(
         enter = stack.enter_context
         enter(torch.inference_mode(False))
         enter(torch.no_grad())
+        enter(callers_gradient_off())
         enter(checks.own_random_numbers())
         training = sum(module.training for module in model.modules())
         notes = enter(checks.borrowed(model, "model"))

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+from forged_fx.bpda import Backward
 
 TEMPERATURES = (1.0, 0.3, 0.1)
 
@@ -72,7 +73,7 @@ class _Gate(torch.autograd.Function):
         return grad * slopes, *(None,) * (len(ctx.needs_input_grad) - 1)
 
 
-class smooth(TorchFunctionMode):
+class smooth(Backward):
     """A context manager, as `forged_fx.straight_through`: within it, forged functions have the gradient of their smooth
     surrogates. For eager models; values stay as they are."""
 
