@@ -66,7 +66,8 @@ class Finalist:
 class Search(Recorded):
     """What `search` found. `print` shows tables; `save`, `plot`, `forge`.
 
-    base: the model itself under the cheap attack, an empty configuration. trials: all others, in order. finalists: the
+    base: the model itself under the cheap attack, an empty configuration. trials: all others, in order; what loses too
+    much natural accuracy was not attacked, and has no figures of that: None, in the CSV nothing. finalists: the
     best worst case first. near, seen, kept: inputs on which trials were scored, inputs of the search in all, and those
     kept for confirmation. facts: what was asked, and of which data, by which versions.
     """
@@ -177,7 +178,8 @@ class Search(Recorded):
         for trial in (self.base, *ranked[:most]):
             name = str(trial.configuration) if trial.configuration.places else "base"
             natural = f"{trial.natural}" + ("" if trial.fit else " (too few)")
-            rows.append((name, str(trial.standing), f"{trial.margin:+.3f}", natural))
+            found = ("", "") if trial.margin is None else (str(trial.standing), f"{trial.margin:+.3f}")
+            rows.append((name, *found, natural))
         headings = "configuration", f"standing, of {self.near}", "margin", f"natural, of {self.seen}"
         return Table(title, headings, rows)
 
@@ -362,7 +364,7 @@ def walk(tried: Trials, sites: Sequence[str], kinds: Sequence[str], chance: rand
     except Spent:
         stopped = "the budget is spent"
     here = here or sorted(tried.made.values(), key=lambda trial: trial.score, reverse=True)[:STARTS]
-    better = {trial.configuration: trial for trial in here if trial.fit and trial.standing > tried.base.standing}
+    better = {trial.configuration: trial for trial in here if trial.score[:2] > tried.base.score[:2]}
     return sorted(better.values(), key=lambda trial: trial.score, reverse=True), stopped
 
 

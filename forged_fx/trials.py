@@ -7,12 +7,14 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from forged_fx import checked
 from forged_fx.configuration import Configuration
 from forged_fx.evaluate import checks, fingerprint, further, gradients, surrogate
 from forged_fx.evaluate.attacks import Setting, toolbox
@@ -41,20 +43,31 @@ class Trial:
 
     standing: of the inputs near the boundary, how many it still gets right. margin: the mean lead of the right class
     there, in units of the base's, each cut to [-1, 1]. natural: of all inputs, how many it gets right unattacked. fit:
-    it loses no more of these than it may; one that is not fit is not attacked. seconds: of computing.
+    it loses no more of these than it may; one that is not fit is not attacked, and its standing and margin are None.
+    seconds: of computing.
     """
 
     configuration: Configuration
-    standing: int
-    margin: float
+    standing: int | None
+    margin: float | None
     natural: int
     fit: bool
     seconds: float
 
+    @classmethod
+    def of(cls, record: Any) -> "Trial":
+        """From JSON; ValueError for anything else. A record of an earlier version has figures of what was not attacked,
+        which nobody measured."""
+        trial = checked.build(cls, record, "a trial")
+        if trial.fit and None in (trial.standing, trial.margin):
+            raise ValueError("a trial that is fit was attacked, and its standing and margin are numbers")
+        return trial if trial.fit else replace(trial, standing=None, margin=None)
+
     @property
-    def score(self) -> tuple[bool, int, float, int]:
+    def score(self) -> tuple[bool, float, float, int]:
         """Larger is better; of two that do as well, the one with fewer sites."""
-        return self.fit, self.standing, self.margin, -len(self.configuration.places)
+        standing, margin = (-math.inf if value is None else value for value in (self.standing, self.margin))
+        return self.fit, standing, margin, -len(self.configuration.places)
 
 
 class Trials:
@@ -151,17 +164,22 @@ class Trials:
         natural = {one: int(outcome["right"].sum()) for one, (outcome, _) in asked.items()}
         fit = [one for one in team if natural[one] >= self.least]
         attacked = all_of(fit, "attacked", self.near, attack, MARGINS)
-        unfit = {"margins": torch.full((len(self.near),), -math.inf)}, 0.0
         for one in team:
-            outcome, seconds = attacked.get(one, unfit)
-            self.made[one] = trial = self._trial(one, outcome["margins"], natural[one], asked[one][1] + seconds)
+            seconds = asked[one][1]
+            if one in attacked:
+                outcome, more = attacked[one]
+                trial = self._trial(one, outcome["margins"], natural[one], seconds + more)
+                said = f"{trial.standing} stand, margin {trial.margin:+.3f}, natural {trial.natural}"
+            else:
+                trial = Trial(one, None, None, natural[one], fit=False, seconds=seconds)
+                said = f"natural {trial.natural}, too few: not attacked"
+            self.made[one] = trial
             self.progress.advance(1)
-            said = f"natural {trial.natural}" + ("" if trial.fit else ", too few")
-            self.progress.log(f"{one}: {trial.standing} stand, margin {trial.margin:+.3f}, {said}")
+            self.progress.log(f"{one}: {said}")
 
     def _trial(self, configuration: Configuration, margins: Tensor, natural: int, seconds: float) -> Trial:
         standing, margin = int((margins > 0).sum()), float((margins / self.scale).clamp(-1, 1).nan_to_num(-1).mean())
-        return Trial(configuration, standing, margin, natural, natural >= self.least, seconds)
+        return Trial(configuration, standing, margin, natural, fit=True, seconds=seconds)
 
     def _all(self, jobs: Sequence[Job]) -> list[tuple[Outcome, float]]:
         """Of each job every block's outcome, put together, and the seconds that they took."""

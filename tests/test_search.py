@@ -79,7 +79,7 @@ def test_it_finds_what_was_planted_and_confirms_it_on_other_inputs(toy, tmp_path
     assert best is not None and best.configuration.at("3")[0] == "clamp" and best.verdict == "gain"
     assert (best.base_worst, best.worst, best.natural, found.kept) == (6, 24, 24, 24)
     assert best.p_holm == best.p < 1e-4 and "beats the base" in found.sentence and len(found.trials) <= 20
-    assert found.base.standing < max(trial.standing for trial in found.trials)
+    assert found.base.standing < max(trial.standing for trial in found.trials if trial.fit)
     confirmed = Result.load(tmp_path / best.folder)  # on inputs that the search has not seen
     assert confirmed.data["x_sha256"] == fingerprint.of_tensors([("x", x[24:])])
     forged = found.forge(model, stats)
@@ -121,7 +121,7 @@ def test_what_looks_better_to_the_search_alone_is_not_reported(monkeypatch):
     )
     (finalist,) = found.finalists
     assert finalist.worst <= finalist.base_worst + 1 and finalist.reason and found.best is None
-    assert max(t.standing for t in found.trials) > found.base.standing
+    assert max(t.standing for t in found.trials if t.fit) > found.base.standing
     assert "nothing beats the base" in found.sentence and finalist.reason in found.sentence
 
 
@@ -133,6 +133,32 @@ def test_natural_accuracy_is_bounded_in_the_search(toy):
         found = forged_fx.search(model, stats, x, y, **QUICK | harsh)
     lost = [trial for trial in found.trials if trial.natural < found.base.natural]
     assert lost and not any(trial.fit for trial in lost) and found.best is None
+
+
+def test_what_was_not_attacked_has_no_figures_of_an_attack(toy, tmp_path, monkeypatch):
+    model, stats, x, y = toy
+    harsh = {"kinds": ("clamp",), "attacks": ["noise"], "max_natural_loss": 0.0, "budget": 3}
+    monkeypatch.setitem(moves.LADDERS, "clamp", ((0.01,),))
+    found = forged_fx.search(model, stats, x, y, **QUICK | harsh, folder=tmp_path)
+    out = [trial for trial in found.trials if not trial.fit]
+    assert out and {(trial.standing, trial.margin) for trial in out} == {(None, None)}
+    assert found.base.standing is not None
+    assert not any("-1.000" in cell for _, *cells in found._tried().rows for cell in cells)
+    rows = [row for row in csv.DictReader((tmp_path / "search.csv").open()) if row["fit"] == "False"]
+    assert rows and {(row["standing"], row["margin"]) for row in rows} == {("", "")}
+    assert "too few: not attacked" in (tmp_path / "log.txt").read_text()
+    record = json.loads((tmp_path / "search.json").read_text())
+    assert [trial["standing"] for trial in record["trials"]] == [trial.standing for trial in found.trials]
+    assert Search.load(tmp_path).trials == found.trials
+    for trial in record["trials"]:  # as earlier versions wrote it
+        if not trial["fit"]:
+            trial.update(standing=0, margin=-1.0)
+    (tmp_path / "search.json").write_text(json.dumps(record))
+    assert Search.load(tmp_path).trials == found.trials
+    record["base"].update(margin=None)
+    (tmp_path / "search.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="its standing and margin are numbers"):
+        Search.load(tmp_path)
 
 
 def test_trials_are_attacked_along_the_smooth_surrogate_too(toy, monkeypatch):
