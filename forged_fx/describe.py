@@ -14,7 +14,7 @@ from forged_fx.evaluate import fingerprint
 from forged_fx.kinds import Kind
 from forged_fx.sites import module_of
 from forged_fx.stats import SiteStats
-from forged_fx.thresholds import parameters_of
+from forged_fx.thresholds import not_forged, parameters_of
 from forged_fx.transform import Forging, forging_of
 
 
@@ -78,7 +78,7 @@ def describe(model: torch.nn.Module, *, cost: bool = False, example: tuple[tuple
     """
     found = [(module, record) for module in model.modules() if (record := forging_of(module))]
     if not found:
-        raise ValueError(f"this {type(model).__name__} is not forged: describe what forged_fx.transform returned")
+        raise ValueError(not_forged(model, "describe"))
     rows = Description()
     rows.forging = fingerprint.of_forging(model)
     for owner, record in found:

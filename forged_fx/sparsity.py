@@ -17,7 +17,7 @@ from forged_fx.progress import track
 from forged_fx.rows import Rows, share, text
 from forged_fx.sites import is_activation, module_of
 from forged_fx.stats import SiteStats
-from forged_fx.thresholds import parameters_of
+from forged_fx.thresholds import not_forged, parameters_of
 from forged_fx.torch_internals import TorchDispatchMode
 from forged_fx.transform import forging_of
 
@@ -120,9 +120,7 @@ def sparsity(forged: torch.nn.Module, batches: Iterable[Any], *, max_batches: in
     """
     records = [(module, record) for module in forged.modules() if (record := forging_of(module))]
     if not records:
-        raise ValueError(
-            f"this {type(forged).__name__} is not forged: sparsity takes what forged_fx.transform returned"
-        )
+        raise ValueError(not_forged(forged, "sparsity"))
     owners = {site: (module, record) for module, record in records for site in record.reached}
     counts = _Count({id(buffers[0]): site for site, buffers in parameters_of(forged).items()})
     ran = False

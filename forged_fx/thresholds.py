@@ -7,10 +7,15 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.fx as fx
 
 from forged_fx.kinds import Kind, Value
+from forged_fx.ops import THRESHOLD_OPS
 from forged_fx.sites import call_of, is_activation, module_of, operand_of
 from forged_fx.stats import SiteStats
+
+
+PREFIX = "forged_"  # of every buffer's name
 
 
 class HoldsThresholds(torch.nn.Module):
@@ -44,7 +49,7 @@ def buffer_name(site: str, buffer: str = "threshold") -> str:
     """A buffer's name beside its module's own parameters: `forged_threshold`, `forged_threshold_1`, ..."""
     k, operand = call_of(site), operand_of(site)
     activation = "_activation" if is_activation(site) else ""
-    return f"forged_{buffer}{activation}" + (f"_{k}" if k else "") + (f"_input{operand}" if operand else "")
+    return f"{PREFIX}{buffer}{activation}" + (f"_{k}" if k else "") + (f"_input{operand}" if operand else "")
 
 
 def register(owner: torch.nn.Module, site: str, kind: Kind, stats: SiteStats, root: torch.nn.Module) -> tuple[str, ...]:
@@ -68,13 +73,34 @@ def tensors_beside(owner: torch.nn.Module, root: torch.nn.Module, values: Iterab
 
 
 def parameters_of(model: torch.nn.Module) -> dict[str, tuple[torch.Tensor, ...]]:
-    """site name -> its buffers, for every site forged within `model`."""
-    return {
+    """site name -> its buffers, for every site forged within `model`. In a program of torch.export's, which does not
+    say what its sites are called, buffer's name -> the buffer."""
+    found = {
         site: tuple(map(module.get_buffer, names))
         for module in model.modules()
         if isinstance(module, HoldsThresholds)
         for site, names in module.threshold_buffers.items()
     }
+    return found or _of_programs(model)
+
+
+def _of_programs(model: torch.nn.Module) -> dict[str, tuple[torch.Tensor, ...]]:
+    graphs = [module.graph for module in model.modules() if isinstance(module, fx.GraphModule)]
+    if not any(node.target in THRESHOLD_OPS for graph in graphs for node in graph.nodes):
+        return {}
+    buffers = model.named_buffers()
+    return {name: (buffer,) for name, buffer in buffers if name.rpartition(".")[2].startswith(PREFIX)}
+
+
+def not_forged(model: torch.nn.Module, what: str) -> str:
+    """What to say of a model without the record that `transform` keeps. what: the call's name."""
+    kind = type(model).__name__
+    if parameters_of(model):
+        return (
+            f"this {kind} has thresholds, and no record of its forging, which programs do not keep: {what} takes the "
+            "forged model that it was exported from"
+        )
+    return f"this {kind} is not forged: {what} takes what forged_fx.transform returned"
 
 
 def thresholds_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:

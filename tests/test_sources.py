@@ -1,8 +1,10 @@
 """Models and images by name."""
 
+import copy
 import enum
 import gzip
 import pickle
+import subprocess
 import sys
 import types
 import zipfile
@@ -163,6 +165,61 @@ def test_a_program_of_torch_export(program, x):
     assert torch.equal(forged_fx.transform(model, stats, 0)(x[:1]), model(x[:1]))
     with pytest.raises(ValueError, match="holds its weights"):
         load_model(str(program), "random")
+
+
+LOAD = """
+import sys, torch
+from forged_fx.sources import load_model
+model, (x, expected) = load_model(sys.argv[1]).module, torch.load(sys.argv[2], weights_only=True)
+assert torch.equal(model(x), expected)
+"""
+
+
+@pytest.fixture
+def forged(tmp_path, x):
+    """A forged model, and the path of the program that it was saved as."""
+    torch.manual_seed(0)
+    model = tiny().eval()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-4)
+    free = ({0: torch.export.Dim("n")},)
+    torch.export.save(torch.export.export(forged, (x,), dynamic_shapes=free), tmp_path / "forged.pt2")
+    return forged, str(tmp_path / "forged.pt2")
+
+
+def test_a_forged_program_is_loaded_where_nothing_else_of_the_library_was_used(forged, tmp_path, x):
+    model, path = forged
+    torch.save((x, model(x).detach()), tmp_path / "data")
+    done = subprocess.run([sys.executable, "-c", LOAD, path, tmp_path / "data"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+
+
+def test_a_forged_program_is_known_to_be_forged(forged, program, x):
+    model, path = forged
+    loaded = load_model(path)
+    wrapped = load_model(path, normalize="imagenet").classifier()
+    stats = forged_fx.calibrate(tiny().eval(), [x])
+    by_torch = torch.export.load(path).module()
+    for given in (loaded.module, wrapped, copy.deepcopy(loaded.module), by_torch):
+        for call, message in (
+            (lambda given=given: forged_fx.calibrate(given, [x]), "forged already, and is measured behind"),
+            (lambda given=given: forged_fx.transform(given, stats), "forged already: .* or forge the plain model"),
+            (lambda given=given: forged_fx.describe(given), "no record of its forging.*that it was exported from"),
+            (lambda given=given: forged_fx.sparsity(given, [x]), "no record of its forging.*sparsity takes the forged"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call()
+    with pytest.raises(ValueError, match="is not forged: describe takes what forged_fx.transform returned"):
+        forged_fx.describe(load_model(str(program)).module)
+
+
+def test_a_forged_program_is_judged_as_the_model_is(forged, x):
+    model, path = forged
+    y = model(x).argmax(1)
+    results = [
+        forged_fx.evaluate(one, x=x, y=y, eps=0.5, attacks=["apgd-ce"]) for one in (model, load_model(path).module)
+    ]
+    one, other = ([(row.kind, row.attacked, row.broken, row.note) for row in result.rows] for result in results)
+    assert one == other and ("BPDA", "apgd-ce") in {(row.kind, row.attack) for row in results[1].rows}
 
 
 class Harm:

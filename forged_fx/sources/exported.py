@@ -1,6 +1,9 @@
 """Programs that torch.export saved: models without their Python code.
 
 A program is code: what it computes it computes here. But nothing in its file is unpickled beyond tensors.
+
+One that was made of a forged model has its thresholds, and no record of its forging: it is attacked as it is, and
+`calibrate` and `transform` know it for forged.
 """
 
 import os
@@ -11,6 +14,8 @@ from pathlib import Path
 
 import torch
 from torch import fx, nn
+
+from forged_fx import fused_ops as fused_ops  # imported, it defines the operators that a forged program calls
 
 UNPICKLED = ("custom_obj_", "opaque_obj_")  # members of an archive that torch.export.load hands to pickle as they are
 
