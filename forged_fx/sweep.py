@@ -127,7 +127,10 @@ class Sweep(Recorded):
 
     @property
     def sentence(self) -> str:
-        best, worst = self.best, min(self.points, key=lambda point: (point.worst, point.natural))
+        best, least = self.best, min(self.points, key=lambda point: (point.worst, point.natural))
+        reach = f"{least.worst} ({least.name}) to {best.worst} ({best.name})"
+        if len({point.worst for point in self.points}) == 1:
+            reach = f"{best.worst} " + ("at every point" if len(self.points) > 1 else f"({best.name})")
         below = sum(point.high < 0 and point.p_holm <= 1 - LEVEL for point in self.points)
         masking = sum(point.verdict == "masking" for point in self.points)
         if self.better:
@@ -140,8 +143,7 @@ class Sweep(Recorded):
             f"of {len(self.points)} points {shown} the base"
             + (f", {below} measurably below" if below else "")
             + (f", {masking} masking" if masking else "")
-            + f": worst case {self.worst} of {self.n} at the base, {worst.worst} ({worst.name}) to {best.worst} "
-            f"({best.name}), Holm p = {best.p_holm:.2g}{then}"
+            + f": worst case {self.worst} of {self.n} at the base, {reach}, Holm p = {best.p_holm:.2g}{then}"
         )
 
     def records(self) -> list[dict[str, Any]]:
@@ -303,6 +305,12 @@ def _grid(ratios: Sequence[Ends] | Mapping[str, Sequence[Ends]], kinds: Sequence
         for kind in kinds
         for ratio in checked.several(by_kind[kind], "ratios", "numbers")
     ]
+    if by_site := [ratio for _, ratio in grid if isinstance(ratio, Mapping)]:
+        raise TypeError(
+            f"ratios: {by_site[0]!r} is no ratio. A point has one ratio, at every site that is forged: choose sites "
+            "with include= or exclude=; by kind write ratios={'hard': [2**-7], 'clamp': [0.7]}. A ratio for each site: "
+            "forged_fx.evaluate, of what transform(..., ratio=...) returned, or forged_fx.search"
+        )
     if not grid or len(set(grid)) < len(grid):
         raise ValueError(f"kinds={kinds}, ratios={ratios}: at least one point, and none twice")
     return grid

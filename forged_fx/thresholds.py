@@ -14,7 +14,6 @@ from forged_fx.ops import THRESHOLD_OPS
 from forged_fx.sites import call_of, is_activation, module_of, operand_of
 from forged_fx.stats import SiteStats
 
-
 PREFIX = "forged_"  # of every buffer's name
 
 

@@ -296,6 +296,18 @@ def test_numbers():
     assert options.kind("hard") == "hard" and options.kind("0=clamp, *=hard") == {"0": "clamp", "*": "hard"}
 
 
+def test_ratios_of_a_sweep():
+    assert options.ratios("2**-7, 1/64,off") == [2**-7, 2**-6, None]
+    assert options.ratios("hard=2**-7,2**-6,clamp=0.7,band=2**-6:0.5") == {
+        "hard": [2**-7, 2**-6],
+        "clamp": [0.7],
+        "band": [(2**-6, 0.5)],
+    }
+    for wrong in ("conv1=2**-7,*=2**-6", "2**-7,hard=2**-6", "hard=2**-7,=1/64"):
+        with pytest.raises(options.typer.BadParameter, match="is no kind"):
+            options.ratios(wrong)
+
+
 def test_only_the_first_process_prints(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     output.show({}, "text", as_json=False)

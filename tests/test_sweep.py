@@ -84,6 +84,19 @@ def test_no_gain_is_shown_that_evaluate_would_not_show(toy, tmp_path, monkeypatc
         assert ">none above the base<" in page and words in page and "cannot say" in page
 
 
+def test_the_sentence_names_a_range_where_there_is_one(toy):
+    model, x, y = toy
+    found = forged_fx.sweep(model, [x], x, y, **OPTIONS)
+    low, high = replace(found.points[0], worst=5), replace(found.points[2], worst=7)
+    for points, words in (
+        ([low, high], "5 (hard 0) to 7 (clamp 0.9)"),
+        ([low, replace(high, worst=5)], "5 at every point"),
+        ([high], "7 (clamp 0.9)"),
+    ):
+        found.points = points
+        assert f"worst case {found.worst} of {found.n} at the base, {words}, Holm p" in found.sentence
+
+
 def test_masking_shows_no_gain(toy):
     """The best worst case of all, and a gradient that hides examples."""
     model, x, y = toy
@@ -189,6 +202,8 @@ def test_errors_name_what_is_wrong(toy, tmp_path):
         ({"kinds": "hard"}, r"kinds='hard': a list of names, such as \['hard'\]"),
         ({"ratios": 0.1}, r"ratios=0.1: a list of numbers, such as \[0.1\]"),
         ({"ratios": {"hard": 0.1, "clamp": [0.5]}}, r"ratios=0.1: a list of numbers"),
+        ({"ratios": [{"1": 0.1, "*": 0.2}]}, r"\{'1': 0.1, '\*': 0.2\} is no ratio.*include= or exclude="),
+        ({"ratios": {"hard": [{"1": 0.1}], "clamp": [0.5]}}, r"one ratio, at every site.*forged_fx.search"),
     ):
         with pytest.raises(TypeError, match=message):
             forged_fx.sweep(model, [x], x, y, **OPTIONS | change)

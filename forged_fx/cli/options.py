@@ -118,6 +118,26 @@ def ratio(text: str) -> Any:
     return by_site(text, lambda value: _ratio(value.strip()))
 
 
+def ratios(text: str) -> Any:
+    """Ratios as `forged_fx.sweep` takes them: a list, or by kind where each kind's begin with "KIND="."""
+    by_kind: dict[str, list[Any]] = {}
+    kind = ""
+    for part in text.split(","):
+        name, given, value = part.rpartition("=")
+        kind = name.strip() if given else kind
+        by_kind.setdefault(kind, []).append(_ratio(value.strip()))
+    if list(by_kind) == [""]:
+        return by_kind[""]
+    from forged_fx.kinds import KINDS
+
+    if unknown := [kind for kind in by_kind if kind not in KINDS]:
+        raise typer.BadParameter(
+            f"--ratios: {unknown[0]!r} is no kind. Write 2**-7,2**-6 for every kind, or by kind hard=2**-7,2**-6,"
+            "clamp=0.7; a point has one ratio at every site, and --include and --exclude choose sites"
+        )
+    return by_kind
+
+
 def attacks(text: str) -> str | list[str]:
     """A preset's name, or names of attacks."""
     names = [name.strip() for name in text.split(",")]

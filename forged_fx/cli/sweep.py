@@ -17,7 +17,9 @@ def run(
     data: options.Data,
     eps: options.Eps,
     norm: Annotated[str, typer.Option(help="Linf, L2 or L1.")] = "Linf",
-    ratios: Annotated[str, typer.Option(help="Of every kind; for kind band LOW:HIGH.")] = "2**-8,2**-7,2**-6,2**-5",
+    ratios: Annotated[
+        str, typer.Option(help="Of every kind, or by kind: hard=2**-7,2**-6,clamp=0.7; for kind band LOW:HIGH.")
+    ] = "2**-8,2**-7,2**-6,2**-5",
     kinds: Annotated[str, typer.Option(help="hard, one_sided, shifted, soft, clamp, band, mean.")] = "hard",
     calibrate: options.Calibrate = None,
     calibrate_limit: options.Limit = None,
@@ -54,7 +56,7 @@ def run(
             x,
             y,
             eps=options.number(eps, "eps"),
-            ratios=[options.ratio(part) for part in ratios.split(",")],
+            ratios=options.ratios(ratios),
             kinds=chosen,
             norm=norm,
             attacks=options.attacks(attacks),
