@@ -1,5 +1,6 @@
 """What was done to a model, site by site, and what was left out, and why."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from forged_fx.checked import visible
+from forged_fx.configuration import written
 from forged_fx.cost import Cost
 from forged_fx.cost import cost as site_costs
 from forged_fx.evaluate import fingerprint
@@ -23,7 +25,10 @@ class Row:
     """One site. kind: of call. What follows share_zeroed's rule is None where it was left out, or does not apply.
 
     threshold: below which values are changed; limit: to which they are limited; width: the mean over the channels of
-    how near to its mean a value becomes it. share_zeroed, share_limited: of the inputs seen in calibration, in [0, 1].
+    how near to its mean a value becomes it. share_zeroed, share_limited: of the inputs seen in calibration, in [0, 1],
+    those that lie below the threshold, or above the limit. net_zeroed: share_zeroed without those that were 0 already
+    (a ReLU's), which is what forging zeroed; this is what `sparsity` and `sweep` call so, and what is printed. ratio:
+    threshold or limit as a share of c_max, or of the statistic that was chosen; None where it is not one number.
     forging: a key of `forged_fx.kinds.KINDS`. cost is None also where it was not asked for.
     """
 
@@ -40,6 +45,8 @@ class Row:
     limit: float | None = None
     width: float | None = None
     share_limited: float | None = None
+    net_zeroed: float | None = None
+    ratio: float | None = None
 
     def ends(self) -> str:
         """Threshold, limit and width in force, for a table."""
@@ -61,8 +68,12 @@ class Description(list[Row]):
         widths = [max(len(line[i]) for line in table) for i in range(5)]
         lines = ["  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[5]]) for line in table]
         lines.insert(1, "-" * max(map(len, lines)))
-        forged = sum(row.left_out is None for row in self)
-        lines.append(f"{forged} of {len(self)} sites forged, as {'; '.join(self.notes)}")
+        forged = [row for row in self if row.left_out is None]
+        if forged:
+            lines.append("zeroed: of the inputs seen in calibration, beyond those that were 0 already")
+        ratios = {row.ratio for row in forged if row.c_max}
+        at = f"at ratio {written(*ratios)}: " if len(ratios) == 1 and None not in ratios else ""
+        lines.append(f"{at}{len(forged)} of {len(self)} sites forged, as {'; '.join(self.notes)}")
         return visible("\n".join(line.rstrip() for line in lines))
 
 
@@ -71,8 +82,9 @@ def describe(model: torch.nn.Module, *, cost: bool = False, example: tuple[tuple
 
     A row holds the site's name, its kind of call, the shape of its input as seen in calibration (-1, printed `*`: it
     varied), c_max, the threshold in force now, the share of its inputs that this threshold would have zeroed in
-    calibration, or why it was left out. With `cost`, also what the threshold costs in compiled code (see
-    `forged_fx.cost`), for `example` = (args, kwargs) or the first calibration batch, where it is at hand.
+    calibration, beyond those that were 0 already, or why it was left out. Below stands the ratio, where all sites have
+    the same. With `cost`, also what the threshold costs in compiled code (see `forged_fx.cost`), for `example` =
+    (args, kwargs) or the first calibration batch, where it is at hand.
 
     Raises ValueError for a model that is not forged, or where `cost` has no example.
     """
@@ -89,8 +101,8 @@ def describe(model: torch.nn.Module, *, cost: bool = False, example: tuple[tuple
         costs = site_costs(owner, *input) if cost else {}
         for name, site in record.stats.sites.items():
             if name in record.reached:
-                kind, start = record.choice[name], (name, site.kind, site.shape, site.c_max)
-                rows.append(_forged(start, site, kind, parameters[name], record.reached[name], costs.get(name)))
+                kind, placed = record.choice[name], (record.reached[name], costs.get(name))
+                rows.append(_forged(name, site, kind, parameters[name], *placed, record.choice.statistic))
             elif name in record.left_out:
                 rows.append(Row(name, site.kind, site.shape, site.c_max, None, None, record.left_out[name], None))
         whole = "one graph" if record.not_whole is None else f"module by module ({record.not_whole})"
@@ -117,12 +129,23 @@ def _unseen(owner: torch.nn.Module, record: Forging) -> list[str]:
 _LAYERS = (torch.nn.Linear, torch.nn.modules.conv._ConvNd, torch.nn.Bilinear)
 
 
-def _forged(start: tuple, site: SiteStats, kind: Kind, buffers: tuple[Tensor, ...], reached: str, cost: Any) -> Row:
+def _forged(
+    name: str,
+    site: SiteStats,
+    kind: Kind,
+    buffers: tuple[Tensor, ...],
+    reached: str,
+    cost: Cost | None,
+    statistic: str,
+) -> Row:
     values = tuple(b.numpy(force=True) if b.dim() else float(b) for b in buffers)
     named = {name: float(np.mean(value)) for name, value in zip(kind.buffers, values, strict=True)}
     named = {name: value for name, value in named.items() if value < np.inf}  # a limit at infinity is none
     return Row(
-        *start,
+        name,
+        site.kind,
+        site.shape,
+        site.c_max,
         threshold=named.get("threshold"),
         share_zeroed=kind.share_zeroed(site, values),
         left_out=None,
@@ -132,7 +155,21 @@ def _forged(start: tuple, site: SiteStats, kind: Kind, buffers: tuple[Tensor, ..
         limit=named.get("limit"),
         width=named.get("width"),
         share_limited=kind.share_limited(site, values),
+        net_zeroed=kind.net_zeroed(site, values),
+        ratio=_ratio(site, values, statistic),
     )
+
+
+def _ratio(site: SiteStats, values: tuple[Any, ...], statistic: str) -> float | None:
+    """The ratio that gives this value, up to float32's rounding: a power of two, or a number of few digits."""
+    if len(values) > 1 or not np.isfinite(values[0]):
+        return None
+    size = site.statistic(statistic)
+    if not size:
+        return None
+    ratio = values[0] / size
+    power = 2.0 ** round(math.log2(ratio)) if ratio else 0.0
+    return power if math.isclose(ratio, power, rel_tol=1e-6) else float(f"{ratio:.6g}")
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -141,7 +178,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     if row.left_out is not None:
         return (*start, "-", f"left out: {row.left_out}")
     placed = row.reached if row.cost is None else str(row.cost)
-    zeroed = f"{row.share_zeroed:6.1%}" if row.share_zeroed is not None else "     ?"
+    zeroed = f"{row.net_zeroed:6.1%}" if row.net_zeroed is not None else "     ?"
     limited = f", {row.share_limited:.1%} limited" if row.share_limited is not None else ""
     forging = "" if row.forging == "hard" else f"{row.forging}, "
     return (*start, row.ends() or "off", f"{zeroed}{limited}  {forging}{placed}")

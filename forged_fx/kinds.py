@@ -130,6 +130,11 @@ class Kind:
             return None
         return site.share_zeroed(low)
 
+    def net_zeroed(self, site: SiteStats, values: tuple[Value, ...]) -> float | None:
+        """The same without those that were 0 already: what forging zeroed, as `sparsity` measures it."""
+        zeroed = self.share_zeroed(site, values)
+        return None if zeroed is None else max(zeroed - site.share_zero, 0.0)
+
     def share_limited(self, site: SiteStats, values: tuple[Value, ...]) -> float | None:
         """The share of the inputs seen in calibration that would have been limited; None where there is no limit."""
         limit: Any = dict(zip(self.buffers, values, strict=True)).get(HIGH.buffer)

@@ -141,10 +141,7 @@ def sparsity(forged: torch.nn.Module, batches: Iterable[Any], *, max_batches: in
         elements, before, after, changed = (int(number) for number in counts.seen.get(site, (0, 0, 0, 0)))
         shares = [number / max(elements, 1) for number in (before, after, after - before, changed)]
         kind, values = record.choice[site], tuple(_value(b) for b in parameters_of(module)[site])
-        zeroed = kind.share_zeroed(row, values)
-        already = row.zeros / max(row.sampled, 1)
-        predicted = None if zeroed is None else max(zeroed - already, 0.0)
-        found.append(SiteSparsity(site, place, kind.name, elements, *shares, predicted))
+        found.append(SiteSparsity(site, place, kind.name, elements, *shares, kind.net_zeroed(row, values)))
     return found
 
 

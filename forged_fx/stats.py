@@ -64,6 +64,11 @@ class SiteStats:
         return share_below(threshold, self.zeros if threshold > 0 else 0, self.histogram)
 
     @property
+    def share_zero(self) -> float:
+        """The share of the inputs seen in calibration that were zero already, in [0, 1]."""
+        return self.zeros / max(self.sampled, 1)
+
+    @property
     def channels(self) -> int | None:
         """How many channels were measured one by one; None: none were."""
         return None if self.channel_counts is None else self.channel_counts.size

@@ -357,8 +357,7 @@ def shares_changed(forged: nn.Module, stats: Stats) -> tuple[float | None, float
         if row.left_out is None:
             site = stats.sites[row.site]
             elements += site.elements
-            before = site.zeros / max(site.sampled, 1)
-            zeroed.append(None if row.share_zeroed is None else site.elements * max(row.share_zeroed - before, 0.0))
+            zeroed.append(None if row.net_zeroed is None else site.elements * row.net_zeroed)
             limited.append(site.elements * (row.share_limited or 0.0))
     return (None if None in zeroed else sum(zeroed) / max(elements, 1)), sum(limited) / max(elements, 1)
 

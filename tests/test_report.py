@@ -201,6 +201,22 @@ def test_shares_come_from_calibration_where_none_were_measured(folder, tmp_path)
     assert "<h2>Share zeroed by site</h2>" in page and "inputs in calibration" in page
 
 
+def test_what_was_zero_is_zero_behind_a_threshold_that_is_off(folder, tmp_path):
+    """In a run of an earlier version too, whose sites lack what was added since."""
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run" / "sparsity.json").unlink()
+    sites = json.loads((folder / "sites.json").read_text())
+    sites["zeros"] = dict.fromkeys(sites["zeros"], 0.375)
+    for row in sites["sites"]:
+        row["share_zeroed"] = row["share_zeroed"] and 0.0
+        del row["net_zeroed"], row["ratio"]
+    (tmp_path / "run" / "sites.json").write_text(json.dumps(sites))
+    page = report.page(report.Run.load(tmp_path / "run"))
+    rows = [row for row in re.findall("<tr.*?</tr>", page, re.DOTALL) if "37.5&nbsp;%" in row]
+    assert len(rows) == len(sites["sites"])
+    assert sum(row.count("37.5&nbsp;%") == 2 for row in rows) == len(rows) - 1  # one is left out
+
+
 def test_a_finalists_page_shows_its_search(folder, tmp_path):
     whole = tmp_path / "search"
     shutil.copytree(folder.parent, whole)

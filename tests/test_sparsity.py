@@ -11,6 +11,7 @@ from torch import nn
 import forged_fx
 from forged_fx.sparsity import place_of
 from forged_fx.stats import SiteStats
+from forged_fx.sweep import shares_changed
 
 
 def shares(row):
@@ -59,6 +60,53 @@ def test_what_each_kind_changes():
         assert (row.predicted is not None) == predicted
         if net is not None:
             assert row.net == pytest.approx(net) and row.predicted == pytest.approx(net, abs=0.01), kind
+
+
+def test_describe_and_sweep_call_zeroed_what_is_measured_here():
+    """Beyond a ReLU's own zeros, so that nothing jumps at ratio 0."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6)).eval()
+    x = torch.randn(500, 4)
+    stats = forged_fx.calibrate(model, [x])
+    assert stats.sites["2"].share_zero > 0.3
+    forged = forged_fx.transform(model, stats, 0.2)
+    rows = forged_fx.describe(forged)
+    for row, measured in zip(rows, forged_fx.sparsity(forged, [x]), strict=True):
+        assert row.net_zeroed == measured.predicted == pytest.approx(measured.net, abs=0.01)
+        line = next(line for line in str(rows).splitlines() if line.startswith(row.site))
+        assert f" {row.net_zeroed:.1%} " in line
+    assert rows[1].share_zeroed == pytest.approx(rows[1].net_zeroed + stats.sites["2"].share_zero)
+    elements = [stats.sites[row.site].elements for row in rows]
+    overall = sum(row.net_zeroed * n for row, n in zip(rows, elements, strict=True)) / sum(elements)
+    assert shares_changed(forged, stats)[0] == pytest.approx(overall)
+    assert "zeroed: of the inputs seen in calibration, beyond those that were 0 already" in str(rows)
+    for ratio in (0, 2**-20):
+        forged_fx.set_ratio(forged, ratio)
+        assert all(row.net_zeroed < 1e-3 for row in forged_fx.describe(forged))
+
+
+@pytest.mark.parametrize(
+    ("kind", "ratio", "text"),
+    [
+        ("hard", 2**-6, "at ratio 1/64: 2 of 2 sites"),
+        ("hard", 0.1, "at ratio 0.1: 2 of 2 sites"),
+        ("hard", 0, "at ratio 0: 2 of 2 sites"),
+        ("clamp", 0.7, "at ratio 0.7: 2 of 2 sites"),
+        ("hard", {"0": 0.1, "2": 0.2}, "\n2 of 2 sites"),
+        ("band", (0.1, 0.7), "\n2 of 2 sites"),
+        ("clamp", None, "\n2 of 2 sites"),
+    ],
+)
+def test_describe_says_the_ratio_where_there_is_one(kind, ratio, text):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6)).eval(), torch.randn(50, 4)
+    stats = forged_fx.calibrate(model, [x])
+    for statistic in ("max", "quantile(0.9)"):
+        forged = forged_fx.transform(model, stats, ratio, kind=kind, statistic=statistic)
+        assert text in str(forged_fx.describe(forged))
+    if not isinstance(ratio, float):
+        return
+    assert {row.ratio for row in forged_fx.describe(forged)} == {ratio}
 
 
 class Encoder(nn.Module):

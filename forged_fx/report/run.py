@@ -152,7 +152,7 @@ def _title(title: str, folder: Path) -> str:
 def save_sites(folder: str | os.PathLike[str], sites: Description, stats: Stats) -> None:
     """Write sites.json."""
     rows = [{**asdict(row), "cost": None if row.cost is None else str(row.cost)} for row in sites]
-    zeros = {name: site.zeros / max(site.sampled, 1) for name, site in stats.sites.items()}
+    zeros = {name: site.share_zero for name, site in stats.sites.items()}
     _write(Path(folder) / SITES, {"forging": sites.forging, "notes": sites.notes, "sites": rows, "zeros": zeros})
 
 
@@ -174,10 +174,12 @@ def _sites(path: Path) -> tuple[Description, dict[str, float]]:
         sites.forging = _forging(found)
         sites.notes = checked.fit(found["notes"], list[str], "notes")
         for i, row in enumerate(checked.fit(found["sites"], list[dict[str, Any]], "sites")):
-            row = {key: value for key, value in row.items() if key != "cost"}
+            later = {"net_zeroed": None, "ratio": None}  # a run of an earlier version does not have these
+            row = later | {key: value for key, value in row.items() if key != "cost"}
             sites.append(checked.build(Row, row, f"sites[{i}]", cost=None))
         zeros = checked.fit(found["zeros"], dict[str, float], "zeros")
-        if any(not 0 <= (share or 0) <= 1 for share in (*zeros.values(), *(row.share_zeroed for row in sites))):
+        shares = [share for row in sites for share in (row.share_zeroed, row.net_zeroed)]
+        if any(not 0 <= (share or 0) <= 1 for share in (*zeros.values(), *shares)):
             raise ValueError("a share that is not in [0, 1]")
         return sites, zeros
     except (KeyError, TypeError, ValueError) as error:

@@ -127,9 +127,10 @@ def _zeros(run: Run) -> str:
     else:
         title, when = "Share zeroed by site", "in calibration"
         shares = [
-            (row.site or "(root)", run.zeros.get(row.site, 0.0), row.share_zeroed, None)
+            (row.site or "(root)", before, max(before, row.share_zeroed), None)  # off, what was 0 is 0 all the same
             for row in run.sites
             if row.share_zeroed is not None
+            for before in [run.zeros.get(row.site, 0.0)]
         ]
         keys = {"line": "zero already", "model": "zeroed by forging"}
     if not shares:
@@ -269,7 +270,8 @@ def _sites(run: Run) -> str:
     rows = []
     for row in run.sites:
         shape = "varies" if row.shape is None else " × ".join("*" if size < 0 else str(size) for size in row.shape)
-        shares = (run.zeros.get(row.site), row.share_zeroed)
+        before, after = run.zeros.get(row.site), row.share_zeroed
+        shares = before, after if after is None else max(after, before or 0.0)
         cells = ["" if share is None else f"{100 * share:.1f} %" for share in shares]
         rows.append([row.site or "(root)", row.kind, shape, f"{row.c_max:.4g}", row.ends(), *cells, row.left_out or ""])
     if not any(row[-1] for row in rows):
