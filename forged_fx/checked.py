@@ -1,6 +1,8 @@
 """Values from files, checked before anything is made of them: files are data, and may come from anyone."""
 
 import json
+import numbers
+import os
 import stat
 import types
 from collections.abc import Iterable, Mapping
@@ -100,6 +102,21 @@ def several(given: Any, name: str, what: str) -> list[Any]:
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise TypeError(f"{name}={given!r}: a list of {what}, such as [{given!r}]")
     return list(given)
+
+
+def whole_number(given: Any, name: str, least: int | None = None) -> None:
+    """TypeError for an argument that is no whole number, ValueError for one that is too small."""
+    bound = "" if least is None else f" of at least {least}"
+    if not isinstance(given, numbers.Integral) or isinstance(given, bool):
+        raise TypeError(f"{name}={short(given)}: a whole number{bound}")
+    if least is not None and given < least:
+        raise ValueError(f"{name}={given}: at least {least}")
+
+
+def path(given: Any, what: str) -> None:
+    """TypeError for an argument that is no path. what: what the path is of, and of whom."""
+    if not isinstance(given, str | os.PathLike):
+        raise TypeError(f"{what} takes a path, not {type(given).__name__}")
 
 
 def short(value: Any) -> str:

@@ -12,7 +12,7 @@ from forged_fx.checked import visible
 from forged_fx.configuration import written
 from forged_fx.cost import Cost
 from forged_fx.cost import cost as site_costs
-from forged_fx.evaluate import fingerprint
+from forged_fx.evaluate import checks, fingerprint
 from forged_fx.kinds import Kind
 from forged_fx.sites import module_of
 from forged_fx.stats import SiteStats
@@ -88,6 +88,7 @@ def describe(model: torch.nn.Module, *, cost: bool = False, example: tuple[tuple
 
     Raises ValueError for a model that is not forged, or where `cost` has no example.
     """
+    checks.module(model, "model", "describe takes")
     found = [(module, record) for module in model.modules() if (record := forging_of(module))]
     if not found:
         raise ValueError(not_forged(model, "describe"))

@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from forged_fx import checked
 from forged_fx.bpda import callers_gradient_off, straight_through
-from forged_fx.evaluate import fingerprint
+from forged_fx.evaluate import checks, fingerprint
 from forged_fx.gains import Gains, gains
 from forged_fx.modes import as_found, fast_path_off
 from forged_fx.progress import track
 from forged_fx.rows import Rows, text
+from forged_fx.stats import is_number
 from forged_fx.thresholds import parameters_of
 
 EXACT = 64  # outputs: up to so many, the Jacobian is made row by row; beyond, its norms are estimated
@@ -107,8 +109,16 @@ def lipschitz(
         eps: of the largest step, Linf. steps: gradients per climb. batch_size: inputs at a time. seed: of the start.
 
     Raises:
-        ValueError: the second model is not forged; x has no row, or is no floating point.
+        TypeError, ValueError: the second model is not forged; x has no row, or is no floating point; an argument of no
+            use.
     """
+    for one, who in ((model, "plain model"), (forged, "forged model")):
+        checks.module(one, who, "lipschitz takes")
+    if not is_number(eps) or not 0 < eps < float("inf"):
+        raise ValueError(f"eps={eps!r} must be a positive number, such as 8 / 255")
+    checked.whole_number(steps, "steps", 0)
+    checked.whole_number(batch_size, "batch_size", 1)
+    checked.whole_number(seed, "seed")
     if not parameters_of(forged):
         raise ValueError(f"this {type(forged).__name__} is not forged: pass the plain model first, then the forged one")
     if not isinstance(x, Tensor) or not x.is_floating_point() or not len(x):

@@ -91,7 +91,10 @@ class Recorded:
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Self:
         """Read what `save` wrote. ValueError for anything else."""
+        checked.path(folder, f"{cls.__name__}.load")
         name = f"{cls.NAME}.json"
+        if not (Path(folder) / name).exists():
+            raise FileNotFoundError(f"{folder} holds no {name}: forged_fx.{cls.NAME}(..., folder=...) writes it")
         return cls.parse({name: checked.read(Path(folder) / name)}, str(folder))
 
     @classmethod

@@ -31,7 +31,7 @@ from forged_fx.evaluate.statistics import LEVEL, holm
 from forged_fx.evaluate.threat import Threat
 from forged_fx.recorded import LIMIT, Recorded, running, within
 from forged_fx.rows import Table
-from forged_fx.stats import Stats
+from forged_fx.stats import Stats, is_number
 from forged_fx.transform import select
 from forged_fx.trials import Spent, Trial, Trials
 
@@ -240,7 +240,15 @@ def search(
         TypeError, ValueError: as `evaluate` and `transform` do; an argument of no use.
         FileExistsError: `folder` holds the run of another call. BlockingIOError: another process works on it.
     """
+    checks.module(model, "model", "search forges")
     stats = stats if isinstance(stats, Stats) else Stats.load(stats)
+    for given, name, least in (
+        *((seed, "seed", None), (batch_size, "batch_size", 1)),
+        *((budget, "budget", None), (finalists, "finalists", None)),
+    ):
+        checked.whole_number(given, name, least)
+    if seconds is not None and not is_number(seconds):
+        raise TypeError(f"seconds={seconds!r}: a number, or None for no limit")
     threat, (x, y) = checks.threat(eps, norm), checks.inputs(x, y)
     choose(attacks)
     kinds = checked.several(kinds, "kinds", "names")
@@ -248,8 +256,8 @@ def search(
         raise ValueError(f"search does not know kind {unknown[0]!r}; choose from {', '.join(moves.LADDERS)}")
     if not kinds or budget < 1 or finalists < 1:
         raise ValueError(f"kinds={kinds}, budget={budget}, finalists={finalists}: at least one of each")
-    if not 0 <= max_natural_loss <= 1:
-        raise ValueError(f"max_natural_loss={max_natural_loss}: a share of all inputs, in [0, 1]")
+    if not is_number(max_natural_loss) or not 0 <= max_natural_loss <= 1:
+        raise ValueError(f"max_natural_loss={max_natural_loss!r}: a share of all inputs, in [0, 1]")
     (x, y), (kept_x, kept_y) = _split(x, y, confirm)
     sites, _ = select(stats, include, exclude)
     data = {"x": x, "y": y, "confirm_x": kept_x, "confirm_y": kept_y}
@@ -372,7 +380,7 @@ def _split(x: Tensor, y: Tensor, confirm: float | tuple[Tensor, Tensor]) -> tupl
     """(the search's x and y, the confirmation's)"""
     if isinstance(confirm, tuple):
         return (x, y), checks.inputs(*confirm)
-    kept = round(confirm * len(x)) if 0 < confirm < 1 else 0
+    kept = round(confirm * len(x)) if is_number(confirm) and 0 < confirm < 1 else 0
     if not 0 < kept < len(x):
         raise ValueError(f"confirm={confirm!r}: a share between 0 and 1 that leaves inputs on both sides, or (x, y)")
     return (x[:-kept], y[:-kept]), (x[-kept:], y[-kept:])

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forged_fx import ops
+from forged_fx import checked, ops
 from forged_fx.calibrate import model_inputs
-from forged_fx.evaluate import fingerprint
+from forged_fx.evaluate import checks, fingerprint
 from forged_fx.modes import as_found
 from forged_fx.progress import track
 from forged_fx.rows import Rows, share, text
@@ -116,8 +116,16 @@ def sparsity(forged: torch.nn.Module, batches: Iterable[Any], *, max_batches: in
         batches: as for `calibrate`. max_batches: stop after this many.
 
     Raises:
+        TypeError: what was given is no model, or are no batches.
         ValueError: the model is not forged, or there was no batch.
     """
+    checks.module(forged, "model", "sparsity takes")
+    if isinstance(batches, Tensor):
+        raise TypeError("batches is one tensor, and each of its rows would be a batch: pass [x] for one batch")
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"batches is {type(batches).__name__}: pass a list of batches, or a DataLoader")
+    if max_batches is not None:
+        checked.whole_number(max_batches, "max_batches", 1)
     records = [(module, record) for module in forged.modules() if (record := forging_of(module))]
     if not records:
         raise ValueError(not_forged(forged, "sparsity"))

@@ -171,9 +171,12 @@ class Stats:
     def merge(self, other: "Stats") -> "Stats":
         """The statistics of both scans together: exactly those of one scan over all their batches.
 
-        Raises ValueError where the two were taken from different models. A site that only one scan reached
-        (a branch that depends on the data) is kept.
+        Raises ValueError where the two were taken from different models, as far as modules of one name tell. A site
+        that only one scan reached (a branch that depends on the data) is kept; so are those of a model that shares no
+        name with this one, and `transform` then says which are missing.
         """
+        if not isinstance(other, Stats):
+            raise TypeError(f"merge takes the Stats of another scan of this model, not {type(other).__name__}")
         for name in self.modules:
             if name in other.modules and self.modules[name] != other.modules[name]:
                 raise ValueError(
@@ -292,10 +295,11 @@ class Stats:
         """Read what `save` wrote. Raises ValueError, naming the file and the fault, for anything else."""
         from safetensors import SafetensorError, safe_open
 
+        checked.path(path, "Stats.load")
         try:
             checked.regular(Path(path))
             with safe_open(path, framework="np") as file:
-                header = checked.parse((file.metadata() or {})["forged_fx.stats"])
+                header = checked.parse((file.metadata() or {}).get("forged_fx.stats") or _none_in(file))
                 if header["format"] != FORMAT:
                     raise ValueError(
                         f"its format is {checked.short(header['format'])}, and this version reads {FORMAT}"
@@ -340,11 +344,23 @@ class Stats:
                 f"there are no calibration statistics at {os.fspath(path)}: write them with "
                 "forged_fx.calibrate(model, batches).save(path)"
             ) from None
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OverflowError, OSError) as error:
+        except KeyError as error:
+            raise ValueError(
+                f"{os.fspath(path)} is not a file of calibration statistics (it lacks {error}): write one with "
+                "forged_fx.calibrate(model, batches).save(path)"
+            ) from error
+        except (SafetensorError, ValueError, TypeError, AttributeError, OverflowError, OSError) as error:
             raise ValueError(
                 f"{os.fspath(path)} is not a file of calibration statistics ({error}): write one with "
                 "forged_fx.calibrate(model, batches).save(path)"
             ) from error
+
+
+def _none_in(file: Any) -> Any:
+    names = sorted(file.keys())
+    more = ", ..." if len(names) > 3 else ""
+    held = f"tensors such as a model's weights ({checked.short(', '.join(names[:3]))}{more})" if names else "nothing"
+    raise ValueError(f"it holds {held} and no statistics")
 
 
 _TEXT_FIELDS = (

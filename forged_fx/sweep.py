@@ -242,7 +242,10 @@ def sweep(
         TypeError, ValueError: as `evaluate`, `calibrate` and `transform` do; no ratio or kind.
         FileExistsError: `folder` holds the run of another call. BlockingIOError: another process works on it.
     """
+    checks.module(model, "model", "sweep forges")
     threat, (x, y), plan = checks.threat(eps, norm), checks.inputs(x, y), choose(attacks)
+    for given, name, least in ((seed, "seed", None), (batch_size, "batch_size", 1), (rounds, "rounds", 0)):
+        checked.whole_number(given, name, least)
     grid = _grid(ratios, kinds)
     stats = batches if isinstance(batches, Stats) else calibrate(model, batches, channels="mean" in kinds, shard=shard)
     sites, _ = select(stats, include, exclude)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from forged_fx import checked
 from forged_fx.evaluate import further, transfer
 from forged_fx.evaluate.extras import need
 from forged_fx.evaluate.gradients import Logits
@@ -210,7 +211,7 @@ def choose(attacks: str | list[str] | tuple[str, ...]) -> Plan:
     """A preset, or the plan that runs the attacks named, each where its row of the table says."""
     if isinstance(attacks, str) and attacks in PRESETS:
         return PRESETS[attacks]
-    names = [attacks] if isinstance(attacks, str) else list(dict.fromkeys(attacks))
+    names = [attacks] if isinstance(attacks, str) else list(dict.fromkeys(checked.several(attacks, "attacks", "names")))
     unknown = [name for name in names if name not in (*ATTACKS, STRONGEST)]
     if unknown or not names:
         raise ValueError(

@@ -24,9 +24,9 @@ def threat(eps: float, norm: str) -> Threat:
     return Threat(float(eps), norm)
 
 
-def module(model: object, who: str) -> None:
+def module(model: object, who: str, does: str = "evaluate judges") -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"the {who} is {type(model).__name__}; evaluate judges an nn.Module: wrap it in one")
+        raise TypeError(f"the {who} is {type(model).__name__}; {does} an nn.Module: wrap it in one")
 
 
 def inputs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,10 +56,14 @@ def inputs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def logits(out: object, x: Tensor, y: Tensor, who: str, classes: int | None = None) -> Tensor:
     """The model's output on a batch, if it is one that can be judged."""
-    if not isinstance(out, Tensor) or not out.is_floating_point():
+    if not isinstance(out, Tensor):
         raise TypeError(f"the {who} returns {type(out).__name__}; wrap it so that it returns its logits as a tensor")
+    if not out.is_floating_point():
+        raise TypeError(f"the {who} returns {out.dtype}: classes, maybe; it must return floating-point logits")
     if out.dim() != 2 or len(out) != len(x) or out.shape[1] < 2:
-        raise ValueError(f"the {who} returns shape {tuple(out.shape)} for {len(x)} inputs; expected (n, classes)")
+        alone = out.shape in ((len(x),), (len(x), 1))
+        hint = "; of one score s for each input make two, torch.stack([-s, s], 1)" if alone else ""
+        raise ValueError(f"the {who} returns shape {tuple(out.shape)} for {len(x)} inputs; expected (n, classes){hint}")
     if classes is not None and out.shape[1] != classes:
         raise ValueError(f"the {who} has {out.shape[1]} classes, the model {classes}: they cannot be compared")
     if not bool(torch.isfinite(out).all()):

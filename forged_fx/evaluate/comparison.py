@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from forged_fx import checked
 from forged_fx.evaluate import report, statistics
 from forged_fx.evaluate.extras import need
 from forged_fx.evaluate.journal import differences
@@ -77,6 +78,9 @@ def compare(a: Result | str | os.PathLike[str], b: Result | str | os.PathLike[st
     ValueError, with every difference, if they are not of the same examples (x and y, by SHA-256) under the same threat:
     their figures then say nothing about each other. What else differs is listed in `Comparison.cautions`.
     """
+    for one in (a, b):
+        if not isinstance(one, Result):
+            checked.path(one, "of what is no Result, compare")
     names = _name(a, "a"), _name(b, "b")
     if names[0] == names[1]:
         names = str(a), str(b)

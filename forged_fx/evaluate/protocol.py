@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from forged_fx import checked
 from forged_fx.bpda import callers_gradient_off
 from forged_fx.evaluate import blocks as unit
 from forged_fx.evaluate import checks, fingerprint, further, gallery, gradients, scale, surrogate
@@ -115,8 +116,8 @@ def evaluate(
     threat = checks.threat(eps, norm)
     x, y = checks.inputs(x, y)
     plan = choose(attacks)
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: at least 1")
+    checked.whole_number(seed, "seed")
+    checked.whole_number(batch_size, "batch_size", 1)
     versions = {
         "forged_fx": version("forged_fx"),
         "pyautoattack": need("pyautoattack").__version__,

@@ -179,9 +179,12 @@ def _side(record: dict[str, Any], tensors: dict[str, Tensor], seconds: list[floa
 
 
 def load(folder: str | os.PathLike[str]) -> Result:
+    checked.path(folder, "Result.load")
     folder = Path(folder)
-    if not (folder / RECORD).exists() and (folder / UNFINISHED).exists():
-        raise FileNotFoundError(f"{folder} holds an unfinished run: the same call of evaluate finishes it")
+    if not (folder / RECORD).exists():
+        if (folder / UNFINISHED).exists():
+            raise FileNotFoundError(f"{folder} holds an unfinished run: the same call of evaluate finishes it")
+        raise FileNotFoundError(f"{folder} holds no {RECORD}: evaluate(..., folder={str(folder)!r}) writes it")
     return parse(_read(folder), str(folder))
 
 

@@ -1,0 +1,119 @@
+"""Arguments of no use are refused at once, in words that name the argument, what it is, and the next step."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import forged_fx
+from forged_fx.evaluate import Result
+from forged_fx.search import Search
+from forged_fx.sweep import Sweep
+
+LAYERS = nn.Flatten, lambda: nn.Linear(16, 5)
+X = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(6) % 5
+WITH = {"eps": 0.1, "attacks": ["apgd-ce"]}
+
+
+class Then(nn.Module):
+    """A model whose logits are made into something else."""
+
+    def __init__(self, then):
+        super().__init__()
+        self.model, self.then = nn.Sequential(*(make() for make in LAYERS)), then
+        self.eval()
+
+    def forward(self, x):
+        return self.then(self.model(x))
+
+
+@pytest.fixture(scope="module")
+def given():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(make() for make in LAYERS)).eval()
+    stats = forged_fx.calibrate(model, [X])
+    return model, stats, forged_fx.transform(model, stats, 0.1)
+
+
+CASES = {
+    "one tensor": (TypeError, r"pass \[x\] for one batch", lambda m, s, f: forged_fx.sparsity(f, X)),
+    "no batches": (TypeError, "batches is NoneType", lambda m, s, f: forged_fx.sparsity(f, None)),
+    "no model": (TypeError, "the model is str; sparsity takes", lambda m, s, f: forged_fx.sparsity("f", [X])),
+    "none of them": (
+        ValueError,
+        "max_batches=0: at least 1",
+        lambda m, s, f: forged_fx.sparsity(f, [X], max_batches=0),
+    ),
+    "nothing": (TypeError, "the model is NoneType; describe takes", lambda m, s, f: forged_fx.describe(None)),
+    "no forged model": (TypeError, "the forged model is NoneType", lambda m, s, f: forged_fx.lipschitz(m, None, X)),
+    "no plain model": (TypeError, "the plain model is NoneType", lambda m, s, f: forged_fx.lipschitz(None, f, X)),
+    "no radius": (ValueError, "eps=None must be", lambda m, s, f: forged_fx.lipschitz(m, f, X, eps=None)),
+    "a negative radius": (ValueError, "eps=-1 must be", lambda m, s, f: forged_fx.lipschitz(m, f, X, eps=-1)),
+    "no steps": (TypeError, "steps=None: a whole", lambda m, s, f: forged_fx.lipschitz(m, f, X, steps=None)),
+    "no batch": (ValueError, "batch_size=0: at least 1", lambda m, s, f: forged_fx.lipschitz(m, f, X, batch_size=0)),
+    "classes": (
+        TypeError,
+        "returns torch.int64: classes, maybe",
+        lambda m, s, f: forged_fx.evaluate(Then(lambda out: out.argmax(1)), x=X, y=Y, **WITH),
+    ),
+    "one score": (
+        ValueError,
+        r"shape \(6,\) for 6 inputs; expected \(n, classes\); of one score s for each input make two",
+        lambda m, s, f: forged_fx.evaluate(Then(lambda out: out[:, 0]), x=X, y=Y, **WITH),
+    ),
+    "no attacks": (
+        TypeError,
+        "attacks=None: a list of names",
+        lambda m, s, f: forged_fx.evaluate(m, x=X, y=Y, eps=0.1, attacks=None),
+    ),
+    "no seed": (TypeError, "seed=None: a whole", lambda m, s, f: forged_fx.evaluate(m, x=X, y=Y, **WITH, seed=None)),
+    "nothing at a time": (
+        TypeError,
+        "batch_size=None: a whole number of at least 1",
+        lambda m, s, f: forged_fx.evaluate(m, x=X, y=Y, **WITH, batch_size=None),
+    ),
+    "a sweep of nothing": (TypeError, "sweep forges an nn", lambda m, s, f: forged_fx.sweep(None, s, X, Y, **WITH)),
+    "no rounds": (TypeError, "rounds=None", lambda m, s, f: forged_fx.sweep(m, s, X, Y, **WITH, rounds=None)),
+    "a search of nothing": (TypeError, "search forges an nn", lambda m, s, f: forged_fx.search(None, s, X, Y, **WITH)),
+    "no statistics": (
+        TypeError,
+        "Stats.load takes a path, not NoneType",
+        lambda m, s, f: forged_fx.search(m, None, X, Y, **WITH),
+    ),
+    "no budget": (TypeError, "budget=None", lambda m, s, f: forged_fx.search(m, s, X, Y, **WITH, budget=None)),
+    "no number": (TypeError, "seconds='3'", lambda m, s, f: forged_fx.search(m, s, X, Y, **WITH, seconds="3")),
+    "no bound": (
+        ValueError,
+        "max_natural_loss=None",
+        lambda m, s, f: forged_fx.search(m, s, X, Y, **WITH, max_natural_loss=None),
+    ),
+    "no share": (ValueError, "confirm=None: a", lambda m, s, f: forged_fx.search(m, s, X, Y, **WITH, confirm=None)),
+    "no scan": (TypeError, "not NoneType", lambda m, s, f: s.merge(None)),
+    "no runs": (TypeError, "compare takes a path, not NoneType", lambda m, s, f: forged_fx.compare(None, None)),
+    "no such run": (FileNotFoundError, r"^nope holds no result.json", lambda m, s, f: forged_fx.compare("nope", "no")),
+    "no such result": (FileNotFoundError, "nope holds no result.json", lambda m, s, f: Result.load("nope")),
+    "no such sweep": (
+        FileNotFoundError,
+        r"no sweep.json: forged_fx.sweep\(",
+        lambda m, s, f: Sweep.load("nope"),
+    ),
+    "no such search": (FileNotFoundError, "nope holds no search.json", lambda m, s, f: Search.load("nope")),
+    "no path": (TypeError, "Search.load takes a path, not int", lambda m, s, f: Search.load(1)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_refused(case, given):
+    kind, message, call = CASES[case]
+    with pytest.raises(kind, match=message):
+        call(*given)
+
+
+def test_a_file_of_weights_is_called_so(given, tmp_path):
+    save_file(given[0].state_dict(), tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match=r"it holds tensors such as a model's weights \('1.bias, 1.weight'\) and no"):
+        forged_fx.Stats.load(tmp_path / "weights.safetensors")
+    save_file({}, tmp_path / "none.safetensors", {"forged_fx.stats": '{"format": 1}'})
+    with pytest.raises(ValueError, match=r"\(it lacks 'sites'\)"):
+        forged_fx.Stats.load(tmp_path / "none.safetensors")
