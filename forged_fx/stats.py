@@ -204,6 +204,8 @@ class Stats:
 
     def check_model(self, model: torch.nn.Module) -> None:
         """Raise ValueError, with the difference spelled out, unless these are the statistics of `model`."""
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"statistics are of an nn.Module, not of {type(model).__name__}")
         there = dict(model.named_modules())
         differences = []
         for name, shapes in self._differences(there):
@@ -235,6 +237,9 @@ class Stats:
         """Site name -> ratio: what `thresholds` multiplies c_max by."""
         names = [n for n, s in self.sites.items() if s.left_out is None and not is_activation(n)]
         names = names if sites is None else sites
+        for name in names:
+            if name not in self.sites:
+                match_sites([name], list(self.sites), "sites")
         for pattern, value in ratio.items() if isinstance(ratio, Mapping) else [(None, ratio)]:
             check_ratio(value, "ratio" if pattern is None else f"ratio for {pattern!r}")
         return {name: float(value) for name, value in self.per_site(ratio, names, "ratio").items()}
@@ -443,6 +448,8 @@ def check_ratio(ratio: Any, what: str = "ratio") -> float:
 def match_sites(patterns: list[str], names: list[str], what: str) -> list[str]:
     """The names that any pattern matches, in their order. A pattern without a match is an error, not a no-op."""
     for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{what}: {checked.short(pattern)} is no name of a site, nor a glob, which are text")
         if not any(name == pattern or fnmatchcase(name, pattern) for name in names):
             close = difflib.get_close_matches(pattern, names, n=3)
             some = ", ".join(map(repr, close or names[:5]))
