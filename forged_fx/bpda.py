@@ -45,7 +45,7 @@ class straight_through(Backward):
 
 @contextmanager
 def callers_gradient_off() -> Iterator[None]:
-    """Within, forged functions have their own gradient, whatever the caller chose; afterwards his choice is back.
+    """Within, forged functions have their own gradient; afterwards what the caller had chosen is back.
 
     For whatever says of its figures which gradient they were found with. Other function modes stay.
     """

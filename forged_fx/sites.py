@@ -283,10 +283,10 @@ def data_operands(call: Call, args: tuple, kwargs: dict, origin: Callable[[Any],
     is_data = [role == "x" or (role == "?" and of >= least) for role, *_, of in operands]
     data = [o for o, yes in zip(operands, is_data, strict=True) if yes]
     weights = [o for o, yes in zip(operands, is_data, strict=True) if not yes]
-    if not data or len(weights) != 1 or weights[0][3] is Origin.DATA:
+    if not data or not weights or any(of is Origin.DATA for *_, of in weights):
         return []  # activations alone, constants alone, or a weight that is itself computed from the input
-    _, _, weight, weight_from = weights[0]
-    fixed = None if weight_from & Origin.PARAMETER else FIXED_FILTER
+    fixed = None if any(of & Origin.PARAMETER for *_, of in weights) else FIXED_FILTER
+    _, _, weight, _ = weights[0]
     return [Operand(key, v, weight, fixed if of >= Origin.UNKNOWN else CONSTANT_INPUT) for _, key, v, of in data]
 
 

@@ -64,6 +64,8 @@ PRODUCTS = {
     "baddbmm_": (3, B, lambda x, w: torch.zeros(2, 4, 4).baddbmm_(x, w)),
     "chain_matmul": (2, W, torch.chain_matmul),
     "multi_dot": (2, W, lambda x, w: torch.linalg.multi_dot([x, w])),
+    "two weights": (2, W, lambda x, w: torch.linalg.multi_dot([x, w, w])),
+    "einsum, two weights": (2, W, lambda x, w: torch.einsum("ab,bc,cd->ad", w, x, w)),
     "convolution": (3, B[:, :, :1], lambda x, w: torch.convolution(x, w, None, [1], [0], [1], False, [0], 2)),
     "aten.mm": (2, W, torch.ops.aten.mm),
     "aten.einsum": (2, W, lambda x, w: torch.ops.aten.einsum.default("ab,bc->ac", [x, w])),
