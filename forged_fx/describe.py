@@ -127,7 +127,8 @@ def _unseen(owner: torch.nn.Module, record: Forging) -> list[str]:
     return [*dict.fromkeys([*(site for site in record.left_out if site not in sites), *layers])]
 
 
-_LAYERS = (torch.nn.Linear, torch.nn.modules.conv._ConvNd, torch.nn.Bilinear)
+_CONVOLUTIONS = [getattr(torch.nn, f"Conv{kind}{n}d") for kind in ("", "Transpose") for n in (1, 2, 3)]
+_LAYERS = (torch.nn.Linear, torch.nn.Bilinear, *_CONVOLUTIONS)
 
 
 def _forged(

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import forged_fx
+from forged_fx.transform import ForgedModule
 
 
 class Fork(nn.Module):
@@ -112,10 +113,10 @@ def test_what_it_saves_in_a_resnet(monkeypatch):
 
 
 def test_what_writes_into_memory_unseen_is_found_by_the_audit(x):
-    """What is written through `.data` is not counted. The model is forged module by module then."""
+    """What is written into another tensor's memory is not counted. The model is forged module by module then."""
 
     def unseen(x):
-        x.data.mul_(0.5)
+        x.new_empty(0).set_(x).mul_(0.5)
         return x
 
     torch.manual_seed(0)
@@ -124,6 +125,22 @@ def test_what_writes_into_memory_unseen_is_found_by_the_audit(x):
     with torch.no_grad():
         assert torch.equal(forged(x), model(x))
     assert "the result differs" in forged.forging.not_whole
+
+
+def test_a_graph_that_reaches_for_data_shares_nothing(x, tmp_path):
+    """What is written through `.data` is not counted either, and without a batch no audit would see it."""
+
+    def unseen(x):
+        x.data.mul_(0.5)
+        return x
+
+    torch.manual_seed(0)
+    model = Fork(between=unseen).eval()
+    forged_fx.calibrate(model, [x]).save(tmp_path / "stats")
+    forged = forged_fx.transform(model, tmp_path / "stats", 0)
+    assert isinstance(forged, ForgedModule)
+    with torch.no_grad():
+        assert torch.equal(forged(x), model(x))
 
 
 def test_a_site_that_writes_has_a_tensor_of_its_own(x, monkeypatch):
