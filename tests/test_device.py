@@ -19,7 +19,7 @@ from test_kinds_ops import KINDS, SCALAR, arguments
 from torch import nn
 
 import forged_fx
-from forged_fx import digits
+from forged_fx import digits, fused_ops
 from forged_fx.kernels import reference
 from forged_fx.thresholds import thresholds_of
 
@@ -149,6 +149,21 @@ def test_fused_by_default_and_in_fewer_launches(model, x, dtype):
 def launches(call, x):
     call(x)
     return len(gpu.kernels(functools.partial(call, x)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_case_that_is_known_gives_what_its_first_call_gave(model, x, dtype):
+    """On a device, `fused_ops.unrecorded` launches at once what it has seen."""
+    model, x = model.to(dtype), x.to(dtype)
+    forged = forge(model, x)
+    fused_ops._known.clear()
+    with torch.no_grad():
+        first, known = forged(x), len(fused_ops._known)
+        assert known and torch.equal(forged(x), first) and len(fused_ops._known) == known
+        fewer = forged(x[:3])
+        assert len(fused_ops._known) == 2 * known and torch.equal(forged(x[:3]), fewer)
+        assert close(fewer.float(), forge(model, x, fuse=False)(x[:3]).float(), 5e-2)
+        assert torch.equal(forged(x), first)
 
 
 @pytest.mark.parametrize("kind", sorted({*SCALAR, "hard"} - {"threshold"}))
