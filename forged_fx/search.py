@@ -242,11 +242,9 @@ def search(
     """
     checks.module(model, "model", "search forges")
     stats = stats if isinstance(stats, Stats) else Stats.load(stats)
-    for given, name, least in (
-        *((seed, "seed", None), (batch_size, "batch_size", 1)),
-        *((budget, "budget", None), (finalists, "finalists", None)),
-    ):
-        checked.whole_number(given, name, least)
+    for given, name in ((seed, "seed"), (budget, "budget"), (finalists, "finalists")):
+        checked.whole_number(given, name)
+    checked.whole_number(batch_size, "batch_size", 1)
     if seconds is not None and not is_number(seconds):
         raise TypeError(f"seconds={seconds!r}: a number, or None for no limit")
     threat, (x, y) = checks.threat(eps, norm), checks.inputs(x, y)
