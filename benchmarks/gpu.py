@@ -56,6 +56,7 @@ from torch import Tensor
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 import forged_fx
+from forged_fx.capture import in_a_line
 from forged_fx.thresholds import thresholds_of
 from forged_fx.throughput import interleave
 from forged_fx.transform import forging_of
@@ -102,8 +103,7 @@ def attempt(measure: Callable[[], dict[str, Any]], ends: float) -> dict[str, Any
     except Late:
         return {"left_out": LATE}
     except Exception as error:
-        first = next(iter(str(error).splitlines()), "")
-        return {"left_out": f"{type(error).__name__}: {first}"}
+        return {"left_out": in_a_line(error)}
 
 
 # ---- kernels

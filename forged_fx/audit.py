@@ -12,6 +12,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from forged_fx.capture import in_a_line
 from forged_fx.modes import eval_mode, fast_path_off, kept_buffers, kept_randomness, seed
 from forged_fx.observe import Observer, Sighting
 from forged_fx.ops import THRESHOLD_OPS
@@ -70,9 +71,7 @@ def audit(
             except Exception as error:  # the model took this input: a graph that does not is another program
                 if not isinstance(forged, fx.GraphModule):
                     raise
-                first, *_ = str(error).strip().splitlines() or [""]
-                why = f"{type(error).__name__}: {first}"
-                raise AuditFailed(f"audit: the graph does not take the input, {why}") from error
+                raise AuditFailed(f"audit: the graph does not take the input, {in_a_line(error)}") from error
 
     with torch.no_grad(), kept_randomness(), eval_mode(model), eval_mode(forged):
         with kept_buffers(model):

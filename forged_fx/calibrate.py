@@ -73,10 +73,7 @@ def calibrate(
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"calibrate takes the model first, then the batches; the model is {type(model).__name__}")
-    if isinstance(batches, Tensor):
-        raise TypeError("batches is one tensor, and each of its rows would be a batch: pass [x] for one batch")
-    if not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
-        raise TypeError(f"batches is {type(batches).__name__}: pass a DataLoader, a list or another iterable")
+    check_batches(batches)
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches={max_batches}: at least 1, or None for all")
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -109,6 +106,14 @@ def calibrate(
             stacklevel=3,
         )
     return stats
+
+
+def check_batches(batches: Any) -> None:
+    """TypeError for what is no iterable of batches."""
+    if isinstance(batches, Tensor):
+        raise TypeError("batches is one tensor, and each of its rows would be a batch: pass [x] for one batch")
+    if not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+        raise TypeError(f"batches is {type(batches).__name__}: pass a DataLoader, a list or another iterable")
 
 
 def scan(

@@ -80,13 +80,11 @@ def _trace(model: torch.nn.Module, opened: set[str], given: set[str]) -> tuple[f
     try:
         with kept_buffers(model) as written, kept_randomness() as drawn:
             graph = _SiteTracer(opened).trace(model, concrete_args=defaults or None)
-            if drawn():
-                raise Untraceable("its forward draws random numbers, which a graph would hold as they fell once")
-    except Untraceable:
-        raise
+            drew = drawn()
     except Exception as error:  # tracing runs the user's code on proxies: anything can be raised from it
-        first_line = next(iter(str(error).strip().splitlines()), "")
-        raise Untraceable(f"{type(error).__name__}: {first_line}") from error
+        raise Untraceable(in_a_line(error)) from error
+    if drew:
+        raise Untraceable("its forward draws random numbers, which a graph would hold as they fell once")
     if written:
         raise Untraceable(f"its forward writes into {written[0]!r}, which a graph would not do")
     graph._tracer_cls = fx.Tracer  # what unpickling retraces with; ours needs to be told what to open
@@ -101,6 +99,11 @@ def _trace(model: torch.nn.Module, opened: set[str], given: set[str]) -> tuple[f
         graph.erase_node(node)
     literals = [n.target for n in graph.find_nodes(op="get_attr") if n.target.startswith("_tensor_constant")]
     return graph, {name: vars(model).pop(name) for name in dict.fromkeys(literals)}  # the next trace names its own
+
+
+def in_a_line(error: Exception) -> str:
+    """Its type, and the first line of what it says."""
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
 def has_hooks(module: torch.nn.Module) -> bool:

@@ -125,6 +125,7 @@ def _aten(rows: dict[str, Call]) -> dict[Callable, Call]:
     return found
 
 
+_BILINEAR = Call("bilinear", "xxw", ((0, "input1"), (1, "input2"), (2, "weight")))
 _RECURRENT = Call("recurrent", "x", ((0, "input"),), opens=False)
 
 # One row per function. A method is listed as the function that `torch.Tensor` holds.
@@ -136,8 +137,8 @@ CALLS: dict[Callable, Call] = {
     F.conv_transpose1d: _layer("conv_transpose1d", -2),
     F.conv_transpose2d: _layer("conv_transpose2d", -3),
     F.conv_transpose3d: _layer("conv_transpose3d", -4),
-    F.bilinear: Call("bilinear", "xxw", ((0, "input1"), (1, "input2"), (2, "weight"))),
-    torch.bilinear: Call("bilinear", "xxw", ((0, "input1"), (1, "input2"), (2, "weight"))),
+    F.bilinear: _BILINEAR,
+    torch.bilinear: _BILINEAR,
     torch.matmul: _product("matmul", 0, "input", "other"),
     Tensor.matmul: _product("matmul", 0, "self", "other"),
     Tensor.__matmul__: _product("matmul", 0, "self", "other"),
@@ -184,7 +185,7 @@ CALLS: dict[Callable, Call] = {
             "conv_transpose3d": _layer("conv_transpose3d", -4),
             "convolution": _layer("convolution", None),
             "_convolution": _layer("convolution", None),
-            "bilinear": Call("bilinear", "xxw", ((0, "input1"), (1, "input2"), (2, "weight"))),
+            "bilinear": _BILINEAR,
             "matmul": _product("matmul", 0, "self", "other"),
             "mm": _product("mm", 0, "self", "mat2"),
             "mv": _product("mv", 0, "self", "vec"),

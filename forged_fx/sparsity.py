@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from forged_fx import checked, ops
-from forged_fx.calibrate import model_inputs
+from forged_fx.calibrate import check_batches, model_inputs
 from forged_fx.evaluate import checks, fingerprint
 from forged_fx.modes import as_found
 from forged_fx.progress import track
@@ -120,10 +120,7 @@ def sparsity(forged: torch.nn.Module, batches: Iterable[Any], *, max_batches: in
         ValueError: the model is not forged, or there was no batch.
     """
     checks.module(forged, "model", "sparsity takes")
-    if isinstance(batches, Tensor):
-        raise TypeError("batches is one tensor, and each of its rows would be a batch: pass [x] for one batch")
-    if not isinstance(batches, Iterable):
-        raise TypeError(f"batches is {type(batches).__name__}: pass a list of batches, or a DataLoader")
+    check_batches(batches)
     if max_batches is not None:
         checked.whole_number(max_batches, "max_batches", 1)
     records = [(module, record) for module in forged.modules() if (record := forging_of(module))]
