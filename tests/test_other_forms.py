@@ -276,14 +276,14 @@ def test_the_functional_bilinear_too():
 
 
 class Slices(nn.Module):
-    """Its layers read slices with gaps in memory, and two of their results meet in a product."""
+    """One layer reads a slice with gaps in memory, one reads all of it, and their results meet in a product."""
 
     def __init__(self):
         super().__init__()
-        self.a, self.b = nn.Linear(2, 4), nn.Linear(2, 4)
+        self.a, self.b = nn.Linear(2, 4), nn.Linear(4, 4)
 
     def forward(self, x):
-        return self.a(x[:, :2]) @ self.b(x[:, 2:]).T
+        return self.a(x[:, :2]) @ self.b(x).T
 
 
 def test_a_product_of_two_activations_is_none_where_the_audit_closes_gaps():
