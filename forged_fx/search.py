@@ -398,6 +398,9 @@ def _confirmed(results: Sequence[tuple[Configuration, Path | None, Result]], max
         lost = counts["base_natural"] - counts["natural"]
         reasons = {
             f"evaluate: {result.verdict}": result.verdict != "gain",
+            "not all of AutoAttack can be run here, attacks='relentless' runs all else": (
+                result.verdict == "cannot say" and bool(result.model.undefined)
+            ),
             f"p = {p_holm:.2g} for {len(results)} finalists": result.verdict == "gain" and p_holm > 1 - LEVEL,
             f"loses {100 * lost / result.n:.1f} points of natural accuracy": lost > max_natural_loss * result.n,
         }

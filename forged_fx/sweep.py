@@ -87,7 +87,7 @@ class Point:
 
     @property
     def stands(self) -> bool:
-        """Whether that is a gain by the rules of `evaluate` too: after all of AutoAttack, unmasked, without a doubt."""
+        """Whether that is a gain by the rules of `evaluate` too: after all that it takes, unmasked, without a doubt."""
         return self.above and self.verdict == "gain"
 
 

@@ -1,5 +1,6 @@
 """The evaluator against answers known beforehand."""
 
+import json
 import logging
 import sys
 from contextlib import contextmanager
@@ -310,3 +311,29 @@ def test_a_claimed_example_counts_only_if_it_keeps_the_rules(claim, counts, monk
     if counts == "broken":
         assert row.rejected == 0
         result.verify(model, x, y)
+
+
+# --- what is not defined for the inputs ---
+
+
+def test_no_gain_after_all_of_autoattack_where_it_cannot_all_be_run(hurried, tmp_path):
+    strong, weak, x, y = planted.strong_and_weak()
+    call = {"x": x.flatten(1), "y": y}
+    standard = evaluate(strong, weak, **call)
+    assert standard.compared().direction == 1
+    assert (standard.complete, standard.verdict) == (False, "cannot say")
+    assert "square: needs images" in standard.sentence and "attacks='relentless'" in standard.sentence
+    whole = evaluate(strong, weak, **call, attacks="relentless", folder=tmp_path)
+    assert (whole.complete, whole.verdict) == (False, "gain")
+    assert "not all of AutoAttack can be run here (square: needs images" in whole.sentence
+    assert "autoattack_acc" not in json.loads((tmp_path / "result.json").read_text())["robustbench"]
+    assert evaluate(strong, weak, x=x, y=y).verdict == "gain"
+
+
+def test_where_nothing_was_attacked_no_figure_is_a_worst_case():
+    model, x = linear(shape=(12,)), inputs(20, (12,))
+    result = evaluate(model, x=x, y=model(x).argmax(1), attacks=["square"])
+    assert result.verdict == "cannot say" and result.sentence.startswith("no attack was run (square: needs images")
+    assert "worst case" not in result.sentence
+    with pytest.raises(ValueError, match=r"attacks='strongest': that runs again.*name one of them"):
+        evaluate(model, x=x, y=model(x).argmax(1), attacks="strongest")

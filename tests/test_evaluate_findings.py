@@ -11,7 +11,8 @@ from planted import Changed, Cut, Hidden, evaluate
 
 import forged_fx
 from forged_fx.digits import EPS, one_thread
-from forged_fx.evaluate import scale
+from forged_fx.evaluate import further, scale
+from forged_fx.evaluate.attacks import ATTACKS
 from forged_fx.evaluate.findings import CHECKS, Case, examine
 from forged_fx.evaluate.probes import Probes
 from forged_fx.evaluate.result import STANDING, Row, Side
@@ -240,3 +241,20 @@ def test_every_check_has_its_paragraph():
     text = (Path(__file__).parents[1] / "docs" / "findings.md").read_text(encoding="utf-8")
     headings = [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")]
     assert headings[: len(CHECKS)] == [check.name for check in CHECKS]
+
+
+# --- what is no masking ---
+
+
+@pytest.mark.parametrize(
+    "names, base", [(["apgd-random"], False), (["square", "apgd-random"], False), (["apgd-ce", "apgd-random"], False),
+                    (["apgd-random"], True), (["mi-fgsm"], True)],
+)  # fmt: skip
+def test_a_plain_model_hides_nothing(names, base, monkeypatch):
+    """However many inputs are broken after the attacks that followed its true gradient, or where none did."""
+    planted.hurry(monkeypatch, queries=2, steps=2)
+    monkeypatch.setitem(ATTACKS, "apgd-random", replace(ATTACKS["apgd-random"], prepare=further.lengthen))
+    model, x, y = planted.small()
+    result = evaluate(model, planted.linear(shape=(1, 8, 8)) if base else None, x=x, y=y, eps=EPS, attacks=names)
+    assert sum(row.broken for row in result.model.rows if row.attack.startswith(names[-1])) >= 5
+    assert result.verdict == "cannot say"

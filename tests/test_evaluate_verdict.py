@@ -132,3 +132,31 @@ def test_exit_codes_tell_verdicts_apart():
     assert set(EXIT_CODES) == set(VERDICTS) and len(set(EXIT_CODES.values())) == len(VERDICTS)
     assert [verdict for verdict, code in EXIT_CODES.items() if code == 0] == ["gain"]
     assert not {1, 2} & set(EXIT_CODES.values())
+
+
+def test_what_is_not_defined_takes_all_else_and_is_named():
+    up = Evidence(N, 130, 118, 0, 120, 106, 0, paired(N, *UP), complete=False)
+    flat = replace(up, undefined=["square: needs images"])
+    for case, verdict, words in (
+        (up, "cannot say", "attacks='standard'"),
+        (replace(up, relentless=True), "cannot say", "attacks='standard'"),  # it was left out, not ruled out
+        (flat, "cannot say", "(square: needs images): claim it after attacks='relentless'"),
+        (replace(flat, relentless=True), "gain", "not all of AutoAttack can be run here (square: needs images)"),
+        (replace(flat, relentless=True, doubts=["zero gradient"]), "cannot say", "zero gradient"),
+    ):
+        assert judge(case)[0] == verdict and words in judge(case)[1]
+
+
+def test_without_a_row_that_follows_the_true_gradient_there_is_nothing_that_it_hides():
+    masked, alone = evidence(masked=True), evidence(base=False, masked=True)
+    assert judge(masked)[0] == judge(alone)[0] == "masking"
+    assert judge(replace(masked, followed=False))[0] == "no measurable gain"
+    assert judge(replace(alone, followed=False))[0] == "cannot say"
+
+
+def test_further_attacks_along_the_true_gradient_show_what_it_shows():
+    model = {"true gradient": bits(10, [0]), "further": bits(10, [0, 1, 2, 3])}
+    base = {"true gradient": bits(10, [0, 5]), "further": bits(10, [0, 3, 5, 6])}
+    again = ~bits(10, [2]), ~bits(10, [3])
+    e = weigh(lambda kind="further": model[kind], lambda kind="further": base[kind], None, True, False, again=again)
+    assert (e.true, e.worst, e.taken, e.spared) == (9, 6, 2, 1)  # 1 and 3; 6

@@ -7,6 +7,7 @@ module global, takes the process's trace function, and keeps its state in a file
 """
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -161,6 +162,12 @@ AUTOATTACK = ("apgd-ce", "apgd-t", "fab-t", "square")
 STRONGEST = "strongest"  # the row that broke most until then, `further.LONGER` times as long
 
 
+def follows(row: str) -> bool:
+    """Whether a row of this name, which begins with its attack's, follows the model's own gradient, and no stand-in."""
+    attack = ATTACKS.get(re.split(r"[ ,]", row)[0])
+    return attack is not None and attack.gradient and not attack.borrows and not re.search("BPDA|sigmoid", row)
+
+
 @dataclass(frozen=True)
 class Plan:
     """Names of attacks by what they are shown, in the order of running.
@@ -217,6 +224,11 @@ def choose(attacks: str | list[str] | tuple[str, ...]) -> Plan:
         raise ValueError(
             f"attacks={attacks!r}: {'unknown ' + ', '.join(map(repr, unknown)) if unknown else 'none named'}; "
             f"choose {' or '.join(map(repr, PRESETS))}, or name some of {', '.join((*ATTACKS, STRONGEST))}"
+        )
+    if names == [STRONGEST]:
+        raise ValueError(
+            f"attacks={attacks!r}: that runs again, and longer, what broke most of {', '.join(AUTOATTACK)}: name "
+            "one of them beside it"
         )
     stages = {name: ATTACKS[name].stage if name in ATTACKS else "further" for name in names}
     true, moved, more = (tuple(n for n in names if stages[n] == s) for s in ("true gradient", "transfer", "further"))

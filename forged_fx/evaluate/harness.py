@@ -15,7 +15,7 @@ from forged_fx.evaluate.compiled import Eager, agree, is_compiled
 from forged_fx.evaluate.gallery import Gallery
 from forged_fx.evaluate.gradients import Borrowed, Context, Logits, differ
 from forged_fx.evaluate.report import Progress
-from forged_fx.evaluate.result import STANDING, Row, Side, identity
+from forged_fx.evaluate.result import LEFT_OUT, STANDING, Row, Side, identity
 from forged_fx.evaluate.threat import Threat
 
 FOUND: Fields = {"broken": (torch.int64, 1), "examples": (torch.float32, None), "rejected": (torch.int64, 0)}
@@ -32,7 +32,7 @@ def predict(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
 
 def _note(reason: str, rejected: int, missed: bool = False) -> str:
     notes = {
-        f"left out: {reason}": reason,
+        f"{LEFT_OUT}{reason}": reason,
         f"{rejected} examples outside the ball or the box do not count": rejected,
         "found what the gradients had missed: they may be masked": missed,
     }

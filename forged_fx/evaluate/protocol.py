@@ -70,7 +70,8 @@ def evaluate(
             "quick" (the first two), "thorough" (standard and what `attacks.PRESETS` adds, some four times as long),
             "adaptive" (standard, then along every gradient of the defence's own kind and along the base's, in rounds
             until the figure stops moving), "relentless" (thorough with these rounds), or a list of names. Anything less
-            than AutoAttack's four can refute a gain and never show one.
+            than AutoAttack's four can refute a gain and never show one; where one of them is not defined for the
+            inputs, that goes for anything less than "relentless".
         seed: of all attacks, each block of 250 inputs anew, as AutoAttack does.
         batch_size: how many inputs the models are fed at a time, which bounds the memory; if that does not suffice,
             once half as many, and a warning says so. Below 250 each attack step
@@ -192,7 +193,7 @@ def evaluate(
             n=len(x),
             threat=threat,
             attacks=plan.names,
-            complete=plan.complete,
+            complete=plan.complete and not case.model.undefined,
             batch_size=batch_size,
             model=case.model,
             base=case.base,

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from forged_fx.evaluate.attacks import follows
+from forged_fx.evaluate.further import round_of
 from forged_fx.evaluate.gallery import Gallery
 from forged_fx.evaluate.statistics import Paired, compare
 from forged_fx.evaluate.threat import Threat
 from forged_fx.evaluate.verdict import EXIT_CODES, judge, weigh
 
+LEFT_OUT = "left out: "  # how a row's note begins that was not run
 STANDING = -1  # in `Side.broken_by`: nothing broke this example
 
 # The kinds of row, in the order in which they are run. A figure "under X" counts an example as broken if a row of
@@ -56,6 +59,16 @@ class Row:
     seconds: float = 0.0
     note: str = ""
 
+    @property
+    def left_out(self) -> str:
+        """Why it was not run; "" if it was."""
+        return self.note.removeprefix(LEFT_OUT) if self.note.startswith(LEFT_OUT) else ""
+
+    @property
+    def over_again(self) -> bool:
+        """Whether it follows the true gradient, as the rows of that kind did before it."""
+        return self.kind == KINDS[-1] and follows(self.attack)
+
 
 @dataclass(eq=False)
 class Side:
@@ -84,7 +97,7 @@ class Side:
         """The rows as a table shows them: those left out one after the other for one reason are one."""
 
         def same(row: Row) -> tuple[str, str] | int:
-            return (row.kind, row.note) if row.note.startswith("left out") else id(row)
+            return (row.kind, row.note) if row.left_out else id(row)
 
         groups = [list(group) for _, group in groupby(self.rows, same)]
         return [replace(first, attack=", ".join(row.attack for row in (first, *more))) for first, *more in groups]
@@ -103,15 +116,45 @@ class Side:
     def accuracy(self, under: str = KINDS[-1]) -> float:
         return float(self.right(under).double().mean())
 
+    @property
+    def undefined(self) -> list[str]:
+        """Which of AutoAttack's attacks could not be run, and why."""
+        return [f"{row.attack}: {row.left_out}" for row in self.rows if row.kind == KINDS[1] and row.left_out]
+
+    @property
+    def over_again(self) -> Tensor:
+        """(n,) bool: broken by further attacks along the true gradient."""
+        chosen = [i for i, row in enumerate(self.rows) if row.over_again]
+        return torch.isin(self.broken_by, torch.tensor(chosen, dtype=torch.int64))
+
 
 def judged(
     model: Side, base: Side | None, *, complete: bool, same: bool, doubts: Sequence[str] = ()
 ) -> tuple[str, str]:
     """(verdict, sentence), by the rules of `verdict.py`. complete, same, doubts: as in `Result`."""
     paired = compare(model.right(), base.right(), same=same) if base else None
-    after = [row for row in model.rows if row.kind not in KINDS[:2] and row.broken]
-    finders = [f"{row.attack}{' under BPDA' * (row.kind == 'BPDA')} ({row.broken})" for row in after]
-    return judge(weigh(model.right, base.right if base else None, paired, complete, same, finders, doubts))
+    ran = [row for row in model.rows[1:] if row.attacked]
+    after = [row for row in ran if row.kind != KINDS[1] and row.broken and not row.over_again]
+    evidence = weigh(
+        model.right,
+        base.right if base else None,
+        paired,
+        complete=complete and not model.undefined,
+        same=same,
+        finders=[f"{row.attack}{' under BPDA' * (row.kind == 'BPDA')} ({row.broken})" for row in after],
+        doubts=doubts,
+        again=(model.over_again, base.over_again if base else None),
+    )
+    names = [row.attack for row in model.rows]
+    return judge(
+        replace(
+            evidence,
+            idle=not ran and model.rows[0].standing > 0,
+            followed=any(row.kind == KINDS[1] and follows(row.attack) for row in ran),
+            undefined=model.undefined,
+            relentless="noise" in names and any(map(round_of, names)),
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -140,7 +183,7 @@ class Result:
     """What `evaluate` found. Accuracies are shares of `n` in [0, 1]. `print` shows a table.
 
     attacks: names; plan: which of them are shown what, see `attacks.Plan`; complete: all four of AutoAttack's standard
-    attacks are among them. same: model and base gave the same logits, bit for bit, on every input. block: see
+    attacks were run. same: model and base gave the same logits, bit for bit, on every input. block: see
     `blocks.py`. bpda: name of the context. data: shape and SHA-256 of x and y. command: the program and its
     arguments. machine: device, threads, processes. findings: every
     check of the model, raised or not; probe_seconds: what those took that ask the model. gallery: a few broken inputs

@@ -4,11 +4,12 @@ The verdicts, and the rule for each; the first rule that holds decides:
 
 | verdict | when |
 |---|---|
+| cannot say | no attack was run on what stands unattacked |
 | cannot say | fewer than 6 inputs: whatever the outcome, it could be chance |
-| masking | the true gradient shows a gain, and later rows take a measurable part of what it left standing |
+| masking | the true gradient shows a gain, and rows that do not follow it take a measurable part of what it left |
 | cannot say | no base to compare with |
 | loss | in the worst case the model is measurably below its base |
-| cannot say | a measurable gain, but not all of AutoAttack's attacks were run |
+| cannot say | a measurable gain, but not all of AutoAttack's attacks were run (see below) |
 | cannot say | a measurable gain, but a finding that forbids it is raised (`findings.py`) |
 | gain | in the worst case the model is measurably above its base |
 | cannot say | too few inputs: a gain of more than 5 points is as possible as none |
@@ -17,9 +18,14 @@ The verdicts, and the rule for each; the first rule that holds decides:
 *Measurably*: exact McNemar p <= 0.05, and 0 outside Tango's 95 % interval (`statistics.py`).
 
 *Shows a gain*: more examples stand under the true gradient than do for the base; by one is enough, because that is
-the figure that would be printed. Without a base the true gradient's figure is itself the claim.
+the figure that would be printed. Without a base the true gradient's figure is itself the claim. Where no attack
+followed that gradient there is no such figure, and nothing that it could hide.
 
-*Take a measurable part*: BPDA, transfer and what follows are a second round of attacks, and a second round breaks an
+*All of AutoAttack*: some of its attacks are not defined for some inputs (Square takes images, apgd-t four classes). A
+gain then takes all else that there is, `attacks="relentless"`, and the sentence says what is missing.
+
+*Take a measurable part*: what BPDA, transfer and further attacks break, but for further attacks along the true
+gradient: those find what it shows, given longer. All are a second round of attacks, and a second round breaks an
 example or two by its new random starts alone (on five plain networks, where it repeats the first: 0 to 3 of 300 to
 500). So the examples that it takes from the model alone are set against those that it takes from the base alone, in a
 one-sided sign test at 5 % (5 against 0, 7 against 1), and must exceed 0.2 % of n, the bound at which auto-attack
@@ -48,8 +54,10 @@ MARGIN = 0.05  # a gain that "no measurable gain" must rule out
 class Evidence:
     """Counts of n examples. `true` and `worst`: right under the true gradient's rows, and under all rows.
 
-    taken: examples that the rows after the true gradient's took from the model but not from the base; spared: from
-    the base but not from the model. finders: those rows, in words. doubts: names of raised findings that forbid a gain.
+    taken: examples that rows which do not follow the true gradient took from the model but not from the base, after
+    those that do; spared: from the base but not from the model. finders: those rows, in words. doubts: names of raised
+    findings that forbid a gain. idle: nothing was attacked. followed: an attack followed the true gradient. undefined:
+    what of AutoAttack the inputs rule out, in words; relentless: all else was run.
     """
 
     n: int
@@ -64,10 +72,19 @@ class Evidence:
     same: bool = False
     finders: Sequence[str] = ()
     doubts: Sequence[str] = ()
+    idle: bool = False
+    followed: bool = True
+    undefined: Sequence[str] = ()
+    relentless: bool = False
 
     @property
     def seems(self) -> bool:
-        return self.base_true is None or self.true > self.base_true
+        return self.followed and (self.base_true is None or self.true > self.base_true)
+
+    @property
+    def enough(self) -> bool:
+        """All of AutoAttack was run or, where it is not defined, all else."""
+        return self.complete or bool(self.undefined and self.relentless)
 
     @property
     def masked(self) -> bool:
@@ -86,17 +103,21 @@ def weigh(
     same: bool,
     finders: Sequence[str] = (),
     doubts: Sequence[str] = (),
+    again: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Evidence:
-    """`right(kind)`: (n,) bool, right under rows of that kind and before; `right()`: under all."""
+    """`right(kind)`: (n,) bool, right under rows of that kind and before; `right()`: under all.
+
+    again: (n,) bool of the model and of the base, broken by further attacks along the true gradient; None: by none.
+    """
     true, worst = right("true gradient"), right()
-    lost = true & ~worst
+    lost = _lost(true & ~worst, again[0])
     if base_right is None:
         right_true, right_worst, number_lost = (int(part.sum()) for part in (true, worst, lost))
         return Evidence(
             len(true), right_true, right_worst, number_lost, complete=complete, finders=finders, doubts=doubts
         )
     base_true, base_worst = base_right("true gradient"), base_right()
-    base_lost = base_true & ~base_worst
+    base_lost = _lost(base_true & ~base_worst, again[1])
     return Evidence(
         n=len(true),
         true=int(true.sum()),
@@ -113,6 +134,10 @@ def weigh(
     )
 
 
+def _lost(broken: Tensor, again: Tensor | None) -> Tensor:
+    return broken if again is None else broken & ~again
+
+
 def _figures(e: Evidence) -> str:
     model = f"in the worst case the model is right on {e.worst} of {e.n} inputs"
     if e.paired is None:
@@ -120,6 +145,13 @@ def _figures(e: Evidence) -> str:
     return (
         f"{model}, its base on {e.base_worst}: {100 * e.paired.difference:+.1f} points (95 % interval "
         f"{100 * e.paired.low:+.1f} to {100 * e.paired.high:+.1f}, McNemar p = {e.paired.p:.2g})"
+    )
+
+
+def _idle(e: Evidence) -> str:
+    missing = f" ({'; '.join(e.undefined)})" if e.undefined else ""
+    return (
+        f"no attack was run{missing}: unattacked the model is right on {e.worst} of {e.n} inputs, and no more is known"
     )
 
 
@@ -141,7 +173,17 @@ def _no_base(e: Evidence) -> str:
 
 
 def _part(e: Evidence) -> str:
+    if e.undefined:
+        return f"{_figures(e)}, but {_undefined(e)}: claim it after attacks='relentless' (docs/evaluation.md says why)"
     return f"{_figures(e)}, but only a part of AutoAttack was run: claim it after attacks='standard'"
+
+
+def _undefined(e: Evidence) -> str:
+    return f"not all of AutoAttack can be run here ({'; '.join(e.undefined)})"
+
+
+def _gain(e: Evidence) -> str:
+    return _figures(e) if e.complete else f"{_figures(e)}; {_undefined(e)}, all else was"
 
 
 def _doubtful(e: Evidence) -> str:
@@ -162,13 +204,14 @@ def _nothing(e: Evidence) -> str:
 
 
 RULES: tuple[tuple[str, Callable[[Evidence], bool], Callable[[Evidence], str]], ...] = (
+    ("cannot say", lambda e: e.idle, _idle),
     ("cannot say", lambda e: e.n < ENOUGH, _too_few),
     ("masking", lambda e: e.seems and e.masked, _masking),
     ("cannot say", lambda e: e.paired is None, _no_base),
     ("loss", lambda e: e.direction < 0, _figures),
-    ("cannot say", lambda e: e.direction > 0 and not e.complete, _part),
+    ("cannot say", lambda e: e.direction > 0 and not e.enough, _part),
     ("cannot say", lambda e: e.direction > 0 and bool(e.doubts), _doubtful),
-    ("gain", lambda e: e.direction > 0, _figures),
+    ("gain", lambda e: e.direction > 0, _gain),
     ("cannot say", lambda e: e.paired.high > MARGIN, _wide),
     ("no measurable gain", lambda e: True, _nothing),
 )
