@@ -206,7 +206,7 @@ def sweep(
     *,
     eps: float,
     ratios: Sequence[Ends] | Mapping[str, Sequence[Ends]] = (2**-8, 2**-7, 2**-6, 2**-5),
-    kinds: Sequence[str] = ("hard",),
+    kinds: Sequence[str] | None = None,
     norm: str = "Linf",
     attacks: str | list[str] | tuple[str, ...] = "standard",
     seed: int = 0,
@@ -231,7 +231,7 @@ def sweep(
         shard: as there; of processes that share a sweep each calibrates on the batches that it is given, see
             `forged_fx.calibrate`, and process 0 alone takes the times.
         ratios: of every kind, or by kind: {"hard": [2**-7], "clamp": [0.7, 0.5]}.
-        kinds: names from `forged_fx.kinds.KINDS`.
+        kinds: names from `forged_fx.kinds.KINDS`. None: those that `ratios` is by, else "hard".
         rounds: of timing, see `forged_fx/throughput.py`, eager, on the first `batch_size` inputs; 0: none.
         include, exclude: globs over site names, as in `forged_fx.transform`.
         folder: where the run is recorded: killed at any moment, the same call goes on from there. At the end it holds
@@ -247,10 +247,12 @@ def sweep(
     for given, name, least in ((seed, "seed", None), (batch_size, "batch_size", 1), (rounds, "rounds", 0)):
         checked.whole_number(given, name, least)
     grid = _grid(ratios, kinds)
-    stats = batches if isinstance(batches, Stats) else calibrate(model, batches, channels="mean" in kinds, shard=shard)
+    mean = any(kind == "mean" for kind, _ in grid)
+    stats = batches if isinstance(batches, Stats) else calibrate(model, batches, channels=mean, shard=shard)
     sites, _ = select(stats, include, exclude)
+    example: tuple[tuple, dict] = (x[:8].to(checks.device_of(model, x.device)),), {}
     forged = {
-        f"{kind} {written(ratio)}": Configuration.uniform(sites, kind, ratio).forge(model, stats, ((x[:8],), {}))
+        f"{kind} {written(ratio)}": Configuration.uniform(sites, kind, ratio).forge(model, stats, example)
         for kind, ratio in grid
     }
     models = {BASE: model, **forged}
@@ -297,8 +299,10 @@ def sweep(
     return result
 
 
-def _grid(ratios: Sequence[Ends] | Mapping[str, Sequence[Ends]], kinds: Sequence[str]) -> list[tuple[str, Ends]]:
+def _grid(ratios: Sequence[Ends] | Mapping[str, Sequence[Ends]], kinds: Sequence[str] | None) -> list[tuple[str, Ends]]:
     """(kind, ratio) of each point."""
+    if kinds is None:
+        kinds = list(ratios) if isinstance(ratios, Mapping) else ["hard"]
     kinds = checked.several(kinds, "kinds", "names")
     by_kind = ratios if isinstance(ratios, Mapping) else dict.fromkeys(kinds, ratios)
     if missing := [kind for kind in kinds if kind not in by_kind]:
@@ -316,6 +320,8 @@ def _grid(ratios: Sequence[Ends] | Mapping[str, Sequence[Ends]], kinds: Sequence
         )
     if not grid or len(set(grid)) < len(grid):
         raise ValueError(f"kinds={kinds}, ratios={ratios}: at least one point, and none twice")
+    if beside := [kind for kind in by_kind if kind not in kinds]:
+        raise ValueError(f"ratios has some for kind {beside[0]!r}, which is not among kinds={kinds}: name it there too")
     return grid
 
 

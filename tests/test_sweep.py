@@ -177,6 +177,30 @@ def test_ratios_that_are_close_are_points_of_their_own(toy):
     assert [point.name for point in found.points] == ["band 1/256 to 0.5", "band 1/256 to 0.7"]
 
 
+def test_kinds_are_those_that_ratios_are_by(toy):
+    model, x, y = toy
+    quick = {"attacks": ["noise"], "kinds": None}
+    found = forged_fx.sweep(model, [x], x, y, **OPTIONS | quick)
+    assert [point.name for point in found.points] == ["hard 0", "hard 0.25", "clamp 0.9"]
+    found = forged_fx.sweep(model, [x], x, y, **OPTIONS | quick | {"ratios": [0.25]})
+    assert [point.name for point in found.points] == ["hard 0.25"]
+
+
+def test_the_audit_has_its_example_on_the_models_device(toy, monkeypatch):
+    """Where the model is on another device than x: moved there, as the attacks move what they ask."""
+    model, x, y = toy
+    stats, seen = forged_fx.calibrate(model, [x]), []
+
+    def forge(self, model, stats, example):
+        seen.append(example[0][0].device.type)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Configuration, "forge", forge)
+    with pytest.raises(KeyboardInterrupt):
+        forged_fx.sweep(planted.copy.deepcopy(model).to("meta"), stats, x, y, **OPTIONS)
+    assert seen == ["meta"]
+
+
 def test_the_model_is_left_as_it_was(toy):
     model, x, y = toy
     model.train()
@@ -194,6 +218,8 @@ def test_errors_name_what_is_wrong(toy, tmp_path):
         ({"kinds": ()}, "at least one point"),
         ({"ratios": [0.5, 0.5]}, "none twice"),
         ({"ratios": {"hard": [0.5]}}, "none for kind 'clamp'"),
+        ({"kinds": ["hard"]}, "some for kind 'clamp', which is not among"),
+        ({"ratios": {"hard": [0.5], "clmp": [0.5]}, "kinds": None}, "no kind 'clmp'; did you mean 'clamp'"),
         ({"ratios": [3.0]}, "ratio"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -20,7 +20,12 @@ def run(
     ratios: Annotated[
         str, typer.Option(help="Of every kind, or by kind: hard=2**-7,2**-6,clamp=0.7; for kind band LOW:HIGH.")
     ] = "2**-8,2**-7,2**-6,2**-5",
-    kinds: Annotated[str, typer.Option(help="hard, one_sided, shifted, soft, clamp, band, mean.")] = "hard",
+    kinds: Annotated[
+        str | None,
+        typer.Option(
+            help="hard, one_sided, shifted, soft, clamp, band, mean. Without it: those that --ratios is by, else hard."
+        ),
+    ] = None,
     calibrate: options.Calibrate = None,
     calibrate_limit: options.Limit = None,
     attacks: Annotated[str, typer.Option(help="As for evaluate.")] = "standard",
@@ -48,7 +53,7 @@ def run(
     found = given.model(model, weights, normalize, device)
     x, y = given.images(data, split, resize, usual="test").tensors(limit)
     seen = given.seen(calibrate or data, resize, batch, calibrate_limit)
-    chosen = [kind.strip() for kind in kinds.split(",")]
+    chosen = [kind.strip() for kind in kinds.split(",")] if kinds is not None else None
     with output.resumable(folder):
         result = forged_fx.sweep(
             found.classifier(),
