@@ -6,7 +6,9 @@ import torch
 from planted import Hidden, inputs, linear
 
 import forged_fx
-from forged_fx.digits import one_thread
+from forged_fx.cli import main
+from forged_fx.digits import EPS, one_thread
+from forged_fx.evaluate.verdict import EXIT_CODES
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +92,28 @@ def test_other_examples_or_another_threat_are_refused(case, runs):
         forged_fx.compare(runs / "plain", fewer)
     with pytest.raises(FileNotFoundError):
         forged_fx.compare(runs / "plain", runs / "nowhere")
+
+
+def test_no_gain_over_what_was_attacked_otherwise_or_by_attacks_that_may_have_failed(monkeypatch, tmp_path):
+    """`plain` and `better` are one model, attacked by more and by less; `rounded` has no gradient."""
+    planted.hurry(monkeypatch)
+    model, x, y = planted.small()
+    call = {"x": x, "y": y, "eps": EPS}
+    with one_thread():
+        planted.evaluate(model, **call, attacks=["apgd-ce"], folder=tmp_path / "plain")
+        planted.evaluate(model, **call, attacks=["noise"], folder=tmp_path / "better")
+        planted.evaluate(planted.quantised(model), **call, attacks=["apgd-ce"], folder=tmp_path / "rounded")
+        masking = planted.evaluate(Hidden(model), model, **call, attacks=["apgd-ce"])
+    for name, words in (
+        ("better", "Attacked by different rows"),
+        ("rounded", "Attacks on rounded may have failed: zero"),
+    ):
+        found = forged_fx.compare(tmp_path / "plain", tmp_path / name)
+        assert found.paired().direction == 1 and found.verdict == "cannot say"
+        assert words in "\n".join(found.cautions) and "may be the attacks' doing" in str(found).replace("\n", " ")
+        assert main(["compare", str(tmp_path / "plain"), str(tmp_path / name)]) == EXIT_CODES["cannot say"]
+        assert forged_fx.compare(tmp_path / name, tmp_path / "plain").verdict == "loss"
+    assert masking.verdict == "masking"
+    assert any(
+        "b by itself is judged masking" in one for one in forged_fx.compare(tmp_path / "plain", masking).cautions
+    )

@@ -15,7 +15,8 @@ def run(
     b: Annotated[Path, typer.Argument(metavar="OTHER", help="Another, on the same images.")],
     json: options.Json = False,
 ) -> int:
-    """Set two runs side by side, image by image. Exit code 0: OTHER is measurably better; 3: neither; 4: worse."""
+    """Set two runs side by side, image by image. Exit code 0: OTHER is measurably better; 3: neither; 4: worse;
+    6: it looks better, but was attacked otherwise, or attacks on it may have failed."""
     import forged_fx
     from forged_fx.cli import output
     from forged_fx.evaluate.verdict import EXIT_CODES
@@ -23,11 +24,11 @@ def run(
     found = forged_fx.compare(a, b)
     paired = {name: found.paired(kind) for name, kind in found.figures.items()}
     document = {
+        "verdict": found.verdict,
         "names": found.names,
         "figures": {name: {**vars(p), "difference": p.difference} for name, p in paired.items()},
         "flips": [vars(flip) for flip in found.flips],
         "cautions": found.cautions,
     }
     output.show(document, str(found), json)
-    verdict = {1: "gain", 0: "no measurable gain", -1: "loss"}[found.paired().direction]
-    return EXIT_CODES[verdict]
+    return EXIT_CODES[found.verdict]

@@ -51,6 +51,14 @@ class Comparison:
         return statistics.compare(b.right(under), a.right(under)) if a and b else None
 
     @property
+    def verdict(self) -> str:
+        """In the words of `evaluate`: of `b` beside `a`, in the worst case. A gain takes attacks by the same rows, and
+        nothing that says that those on `b` failed."""
+        found = {1: "gain", 0: "no measurable gain", -1: "loss"}[self.paired().direction]
+        doubtful = self.a.plan != self.b.plan or self.b.doubts or self.b.verdict == "masking"
+        return "cannot say" if found == "gain" and doubtful else found
+
+    @property
     def flips(self) -> list[Flip]:
         """The examples on which the models differ in the worst case."""
         a, b = self.a.model, self.b.model
@@ -110,6 +118,11 @@ def _cautions(a: Result, b: Result, names: tuple[str, str]) -> Iterator[str]:
             f"Attacked by different rows ({names[0]}: {', '.join(a.attacks)}; {names[1]}: {', '.join(b.attacks)}): "
             "whoever was attacked less looks better."
         )
+    for result, name in zip((a, b), names, strict=True):
+        if result.doubts:
+            yield f"Attacks on {name} may have failed: {', '.join(result.doubts)} (docs/findings.md says what to do)."
+        if result.verdict in ("masking", "cannot say"):
+            yield f"{name} by itself is judged {result.verdict}: {result.sentence}"
     if a.model.identity == b.model.identity:
         yield "Both are of the same model, by its state and class: what differs is the attacks' chance, or the code."
     if a.base and b.base and a.base.identity == b.base.identity:
@@ -125,10 +138,15 @@ def _cautions(a: Result, b: Result, names: tuple[str, str]) -> Iterator[str]:
 
 def _sentence(c: Comparison) -> str:
     p = c.paired()
-    words = {1: "measurably above", 0: "not measurably different from", -1: "measurably below"}[p.direction]
+    words = {
+        "gain": "measurably above it",
+        "no measurable gain": "not measurably different from it",
+        "loss": "measurably below it",
+        "cannot say": "above it, which may be the attacks' doing and not the model's: see below",
+    }[c.verdict]
     return (
         f"in the worst case {c.names[1]} is right on {int(c.b.model.right().sum())} of {p.n} inputs, {c.names[0]} on "
-        f"{int(c.a.model.right().sum())}: {words} it"
+        f"{int(c.a.model.right().sum())}: {words}"
     )
 
 
