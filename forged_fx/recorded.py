@@ -14,9 +14,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
+from torch import Tensor, nn
+
 from forged_fx import checked
 from forged_fx.evaluate import checks, report
-from forged_fx.evaluate.blocks import Blocks
+from forged_fx.evaluate.blocks import ROUNDING, Blocks
 from forged_fx.evaluate.extras import need
 from forged_fx.evaluate.journal import Call, Journal, agree, begin
 from forged_fx.evaluate.threat import Threat
@@ -133,6 +136,25 @@ class Run:
     shown: report.Progress
     journal: Journal | None = None
     finished: Any = None
+
+    def again(self, model: nn.Module, x: Tensor, batch_size: int) -> Any:
+        """What is finished; ValueError if the model, though its state is the same, answers otherwise than it did."""
+        before = torch.tensor(checked.fit(self.finished.facts.get("logits"), list[float], "facts.logits"))
+        with checks.borrowed(model, "model"):
+            now = torch.tensor(answers(model, x, batch_size))
+        if before.shape != now.shape or bool((before - now).abs().max() > ROUNDING * before.abs().max()):
+            raise ValueError(
+                "the model gives other logits than when the result in this folder was made, and has the same state: "
+                "its code has changed; choose another folder"
+            )
+        return self.finished
+
+
+@torch.no_grad()
+def answers(model: nn.Module, x: Tensor, batch_size: int) -> list[float]:
+    """The mean of the model's logits, unattacked, for each class. By these a finished run, in facts, knows its code."""
+    device = checks.device_of(model, x.device)
+    return torch.cat([model(part.to(device)).double().cpu() for part in x.split(batch_size)]).mean(0).tolist()
 
 
 @contextmanager

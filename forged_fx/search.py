@@ -8,6 +8,7 @@ The cheap attack ranks and proves nothing: a search takes what looks best among 
 it is. That is why the figure that counts comes from other inputs, and is corrected for the number of finalists.
 """
 
+import hashlib
 import math
 import os
 import random
@@ -29,7 +30,7 @@ from forged_fx.evaluate.attacks import choose
 from forged_fx.evaluate.result import Result
 from forged_fx.evaluate.statistics import LEVEL, holm
 from forged_fx.evaluate.threat import Threat
-from forged_fx.recorded import LIMIT, Recorded, running, within
+from forged_fx.recorded import LIMIT, Recorded, answers, running, within
 from forged_fx.rows import Table
 from forged_fx.stats import Stats, is_number
 from forged_fx.transform import select
@@ -111,9 +112,17 @@ class Search(Recorded):
         )
 
     def forge(self, model: nn.Module, stats: Stats) -> nn.Module:
-        """`model` with the best configuration. ValueError if nothing beats the base."""
+        """`model` with the best configuration. ValueError if nothing beats the base, or the model or the statistics
+        are not those of the search: what it found is of these."""
         if self.best is None:
             raise ValueError(self.sentence)
+        call = self.facts["call"]
+        for name, value in _made_from(model, stats, call.get("sites", ())).items():
+            if value != call.get(name):
+                raise ValueError(
+                    f"other {name} than the search had ({value[:12]}..., there {str(call.get(name))[:12]}...): forge "
+                    "what it found from the same model and statistics, or search anew"
+                )
         return self.best.configuration.forge(model, stats)
 
     def records(self) -> list[dict[str, Any]]:
@@ -227,7 +236,8 @@ def search(
         budget: how many configurations are tried, at most.
         seconds: how long trying may take, at most, in seconds of computing, of all processes together; those of a run
             that was killed count. The confirmation is not in it.
-        confirm: which share of the inputs, the last ones, is kept for confirmation; or other inputs and their classes.
+        confirm: which share of the inputs is kept for confirmation, drawn within each class; or other inputs and their
+            classes.
         finalists: how many are confirmed, at most.
         attacks: of the confirmation, as in `evaluate`; "adaptive" is what a reported gain should have faced, at least.
         seed: of everything that is drawn.
@@ -237,7 +247,8 @@ def search(
             `evaluate` writes it. If it holds that result already, it is returned.
 
     Raises:
-        TypeError, ValueError: as `evaluate` and `transform` do; an argument of no use.
+        TypeError, ValueError: as `evaluate` and `transform` do; an argument of no use; the model's code has changed
+            since the run in `folder` began.
         FileExistsError: `folder` holds the run of another call. BlockingIOError: another process works on it.
     """
     checks.module(model, "model", "search forges")
@@ -247,6 +258,8 @@ def search(
     checked.whole_number(batch_size, "batch_size", 1)
     if seconds is not None and not is_number(seconds):
         raise TypeError(f"seconds={seconds!r}: a number, or None for no limit")
+    if seconds is not None and not 0 <= seconds < math.inf:
+        raise ValueError(f"seconds={seconds!r}: 0 or more, or None for no limit")
     threat, (x, y) = checks.threat(eps, norm), checks.inputs(x, y)
     choose(attacks)
     kinds = checked.several(kinds, "kinds", "names")
@@ -256,7 +269,7 @@ def search(
         raise ValueError(f"kinds={kinds}, budget={budget}, finalists={finalists}: at least one of each")
     if not is_number(max_natural_loss) or not 0 <= max_natural_loss <= 1:
         raise ValueError(f"max_natural_loss={max_natural_loss!r}: a share of all inputs, in [0, 1]")
-    (x, y), (kept_x, kept_y) = _split(x, y, confirm)
+    (x, y), (kept_x, kept_y) = split(x, y, confirm, seed)
     sites, _ = select(stats, include, exclude)
     data = {"x": x, "y": y, "confirm_x": kept_x, "confirm_y": kept_y}
     call = {
@@ -276,16 +289,18 @@ def search(
             "smooth": trials.SMOOTH,
             "starts": STARTS,
         },
-        "model": fingerprint.of_model(model),
-        "stats": fingerprint.of_sites({name: stats.sites[name] for name in sites}),
+        "class": type(model).__name__,
+        **_made_from(model, stats, sites),
         "data": {name: fingerprint.of_tensors([(name, value)]) for name, value in data.items()},
         "versions": {name: version(name) for name in ("forged_fx", "pyautoattack", "torch")},
     }
     folder = None if folder is None else Path(folder)
     with running(Search, call, seed=seed, folder=folder, progress=progress, shard=shard) as run:
         if run.finished:
-            return run.finished
+            return run.again(model, x, batch_size)
         with pool.at_peace({"model": model}), run.shown:
+            few = kept_x[:8].to(checks.device_of(model, x.device))
+            checks.logits(model(few), few, kept_y, "model")  # now, and not when the search is done
             tried = Trials(
                 model,
                 stats,
@@ -299,6 +314,7 @@ def search(
                 batch_size=batch_size,
                 progress=run.shown,
             )
+            logits = answers(model, x, batch_size)
             ends, stopped = walk(tried, sites, kinds, random.Random(seed))
         results = []
         for number, trial in enumerate(ends[:finalists], start=1):
@@ -333,12 +349,19 @@ def search(
                 "seed": seed,
                 "attacks": call["attacks"],
                 "stopped": stopped,
+                "logits": logits,
                 "threads": torch.get_num_threads(),
             },
         )
         if folder is not None:
             run.processes.first(lambda: result.finish(folder, run.journal))
     return result
+
+
+def _made_from(model: nn.Module, stats: Stats, sites: Iterable[str]) -> dict[str, str]:
+    """Fingerprints of what a configuration forges."""
+    seen = fingerprint.of_sites({name: stats.sites[name] for name in sites if name in stats.sites})
+    return {"model": fingerprint.of_model(model), "stats": seen}
 
 
 def walk(tried: Trials, sites: Sequence[str], kinds: Sequence[str], chance: random.Random) -> tuple[list[Trial], str]:
@@ -374,14 +397,37 @@ def walk(tried: Trials, sites: Sequence[str], kinds: Sequence[str], chance: rand
     return sorted(better.values(), key=lambda trial: trial.score, reverse=True), stopped
 
 
-def _split(x: Tensor, y: Tensor, confirm: float | tuple[Tensor, Tensor]) -> tuple[tuple, tuple]:
-    """(the search's x and y, the confirmation's)"""
+def split(x: Tensor, y: Tensor, confirm: float | tuple[Tensor, Tensor], seed: int) -> tuple[tuple, tuple]:
+    """(the search's x and y, the confirmation's)
+
+    A share is drawn within each class, so that both sides are alike however x is sorted. Copies of an input stay on
+    the same side.
+    """
+    prints = _prints(x)
     if isinstance(confirm, tuple):
-        return (x, y), checks.inputs(*confirm)
-    kept = round(confirm * len(x)) if is_number(confirm) and 0 < confirm < 1 else 0
-    if not 0 < kept < len(x):
+        kept_x, kept_y = checks.inputs(*confirm)
+        if kept_x.shape[1:] != x.shape[1:]:
+            raise ValueError(f"confirm has inputs of shape {tuple(kept_x.shape[1:])}, and x {tuple(x.shape[1:])}")
+        if seen := len(set(prints) & set(_prints(kept_x))):
+            raise ValueError(
+                f"confirm has {seen} inputs that are in x too, where the search sees them: give others, or a share of x"
+            )
+        return (x, y), (kept_x, kept_y)
+    share = confirm if is_number(confirm) and 0 < confirm < 1 else 0
+    order = list({one: k for k, one in enumerate(prints)}.values())  # of copies one
+    random.Random(seed).shuffle(order)
+    order.sort(key=y.tolist().__getitem__)
+    drawn = {prints[k] for i, k in enumerate(order) if int((i + 1) * share + 0.5) > int(i * share + 0.5)}
+    kept = torch.tensor([one in drawn for one in prints], device=x.device)
+    if kept.all() or not kept.any():
         raise ValueError(f"confirm={confirm!r}: a share between 0 and 1 that leaves inputs on both sides, or (x, y)")
-    return (x[:-kept], y[:-kept]), (x[-kept:], y[-kept:])
+    of_y = kept.to(y.device)
+    return (x[~kept], y[~of_y]), (x[kept], y[of_y])
+
+
+def _prints(x: Tensor) -> list[bytes]:
+    """Of each input, by which copies are known."""
+    return [hashlib.sha256(one.numpy().tobytes()).digest() for one in x.cpu()]
 
 
 def _confirmed(results: Sequence[tuple[Configuration, Path | None, Result]], max_natural_loss: float) -> list[Finalist]:

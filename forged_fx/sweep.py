@@ -31,7 +31,7 @@ from forged_fx.evaluate.threat import Threat
 from forged_fx.evaluate.verdict import VERDICTS
 from forged_fx.files import whole
 from forged_fx.kinds import KINDS
-from forged_fx.recorded import LIMIT, Recorded, running, within
+from forged_fx.recorded import LIMIT, Recorded, answers, running, within
 from forged_fx.rows import Table
 from forged_fx.stats import Ends, Stats
 from forged_fx.throughput import interleave
@@ -239,7 +239,8 @@ def sweep(
             that result already, it is returned.
 
     Raises:
-        TypeError, ValueError: as `evaluate`, `calibrate` and `transform` do; no ratio or kind.
+        TypeError, ValueError: as `evaluate`, `calibrate` and `transform` do; no ratio or kind; the model's code has
+            changed since the run in `folder` began.
         FileExistsError: `folder` holds the run of another call. BlockingIOError: another process works on it.
     """
     checks.module(model, "model", "sweep forges")
@@ -262,13 +263,14 @@ def sweep(
         "seed": seed,
         "block": unit.BLOCK,
         "data": {"x_sha256": fingerprint.of_tensors([("x", x)]), "y_sha256": fingerprint.of_tensors([("y", y)])},
+        "class": type(model).__name__,
         "models": {name: fingerprint.of_model(one) for name, one in models.items()},
         "rounds": rounds,
         "versions": {name: version(name) for name in ("forged_fx", "pyautoattack", "torch")},
     }
     with running(Sweep, call, seed=seed, folder=folder, progress=progress, shard=shard) as run, ExitStack() as stack:
         if run.finished:
-            return run.finished
+            return run.again(model, x, batch_size)
         if folder is not None:
             run.processes.first(lambda: stats.save(Path(folder) / STATISTICS))
         stack.enter_context(pool.at_peace(models))
@@ -291,6 +293,7 @@ def sweep(
                 "attacks": plan.names,
                 "seed": seed,
                 "seconds": {name: sum(row.seconds for row in side.rows) for name, side in sides.items()},
+                "logits": answers(model, x, batch_size),
                 "threads": torch.get_num_threads(),
             },
         )

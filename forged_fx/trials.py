@@ -98,13 +98,20 @@ class Trials:
         self.blocks, self.batch_size, self.progress = blocks, batch_size, progress
         self.device = checks.device_of(model, x.device)
         self.example: tuple[tuple, dict] = ((x[:8].to(self.device),), {})
-        self.classes = checks.logits(model(self.example[0][0]), x[:8], y[:8], "model").shape[1]
+        self.classes = checks.logits(model(self.example[0][0]), x[:8], y, "model").shape[1]
         self.made: dict[Configuration, Trial] = {}
         self.spent = 0.0
         self._find_near(max_natural_loss)
         progress.begin("trying configurations", budget)
 
     def _find_near(self, max_natural_loss: float) -> None:
+        logits = torch.cat([self.model(part.to(self.device)).cpu() for part in self.x.split(self.batch_size)])
+        if not self.blocks.unchanged("base logits", logits):
+            raise ValueError(
+                "the model gives other logits than when the unfinished run began, and has the same state: its code has "
+                "changed; choose another folder"
+            )
+
         def attack(indices: Tensor) -> Outcome:
             x, y = self._inputs(indices)
             margins, worst = self._attack(self.model, x, y, [nullcontext])

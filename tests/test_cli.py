@@ -10,6 +10,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -230,6 +231,31 @@ def test_an_error_of_nobodys_making_says_where_to_look(monkeypatch, capsys):
     monkeypatch.setattr(forged_fx, "compare", lambda a, b: {}["gone"])
     assert main(["compare", "demo", "demo"]) == 1
     assert "KeyError: 'gone' (FORGED_FX_DEBUG=1 shows where)" in one_line(capsys)
+
+
+@pytest.mark.parametrize("more", [[], ["--calibrate", "npz:sorted.npz"], ["--calibrate-limit", "8"]])
+def test_search_neither_calibrates_on_what_it_confirms_on_nor_sorts_classes_apart(more, monkeypatch):
+    """Data without a training part, sorted by class."""
+    _, _, x, y = digits.load()
+    order = y[:80].argsort()
+    np.savez("sorted.npz", x=x[:80, 0][order].numpy(), y=y[:80][order].numpy())
+    seen, asked = [], {}
+
+    def calibrated(model, batches, channels):
+        seen.extend(batches)
+
+    def searched(model, stats, x, y, confirm, **options):
+        asked.update(x=x, y=y, kept=confirm[0], kept_y=confirm[1])
+        raise ValueError("enough")
+
+    monkeypatch.setattr(forged_fx, "calibrate", calibrated)
+    monkeypatch.setattr(forged_fx, "search", searched)
+    arguments = ["forged_fx.digits:cnn", "--weights", "random", "--data", "npz:sorted.npz", "--eps", "0.1"]
+    assert main(["search", *arguments, *more]) == 1
+    calibrated_on = {one.numpy().tobytes() for batch in seen for one in batch[0]}
+    assert len(calibrated_on) == (8 if "8" in more else 40)
+    assert calibrated_on <= {one.numpy().tobytes() for one in asked["x"]}
+    assert set(asked["y"].tolist()) == set(asked["kept_y"].tolist()) == set(range(10))
 
 
 def test_an_interrupted_scan_goes_on_where_it_was(monkeypatch, capsys):

@@ -13,7 +13,7 @@ from forged_fx.configuration import Configuration
 from forged_fx.digits import EPS, one_thread
 from forged_fx.evaluate import Result, fingerprint, surrogate
 from forged_fx.evaluate.journal import Journal
-from forged_fx.search import Search
+from forged_fx.search import Search, split
 
 QUICK = {"eps": 0.1, "budget": 20, "finalists": 1, "attacks": "standard"}
 
@@ -81,7 +81,8 @@ def test_it_finds_what_was_planted_and_confirms_it_on_other_inputs(toy, tmp_path
     assert best.p_holm == best.p < 1e-4 and "beats the base" in found.sentence and len(found.trials) <= 20
     assert found.base.standing < max(trial.standing for trial in found.trials if trial.fit)
     confirmed = Result.load(tmp_path / best.folder)  # on inputs that the search has not seen
-    assert confirmed.data["x_sha256"] == fingerprint.of_tensors([("x", x[24:])])
+    (_, (kept, _)) = split(x, y, 0.5, 0)
+    assert confirmed.data["x_sha256"] == fingerprint.of_tensors([("x", kept)])
     forged = found.forge(model, stats)
     with torch.no_grad():
         assert (forged(x).argmax(1) == y).all()
@@ -235,9 +236,112 @@ def test_statistics_that_differ_anywhere_are_other_ones(toy, tmp_path):
     assert merged == once and fingerprint.of_sites(merged) == one
 
 
+# --- what is held out ---
+
+
+@pytest.mark.parametrize("share", [0.5, 0.25, 0.1])
+@pytest.mark.parametrize("order", ["sorted", "in turn"])
+def test_both_sides_are_alike_and_share_nothing(order, share):
+    y = torch.arange(200) % 5 if order == "in turn" else torch.arange(200) // 40
+    x = torch.arange(200.0)[:, None] / 200
+    (seen, _), (kept, of_kept) = split(x, y, share, 3)
+    assert of_kept.bincount().tolist() == [round(40 * share)] * 5 and len(seen) + len(kept) == 200
+    assert sorted(torch.cat([seen, kept]).flatten().tolist()) == x.flatten().tolist()
+    assert torch.equal(y[(200 * kept.flatten()).round().long()], of_kept)
+    assert torch.equal(split(x, y, share, 3)[1][0], kept) and not torch.equal(split(x, y, share, 4)[1][0], kept)
+
+
+def test_copies_of_an_input_stay_on_one_side():
+    x, y = torch.rand(20, 3, generator=torch.Generator().manual_seed(0)).repeat(2, 1), torch.arange(20).repeat(2) % 2
+    (seen, _), (kept, _) = split(x, y, 0.5, 0)
+    assert len(seen) == len(kept) == 20
+    assert not {tuple(one) for one in seen.tolist()} & {tuple(one) for one in kept.tolist()}
+
+
+def test_the_kept_inputs_are_checked_before_the_search(toy, monkeypatch):
+    model, stats, x, y = toy
+    monkeypatch.setattr(trials.Trials, "_attack", None)  # nothing is attacked
+    for confirm, message in (
+        ((x[:10], y[:10]), "confirm has 10 inputs that are in x too"),
+        ((x[:10] / 2, y[:10] + 70), r"y spans \[70, 73\], and the model has 4 classes"),
+        ((x[:10, :, :4], y[:10]), r"confirm has inputs of shape \(1, 4, 8\), and x \(1, 8, 8\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            forged_fx.search(model, stats, x, y, **QUICK, confirm=confirm)
+    late = y.clone()
+    late[20] = 21
+    for swapped in (late, late.flip(0)):
+        with pytest.raises(ValueError, match=r"y spans \[0, 21\], and the model has 4 classes"):
+            forged_fx.search(model, stats, x, swapped, **QUICK)
+
+
+# --- the same state, another model or other statistics ---
+
+
+class Scaled(torch.nn.Module):
+    """Its state does not show its scale."""
+
+    def __init__(self, inner, scale):
+        super().__init__()
+        self.inner, self.scale = inner, scale
+
+    def forward(self, x):
+        return self.inner(self.scale * x)
+
+
+def test_code_that_changed_is_noticed(toy, tmp_path, monkeypatch):
+    model, _, x, y = toy
+    before, after = (Scaled(model, scale).eval() for scale in (1.0, 0.9))
+    stats = forged_fx.calibrate(before, [x])
+    quick = {"eps": 0.1, "attacks": ["noise"]}
+    search = {"kinds": ("clamp",), "budget": 2, "finalists": 1}
+    works = {
+        "search": lambda model, folder: forged_fx.search(model, stats, x, y, **quick, **search, folder=folder),
+        "sweep": lambda model, folder: forged_fx.sweep(
+            model, stats, x, y, **quick, ratios=[0.1], rounds=0, folder=folder
+        ),
+    }
+    keep, left = Journal.keep, 3
+    for name, work in works.items():
+        whole, part = tmp_path / name, tmp_path / f"{name} in part"
+        found = work(before, whole)
+        assert str(work(before, whole)) == str(found)
+
+        def limited(self, *args):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            keep(self, *args)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            left = 3
+            patch.setattr(Journal, "keep", limited)
+            work(before, part)
+        for folder in (whole, part):
+            with pytest.raises(ValueError, match=r"other logits than when the .*code has changed"):
+                work(after, folder)
+        with pytest.raises(FileExistsError, match="class: Scaled there, Sub here"):
+            work(type("Sub", (Scaled,), {})(model, 1.0).eval(), whole)
+
+
+def test_what_was_found_is_forged_from_what_it_was_found_of(toy):
+    model, stats, x, y = toy
+    found = forged_fx.search(model, stats, x, y, **QUICK, kinds=("clamp",))
+    other = planted.copy.deepcopy(model)
+    other[1].weight.data *= 2
+    with pytest.raises(ValueError, match="other model than the search had"):
+        found.forge(other, stats)
+    for these in (forged_fx.calibrate(model, [x[:3]]), forged_fx.calibrate(model[:2], [x])):
+        with pytest.raises(ValueError, match="other stats than the search had"):
+            found.forge(model, these)
+
+
 def test_errors_name_what_is_wrong(toy, tmp_path):
     model, stats, x, y = toy
     for change, message in (
+        ({"seconds": -5}, "seconds=-5: 0 or more"),
+        ({"seconds": float("nan")}, "seconds=nan: 0 or more"),
         ({"kinds": ("softly",)}, "does not know kind 'softly'"),
         ({"budget": 0}, "at least one"),
         ({"confirm": 1.0}, "confirm=1.0"),

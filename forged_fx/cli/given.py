@@ -40,6 +40,12 @@ def images(name: str, split: str | None, resize: str | None, usual: str) -> Imag
     return load_data(name, split or (usual if source is not None and source.splits else None), resize)
 
 
+def same_images(name: str, split: str | None) -> bool:
+    """Whether what is calibrated on, where nothing else is named, are these very images."""
+    source = DATA.get(name.partition(":")[0])
+    return source is not None and (not source.splits or split == "train")
+
+
 def share(batches: Batches) -> Batches:
     """Of processes that torchrun started every n-th batch is this one's; else all are."""
     return batches[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]

@@ -42,15 +42,26 @@ def run(
 ) -> int:
     """Look for kinds, sites and ratios that make a model more robust, and confirm what is found on other images.
 
-    Calibrates the model first; half of the images are kept for the confirmation. Exit code 0: something beats the base;
-    3: nothing does. Under torchrun it is shared by all processes. docs/search.md says how to read it.
+    Calibrates the model first; half of the images are kept for the confirmation, and not calibrated on. Exit code 0:
+    something beats the base; 3: nothing does. Under torchrun it is shared by all processes. docs/search.md says how to
+    read it.
     """
+    import torch
+
     import forged_fx
     from forged_fx.cli import given, output
+    from forged_fx.search import split as halves
+    from forged_fx.sources import Images
 
     found = given.model(model, weights, normalize, device).classifier()
     x, y = given.images(data, split, resize, usual="test").tensors(limit)
-    seen = given.seen(calibrate or data, resize, batch, calibrate_limit)
+    (x, y), kept = halves(x, y, 0.5, seed)
+    if calibrate in (None, data) and given.same_images(data, split):
+        output.note(f"calibrated on the {len(x)} images of the search: the others are kept for the confirmation")
+        images = Images(data, x, y, decode=torch.as_tensor, mixed=False)
+        seen = given.share(images.batches(batch, calibrate_limit))
+    else:
+        seen = given.seen(calibrate or data, resize, batch, calibrate_limit)
     chosen = [kind.strip() for kind in kinds.split(",")] if kinds is not None else None
     given_only: dict[str, Any] = {"kinds": chosen, "seconds": seconds, "finalists": finalists}
     with output.resumable(folder):
@@ -63,6 +74,7 @@ def run(
             norm=norm,
             max_natural_loss=options.number(max_natural_loss, "max-natural-loss"),
             budget=budget,
+            confirm=kept,
             attacks=options.attacks(attacks),
             seed=seed,
             batch_size=batch,
