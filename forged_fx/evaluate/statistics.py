@@ -4,6 +4,7 @@ The examples on which both are right or both are wrong say nothing about which i
 the number that only the model gets right, and `base_only`.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +17,14 @@ LEVEL = 0.95
 NEGLIGIBLE = 0.002  # auto-attack's check_square_sr
 
 
+@functools.cache
 def sign_tail(wins: int, losses: int) -> float:
     """P(at least `wins` heads in wins + losses fair throws): the one-sided exact sign test."""
-    throws = wins + losses
-    return sum(math.comb(throws, k) for k in range(wins, throws + 1)) / 2**throws
+    throws, ways, all_ways = wins + losses, 1, 0
+    for k in range(losses + 1):  # ways: how to throw k tails, each from the one before
+        all_ways += ways
+        ways = ways * (throws - k) // (k + 1)
+    return all_ways / 2**throws
 
 
 def beyond_chance(taken: int, spared: int, n: int) -> bool:
