@@ -142,7 +142,7 @@ class Run:
         before = torch.tensor(checked.fit(self.finished.facts.get("logits"), list[float], "facts.logits"))
         with checks.borrowed(model, "model"):
             now = torch.tensor(answers(model, x, batch_size))
-        if before.shape != now.shape or bool((before - now).abs().max() > ROUNDING * before.abs().max()):
+        if before.shape != now.shape or not bool((before - now).abs().max() <= ROUNDING * before.abs().max()):
             raise ValueError(
                 "the model gives other logits than when the result in this folder was made, and has the same state: "
                 "its code has changed; choose another folder"

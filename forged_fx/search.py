@@ -117,7 +117,8 @@ class Search(Recorded):
         if self.best is None:
             raise ValueError(self.sentence)
         call = self.facts["call"]
-        for name, value in _made_from(model, stats, call.get("sites", ())).items():
+        sites = checked.fit(call.get("sites"), list[str], "facts.call.sites")
+        for name, value in _made_from(model, stats, sites).items():
             if value != call.get(name):
                 raise ValueError(
                     f"other {name} than the search had ({value[:12]}..., there {str(call.get(name))[:12]}...): forge "

@@ -84,6 +84,15 @@ def test_no_gain_is_shown_that_evaluate_would_not_show(toy, tmp_path, monkeypatc
         assert ">none above the base<" in page and words in page and "cannot say" in page
 
 
+def test_inputs_for_which_autoattack_is_not_defined_show_no_gain_after_a_part_of_it(toy):
+    model, x, y = toy
+    call = OPTIONS | {"ratios": {"clamp": [0.9]}, "kinds": None, "attacks": "standard"}
+    found = forged_fx.sweep(model, [x.flatten(1)], x.flatten(1), y, **call)
+    (point,) = found.points
+    assert point.above and point.verdict == "cannot say" and not found.better
+    assert "square: needs images" in point.sentence
+
+
 def test_the_sentence_names_a_range_where_there_is_one(toy):
     model, x, y = toy
     found = forged_fx.sweep(model, [x], x, y, **OPTIONS)

@@ -70,7 +70,7 @@ def sought(model: nn.Module, stats: Stats, x: Tensor, y: Tensor) -> nn.Module:
     assert_type(swept, Sweep)
     assert_type(swept.best, Point)
     assert_type(swept.best.worst, int)
-    found = forged_fx.search(model, stats, x, y, eps=8 / 255, kinds=["clamp"], confirm=(x, y), seconds=60)
+    found = forged_fx.search(model, stats, x, y, eps=8 / 255, kinds=["clamp"], confirm=(x[:9] / 2, y[:9]), seconds=60)
     assert_type(found, Search)
     assert_type(found.best, Finalist | None)
     return found.forge(model, stats)
