@@ -30,7 +30,7 @@ from forged_fx.kinds import OWN, choose
 from forged_fx.lowering import register_lowerings
 from forged_fx.prologue import Patience, offer
 from forged_fx.rewrite import find_calls, insert_thresholds, nested
-from forged_fx.share import share
+from forged_fx.share import share, thresholds_in
 from forged_fx.sites import OPENED, Origin, is_activation, names_of
 from forged_fx.stats import Stats
 from forged_fx.thresholds import thresholds_of
@@ -58,21 +58,38 @@ def forged(
     ours, inductor = _split(options or {})
     register_lowerings()
     patches = {**torch_internals.inductor().list_mode_options(mode), **inductor} if mode else inductor
-    place, theirs = torch_internals.graph_pass(_place, _version()), patches.get("post_grad_custom_pre_pass") or []
-    several = [place, *(theirs if isinstance(theirs, list) else [theirs])]
-    patches = {**patches, "post_grad_custom_pre_pass": several if theirs else place}  # (2.11, 2.12: no list)
     if not ours:
         callers = list(torch_internals.modules_on_stack())
-        if callers and not thresholds_of(callers[-1]):
+        if not (thresholds_of(callers[-1]) if callers else _forged_or_no_model(gm)):
             warnings.warn(
-                "this model is not forged, and there is no options={'stats': ...}: compiled as it is", stacklevel=2
+                "this model is not forged, and there is no options={'stats': ...}: compiled as it is. (Where one that "
+                "was compiled with them runs within, Dynamo looks through it, and drops them: forge it with "
+                "forged_fx.transform instead.)",
+                stacklevel=2,
             )
         share(gm.graph)
         with torch_internals.choosing(Patience):
-            return compile_fx(gm, inputs, config_patches=patches)
+            return compile_fx(gm, inputs, config_patches=_with_placement(patches, _version()))
     frame = _forge_graph(torch_internals.twin(gm), ours)
+    # Freezing writes thresholds into the code as numbers, which Inductor's cache does not look at.
+    frozen = patches.get("freezing", torch_internals.inductor().config.freezing)
+    patches = _with_placement(patches, _version() + repr(frame.scalars() if frozen else "").encode())
     with torch_internals.choosing(Patience):
         return frame.bind(compile_fx(frame.gm, [*inputs, *frame.examples], config_patches=patches))
+
+
+def _forged_or_no_model(gm: fx.GraphModule) -> bool:
+    """Of a compiled function's graph: whether a forged model runs in it, or none at all."""
+    lifted = map(torch_internals.lifted_value, gm.graph.find_nodes(op="placeholder"))
+    graphs = (module.graph for module in gm.modules() if isinstance(module, fx.GraphModule))
+    return any(map(thresholds_in, graphs)) or not any(isinstance(v, torch.nn.Parameter) and v.dim() > 1 for v in lifted)
+
+
+def _with_placement(patches: dict[str, Any], version: bytes) -> dict[str, Any]:
+    """Inductor's options, with our pass ahead of the caller's own."""
+    place, theirs = torch_internals.graph_pass(_place, version), patches.get("post_grad_custom_pre_pass") or []
+    several = [place, *(theirs if isinstance(theirs, list) else [theirs])]
+    return {**patches, "post_grad_custom_pre_pass": several if theirs else place}  # (2.11, 2.12: no list)
 
 
 def _place(graph: fx.Graph) -> None:
@@ -128,13 +145,14 @@ def _forge_graph(gm: fx.GraphModule, options: dict[str, Any]) -> Frame:
 def _compilation(callers: list[torch.nn.Module], options: dict[str, Any]) -> Compilation:
     """The one that these options have begun, or a new one, for the module that the statistics belong to: the outermost
     running one that fits, or the first within it."""
+    stats = options["stats"]
+    if not isinstance(stats, Stats):  # a file, which may hold others by now
+        options = {**options, "stats": (stats := Stats.load(stats))}
     candidates = [*reversed(callers), *(m for m in callers[-1].modules() if m is not callers[-1])]
     for module in candidates:
         for before, compilation in _compilations.get(module, ()):
             if before == options:
                 return compilation
-    stats = options["stats"]
-    stats = stats if isinstance(stats, Stats) else Stats.load(stats)
     root = next((module for module in candidates if stats.fits(module)), None)
     if any(thresholds_of(module) for module in callers):
         raise ValueError(

@@ -23,7 +23,7 @@ from forged_fx.kinds import Choice, Value
 from forged_fx.rewrite import CallNode, Placed, outermost
 from forged_fx.sites import Numbering, call_name, call_of, module_of, operand_name, unseen_call
 from forged_fx.stats import Ratio, Stats
-from forged_fx.thresholds import tensors_beside
+from forged_fx.thresholds import device_of, tensors_beside
 
 
 class Compilation:
@@ -47,25 +47,34 @@ class Compilation:
         self.unreached = set(self.always)
         # One scalar kind at all sites: a graph may run as any of them.
         self.uniform = len(set(choice.kinds.values())) <= 1 and not any(choice[s].rest(stats.sites[s]) for s in wanted)
-        self._parameters: dict[tuple[str, str], tuple[Tensor, ...]] = {}
-        self._owners: dict[int, str] = {}
+        self._parameters: dict[tuple, tuple[Tensor, ...]] = {}
+        self._names: dict[int, str | None] = {}  # by a parameter's id, where it is; None where in several modules
 
     def parameters(self, site: str, like: str) -> tuple[Tensor, ...]:
         """What is in force at a site; at a call that is none, the identity, as of the kind that the site `like` has."""
-        if (site, like) not in self._parameters:
+        owner, root = self.root().get_submodule(module_of(site)), self.root()
+        key = site, like, device_of(owner, root)
+        if key not in self._parameters:
             values = self.values.get(site) or self.choice[like].off(self.stats.sites[like])
-            owner = self.root().get_submodule(module_of(site))
-            self._parameters[site, like] = tensors_beside(owner, self.root(), values)
-        return self._parameters[site, like]
+            self._parameters[key] = tensors_beside(owner, root, values)
+        return self._parameters[key]
 
     def owner(self, weight: Tensor) -> str | None:
         """The name of the module that a parameter belongs to; None where it belongs to several."""
-        if id(weight) not in self._owners:
-            self._owners.clear()  # parameters were exchanged
-            for name, module in self.root().named_modules():
-                for parameter in module.parameters(recurse=False):
-                    self._owners[id(parameter)] = None if id(parameter) in self._owners else name
-        return self._owners.get(id(weight))
+        if not self._still(weight):
+            self._names.clear()  # parameters were exchanged
+            for name, parameter in self.root().named_parameters(remove_duplicate=False):
+                self._names[id(parameter)] = None if id(parameter) in self._names else name
+        name = self._names.get(id(weight))
+        return None if name is None else name.rpartition(".")[0]
+
+    def _still(self, weight: Tensor) -> bool:
+        """Whether what is known of a parameter holds: its id may be another's by now, and it may have moved."""
+        name = self._names.get(id(weight), "")
+        try:
+            return name is None or self.root().get_parameter(name) is weight
+        except AttributeError:
+            return False
 
     def call(self, numbering: Numbering, module: str) -> str:
         """The name of a module's next call in a pass."""
@@ -148,7 +157,7 @@ class Frame:
         self.examples: list[Tensor] = []
         self.counted: list[Counted] = []
         self._index: dict[str, int] = {}  # label of a counted call -> its index
-        self._names: dict[float | int, str] = {}  # a scalar, or the id of a tensor -> its buffer
+        self._names: dict[tuple | int, str] = {}  # a scalar and its device, or the id of a tensor -> its buffer
         inputs = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
         inputs |= {inner: inputs[outer] for inner, outer in outermost(gm.graph).items() if outer in inputs}
         in_graph: dict[str, list[CallNode]] = {}
@@ -221,12 +230,16 @@ class Frame:
 
     def _buffer(self, value: Value, tensor: Tensor) -> str:
         """A buffer's name. Equal scalars are one here, so that sites with one input share one result."""
-        key = value if isinstance(value, float) else id(tensor)
+        key = (value, tensor.device) if isinstance(value, float) else id(tensor)
         if key not in self._names:
             self._names[key] = name = f"forged_threshold_{len(self._names)}"
             self.gm.register_buffer(name, tensor)
             torch_internals.declare_buffer(self.gm, name)
         return self._names[key]
+
+    def scalars(self) -> list[float]:
+        """The values of the scalar buffers, in the graph's order."""
+        return [key[0] for key in self._names if isinstance(key, tuple)]
 
     def _one_of(self, module: str) -> str | None:
         """A site that stands for those that a call may turn out to be when it runs: they must be forged alike."""

@@ -1,14 +1,20 @@
-"""What Inductor makes of a forged function: a pointwise node, which joins the kernel that makes its input."""
+"""What Inductor makes of a forged function: a pointwise node, which joins the kernel that makes its input.
+
+On a CPU, where there is no such kernel, it may as well stay the call that eager mode makes: see `between_libraries`.
+"""
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true as known
 
 from forged_fx import torch_internals
 from forged_fx.kernels import reference
 from forged_fx.ops import FUNCTIONS, Function
+
+LARGE = 2**15  # From so many values on, a pass over them takes longer than a call through PyTorch's dispatcher.
 
 
 @functools.cache
@@ -19,6 +25,7 @@ def register_lowerings() -> None:
     """
     inductor = torch_internals.inductor()
     config, inner, V = inductor.config, inductor.ops, inductor.V
+    in_eager_mode = {f.op: inductor.fallback_handler(f.op, add_to_fallback_set=False) for f in FUNCTIONS.values()}
 
     class Wide:
         """Inductor's elementwise functions, for a rule of the reference: numbers among the arguments are constants."""
@@ -36,6 +43,12 @@ def register_lowerings() -> None:
         """Whether Inductor may generate the matrix products that read this value."""
         return (config.max_autotune or config.max_autotune_gemm) and x.get_device().type != "cpu"
 
+    def is_computed(x: Any) -> bool:
+        """Whether much is computed to make the value, in the kernel that the threshold will be a part of: with what is
+        no constant among six, a threshold's selection is 1 operation in 9 at most."""
+        made = getattr(x.data, "data", None)
+        return isinstance(made, inductor.Pointwise) and made.inner_fn_opcount().num_ops >= 6
+
     def pointwise(f: Function, x: Any, arguments: tuple, result: Callable) -> Any:
         """result: (index, what is dropped, what takes its place, what else becomes of x) -> the value there."""
         dtype, load_x = x.get_dtype(), x.make_loader()
@@ -45,7 +58,7 @@ def register_lowerings() -> None:
         # where more than 12 % of the operations select (`TilingSelect`). So conversions count that change nothing: with
         # all three a lone threshold is 1 in 9; without, the loop behind a digits' network's first layer took 35 times
         # as long. Elsewhere they would be no more than work for Inductor.
-        every = x.get_device().type == "cpu" and dtype == o.dtype
+        every = x.get_device().type == "cpu" and dtype == o.dtype and not is_computed(x)
 
         def converted(value: Any, source: torch.dtype, target: torch.dtype) -> Any:
             return inner.to_dtype(value, target) if every or source != target else value
@@ -89,7 +102,21 @@ def register_lowerings() -> None:
             return False
         return sum(read.get_numel() == x.get_numel() for read in x.get_reads()) > 1
 
+    def between_libraries() -> bool:
+        """Whether a library makes the value, and libraries read what is left of it, on a CPU: then there is nothing to
+        join. A loop of its own would be no faster than eager mode's, and a file of C++ for each size of tensor, most
+        of a second to compile. (A program that is compiled ahead of time may run without Python, and so without it.)"""
+        node = V.graph.current_node
+        if node.meta["val"].device.type != "cpu" or V.graph.cpp_wrapper or V.graph.aot_mode:
+            return False
+        around = (node.args[0], *node.users)
+        if not all(n.op == "call_function" and torch_internals.is_library_call(n) for n in around):
+            return False
+        return known(node.meta["val"].numel() >= LARGE)
+
     def forward(f: Function, x: Any, *arguments: Any) -> Any:
+        if f.cpu and between_libraries():
+            return in_eager_mode[f.op](x, *arguments)
         arguments = arguments[: f.arguments]
         meta = V.graph.current_node.meta
         offered = own_products(x) and config.prologue_fusion and meta.get("prologue")

@@ -3,6 +3,7 @@
 A kind of forging (forged_fx/kinds.py) has one or two for each site: scalars, or an element per channel.
 """
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -66,9 +67,14 @@ def qualified(site: str, names: Iterable[str]) -> tuple[str, ...]:
 
 def tensors_beside(owner: torch.nn.Module, root: torch.nn.Module, values: Iterable[Value]) -> tuple[torch.Tensor, ...]:
     """Values as float32 tensors on the device of the module that runs the site."""
-    near = next((t for t in [*owner.parameters(), *owner.buffers(), *root.parameters()]), None)
-    device = None if near is None else near.device
+    device = device_of(owner, root)
     return tuple(torch.tensor(value, dtype=torch.float32, device=device) for value in values)
+
+
+def device_of(owner: torch.nn.Module, root: torch.nn.Module) -> torch.device | None:
+    """Where a module's tensors are; those of the model, where it has none itself; None where there are none."""
+    near = next(itertools.chain(owner.parameters(), owner.buffers(), root.parameters()), None)
+    return None if near is None else near.device
 
 
 def parameters_of(model: torch.nn.Module) -> dict[str, tuple[torch.Tensor, ...]]:

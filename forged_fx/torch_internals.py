@@ -6,6 +6,7 @@ the backend touches, one function each; tests/test_backend.py runs them.
 """
 
 import functools
+import math
 import re
 import sys
 import types
@@ -45,6 +46,8 @@ NAMES = {
     "torch.overrides._push_mode": "puts them back",
     "torch._dynamo.variables.torch_function.torch_function_mode_stack_state_mgr": "has the modes that Dynamo took off",
     "torch._C._functorch.maybe_current_level": "tells whether torch.func transforms are at work",
+    "torch._C._functorch.TransformType.Jvp": "tells forward-mode differentiation where Dynamo's graph began it",
+    "torch._C._functorch.get_interpreter_stack": "lists the torch.func transforms at work",
     "torch._C._functorch.is_functorch_wrapped_tensor": "tells tensors within torch.vmap, which cannot be measured",
     "torch._C._len_torch_dispatch_stack": "tells whether dispatch modes are at work",
     "torch._C._len_torch_function_stack": "tells whether function modes are at work",
@@ -56,6 +59,7 @@ NAMES = {
     "torch._C._current_graph_task_id": "tells one backward's recomputation from another's",
     "torch._grouped_mm": "is a product that may be a site",
     "torch.nn.Module._call_impl.__code__": "is the frame of a module's call, on the stack",
+    "torch.nn.Module._wrapped_call_impl.__code__": "is that of a module that was compiled in place",
     "torch.utils._python_dispatch.TorchDispatchMode": "counts the thresholds that run",
     "torch.utils._pytree.tree_leaves": "lists the tensors in a model's arguments",
     "torch.utils._pytree.tree_map": "maps the tensors in a model's arguments",
@@ -92,6 +96,7 @@ NAMES = {
     "torch._inductor.ir.Pointwise": "is the node that a threshold becomes",
     "torch._inductor.list_mode_options": "has what a mode of torch.compile stands for",
     "torch._inductor.list_options": "has Inductor's own options",
+    "torch._inductor.lowering.fallback_handler": "leaves a threshold the call that it is",
     "torch._inductor.lowering.register_lowering": "makes a threshold a pointwise node; its file tells library calls",
     "torch._inductor.virtualized.V": "has the graph that code is generated for, and the choices that are made",
     "torch._inductor.virtualized.ops": "has the arithmetic of generated code",
@@ -107,6 +112,7 @@ assert_is_none = torch.fx._symbolic_trace._assert_is_none
 function_modes = torch.overrides._get_current_function_mode_stack
 has_any_global_hook = torch.nn.modules.module._has_any_global_hook
 MODULE_CALL = torch.nn.Module._call_impl.__code__
+WRAPPED_CALL = torch.nn.Module._wrapped_call_impl.__code__
 SingleLevelFunction = torch.autograd.function._SingleLevelFunction
 grouped_mm = torch._grouped_mm
 
@@ -132,7 +138,7 @@ def inductor() -> types.SimpleNamespace:
         get_stride_order,
         is_storage_and_layout,
     )
-    from torch._inductor.lowering import register_lowering
+    from torch._inductor.lowering import fallback_handler, register_lowering
     from torch._inductor.virtualized import V, ops
 
     return types.SimpleNamespace(
@@ -143,6 +149,7 @@ def inductor() -> types.SimpleNamespace:
         compile_fx=compile_fx,
         config=config,
         decomposition=decomposition,
+        fallback_handler=fallback_handler,
         get_stride_order=get_stride_order,
         is_storage_and_layout=is_storage_and_layout,
         list_mode_options=list_mode_options,
@@ -187,8 +194,10 @@ def _stack(modes: list[Any]) -> None:
 
 
 def in_forward_mode() -> bool:
-    """Whether forward-mode differentiation is at work."""
-    return forward_ad._current_level >= 0
+    """Whether forward-mode differentiation is at work. (A graph of Dynamo's begins torch.func.jvp past Python.)"""
+    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    jvp = torch._C._functorch.TransformType.Jvp
+    return forward_ad._current_level >= 0 or any(transform.key() == jvp for transform in transforms)
 
 
 def forward_mode_enabled() -> AbstractContextManager:
@@ -236,7 +245,9 @@ def checkpoints() -> tuple[list[dict], dict | None]:
 def modules_on_stack() -> Iterator[torch.nn.Module]:
     """The modules whose forward is running now, innermost first. Dynamo compiles a frame while it waits to run."""
     for frame in _frames():
-        if frame.f_code is MODULE_CALL:
+        called = frame.f_code is MODULE_CALL
+        # What went through `Module.compile` may have no frame of its own beyond this one: its call is what is compiled.
+        if called or (frame.f_code is WRAPPED_CALL and compiled_in_place(frame.f_locals["self"])):
             module = frame.f_locals["self"]
             yield getattr(module, "_orig_mod", module)
 
@@ -471,14 +482,42 @@ def on_inductors_graph(gm: fx.GraphModule, inputs: list[Any], read: Callable[[fx
     return aot_autograd(fw_compiler=compiler, decompositions=select_decomp_table())(gm, inputs)
 
 
+def _adapts_by_wide_windows(node: fx.Node) -> bool:
+    """Whether a pool to a given size has windows of several sizes, and more than 25 values in one. (Else Inductor makes
+    a pool with a stride of it.)"""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    sizes = list(zip(node.args[0].meta["val"].shape[-2:], node.args[1], strict=True))
+    wide = math.prod((before + after - 1 + after - 1) // after for before, after in sizes) > 25
+    return statically_known_true(wide) and not all(statically_known_true(b % a == 0) for b, a in sizes)
+
+
+def _averages_wide_windows(node: fx.Node) -> bool:
+    """Whether windows of more than 25 values overlap, or leave something out."""
+    _, kernel, stride = (*node.args, None)[:3]
+    return math.prod(kernel) > 25 and list(stride or kernel) != list(kernel)
+
+
+aten = torch.ops.aten
+# What Inductor writes itself, or leaves to PyTorch -> when it leaves it.
+_LEFT_TO_PYTORCH: dict[Any, Callable[[fx.Node], bool]] = {
+    # on a GPU, a bias is added by a kernel of Inductor's
+    aten.convolution.default: lambda node: node.args[2] is None or node.meta["val"].device.type == "cpu",
+    aten._adaptive_avg_pool2d.default: _adapts_by_wide_windows,
+    aten.adaptive_max_pool2d.default: _adapts_by_wide_windows,
+    aten.avg_pool2d.default: _averages_wide_windows,
+    aten.sort.default: lambda node: node.meta["val"][0].device.type == "cpu",
+    aten.sort.stable: lambda node: node.meta["val"][0].device.type == "cpu",
+}
+
+
 def is_library_call(node: fx.Node) -> bool:
     """Whether Inductor leaves an ATen call to a library's kernel, or to one of PyTorch's own."""
     from torch._inductor import lowering
 
-    aten = torch.ops.aten
-    products = (aten.convolution.default, aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
-    if node.target is aten.convolution.default and node.args[2] is not None:
-        return node.meta["val"].device.type == "cpu"  # on a GPU, a bias is added by a kernel of Inductor's
+    if node.target in _LEFT_TO_PYTORCH:
+        return _LEFT_TO_PYTORCH[node.target](node)
+    products = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
     return node.target in products or node.target in lowering.fallbacks or node.target not in lowering.lowerings
 
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -96,10 +97,37 @@ def test_loops_shorter_than_a_vector_stay_vectors():
     assert one_by_one(forged, backend="forged") <= one_by_one(model)
 
 
+@pytest.mark.parametrize(("pixels", "calls"), [(48, 1), (16, 0)])
+def test_between_two_convolutions_on_a_cpu_a_large_threshold_is_eager_modes(pixels, calls):
+    """There is nothing to join, and a loop of its own would be one more file of C++ to compile."""
+    from torch._inductor.utils import run_and_get_code
+
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3)).eval()
+    x = torch.rand(2, 3, pixels, pixels, generator=torch.Generator().manual_seed(0))
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-2)
+    with torch.no_grad():
+        result, (code,) = run_and_get_code(torch.compile(forged, backend="forged"), x)
+        _, (plain,) = run_and_get_code(torch.compile(model), x)
+        assert torch.allclose(result, forged(x), atol=1e-5)
+    assert code.count("= torch.ops.forged_fx.threshold.default(") == calls
+    if calls:
+        assert code.count("= async_compile.cpp_pybinding(") == plain.count("= async_compile.cpp_pybinding(")
+
+
 def test_statistics_may_be_a_path(model, stats, x, tmp_path):
     stats.save(tmp_path / "s")
     with torch.no_grad():
         assert torch.equal(compiled(model, str(tmp_path / "s"))(x), compiled(model, stats)(x))
+
+
+def test_a_path_is_read_again(model, stats, x, tmp_path):
+    others = forged_fx.calibrate(model, [4 * x])
+    for these in (stats, others):
+        these.save(tmp_path / "s")
+        torch._dynamo.reset()
+        with torch.no_grad():
+            expected = forged_fx.transform(model, these, 2**-3)(x)
+            assert torch.allclose(compiled(model, str(tmp_path / "s"))(x), expected, atol=1e-6)
 
 
 def test_include_and_exclude(model, stats, x):
@@ -182,6 +210,17 @@ def test_inductors_own_options_pass_through(model, stats, x, configured):
         expected = forged_fx.transform(model, stats, 2**-3)(x)
         assert torch.allclose(compiled(model, stats, freezing=True)(x), expected, atol=1e-6)
     assert [patches["freezing"] for patches in configured] == [True]
+
+
+def test_the_disk_cache_does_not_serve_frozen_thresholds_of_another_ratio(model, stats, x):
+    """Frozen, they are numbers in the code, which Inductor's key does not cover."""
+    from torch._inductor.utils import fresh_cache
+
+    with fresh_cache(), torch.no_grad():
+        for ratio in (2**-3, 2**-1):
+            torch._dynamo.reset()
+            expected = forged_fx.transform(model, stats, ratio)(x)
+            assert torch.allclose(compiled(model, stats, ratio, freezing=True)(x), expected, atol=1e-6), ratio
 
 
 def test_statistics_of_another_model_are_refused(stats):
@@ -451,6 +490,121 @@ def test_compiled_in_place(model, stats, x):
         expected = forged_fx.transform(model, stats, 2**-3)(x)
         model.compile(backend="forged", options={"stats": stats, "ratio": 2**-3})
         assert torch.allclose(model(x), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("made", [lambda: nn.Linear(6, 6), lambda: nn.Sequential(nn.Linear(6, 6), nn.ReLU())])
+def test_layers_and_containers_of_pytorchs_own_compiled_in_place(made):
+    torch.manual_seed(0)
+    model, x, plain, seen = made(), torch.randn(8, 6), made(), []
+    plain.compile(backend=lambda gm, inputs: seen.append(gm) or gm.forward)
+    plain(x)
+    if not seen:
+        pytest.skip("this version's Dynamo passes them by")
+    stats = forged_fx.calibrate(model, [x])
+    with torch.no_grad():
+        expected = forged_fx.transform(model, stats, 2**-2)(x)
+        assert not torch.allclose(model(x), expected, atol=1e-3)
+        model.compile(backend="forged", options={"stats": stats, "ratio": 2**-2})
+        assert torch.allclose(model(x), expected, atol=1e-6)
+
+
+def test_within_another_compiled_function_thresholds_are_dropped_with_a_warning(model, stats, x):
+    """Dynamo looks through a compiled model, and knows the outermost backend alone."""
+    inner, forged = compiled(model, stats), forged_fx.transform(model, stats, 2**-3)
+    with torch.no_grad():
+        with pytest.warns(UserWarning, match=r"looks through it, and drops them: forge it with forged_fx.transform"):
+            torch.compile(lambda x: inner(x) * 2, backend="forged")(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            assert torch.allclose(torch.compile(lambda x: forged(x) * 2, backend="forged")(x), forged(x) * 2, atol=1e-6)
+            torch.compile(lambda x: x * 2, backend="forged")(x)
+
+
+class Halves(nn.Module):
+    """Blocks of one class, which share code in two graphs, run in another order than they are registered in."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Half() for _ in range(4))
+
+    def forward(self, x):
+        for block in reversed(self.blocks):
+            x = block(x) * 3
+        return x
+
+
+class Half(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x):
+        x = self.layer(x)
+        torch._dynamo.graph_break()
+        return x * 1.0
+
+
+def test_parameters_may_be_exchanged(x):
+    """The weight tells which block a graph runs as. Its id may be another's by then, and it may be another block's."""
+    torch.manual_seed(0)
+    model, x = Halves().eval(), torch.randn(8, 6)
+    stats = forged_fx.calibrate(model, [x])
+    fast = compiled(model, stats, 2**-2)
+    with torch.no_grad():
+        fast(x)
+        first, last = model.blocks[0].layer, model.blocks[-1].layer
+        first.weight, last.weight = last.weight, first.weight
+        assert torch.allclose(fast(x), forged_fx.transform(model, stats, 2**-2)(x), atol=1e-4)
+        for _ in range(4):
+            given = {name: torch.randn_like(value) / 2 for name, value in model.state_dict().items()}
+            model.load_state_dict(given, assign=True)
+            del given
+            assert torch.allclose(fast(x), forged_fx.transform(model, stats, 2**-2)(x), atol=1e-4)
+
+
+def test_thresholds_are_where_their_layers_are(monkeypatch):
+    """On the device that the model was moved to, and, where its layers lie on several, on that of each."""
+    monkeypatch.setattr(torch_internals.inductor(), "compile_fx", lambda gm, inputs, config_patches: gm.forward)
+
+    class OnTwo(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.b(self.a(x).relu().to(self.b.weight.device))
+
+    torch.manual_seed(0)
+    model, x = OnTwo().eval(), torch.randn(8, 6)
+    stats = forged_fx.calibrate(model, [x])
+    with torch.no_grad():
+        fast = compiled(model, stats, 0)
+        assert fast(x).device.type == "cpu"
+        model.b.to("meta")
+        assert fast(x).device.type == "meta"
+        model.a.to("meta")
+        assert fast(x.to("meta")).device.type == "meta"
+
+
+@pytest.mark.parametrize("backend", ["eager", "forged"])
+def test_tangents_pass_a_compiled_threshold(backend):
+    """Dynamo's graph begins forward-mode differentiation where Python does not see it."""
+
+    class Residual(nn.Linear):
+        def forward(self, x):
+            return x + super().forward(x)
+
+    torch.manual_seed(0)
+    model, x = Residual(6, 6).eval(), torch.randn(8, 6)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-2)
+
+    def tangent(module):
+        return lambda x: torch.func.jvp(module, (x,), (torch.ones_like(x),))[1]
+
+    expected = tangent(forged)(x)
+    assert not torch.allclose(expected, tangent(model)(x), atol=1e-3)
+    assert torch.allclose(torch.compile(tangent(forged), backend=backend)(x), expected, atol=1e-5)
+    assert torch.equal(tangent(forged)(x), expected)
 
 
 def test_a_wrapper_around_the_calibrated_model(model, stats, x):

@@ -54,6 +54,26 @@ def test_costs_site_by_site(made):
     assert forged_fx.describe(forged)[0].cost is None
 
 
+@pytest.mark.parametrize(
+    ("pool", "size", "kind"),
+    [
+        (nn.AdaptiveAvgPool2d(3), 24, FREE), (nn.AdaptiveAvgPool2d(3), 13, FREE), (nn.AdaptiveAvgPool2d(3), 16, LAUNCH),
+        (nn.AdaptiveMaxPool2d(3), 24, FREE), (nn.AdaptiveMaxPool2d(3), 16, LAUNCH),
+        (nn.AvgPool2d(7, 1), 16, LAUNCH), (nn.AvgPool2d(7), 21, FREE), (nn.AvgPool2d(3, 1), 16, FREE),
+    ],
+)  # fmt: skip
+def test_a_pool_that_inductor_leaves_to_pytorch_takes_no_threshold(pool, size, kind):
+    from torch._inductor.utils import run_and_get_code
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 1), pool, nn.Conv2d(8, 4, 1)).eval(), torch.randn(2, 3, size, size)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]))
+    assert forged_fx.cost(forged, (x,))["2"].kind == kind
+    with torch.no_grad():
+        _, (code,) = run_and_get_code(torch.compile(forged, backend="forged"), x)
+    assert ("pool2d.default(buf" in code) == (kind == LAUNCH)
+
+
 def test_thresholds_that_part_are_not_shared(made):
     model, stats, x = made
     forged = forged_fx.transform(model, stats, {"left": 2**-3, "*": 2**-4})
