@@ -4,6 +4,7 @@ import contextlib
 import copy
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -111,15 +112,27 @@ def fast_path_off() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(was)
 
 
+class _Thread(threading.local):
+    """Tells one thread from all others. (An identity, Dynamo could not ask for.)"""
+
+    is_this = False
+
+
 @contextlib.contextmanager
 def module_hooks(enter: Callable, leave: Callable) -> Iterator[None]:
     """`enter(module, args)` and `leave(module, args, result)` around every module's forward, an exception included.
 
-    The hooks are global, so that no module is touched.
+    The hooks are global, so that no module is touched; what runs in other threads is passed by.
     """
+    own = _Thread()
+    own.is_this = True
+
+    def on_own_thread(hook: Callable) -> Callable:
+        return lambda *args: hook(*args) if own.is_this else None
+
     handles = [
-        hooks.register_module_forward_pre_hook(enter),
-        hooks.register_module_forward_hook(leave, always_call=True),
+        hooks.register_module_forward_pre_hook(on_own_thread(enter)),
+        hooks.register_module_forward_hook(on_own_thread(leave), always_call=True),
     ]
     try:
         yield

@@ -6,11 +6,15 @@ place. It remains what it was to everyone else: its type, name, attributes, para
 Two cases. A *layer* makes one call, on its own first argument: the threshold goes ahead of its forward. Any other
 module runs its forward under a function mode that counts the module's own calls and thresholds the operands that
 calibration found.
+
+A module that runs several times in a forward pass has thresholds of its own for each run, by the number that the run
+has in the pass. A pass begins where a thread enters the model: at the model, or at one of its parts that a user calls.
 """
 
 import contextlib
 import inspect
 import sys
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,12 +59,37 @@ class Forge:
         return getattr(torch.ops.forged_fx, self.function)(x, *parameters, *self.rest)
 
 
+class Pass(threading.local):
+    """The forward pass of a forged model that a thread is in.
+
+    counts: how many calls each plan has made in it, by the plan's id.
+    """
+
+    depth = 0
+    counts: dict[int, int]
+
+    def enter(self) -> None:
+        if self.depth == 0:
+            self.counts = {}
+        self.depth += 1
+
+    def leave(self) -> None:
+        self.depth -= 1
+
+    def so_far(self) -> dict[int, int]:
+        """Outside of all passes a call is the first one."""
+        return self.counts if self.depth else {}
+
+    def __reduce__(self) -> tuple:
+        return Pass, ()
+
+
 @dataclass
 class Plan:
     """What to do at each call of one module's own code.
 
     operands: call index -> what is done there. once: the module runs at most once in a forward pass, so that its calls
-    are counted from its own start; else they are counted from the model's. calls: how many there were at most in
+    are counted from its own start; else they are counted from the pass's. calls: how many there were at most in
     calibration.
     """
 
@@ -68,19 +97,14 @@ class Plan:
     once: bool
     calls: int
     operands: dict[int, list[Forge]]
-    so_far: int = 0
 
-    def start(self) -> None:
-        if self.once:
-            self.so_far = 0
-
-    def next(self) -> list[Forge]:
-        k = self._count()
+    def next(self, counts: dict[int, int]) -> list[Forge]:
+        k = self._count(counts)
         if k >= self.calls:
             raise unseen_call(self.module, k, self.calls)
         return self.operands.get(k, [])
 
-    def _count(self) -> int:
+    def _count(self, counts: dict[int, int]) -> int:
         """The number of this call. What a backward recomputes has the numbers that it had when it ran first."""
         looks = not self.once and not torch.compiler.is_compiling()  # (Dynamo cannot look at the stack)
         first, again = torch_internals.checkpoints() if looks else ([], None)
@@ -90,13 +114,16 @@ class Plan:
             k = again.get(run, again[key])
             again[run] = k + 1
         else:
-            k, self.so_far = self.so_far, self.so_far + 1
+            k = counts.get(key, 0)
+            counts[key] = k + 1
         for notes in first:
             notes.setdefault(key, k)
         return k
 
 
 class _Region(HoldsThresholds):
+    threshold_buffers = {}  # noqa: RUF012 (a slice of a Sequential is of its class, and has none)
+    forged_pass = Pass()
     forged_plan: Plan  # (a name that the user's own class will not have)
     forged_activations: Plan | None = None  # the same for its calls of activations, which are counted apart
 
@@ -112,14 +139,25 @@ class ForgedLayer(_Region):
         return getattr(self, "inplace", False) and any(map(is_activation, self.threshold_buffers))
 
     def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.forged_plan.start()
-        for forge in self.forged_plan.next():
+        plan = self.forged_plan
+        for forge in plan.operands[0] if plan.once else plan.next(self.forged_pass.so_far()):
             forged = forge(self, input)
             input = input.copy_(forged) if self.works_in_place else forged
         return super().forward(input, *args, **kwargs)
 
 
-class ForgedCalls(_Region):
+class ForgedParent(_Region):
+    """A module around others that run several times in a forward pass: one begins here, unless it has begun."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.forged_pass.enter()  # (Dynamo does not follow `with` here)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.forged_pass.leave()
+
+
+class ForgedCalls(ForgedParent):
     """Any other module: its forward runs as written, and its own calls find their operands thresholded.
 
     It is left out of `torch.compile`: compiled code would run its own products under the function mode, once more. The
@@ -128,8 +166,6 @@ class ForgedCalls(_Region):
 
     @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        for plan in plans_of(self):
-            plan.start()
         own = _OwnCalls(self)
         with _follow_submodules(self, own), own:
             return super().forward(*args, **kwargs)
@@ -141,6 +177,7 @@ class _OwnCalls(TorchFunctionMode):
     def __init__(self, region: ForgedCalls) -> None:
         super().__init__()
         self.region, self.depth = region, 0
+        self.own: dict[int, int] = {}  # the calls since the module's own start, by plan
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -152,7 +189,7 @@ class _OwnCalls(TorchFunctionMode):
             if function in ACTIVATIONS:
                 plan = self.region.forged_activations
             if plan is not None:
-                for forge in plan.next():
+                for forge in plan.next(self.own if plan.once else self.region.forged_pass.so_far()):
                     x = get(args, kwargs, forge.key)
                     new = forge(self.region, x)
                     x = x.copy_(new) if function in ACTIVATIONS and works_in_place(function, args, kwargs) else new
@@ -173,42 +210,31 @@ def _follow_submodules(region: torch.nn.Module, own: _OwnCalls) -> contextlib.Ab
     return module_hooks(enter, leave)
 
 
-_classes: dict[tuple[type, type], type] = {}
+_classes: dict[tuple[type, ...], type] = {}
 
 
-def _derive(region: Any, plain: Any) -> type:
+def _derive(region: Any, *plain: Any) -> type:
     """The class of a forged module: `region` first, so that its forward wraps the plain one."""
-    if (region, plain) not in _classes:
+    key = (region, *plain)
+    if key not in _classes:
 
         def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
             return region.forward(self, *args, **kwargs)
 
-        vars(forward)["__signature__"] = inspect.signature(plain.forward)  # exporters and trainers read it
-        members = {"forged_from": (region, plain), "forward": forward, "__module__": plain.__module__}
-        _classes[region, plain] = type(f"Forged{plain.__name__}", (region, plain), members)
-    return _classes[region, plain]
+        vars(forward)["__signature__"] = inspect.signature(plain[-1].forward)  # exporters and trainers read it
+        members = {"forged_from": key, "forward": forward, "__module__": plain[-1].__module__}
+        _classes[key] = type(f"Forged{plain[-1].__name__}", key, members)
+    return _classes[key]
 
 
-def _rebuild(region: type, plain: type) -> torch.nn.Module:
-    derived: Any = _derive(region, plain)
+def _rebuild(*bases: type) -> torch.nn.Module:
+    derived: Any = _derive(*bases)
     return derived.__new__(derived)
-
-
-def plans_of(region: _Region) -> list[Plan]:
-    return [plan for plan in (region.forged_plan, region.forged_activations) if plan is not None]
 
 
 def _plan(module: str, rows: list[SiteStats]) -> Plan:
     """Without sites of its own mark, a module's calls are passed by."""
     return Plan(module, all(r.once for r in rows), max((r.module_calls for r in rows), default=sys.maxsize), {})
-
-
-def _start_pass(model: torch.nn.Module, args: Any) -> None:
-    """A forward pre-hook of the model: modules that run several times count their calls from here."""
-    for module in model.modules():
-        if isinstance(module, _Region):
-            for plan in plans_of(module):
-                plan.so_far = 0
 
 
 def forge_regions(model: torch.nn.Module, stats: Stats, wanted: list[str], choice: Choice) -> dict[str, str]:
@@ -237,6 +263,19 @@ def forge_regions(model: torch.nn.Module, stats: Stats, wanted: list[str], choic
             module.forged_activations = plans["@"]
         module.__class__ = _derive(ForgedLayer if layer else ForgedCalls, type(module))
         reached |= dict.fromkeys(sites, f"ahead of {name}" if layer else f"within {name or 'the model'}")
-    if any(not stats.sites[site].once for site in wanted):
-        model.register_forward_pre_hook(_start_pass)
+    _begin_passes(model)
     return reached
+
+
+def _begin_passes(model: torch.nn.Module) -> None:
+    """A pass begins at any module that is, or is around, one that runs several times."""
+    regions = [module for module in model.modules() if isinstance(module, _Region)]
+    several = {r for r in regions if not (r.forged_plan.once and (r.forged_activations or r.forged_plan).once)}
+    for module in model.modules():
+        has_forward = type(module).forward is not torch.nn.Module.forward or "forward" in vars(module)
+        if not isinstance(module, _Region) and has_forward and several.intersection(module.modules()):
+            module.__class__ = _derive(ForgedParent, type(module))
+    now = Pass()
+    for module in model.modules():
+        if isinstance(module, _Region):
+            module.forged_pass = now

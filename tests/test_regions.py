@@ -317,3 +317,42 @@ def test_a_name_that_torch_fx_cannot_write(x):
     forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0)
     assert torch.equal(forged(x), model(x))
     assert "cannot be written as Python" in str(forged_fx.describe(forged))
+
+
+class Siamese(nn.Module):
+    """What `embed` runs, runs twice in a forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), SharedLayer())
+        self.head = nn.Linear(8, 2)
+
+    def embed(self, x):
+        return self.embedding(x)
+
+    def forward(self, a, b):
+        if a.shape[1] > 9:
+            raise ValueError
+        return self.head(torch.cat([self.embed(a), self.embed(9 * b)], -1)) if a.sum() < 1e9 else a
+
+
+@torch.no_grad()
+def test_a_pass_begins_wherever_the_model_is_entered(x):
+    torch.manual_seed(0)
+    model = Siamese().eval()
+    stats = forged_fx.calibrate(model, [{"a": x, "b": x}])
+    forged = forged_fx.transform(model, stats, 0.2)
+    assert stats.sites["embedding.2.a#5"]
+    seen = []
+    hook = forged.head.register_forward_hook(lambda module, args, result: seen.append(args[0]))
+    expected = forged(x, x)
+    hook.remove()
+    for _ in range(2):
+        assert torch.equal(forged.embed(x), seen[0][..., :4])
+        assert torch.equal(forged.forward(x, x), expected)
+        assert torch.equal(forged(x, x), expected)
+        with pytest.raises(ValueError):
+            forged(x.repeat(1, 2, 1), x)
+    assert not torch.equal(forged.embed(9 * x), seen[0][..., 4:])  # that was the second run
+    part = forged.embedding[:1].half()  # it is of the forged class
+    assert part(x.half()).dtype == torch.half
