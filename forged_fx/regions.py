@@ -15,6 +15,7 @@ import contextlib
 import inspect
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,6 +130,15 @@ class _Region(HoldsThresholds):
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return _rebuild, type(self).forged_from, self.__dict__
+
+
+class _OwnForward(torch.nn.Module):
+    """Stands ahead of the plain class of a module whose instance has a forward of its own."""
+
+    forged_forward: Callable
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forged_forward(*args, **kwargs)
 
 
 class ForgedLayer(_Region):
@@ -261,10 +271,19 @@ def forge_regions(model: torch.nn.Module, stats: Stats, wanted: list[str], choic
         module.forged_plan = plans["@" if layer and is_activation(sites[0]) else "#"]
         if plans["@"].operands and not layer:
             module.forged_activations = plans["@"]
-        module.__class__ = _derive(ForgedLayer if layer else ForgedCalls, type(module))
+        _become(ForgedLayer if layer else ForgedCalls, module)
         reached |= dict.fromkeys(sites, f"ahead of {name}" if layer else f"within {name or 'the model'}")
     _begin_passes(model)
     return reached
+
+
+def _become(region: type[_Region], module: Any) -> None:
+    """Give the module its class. A forward of the instance's own would hide the class's: that comes to run it."""
+    plain = [type(module)]
+    if "forward" in vars(module):
+        module.forged_forward = vars(module).pop("forward")
+        plain.insert(0, _OwnForward)
+    module.__class__ = _derive(region, *plain)
 
 
 def _begin_passes(model: torch.nn.Module) -> None:
@@ -274,7 +293,7 @@ def _begin_passes(model: torch.nn.Module) -> None:
     for module in model.modules():
         has_forward = type(module).forward is not torch.nn.Module.forward or "forward" in vars(module)
         if not isinstance(module, _Region) and has_forward and several.intersection(module.modules()):
-            module.__class__ = _derive(ForgedParent, type(module))
+            _become(ForgedParent, module)
     now = Pass()
     for module in model.modules():
         if isinstance(module, _Region):

@@ -1,7 +1,9 @@
 """Models that are not one graph: forged module by module, in their own skeleton."""
 
 import copy
+import functools
 import io
+import types
 
 import oracle
 import pytest
@@ -356,3 +358,62 @@ def test_a_pass_begins_wherever_the_model_is_entered(x):
     assert not torch.equal(forged.embed(9 * x), seen[0][..., 4:])  # that was the second run
     part = forged.embedding[:1].half()  # it is of the forged class
     assert part(x.half()).dtype == torch.half
+
+
+class OwnForward(DataBranch):
+    """Its forward is the instance's."""
+
+    def __init__(self):
+        super().__init__()
+        self.forward = self.fast
+
+    def fast(self, x):
+        return super().forward(x) @ self.a.weight
+
+    @staticmethod
+    def expected(f, x, model):
+        return f("#0", model.b(f("b", model.a(f("a", x))))) @ model.a.weight
+
+
+class OwnForwards(DataBranch):
+    """A layer's, which makes more calls than its class's, and that of another, which runs its class's."""
+
+    def __init__(self):
+        super().__init__()
+        self.a.A = nn.Parameter(torch.randn(4, 4))
+        self.a.forward = types.MethodType(_low_rank, self.a)
+        self.b.forward = functools.partial(_twice, self.b, self.b.forward)
+
+    @staticmethod
+    def expected(f, x, model):
+        x = F.linear(f("a", x), model.a.weight) + f("a#1", x) @ model.a.A
+        return 2 * F.linear(f("b", x), model.b.weight, model.b.bias)
+
+
+def _low_rank(self, x):
+    return F.linear(x, self.weight) + x @ self.A
+
+
+def _twice(self, plain, x):
+    return 2 * plain(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [OwnForward, OwnForwards])
+@pytest.mark.parametrize("audited", [False, True])
+def test_a_forward_of_the_instances_own_is_forged(kind, audited, x, tmp_path):
+    torch.manual_seed(0)
+    model = kind().eval()
+    stats = forged_fx.calibrate(model, [x])
+    stats.save(tmp_path / "stats")
+    forged = forged_fx.transform(model, stats if audited else tmp_path / "stats", 2**-3)
+
+    def f(site, x):
+        return torch.where(x.abs() < stats.sites[site].c_max / 8, 0.0, x)
+
+    expected = kind.expected(f, x, model)
+    assert not torch.equal(expected, model(x))
+    for twin in (forged, copy.deepcopy(forged)):
+        assert torch.equal(twin(x), expected)
+        twin.b.weight.zero_()  # its own
+        assert not torch.equal(twin(x), expected)
