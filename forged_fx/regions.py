@@ -128,6 +128,9 @@ class _Region(HoldsThresholds):
     forged_plan: Plan  # (a name that the user's own class will not have)
     forged_activations: Plan | None = None  # the same for its calls of activations, which are counted apart
 
+    def __init_subclass__(cls) -> None:
+        """What the user's class does with its subclasses is not for these, which it does not know."""
+
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return _rebuild, type(self).forged_from, self.__dict__
 
@@ -144,16 +147,26 @@ class _OwnForward(torch.nn.Module):
 class ForgedLayer(_Region):
     """A layer, or an activation's module: `threshold -> forward`."""
 
+    forged_input: str  # the name of its forward's first argument
+
     @property
     def works_in_place(self) -> bool:
         return getattr(self, "inplace", False) and any(map(is_activation, self.threshold_buffers))
 
-    def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        input, *rest = args or (self._named(kwargs),)
         plan = self.forged_plan
         for forge in plan.operands[0] if plan.once else plan.next(self.forged_pass.so_far()):
             forged = forge(self, input)
             input = input.copy_(forged) if self.works_in_place else forged
-        return super().forward(input, *args, **kwargs)
+        return super().forward(input, *rest, **kwargs)
+
+    def _named(self, kwargs: dict) -> torch.Tensor:
+        """The first argument, out of the others, where all are named."""
+        if self.forged_input not in kwargs:
+            name = self.forged_plan.module
+            raise TypeError(f"{name!r} is called without {self.forged_input!r}, which has a threshold")
+        return kwargs.pop(self.forged_input)
 
 
 class ForgedParent(_Region):
@@ -271,6 +284,8 @@ def forge_regions(model: torch.nn.Module, stats: Stats, wanted: list[str], choic
         module.forged_plan = plans["@" if layer and is_activation(sites[0]) else "#"]
         if plans["@"].operands and not layer:
             module.forged_activations = plans["@"]
+        if layer:
+            module.forged_input = next(iter(inspect.signature(module.forward).parameters))
         _become(ForgedLayer if layer else ForgedCalls, module)
         reached |= dict.fromkeys(sites, f"ahead of {name}" if layer else f"within {name or 'the model'}")
     _begin_passes(model)

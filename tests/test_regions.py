@@ -4,6 +4,7 @@ import copy
 import functools
 import io
 import types
+from typing import ClassVar
 
 import oracle
 import pytest
@@ -417,3 +418,48 @@ def test_a_forward_of_the_instances_own_is_forged(kind, audited, x, tmp_path):
         assert torch.equal(twin(x), expected)
         twin.b.weight.zero_()  # its own
         assert not torch.equal(twin(x), expected)
+
+
+class Named(nn.Linear):
+    def forward(self, features, scale=1):
+        return F.linear(features, self.weight, self.bias) * scale
+
+
+class CallsByName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = Named(4, 4)
+
+    def forward(self, x):
+        return self.a(x) if x.mean() < 1 else self.a(scale=2, features=x)
+
+
+@torch.no_grad()
+def test_a_layer_that_is_called_by_name_on_another_path(x):
+    model = CallsByName().eval()
+    stats = forged_fx.calibrate(model, [x])
+    forged = forged_fx.transform(model, stats, 2**-1)
+    shifted = x + 2
+    cut = torch.where(shifted.abs() < stats.sites["a"].c_max / 2, 0.0, shifted)
+    assert torch.equal(forged(shifted), 2 * model.a(cut)) and not torch.equal(cut, shifted)
+    with pytest.raises(TypeError, match="'a' is called without 'features', which has a threshold"):
+        forged.a(scale=2)
+
+
+class Registered:
+    kinds: ClassVar = []
+
+    def __init_subclass__(cls, *, kind, **others):
+        super().__init_subclass__(**others)
+        cls.kinds.append(kind)
+
+
+class OfAKind(Registered, nn.Linear, kind="layer"):
+    pass
+
+
+def test_what_a_class_asks_of_its_subclasses_is_not_asked_of_the_forged_one(x):
+    model = DataBranch()
+    model.a = OfAKind(4, 4)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]))
+    assert isinstance(forged.a, OfAKind) and Registered.kinds == ["layer"]
