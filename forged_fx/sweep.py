@@ -37,7 +37,7 @@ from forged_fx.stats import Ends, Stats
 from forged_fx.throughput import interleave
 from forged_fx.transform import select
 
-EXAMPLES, STATISTICS = "examples.safetensors", "stats.safetensors"
+EXAMPLES, STATISTICS = "sweep.examples.safetensors", "sweep.stats.safetensors"  # a result may lie beside them
 BASE = "base"
 
 

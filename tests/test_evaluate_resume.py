@@ -180,6 +180,34 @@ def test_two_processes_do_not_share_a_folder(unfinished, call):
     assert planted.evaluate(**call).n == 30  # a killed process holds nothing
 
 
+@pytest.mark.parametrize("held", [False, True])
+def test_a_finished_run_that_is_asked_for_again_leaves_the_unfinished_run_of_another_call(call, held):
+    planted.evaluate(**call)
+    with Journal(call["folder"], {"command": [], "of": "a sweep"}) as other:
+        other.keep("a", 0, b"found")
+        if held:
+            assert planted.evaluate(**call).n == 30
+    assert planted.evaluate(**call).n == 30
+    with Journal(call["folder"], {"command": [], "of": "a sweep"}) as other:
+        assert other.resumed == 1
+
+
+def test_files_of_others_are_left_alone(call):
+    folder = call["folder"]
+    (folder / ".film.mkv.part").write_text("the caller's")
+    (folder / "unfinished").mkdir()
+    (folder / "unfinished" / "notes.txt").write_text("the caller's")
+    before = snapshot(folder)
+    with pytest.raises(FileExistsError, match=r"unfinished is no run's, it holds 'notes.txt': choose another folder"):
+        planted.evaluate(**call)
+    assert snapshot(folder) == before
+    (folder / "unfinished").rename(folder / "mine")
+    planted.evaluate(**call)
+    (folder / "mine").rename(folder / "unfinished")
+    planted.evaluate(**call)
+    assert snapshot(folder).items() >= before.items()
+
+
 def test_a_damaged_block_is_done_anew(unfinished):
     victim = next((unfinished["folder"] / "unfinished").glob("base_1*0001.safetensors"))
     victim.write_bytes(victim.read_bytes()[:-1])

@@ -19,6 +19,7 @@ from forged_fx import Stats, checkpoint
 from forged_fx.digits import one_thread
 from forged_fx.evaluate import blocks, probes
 from forged_fx.evaluate.attacks import ATTACKS
+from forged_fx.evaluate.journal import Journal
 
 HERE = Path(__file__).parent
 
@@ -244,6 +245,27 @@ def test_a_full_disk_leaves_the_old_files_and_no_part(tmp_path, write):
     assert "was not written; what stood there before stands" in " ".join(caught.value.__notes__)
     assert contents(tmp_path) == before
     write(tmp_path)
+
+
+def test_a_disk_that_fills_up_stops_an_evaluation_with_a_word_and_it_goes_on(tmp_path, monkeypatch):
+    """Nor can the log be written to then."""
+    base, x = linear(classes=3), inputs(20)
+    call = {"x": x, "y": base(x).argmax(1), "attacks": ["apgd-ce"], "folder": tmp_path}
+    keep, limits = Journal.keep, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full(*args):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+        keep(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="too large") as caught:
+        patch.setattr(Journal, "keep", full)
+        try:
+            evaluate(Hidden(base), **call)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = " ".join(caught.value.__notes__)
+    assert "0000.safetensors was not written" in said and f"what is done is kept in {tmp_path}" in said
+    assert evaluate(Hidden(base), **call).n == 20  # in the same process, which holds nothing
 
 
 @pytest.mark.parametrize("write", WRITERS)

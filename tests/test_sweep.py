@@ -8,6 +8,7 @@ import numpy as np
 import planted
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import forged_fx
 from forged_fx import report
@@ -174,6 +175,34 @@ def test_stopped_anywhere_it_goes_on_and_a_finished_one_is_returned(toy, tmp_pat
     assert forged_fx.sweep(model, [x], x, y, **options, folder=tmp_path / "parts").points == whole.points
     with pytest.raises(FileExistsError, match="seed: 0 there, 1 here"):
         forged_fx.sweep(model, [x], x, y, **options, folder=tmp_path / "parts", seed=1)
+
+
+def test_a_result_and_a_sweep_may_lie_in_one_folder(toy, tmp_path):
+    model, x, y = toy
+    (tmp_path / "stats.safetensors").write_text("the caller's")
+
+    def evaluate():
+        return forged_fx.evaluate(model, x=x, y=y, eps=0.1, attacks=["apgd-ce"], folder=tmp_path)
+
+    def sweep():
+        return forged_fx.sweep(model, [x], x, y, **OPTIONS, folder=tmp_path)
+
+    judged, found = evaluate(), sweep()
+    assert torch.equal(evaluate().model.examples, judged.model.examples) and sweep().points == found.points
+    assert len(load_file(tmp_path / "sweep.examples.safetensors")) == 8
+    assert len(forged_fx.Stats.load(tmp_path / "sweep.stats.safetensors").sites) == 2
+    assert (tmp_path / "stats.safetensors").read_text() == "the caller's"
+
+
+def test_the_examples_of_an_earlier_versions_sweep_are_not_written_over(toy, tmp_path):
+    model, x, y = toy
+    call = {"x": x, "y": y, "eps": 0.1, "attacks": ["apgd-ce"]}
+    (tmp_path / "examples.safetensors").write_text("a sweep's")
+    with pytest.raises(FileExistsError, match=r"examples\.safetensors of something else"):
+        forged_fx.evaluate(model, **call, folder=tmp_path)
+    with pytest.raises(FileExistsError, match=r"examples\.safetensors of something else"):
+        forged_fx.evaluate(model, **call).save(tmp_path)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["a sweep's"]
 
 
 def test_ratios_that_are_close_are_points_of_their_own(toy):

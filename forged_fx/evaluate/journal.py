@@ -13,6 +13,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +28,7 @@ from forged_fx.evaluate.extras import need
 from forged_fx.files import whole
 from forged_fx.processes import Processes
 
-UNFINISHED, LOG = "unfinished", "log.txt"
+UNFINISHED, CALL, LOG = "unfinished", "call.json", "log.txt"
 MOST = 2**33  # bytes of a block's file
 STAMP = "%Y-%m-%d %H:%M:%SZ"
 
@@ -46,6 +47,7 @@ class Journal:
         if Path(folder).exists() and not Path(folder).is_dir():
             raise FileExistsError(f"{folder} is a file, and a run is kept in a folder: choose another name")
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._no_others()
         filelock = need("filelock")
         self._lock = filelock.FileLock(self.folder / "lock")
         try:
@@ -58,14 +60,21 @@ class Journal:
             self._lock.release()
             raise
 
+    def _no_others(self) -> None:
+        """FileExistsError if the folder holds files of someone else's: at the end it is deleted with all in it."""
+        ours = re.compile(r"lock|call\.json|\.call\.json\.\d+\.part|.*\.safetensors")
+        names = [path.name for path in self.folder.iterdir()]
+        if CALL not in names and (others := [name for name in names if not ours.fullmatch(name)]):
+            found = checked.short(others[0])
+            raise FileExistsError(f"{self.folder} is no run's, it holds {found}: choose another folder")
+
     def _open(self, call: Call) -> int:
-        for folder in (self.folder, self.folder.parent):
-            for part in folder.glob(".*.part"):  # of a process that was killed while it wrote
-                part.unlink()
+        for part in self.folder.glob(".*.part"):  # of a process that was killed while it wrote
+            part.unlink()
         log = self.folder.parent / LOG
         lines = checked.read(log).decode(errors="replace").splitlines() if log.exists() else []
         self._said = {line.partition("  ")[2] for line in lines}
-        asked, blocks = self.folder / "call.json", len(list(self.folder.glob("*.safetensors")))
+        asked, blocks = self.folder / CALL, len(list(self.folder.glob("*.safetensors")))
         if blocks:
             check(self._asked(), call, self.folder.parent)
         else:
@@ -74,7 +83,7 @@ class Journal:
         return blocks
 
     def _asked(self) -> Call:
-        path = self.folder / "call.json"
+        path = self.folder / CALL
         try:
             asked = checked.fit(checked.parse(checked.read(path)), dict[str, Any], "the call")
             checked.fit(asked.get("command"), list[str], "command")
@@ -117,7 +126,10 @@ class Journal:
             self.log(text)
 
     def finish(self) -> None:
-        """The result is written: the blocks have served."""
+        """The result is written: the blocks have served. Killed here, the folder says to the last whose it is."""
+        for path in self.folder.iterdir():
+            if path.name != CALL:
+                path.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> "Journal":
@@ -137,10 +149,13 @@ class Journal:
         ends = kind is not None and "TORCHELASTIC_RUN_ID" in os.environ
         if signal.getsignal(signal.SIGTERM) == self._terminate and not ends:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if kind:
-            self.log(f"stopped by {kind.__name__}: {error}; the same call goes on from here")
-            error.add_note(f"what is done is kept in {self.folder.parent}: the same call goes on from there")
-        self._lock.release()
+        try:
+            if kind:
+                error.add_note(f"what is done is kept in {self.folder.parent}: the same call goes on from there")
+                with suppress(OSError):  # a full disk may be what stopped it
+                    self.log(f"stopped by {kind.__name__}: {error}; the same call goes on from here")
+        finally:
+            self._lock.release()
 
 
 def begin(
@@ -168,7 +183,9 @@ def begin(
             return b""
         files = read(folder) if read else {record: checked.read(folder / record)}
         check(call_of(parse(files, str(folder))), asked, folder)
-        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)  # killed when all was written
+        if (folder / UNFINISHED).exists():  # killed when all was written; else it is another call's, and stays
+            with suppress(OSError, ValueError), Journal(folder, asked) as rest:
+                rest.finish()
         return need("safetensors.torch").save(
             {name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in files.items()}
         )

@@ -47,6 +47,15 @@ def vacant(folder: str | os.PathLike[str]) -> None:
         raise FileExistsError(f"{folder} holds a result; choose another folder, or save(folder, overwrite=True)")
     if (Path(folder) / UNFINISHED).exists():
         raise FileExistsError(f"{folder} holds an unfinished run; choose another folder")
+    _no_others(Path(folder))
+
+
+def _no_others(folder: Path) -> None:
+    """FileExistsError if the folder holds examples, and neither a result nor a run that could have written them."""
+    if (folder / EXAMPLES).exists() and not ((folder / RECORD).exists() or (folder / UNFINISHED).exists()):
+        raise FileExistsError(
+            f"{folder} holds {EXAMPLES} of something else, maybe of an earlier version's sweep; choose another folder"
+        )
 
 
 def call(threat: Threat, **rest: Any) -> Call:
@@ -62,6 +71,7 @@ def call_of(result: Result) -> Call:
 
 def begin(folder: str | os.PathLike[str], asked: Call, processes: Processes) -> tuple[Journal | None, Result | None]:
     """See `journal.begin`."""
+    processes.first(lambda: _no_others(Path(folder)))
     return journal.begin(folder, asked, processes, RECORD, parse, read=_read, call_of=call_of)
 
 
