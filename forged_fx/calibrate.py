@@ -309,7 +309,7 @@ def _scripted(model: torch.nn.Module) -> list[str]:
 
 
 def model_inputs(batch: Any, model: torch.nn.Module) -> tuple[tuple, dict]:
-    """A batch as the model's (args, kwargs), with tensors on its device."""
+    """A batch as the model's (args, kwargs), of copies on its device: it may write into what it is given."""
     args: tuple = ()
     kwargs: dict[str, Any] = {}
     if isinstance(batch, Tensor):
@@ -324,6 +324,5 @@ def model_inputs(batch: Any, model: torch.nn.Module) -> tuple[tuple, dict]:
             f"arguments; got {type(batch).__name__}"
         )
     tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
-    if tensor is None:
-        return args, kwargs
-    return tree_map(lambda v: v.to(tensor.device) if isinstance(v, Tensor) else v, (args, kwargs))
+    device = None if tensor is None else tensor.device
+    return tree_map(lambda v: v.to(device, copy=True) if isinstance(v, Tensor) else v, (args, kwargs))

@@ -380,7 +380,7 @@ def _speeds(models: Mapping[str, nn.Module], x: Tensor, rounds: int) -> dict[str
     if not rounds:
         return {}
     device = checks.device_of(models[BASE], x.device)
-    batch = x.to(device)
+    batch = x.clone().to(device)  # a model may write into it
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     calls = {("eager", name): lambda one=one: one(batch) for name, one in models.items()}
     seconds = interleave(calls, rounds, wait)

@@ -98,7 +98,7 @@ class Trials:
         self.blocks, self.batch_size, self.progress = blocks, batch_size, progress
         self.device = checks.device_of(model, x.device)
         self.example: tuple[tuple, dict] = ((x[:8].to(self.device),), {})
-        self.classes = checks.logits(model(self.example[0][0]), x[:8], y, "model").shape[1]
+        self.classes = checks.logits(model(self.example[0][0].clone()), x[:8], y, "model").shape[1]
         self.made: dict[Configuration, Trial] = {}
         self.spent = 0.0
         self._find_near(max_natural_loss)
@@ -209,7 +209,7 @@ class Trials:
     def _attack(self, module: nn.Module, x: Tensor, y: Tensor, along: Sequence[Context]) -> tuple[Tensor, Tensor]:
         """The smallest lead of the right class that APGD came by, (n,) float64 on the CPU, and where, in x's shape."""
         setting = Setting(self.threat, self.classes, tuple(x.shape[1:]), self.blocks.seed, self.batch_size, self.device)
-        least, at = _lead(module(x), y), x.clone()
+        least, at = _lead(module(x.clone()), y), x.clone()
         for context in along:
             tools = toolbox(Logits(module, self.batch_size, context), setting)
             further.set_steps(tools.apgd, STEPS)
@@ -217,7 +217,7 @@ class Trials:
             tools.apgd.init_hyperparam(x)
             steepest, _, _, fooling = tools.apgd.attack_single_run(x.clone(), y.clone())
             for point in (steepest, fooling):
-                lead = _lead(module(point), y)
+                lead = _lead(module(point.clone()), y)
                 closer = lead < least
                 at[closer.to(at.device)] = point[closer.to(at.device)]
                 least = torch.where(closer, lead, least)

@@ -13,6 +13,7 @@ from torch import nn
 
 import forged_fx
 from forged_fx.digits import one_thread
+from forged_fx.evaluate import scale
 
 
 @pytest.fixture(autouse=True)
@@ -150,6 +151,67 @@ def test_the_seed_determines_the_result(small):
         first.model.examples.shape == other.model.examples.shape
         and torch.equal(first.model.examples, other.model.examples)
     )
+
+
+LAYOUTS = {
+    "channels last": lambda x: x.to(memory_format=torch.channels_last),
+    "images that were (n, height, width, channels)": lambda x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
+    "a part of wider ones": lambda x: nn.functional.pad(x, (1, 1))[..., 1:-1],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("norm, eps", [("Linf", 0.1), ("L2", 0.5), ("L1", 3.0)])
+def test_the_layout_of_the_inputs_in_memory_does_not_matter(hurried, layout, norm, eps):
+    model, x = linear(4, shape=(3, 8, 8)), inputs(6, (3, 8, 8))
+    call = {"y": model(x).argmax(1), "eps": eps, "norm": norm}
+    there = LAYOUTS[layout](x)
+    assert torch.equal(there, x) and not there.is_contiguous()
+    expected, found = (evaluate(model, x=one, **call) for one in (x, there))
+    assert torch.equal(found.model.broken_by, expected.model.broken_by) and len(found.model.broken)
+    assert torch.equal(found.model.examples, expected.model.examples)
+
+
+class InPlace(nn.Module):
+    """Its first operation writes into what it is given."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x.sub_(0.1).relu_())
+
+
+class OutOfPlace(InPlace):
+    def forward(self, x):
+        return self.model((x - 0.1).relu())
+
+
+def test_a_model_may_write_into_its_input(small, hurried):
+    trained, x, y = small
+    x, y = x[:12], y[:12]
+    before = x.clone()
+    model, same = InPlace(trained).eval(), OutOfPlace(trained).eval()
+    plans = {"attacks": ["apgd-ce", "fab-t", "square", "mi-fgsm"]}, {"attacks": ["apgd-restart-borrowed"]}
+    for plan in plans:
+        found, expected = (evaluate(one, trained, x=x, y=y, **plan) for one in (model, same))
+        assert torch.equal(found.model.broken_by, expected.model.broken_by) and len(found.model.broken)
+    examples = found.model.examples.clone()
+    found.verify(model, x, y, trained)
+    assert torch.equal(found.model.examples, examples)
+    call = {"eps": 0.1, "attacks": ["apgd-ce"]}
+    pairs = []
+    for one in (model, same):
+        stats = forged_fx.calibrate(one, [x])
+        pairs.append(
+            (
+                forged_fx.sweep(one, stats, x, y, **call, ratios=[0.1], rounds=1).points[0].worst,
+                [trial.margin for trial in forged_fx.search(one, stats, x, y, **call, budget=2).trials],
+                scale.of(forged_fx.transform(one, stats, 0.1), x, 5),
+            )
+        )
+    assert pairs[0] == pairs[1] and torch.equal(x, before)
 
 
 class Constant(nn.Module):

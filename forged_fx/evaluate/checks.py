@@ -30,7 +30,7 @@ def module(model: object, who: str, does: str = "evaluate judges") -> None:
 
 
 def inputs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """x and y, detached; or an error that names what is wrong with them and the next step."""
+    """x and y, detached, x without gaps; or an error that names what is wrong with them and the next step."""
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
         given = f"{type(x).__name__} and {type(y).__name__}"
         raise TypeError(f"x and y must be tensors, not {given}: torch.as_tensor(...) makes them")
@@ -51,7 +51,7 @@ def inputs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"y has shape {tuple(y.shape)}; expected one class index per input, ({len(x)},){hint}")
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise TypeError(f"y is {y.dtype}; expected class indices, int64")
-    return x.detach(), y.detach().long()
+    return x.detach().contiguous(), y.detach().long()  # attacks take views
 
 
 def logits(out: object, x: Tensor, y: Tensor, who: str, classes: int | None = None) -> Tensor:

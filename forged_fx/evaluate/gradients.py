@@ -29,8 +29,9 @@ class Logits:
     context: entered for each forward; it decides which backward the attack sees. batch_size: the model is fed no more
     inputs at a time, and memory holds the graph of no more: see `_InBatches`. fed: told how many inputs each call has.
 
-    The Square attack does write into the logits, which may be the model's own memory or a view of its input. A
-    model that cuts the graph altogether gets a zero gradient, as one that rounds does: autograd would raise.
+    The Square attack does write into the logits, which may be the model's own memory or a view of its input; and a
+    model may write into its input, so it is given a copy. A model that cuts the graph altogether gets a zero gradient,
+    as one that rounds does: autograd would raise.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Logits:
 
     def batch(self, x: Tensor) -> Tensor:
         with self.context():
-            logits = self.model(x).float()
+            logits = self.model(x.clone()).float()
         if not torch.is_grad_enabled() or not x.requires_grad:
             return logits.clone()
         return logits if logits.requires_grad else logits + 0 * x.flatten(1).sum(1, keepdim=True)
@@ -72,7 +73,7 @@ class Borrowed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         own, lent = (
-            m(x if device is None else x.to(device)).to(x.device)
+            m(x.clone() if device is None else x.clone().to(device)).to(x.device)
             for m, device in zip((self.model, self.lender), self.devices, strict=True)
         )
         return lent + (own - lent).detach()

@@ -23,10 +23,10 @@ UNRELIABLE = 0.002  # share of n that Square may take after the others; auto-att
 
 
 def predict(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
-    """Predicted classes, (n,) int64, on the CPU; x may be empty, and is moved to the model's device in batches."""
+    """Predicted classes, (n,) int64, on the CPU; x may be empty, and is copied to the model's device in batches."""
     device = checks.device_of(model, x.device)
     with torch.no_grad():
-        parts = [model(batch.to(device)).max(1)[1].cpu() for batch in x.split(batch_size) if len(batch)]
+        parts = [model(batch.clone().to(device)).max(1)[1].cpu() for batch in x.split(batch_size) if len(batch)]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
 
@@ -115,7 +115,7 @@ class Subject:
             logits, eagerly, width = [], [], classes
             with torch.no_grad():
                 for x, y in zip(*(part.split(self.batch_size) for part in self.inputs(indices)), strict=True):
-                    logits.append(checks.logits(self.model(x), x, y, self.name, width))
+                    logits.append(checks.logits(self.model(x.clone()), x, y, self.name, width))
                     width = logits[0].shape[1]
                     eagerly += [eager(x)] if eager else []
             outcome = {"logits": torch.cat(logits).cpu()}

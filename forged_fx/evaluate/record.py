@@ -303,13 +303,13 @@ def verify(result: Result, model: nn.Module, x: Tensor, y: Tensor, base: nn.Modu
             for part, examples in zip(
                 side.broken.split(result.batch_size), side.examples.split(result.batch_size), strict=True
             ):
-                is_right, is_close = _right(module(examples.to(device)), y[part.to(y.device)])
+                is_right, is_close = _right(module(examples.clone().to(device)), y[part.to(y.device)])
                 is_close &= is_right
                 right, close = right + int((is_right & ~is_close).sum()), close + int(is_close.sum())
                 astray += int((~result.threat.allows(x[part.to(x.device)].cpu(), examples)).sum())
             size = result.batch_size
             for inputs, classes, was_wrong in zip(x.split(size), y.split(size), natural.split(size), strict=True):
-                is_right, is_close = _right(module(inputs.to(device)), classes)
+                is_right, is_close = _right(module(inputs.clone().to(device)), classes)
                 changed += int(((is_right == was_wrong) & ~is_close).sum())
         if right or astray:
             raise ValueError(

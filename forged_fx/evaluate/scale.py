@@ -45,6 +45,6 @@ def of(model: nn.Module, x: Tensor, batch_size: int) -> tuple[float, float] | No
     seen = []
     for part in x.split(batch_size):
         with _First(operators, sizes) as first:
-            model(part)
+            model(part.clone())
         seen += [first.seen] if first.seen else []
     return max(seen, default=None)
