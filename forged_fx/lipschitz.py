@@ -1,9 +1,10 @@
 """Is the forged model smoother? Measured three ways, beside the model that it was made from. Nothing is certified."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from forged_fx import checked
 from forged_fx.bpda import callers_gradient_off, straight_through
 from forged_fx.evaluate import checks, fingerprint
 from forged_fx.gains import Gains, gains
-from forged_fx.modes import as_found, fast_path_off
+from forged_fx.modes import as_found, fast_path_off, kept_randomness
+from forged_fx.modes import seed as seed_all
 from forged_fx.progress import track
 from forged_fx.rows import Rows, text
 from forged_fx.stats import is_number
@@ -35,18 +37,25 @@ STEP, LARGEST = "largest step, of each input", "largest step, of all inputs"
 class Figure:
     """One figure, of n inputs.
 
-    base, forged: its mean over the inputs (its maximum in `LARGEST`). ratio: the mean over the inputs of forged / base;
-    low, high: a 95 % interval of that (bootstrap over inputs), None where it is a single number.
+    base, forged: its mean over the inputs (its maximum in `LARGEST`). ratio: the mean over the inputs of forged / base,
+    infinite if base is 0 at any of them; an input at which both are 0 has none and does not count, and where no input
+    counts it is None. low, high: a 95 % interval of that (bootstrap over inputs), None where it is a single number, or
+    not finite.
     """
 
     what: str
     where: str
     base: float
     forged: float
-    ratio: float
+    ratio: float | None
     low: float | None
     high: float | None
     n: int
+
+    @property
+    def shown(self) -> str:
+        """The ratio as text."""
+        return "none" if self.ratio is None else f"{self.ratio:.4f}"
 
 
 class Lipschitz(Rows[Figure]):
@@ -63,7 +72,7 @@ class Lipschitz(Rows[Figure]):
 
     def __str__(self) -> str:
         cells = [
-            [r.what, r.where or "(root)", f"{r.base:.4g}", f"{r.forged:.4g}", f"{r.ratio:.4f}", _interval(r), str(r.n)]
+            [r.what, r.where or "(root)", f"{r.base:.4g}", f"{r.forged:.4g}", r.shown, _interval(r), str(r.n)]
             for r in self
         ]
         shown = text(["", "", "base", "forged", "ratio", "95 %", "inputs"], cells)
@@ -123,11 +132,16 @@ def lipschitz(
         raise ValueError(f"this {type(forged).__name__} is not forged: pass the plain model first, then the forged one")
     if not isinstance(x, Tensor) or not x.is_floating_point() or not len(x):
         raise ValueError("x must be a floating-point tensor (n, ...) of at least one input")
+    checks.finite(x)
     boxed = 0 <= x.min() and x.max() <= 1
     sites: dict[str, list[Gains]] = {}
     found: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}  # what, where -> (base, forged) of each batch
-    with as_found(model, forged), fast_path_off(), callers_gradient_off(), torch.random.fork_rng():
+    with as_found(model, forged), fast_path_off(), callers_gradient_off(), kept_randomness():
+        seed_all(seed)
         for i, part in enumerate(track(list(x.split(batch_size)), "measuring")):
+            with torch.no_grad():
+                for one, who in ((model, "plain model"), (forged, "forged model")):
+                    checks.output(one(part.clone()), who)
             for site, values in gains(forged, part, seed).items():
                 sites.setdefault(site, []).append(values)
             base = jacobian_norms(model, part, seed)
@@ -150,8 +164,8 @@ def lipschitz(
         result.append(_figure(what, where, one, other))
         steps_of |= {where: (one, other)} if what == STEP else {}
     for where, (one, other) in steps_of.items():
-        top, ours = float(one.max()), float(other.max())
-        result.append(Figure(LARGEST, where, top, ours, ours / top if top else float("nan"), None, None, len(one)))
+        largest = _figure(LARGEST, where, one.max()[None], other.max()[None])
+        result.append(replace(largest, low=None, high=None, n=len(one)))
     result.not_seen = [site for site in parameters_of(forged) if site not in sites]
     return result
 
@@ -245,13 +259,14 @@ def _stretch(model: torch.nn.Module, x: Tensor, d: Tensor) -> Tensor:
 
 def _figure(what: str, where: str, base: Tensor, forged: Tensor) -> Figure:
     base, forged = base.cpu(), forged.cpu()
-    usable = base > 0  # an input of which all was 0 before has no ratio
+    usable = (base != 0) | (forged != 0)
     if not usable.any():
-        return Figure(what, where, float(base.mean()), float(forged.mean()), 1.0, None, None, 0)
-    ratios = (forged[usable] / base[usable]).numpy()
-    low, high = interval(ratios)
-    one, other = (float(v[usable].mean()) for v in (base, forged))
-    return Figure(what, where, one, other, float(ratios.mean()), low, high, len(ratios))
+        return Figure(what, where, 0.0, 0.0, None, None, None, 0)
+    base, forged = base[usable], forged[usable]
+    ratios = (forged / base).numpy()
+    ratio = float(ratios.mean())
+    low, high = interval(ratios) if math.isfinite(ratio) else (None, None)
+    return Figure(what, where, float(base.mean()), float(forged.mean()), ratio, low, high, len(ratios))
 
 
 def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:

@@ -6,6 +6,7 @@ text takes `currentColor`. A file has the colours of a page on white paper.
 """
 
 import io
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 Paint = Mapping[str, str]  # a stand-in colour -> what to draw with
 Draw = Callable[[Any, Paint], None]  # is given a figure
 Size = tuple[float, float]  # in inches
-Ratio = tuple[float, float | None, float | None]  # and its interval
+Ratio = tuple[float | None, float | None, float | None]  # and its interval
 
 # a stand-in colour -> what it becomes in the page
 _THEME = {
@@ -124,7 +125,8 @@ def zeroed_by_site(shares: Sequence[tuple[str, float, float, float | None]], whe
 
 
 def ratios(name: str, rows: Sequence[tuple[str, Sequence[Ratio]]], label: str) -> Picture:
-    """Of each row (its label, one or two ratios of forged to base), with their intervals, beside a line at 1."""
+    """Of each row (its label, one or two ratios of forged to base), with their intervals, beside a line at 1. One that
+    is infinite points out of the picture."""
 
     def draw(figure: Any, paint: Paint) -> None:
         axes = figure.add_subplot()
@@ -134,8 +136,12 @@ def ratios(name: str, rows: Sequence[tuple[str, Sequence[Ratio]]], label: str) -
             for (ratio, low, high), colour, up in zip(marks, (MODEL, BASE), ups, strict=False):
                 if low is not None and high is not None:
                     axes.plot([low, high], [i + up, i + up], color=paint[colour], linewidth=2)
-                axes.plot(ratio, i + up, "o", color=paint[colour], markersize=4)
-        ends = [end for _, marks in rows for mark in marks for end in mark if end] + [0.95, 1.05]
+                if ratio == math.inf:
+                    edge = {"transform": axes.get_yaxis_transform(), "clip_on": False}
+                    axes.plot(1, i + up, ">", color=paint[colour], markersize=4, **edge)
+                elif ratio is not None:
+                    axes.plot(ratio, i + up, "o", color=paint[colour], markersize=4)
+        ends = [end for _, marks in rows for mark in marks for end in mark if end and math.isfinite(end)] + [0.95, 1.05]
         if max(ends) > 8 * min(ends):
             axes.set_xscale("log")
             axes.minorticks_off()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -43,13 +44,20 @@ class Rows(list[Row], Generic[Row]):
         path = Path(path)
         if path.suffix not in (".json", ".csv"):
             raise ValueError(f"{path}: the name has to end with .json or .csv")
-        records = [asdict(row) for row in self]
         if path.suffix == ".csv":
-            write_csv(path, [field.name for field in fields(self.row)], records)
+            write_csv(path, [field.name for field in fields(self.row)], self.records())
             return
         with whole(path) as part:
-            text = json.dumps({"rows": records, **self.more()}, indent=1, allow_nan=False)
+            text = json.dumps({"rows": self.records(), **self.more()}, indent=1, allow_nan=False)
             part.write_text(text + "\n", encoding="utf-8")
+
+    def records(self) -> list[dict[str, Any]]:
+        """As a file has them: a number that JSON does not have is text, "inf" or "nan"."""
+
+        def plain(value: Any) -> Any:
+            return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+        return [{key: plain(value) for key, value in asdict(row).items()} for row in self]
 
     def more(self) -> dict[str, Any]:
         """What a JSON file holds besides the rows."""

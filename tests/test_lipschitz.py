@@ -17,9 +17,11 @@ from forged_fx.lipschitz import (
     SITE_WHOLE,
     SPECTRAL,
     STEP,
+    Lipschitz,
     interval,
     jacobian_norms,
 )  # fmt: skip
+from forged_fx.report import run
 
 
 def norm(matrix):
@@ -131,6 +133,58 @@ def test_steps_see_the_jump():
     assert rows(found, LARGEST)["within 0.01"].forged > 0.5 / 0.01
     soft = forged_fx.transform(model, forged_fx.calibrate(model, [torch.ones(1, 1)]), 0.5, kind="soft")
     assert rows(forged_fx.lipschitz(model, soft, x, eps=0.1), LARGEST)["within 0.1"].forged < 1.001
+
+
+class Jumps(nn.Module):
+    """0 around x = 0.016; forged, with x cut there, it jumps to 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 2))
+        with torch.no_grad():
+            for layer, (weight, bias) in zip(self.layers[::2], ((1, 0), (-200, 1), (1, 0)), strict=True):
+                layer.weight.fill_(weight)
+                layer.bias.fill_(bias)
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def test_where_the_plain_model_is_flat_a_jump_is_infinitely_larger(tmp_path):
+    model = Jumps().eval()
+    stats = forged_fx.calibrate(model, [torch.linspace(0, 1, 100)[:, None]])
+    forged = forged_fx.transform(model, stats, {"layers.2": 2**-6, "*": 0})
+    x = torch.linspace(0.014, 0.018, 12)[:, None]
+    found = forged_fx.lipschitz(model, forged, x, eps=0.004, steps=5)
+    flat, steps = rows(found, SPECTRAL)["true gradient"], rows(found, STEP)
+    assert (flat.base, flat.forged, flat.ratio, flat.n, flat.shown) == (0, 0, None, 0, "none")
+    jump, none = steps["within 0.004"], steps["within 4e-05"]
+    assert jump.ratio == math.inf and jump.forged > 100 and 0 < jump.n < 12 and (jump.low, jump.high) == (None, None)
+    assert rows(found, LARGEST)["within 0.004"].ratio == math.inf and none.ratio is None and none.n == 0
+    mixed = rows(forged_fx.lipschitz(model, forged, torch.cat([x, x[:1] / 9]), eps=0.004, steps=5), STEP)
+    assert mixed["within 0.004"].ratio == math.inf and mixed["within 0.004"].base > 0  # one input more, with a ratio
+    # in files, on a page and in a picture
+    found.save(tmp_path / "lipschitz.json")
+    found.save(tmp_path / "l.csv")
+    found.plot(tmp_path / "l.svg")
+    assert list(run._measured(tmp_path / "lipschitz.json", Lipschitz())) == found
+    with open(tmp_path / "l.csv", newline="") as file:
+        assert {row["ratio"] for row in csv.DictReader(file)} > {"inf", ""}
+    assert "inf" in str(found)
+
+
+def test_inputs_and_outputs_that_cannot_be_measured(x):
+    model = linear()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0.1)
+    x[0, 0] = math.nan
+    with pytest.raises(ValueError, match="x has 1 elements that are NaN or infinite"):
+        forged_fx.lipschitz(model, forged, x)
+    model[0].bias.data[0] = math.inf
+    with pytest.raises(ValueError, match="the plain model gives NaN or infinite logits"):
+        forged_fx.lipschitz(model, forged, x[1:])
+    model[0].register_forward_hook(lambda module, args, out: (out,))
+    with pytest.raises(TypeError, match="the plain model returns tuple; wrap it so that it returns its logits"):
+        forged_fx.lipschitz(model, forged, x[1:])
 
 
 def test_module_by_module_and_left_as_found(x, tmp_path, monkeypatch):

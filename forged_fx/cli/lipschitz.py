@@ -39,8 +39,6 @@ def run(
 
     Takes the test images where the data has splits. docs/lipschitz.md says how to read it.
     """
-    from dataclasses import asdict
-
     import forged_fx
     from forged_fx.cli import given, output
     from forged_fx.report.run import LIPSCHITZ
@@ -54,5 +52,4 @@ def run(
     rows = forged_fx.lipschitz(*pair, x.to(device_of(forged)), eps=radius, steps=steps, batch_size=batch)
     output.keep(rows, save)
     output.keep(rows, folder and folder / LIPSCHITZ)
-    figures = [{key: output.finite(value) for key, value in asdict(row).items()} for row in rows]
-    output.show({"rows": figures, **rows.more()}, str(rows), json)
+    output.show({"rows": rows.records(), **rows.more()}, str(rows), json)

@@ -37,8 +37,6 @@ def run(
 
     Takes the test images where the data has splits. docs/sparsity.md says how to read it.
     """
-    from dataclasses import asdict
-
     import forged_fx
     from forged_fx.cli import given, output
     from forged_fx.report.run import SPARSITY
@@ -49,4 +47,4 @@ def run(
     rows = forged_fx.sparsity(forged, (found.inputs(x) for x, _ in batches))
     output.keep(rows, save)
     output.keep(rows, folder and folder / SPARSITY)
-    output.show({"rows": [asdict(row) for row in rows], **rows.more()}, str(rows), json)
+    output.show({"rows": rows.records(), **rows.more()}, str(rows), json)

@@ -38,8 +38,7 @@ def inputs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         raise TypeError(f"x is {x.dtype}; attacks compute in float32: pass x.float(), scaled to [0, 1]")
     if x.dim() < 2 or x.numel() == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected a batch of inputs, (n, channels, height, width)")
-    if not bool(torch.isfinite(x).all()):
-        raise ValueError(f"x has {int((~torch.isfinite(x)).sum())} elements that are NaN or infinite; remove them")
+    finite(x)
     low, high = float(x.min()), float(x.max())
     if low < 0 or high > 1:
         raise ValueError(
@@ -54,10 +53,23 @@ def inputs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x.detach().contiguous(), y.detach().long()  # attacks take views
 
 
-def logits(out: object, x: Tensor, y: Tensor, who: str, classes: int | None = None) -> Tensor:
-    """The model's output on a batch, if it is one that can be judged."""
+def finite(x: Tensor) -> None:
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(f"x has {int((~torch.isfinite(x)).sum())} elements that are NaN or infinite; remove them")
+
+
+def output(out: object, who: str) -> Tensor:
+    """The model's output on unattacked inputs, if it is one that can be measured."""
     if not isinstance(out, Tensor):
         raise TypeError(f"the {who} returns {type(out).__name__}; wrap it so that it returns its logits as a tensor")
+    if not bool(torch.isfinite(out).all()):
+        raise ValueError(f"the {who} gives NaN or infinite logits on unattacked inputs; repair it first")
+    return out
+
+
+def logits(given: object, x: Tensor, y: Tensor, who: str, classes: int | None = None) -> Tensor:
+    """The model's output on a batch, if it is one that can be judged."""
+    out = output(given, who)
     if not out.is_floating_point():
         raise TypeError(f"the {who} returns {out.dtype}: classes, maybe; it must return floating-point logits")
     if out.dim() != 2 or len(out) != len(x) or out.shape[1] < 2:
@@ -66,8 +78,6 @@ def logits(out: object, x: Tensor, y: Tensor, who: str, classes: int | None = No
         raise ValueError(f"the {who} returns shape {tuple(out.shape)} for {len(x)} inputs; expected (n, classes){hint}")
     if classes is not None and out.shape[1] != classes:
         raise ValueError(f"the {who} has {out.shape[1]} classes, the model {classes}: they cannot be compared")
-    if not bool(torch.isfinite(out).all()):
-        raise ValueError(f"the {who} gives NaN or infinite logits on unattacked inputs; repair it first")
     if int(y.min()) < 0 or int(y.max()) >= out.shape[1]:
         raise ValueError(f"y spans [{int(y.min())}, {int(y.max())}], and the {who} has {out.shape[1]} classes")
     return out

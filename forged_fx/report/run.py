@@ -35,6 +35,7 @@ from forged_fx.sweep import Sweep
 from forged_fx.throughput import Speed
 
 SITES, SPEEDS, SPARSITY, LIPSCHITZ = "sites.json", "speeds.json", "sparsity.json", "lipschitz.json"
+MAY_BE_INFINITE = {"base", "forged", "ratio"}  # of lipschitz.json; such a figure is written as text
 Measured = TypeVar("Measured", Sparsity, Lipschitz)
 
 
@@ -203,9 +204,10 @@ def _measured(path: Path, rows: Measured) -> Measured:
     try:
         rows.forging = _forging(found)
         for i, row in enumerate(checked.fit(found["rows"], list[dict[str, Any]], "rows")):
-            rows.append(checked.build(rows.row, row, f"rows[{i}]"))
-        if not all(isfinite(value) for row in rows for value in vars(row).values() if isinstance(value, float)):
-            raise ValueError("a figure that is not finite")
+            if not all(isfinite(value) for value in row.values() if isinstance(value, float)):
+                raise ValueError("a figure that is not finite")
+            said = {key: float(row[key]) for key in MAY_BE_INFINITE & row.keys() if row[key] in ("inf", "nan")}
+            rows.append(checked.build(rows.row, row | said, f"rows[{i}]"))
         return rows
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path} holds no {what} ({error}): delete it, or run forged-fx {what} anew") from error

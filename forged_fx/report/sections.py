@@ -156,7 +156,7 @@ def _smoothness(run: Run) -> list[str]:
         found = pictures.ratios("smoothness", rows, "forged / base: mean, 95 % interval")
         drawn.append(picture("Reaction to small changes", html.escape(note) + caution, found.svg()))
     if both:
-        both = sorted(both, key=lambda one: one[1][SITE_NONZERO][0])[:DRAWN]
+        both = sorted(both, key=lambda one: one[1][SITE_NONZERO][0] or 0)[:DRAWN]
         rows = [(site or "(root)", [gains[SITE_WHOLE], gains[SITE_NONZERO]]) for site, gains in both]
         keys = {"model": SITE_WHOLE.removeprefix("gain of "), "base": SITE_NONZERO.removeprefix("gain of ")}
         left = f" (the {DRAWN} of {len(sites)} sites with the least)" if len(sites) > DRAWN else ""
@@ -291,7 +291,7 @@ def _reactions(run: Run) -> str:
 
     def cells(row: Figure) -> list[object]:
         interval = "" if row.low is None or row.high is None else f"{row.low:.4f} to {row.high:.4f}"
-        figures = (f"{row.base:.4g}", f"{row.forged:.4g}", f"{row.ratio:.4f}")
+        figures = (f"{row.base:.4g}", f"{row.forged:.4g}", row.shown)
         return [row.what, row.where or "(root)", *figures, interval, row.n]
 
     ends, sites = ([cells(row) for row in run.lipschitz if _of_site(row) is so] for so in (False, True))
