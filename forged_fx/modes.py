@@ -19,13 +19,20 @@ F = TypeVar("F", bound=Callable)
 def eval_mode(model: torch.nn.Module) -> Iterator[None]:
     """Eval mode within; afterwards every submodule is back in the mode it had."""
     modes = {module: module.training for module in model.modules()}
-    with contextlib.suppress(NotImplementedError):  # an exported program is in the mode that it was exported in
-        model.eval()
+    _eval(model)
     try:
         yield
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _eval(module: torch.nn.Module) -> None:
+    try:
+        module.eval()
+    except NotImplementedError:  # an exported program is in the mode that it was exported in, and refuses by itself
+        for child in module.children() if "train" not in vars(module) else ():
+            _eval(child)
 
 
 @contextlib.contextmanager
@@ -55,7 +62,7 @@ def seed(value: int) -> None:
     torch.manual_seed(value)
     random.seed(value)
     if numpy := sys.modules.get("numpy.random"):
-        numpy.seed(value)
+        numpy.seed(value % 2**32)  # more it does not take
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import random
 import sys
 import warnings
 
+import numpy as np
 import planted
 import pytest
 import torch
@@ -214,6 +215,53 @@ def test_a_model_may_write_into_its_input(small, hurried):
     assert pairs[0] == pairs[1] and torch.equal(x, before)
 
 
+DRAWS = {
+    "torch": lambda shape: torch.randn(shape),
+    "numpy": lambda shape: torch.from_numpy(np.random.standard_normal(shape)).float(),
+    "python": lambda shape: torch.tensor(random.gauss(0, 1)),
+}
+
+
+class Noisy(nn.Module):
+    def __init__(self, model, draw):
+        super().__init__()
+        self.model, self.draw = model, draw
+
+    def forward(self, x):
+        return self.model(x + 0.3 * self.draw(x.shape))
+
+
+@pytest.mark.parametrize("source", DRAWS)
+def test_a_model_that_draws_random_numbers_is_judged_from_the_seed_and_its_result_returned(small, tmp_path, source):
+    trained, x, y = small
+    model, call = Noisy(trained, DRAWS[source]).eval(), {"x": x[:20], "y": y[:20], "attacks": ["apgd-ce"], "seed": -1}
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    first, again, kept, returned = (evaluate(model, **call, folder=f) for f in (None, None, tmp_path, tmp_path))
+    for other in (again, kept, returned):
+        assert torch.equal(other.model.examples, first.model.examples) and other.findings == first.findings
+        assert torch.equal(other.gallery.predicted, first.gallery.predicted)
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+    assert "output randomised" in [finding.name for finding in first.findings if finding.raised]
+    model.draw = lambda shape: torch.tensor(1.0)  # the state is as it was, and the code another: it draws nothing
+    with pytest.raises(ValueError, match=r"are classified (rightly|otherwise)"):
+        evaluate(model, **call, folder=tmp_path)
+
+
+def test_an_exported_program_is_judged_as_the_model_it_was(small, hurried):
+    trained, x, y = small
+    call = {"x": x[:12], "y": y[:12], "attacks": ["apgd-ce", "fab-t"]}
+    expected = evaluate(trained, **call)
+    program = torch.export.export(trained, (x[:4],), dynamic_shapes=({0: torch.export.Dim("n")},)).module()
+    for model in (program, nn.Sequential(program, nn.Dropout(0.5))):
+        flags = [module.training for module in model.modules()]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error" if model is program else "ignore")
+            found = evaluate(model, **call)
+        assert torch.equal(found.model.broken_by, expected.model.broken_by)
+        assert [module.training for module in model.modules()] == flags
+        assert all(p.requires_grad for p in model.parameters())
+
+
 class Constant(nn.Module):
     """Returns its own memory as logits. Square writes into logits, and must not write into that."""
 
@@ -245,6 +293,11 @@ class Tuple(nn.Identity):
 class Sick(nn.Identity):
     def forward(self, x):
         return x.flatten(1) * torch.nan
+
+
+@torch.inference_mode()
+def made_in_inference_mode():
+    return linear()
 
 
 X, Y = inputs(4), torch.tensor([0, 1, 2, 3])
@@ -280,6 +333,7 @@ X, Y = inputs(4), torch.tensor([0, 1, 2, 3])
         ({"model": nn.Identity().eval()}, ValueError, "expected \\(n, classes\\)"),
         ({"model": Sick().eval()}, ValueError, "NaN or infinite logits"),
         ({"model": lambda x: x}, TypeError, "the model is function; .*nn.Module"),
+        ({"model": made_in_inference_mode()}, ValueError, r"inference_mode.* pass copy\.deepcopy\(model\)"),
         ({"folder": __file__}, FileExistsError, "is a file"),
         ({"base": linear(3)}, ValueError, "the base has 3 classes, the model 10"),
     ],

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from forged_fx.evaluate.extras import need
 from forged_fx.evaluate.journal import Journal, pack
+from forged_fx.modes import seed
 from forged_fx.processes import Processes, attempt, result
 
 BLOCK = 250  # inputs; pyautoattack's own batch size, so that a row equals its figure
@@ -135,7 +136,7 @@ class Blocks:
 
     def _do(self, block: Tensor, work: Callable[[Tensor], Outcome]) -> bytes:
         began = time.perf_counter()
-        torch.manual_seed(self.seed)
+        seed(self.seed)
         outcome = {**work(block), "block": block}
         outcome["seconds"] = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
         return pack(outcome)

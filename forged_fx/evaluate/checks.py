@@ -1,4 +1,4 @@
-"""What is asked of the caller's input; and the caller's models and random numbers, handed back as they were found."""
+"""What is asked of the caller's input; and the caller's models, handed back as they were found."""
 
 import math
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from forged_fx.evaluate.threat import NORMS, Threat
-from forged_fx.modes import kept_buffers
+from forged_fx.modes import as_found
 from forged_fx.stats import is_number
 
 
@@ -90,32 +90,24 @@ def device_of(model: nn.Module, default: torch.device) -> torch.device:
 
 
 @contextmanager
-def borrowed(model: nn.Module, who: str) -> Iterator[list[str]]:
-    """The model in eval mode and its parameters without gradients; afterwards each as it was, buffers included.
+def borrowed(model: nn.Module, who: str) -> Iterator[int]:
+    """The model as `modes.as_found` has it, and its parameters without gradients; afterwards all is as it was.
 
-    Yields notes for the record. Parameters that ask for no gradient get none: attacks differentiate for the input
-    alone, and FAB's call to `backward` would fill every parameter's `.grad`.
+    Yields how many of its modules were in train mode. Parameters that ask for no gradient get none: attacks
+    differentiate for the input alone, and FAB's call to `backward` would fill every parameter's `.grad`.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    notes = []
-    if any(training for _, training in modes):
-        notes.append(f"the {who} was in train mode; judged in eval mode")
-    try:
-        model.eval()
-        for parameter, _ in asked:
-            parameter.requires_grad_(False)
-        with kept_buffers(model):
-            yield notes
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, wanted in asked:
-            parameter.requires_grad_(wanted)
-
-
-@contextmanager
-def own_random_numbers() -> Iterator[None]:
-    """Attacks reseed torch's global generators, all of them; the caller's are put back."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        yield
+    if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError(
+            f"the {who} was made within torch.inference_mode, and nothing can be differentiated through its tensors: "
+            "make it outside, or pass copy.deepcopy(model)"
+        )
+    training = [module for module in model.modules() if module.training]
+    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with as_found(model):
+        try:
+            for parameter in asked:
+                parameter.requires_grad_(False)
+            yield sum(not module.training for module in training)
+        finally:
+            for parameter in asked:
+                parameter.requires_grad_(True)

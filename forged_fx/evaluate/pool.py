@@ -23,6 +23,7 @@ from forged_fx.evaluate.protocol import contest
 from forged_fx.evaluate.report import Progress
 from forged_fx.evaluate.result import Side, doubts, judged
 from forged_fx.evaluate.threat import Threat
+from forged_fx.modes import kept_randomness
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def at_peace(models: Mapping[str, nn.Module]) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(callers_gradient_off())
-        stack.enter_context(checks.own_random_numbers())
+        stack.enter_context(kept_randomness())
         for name, model in models.items():
             stack.enter_context(checks.borrowed(model, name))
         yield

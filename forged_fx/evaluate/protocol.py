@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forged_fx import checked
+from forged_fx import checked, modes
 from forged_fx.bpda import callers_gradient_off
 from forged_fx.evaluate import blocks as unit
 from forged_fx.evaluate import checks, fingerprint, further, gallery, gradients, scale, surrogate
@@ -137,11 +137,10 @@ def evaluate(
         enter(torch.inference_mode(False))
         enter(torch.no_grad())
         enter(callers_gradient_off())
-        enter(checks.own_random_numbers())
-        training = sum(module.training for module in model.modules())
-        notes = enter(checks.borrowed(model, "model"))
-        if base is not None:
-            notes = notes + enter(checks.borrowed(base, "base"))
+        enter(modes.kept_randomness())
+        both = {"model": model} if base is None else {"model": model, "base": base}
+        training = {who: enter(checks.borrowed(one, who)) for who, one in both.items()}
+        notes = [f"the {who} was in train mode; judged in eval mode" for who, modules in training.items() if modules]
         processes = enter(joined(shard, "evaluate"))
         for note in notes if processes.rank == 0 else ():
             warnings.warn(note, stacklevel=3)  # above `at_half_the_batch`
@@ -179,13 +178,15 @@ def evaluate(
         }
         contest(sides, plan, settings, bpda)
 
+        probes = probe(subject, settings["model"], bpda)
+        modes.seed(seed)  # what follows is in no block
         case = Case(
             model=subject.side(),
             base=rival.side() if rival is not None else None,
             same=same,
             logits=logits,
-            probes=probe(subject, settings["model"], bpda),
-            training=training,
+            probes=probes,
+            training=training["model"],
             outside=int(((x < 0) | (x > 1)).sum()),
             scale=scale.of(subject.attacked, x[:PROBED].to(subject.device), batch_size),
         )

@@ -27,6 +27,7 @@ from forged_fx.evaluate.journal import UNFINISHED, Call, Journal
 from forged_fx.evaluate.result import KINDS, STANDING, Finding, Result, Row, Side
 from forged_fx.evaluate.threat import Threat
 from forged_fx.files import whole
+from forged_fx.modes import kept_randomness
 from forged_fx.processes import Processes
 
 FORMAT = 2
@@ -285,21 +286,22 @@ def verify(result: Result, model: nn.Module, x: Tensor, y: Tensor, base: nn.Modu
     is right without attack where it was when the result was made, or the model's code is another.
 
     Returns how many lie on the boundary between two classes, to rounding (`BOUNDARY`), and fell to the right side
-    of it this time: other hardware, or other company in the batch, suffices for that. ValueError says how many fail.
+    of it this time: other hardware, or other company in the batch, suffices for that. So do all whose side draws random
+    numbers, as the result found it to: its answers cannot be checked. ValueError says how many fail.
     """
     x, y = checks.inputs(x, y)
     if {"x_sha256": fingerprint.of_tensors([("x", x)]), "y_sha256": fingerprint.of_tensors([("y", y)])} != {
         name: result.data[name] for name in ("x_sha256", "y_sha256")
     }:
         raise ValueError("x and y are not the data of this result")
-    boundary = 0
+    boundary, randomised = 0, any(one.raised for one in result.findings if one.name == "output randomised")
     for side, module in ((result.model, model), (result.base, base)):
         if side is None or module is None:
             continue
         right, close, astray, changed = 0, 0, 0, 0
         natural = side.broken_by == 0  # row 0: wrong without attack
         device = checks.device_of(module, x.device)
-        with checks.borrowed(module, side.name), torch.no_grad():
+        with checks.borrowed(module, side.name), torch.no_grad(), kept_randomness() as drawn:
             for part, examples in zip(
                 side.broken.split(result.batch_size), side.examples.split(result.batch_size), strict=True
             ):
@@ -311,6 +313,8 @@ def verify(result: Result, model: nn.Module, x: Tensor, y: Tensor, base: nn.Modu
             for inputs, classes, was_wrong in zip(x.split(size), y.split(size), natural.split(size), strict=True):
                 is_right, is_close = _right(module(inputs.clone().to(device)), classes)
                 changed += int(((is_right == was_wrong) & ~is_close).sum())
+            if drawn() and (side is result.base or randomised):
+                close, right, changed = close + right, 0, 0
         if right or astray:
             raise ValueError(
                 f"the {side.name}: of {len(side.broken)} examples {right} are classified rightly, and "
