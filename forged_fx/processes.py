@@ -160,6 +160,12 @@ def result(answer: bytes, who: str) -> bytes:
     raise kind(f"{who}: {text}")
 
 
+def place() -> tuple[int, int]:
+    """(which this is, how many there are) of the processes that torchrun started; a rank by itself says nothing."""
+    found = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")]
+    return (0, 1) if None in found else (int(found[0]), int(found[1]))
+
+
 @functools.cache
 def _torchruns() -> tuple[Any, int, int]:
     """The store of torchrun's processes, this one's rank, and how many there are."""
@@ -173,7 +179,7 @@ def joined(shard: bool | None, call: str) -> Iterator[Processes]:
     RuntimeError if the others do not make the same call within ten minutes.
     """
     initialised = dist.is_available() and dist.is_initialized()
-    size = dist.get_world_size() if initialised else int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+    size = dist.get_world_size() if initialised else place()[1]
     if shard is False or size == 1:
         yield Processes()
         return

@@ -336,5 +336,16 @@ def test_ratios_of_a_sweep():
 
 def test_only_the_first_process_prints(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     output.show({}, "text", as_json=False)
     assert capsys.readouterr().out == ""
+
+
+def test_a_rank_without_a_world_is_alone(monkeypatch, capsys):
+    """`joined` sees one process there, so it scans every batch, and prints."""
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    batches = given.images("digits", None, None, usual="train").batches(500, None)
+    assert len(given.share(batches)) == len(batches) > 2
+    output.show({}, "text", as_json=False)
+    assert capsys.readouterr().out == "text\n"

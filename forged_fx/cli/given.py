@@ -10,6 +10,7 @@ from torch import nn
 import forged_fx
 from forged_fx.cli import options
 from forged_fx.cli.output import note
+from forged_fx.processes import place
 from forged_fx.sources import DATA, Batches, Images, Model, load_data, load_model
 from forged_fx.sources.classifier import device_of
 
@@ -48,7 +49,8 @@ def same_images(name: str, split: str | None) -> bool:
 
 def share(batches: Batches) -> Batches:
     """Of processes that torchrun started every n-th batch is this one's; else all are."""
-    return batches[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
+    rank, size = place()
+    return batches[rank::size]
 
 
 def seen(name: str, resize: str | None, batch: int, limit: int | None) -> Batches:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,9 @@ class Interrupted(BaseException):
 
 def first() -> bool:
     """Whether this process prints and writes: of those that torchrun started, one does."""
-    return int(os.environ.get("RANK", 0)) == 0
+    from forged_fx.processes import place  # late: it imports torch
+
+    return place()[0] == 0
 
 
 def show(document: Any, text: str, as_json: bool) -> None:
