@@ -104,13 +104,18 @@ def several(given: Any, name: str, what: str) -> list[Any]:
     return list(given)
 
 
-def whole_number(given: Any, name: str, least: int | None = None) -> None:
-    """TypeError for an argument that is no whole number, ValueError for one that is too small."""
+def whole_number(given: Any, name: str, least: int | None = None) -> int:
+    """The argument as an int, whatever kind of whole number it is; TypeError for what is none, ValueError for one that
+    is too small, or that 64 bits do not hold."""
     bound = "" if least is None else f" of at least {least}"
     if not isinstance(given, numbers.Integral) or isinstance(given, bool):
         raise TypeError(f"{name}={short(given)}: a whole number{bound}")
-    if least is not None and given < least:
-        raise ValueError(f"{name}={given}: at least {least}")
+    number = int(given)
+    if least is not None and number < least:
+        raise ValueError(f"{name}={number}: at least {least}")
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{name}={short(number)}: a whole number{bound} that 64 bits hold")
+    return number
 
 
 def path(given: Any, what: str) -> None:

@@ -125,9 +125,8 @@ def lipschitz(
         checks.module(one, who, "lipschitz takes")
     if not is_number(eps) or not 0 < eps < float("inf"):
         raise ValueError(f"eps={eps!r} must be a positive number, such as 8 / 255")
-    checked.whole_number(steps, "steps", 0)
-    checked.whole_number(batch_size, "batch_size", 1)
-    checked.whole_number(seed, "seed")
+    eps, steps, seed = float(eps), checked.whole_number(steps, "steps", 0), checked.whole_number(seed, "seed")
+    batch_size = checked.whole_number(batch_size, "batch_size", 1)
     if not parameters_of(forged):
         raise ValueError(f"this {type(forged).__name__} is not forged: pass the plain model first, then the forged one")
     if not isinstance(x, Tensor) or not x.is_floating_point() or not len(x):

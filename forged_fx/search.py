@@ -254,9 +254,8 @@ def search(
     """
     checks.module(model, "model", "search forges")
     stats = stats if isinstance(stats, Stats) else Stats.load(stats)
-    for given, name in ((seed, "seed"), (budget, "budget"), (finalists, "finalists")):
-        checked.whole_number(given, name)
-    checked.whole_number(batch_size, "batch_size", 1)
+    seed, batch_size = checked.whole_number(seed, "seed"), checked.whole_number(batch_size, "batch_size", 1)
+    budget, finalists = checked.whole_number(budget, "budget"), checked.whole_number(finalists, "finalists")
     if seconds is not None and not is_number(seconds):
         raise TypeError(f"seconds={seconds!r}: a number, or None for no limit")
     if seconds is not None and not 0 <= seconds < math.inf:
@@ -277,9 +276,9 @@ def search(
         "threat": asdict(threat),
         "kinds": kinds,
         "sites": sites,
-        "max_natural_loss": max_natural_loss,
+        "max_natural_loss": float(max_natural_loss),
         "budget": budget,
-        "seconds": seconds,
+        "seconds": None if seconds is None else float(seconds),
         "finalists": finalists,
         "attacks": attacks if isinstance(attacks, str) else list(attacks),
         "seed": seed,

@@ -122,7 +122,7 @@ def sparsity(forged: torch.nn.Module, batches: Iterable[Any], *, max_batches: in
     checks.module(forged, "model", "sparsity takes")
     check_batches(batches)
     if max_batches is not None:
-        checked.whole_number(max_batches, "max_batches", 1)
+        max_batches = checked.whole_number(max_batches, "max_batches", 1)
     records = [(module, record) for module in forged.modules() if (record := forging_of(module))]
     if not records:
         raise ValueError(not_forged(forged, "sparsity"))

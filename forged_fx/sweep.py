@@ -33,7 +33,7 @@ from forged_fx.files import whole
 from forged_fx.kinds import KINDS
 from forged_fx.recorded import LIMIT, Recorded, answers, running, within
 from forged_fx.rows import Table
-from forged_fx.stats import Ends, Stats
+from forged_fx.stats import Ends, Stats, is_number
 from forged_fx.throughput import interleave
 from forged_fx.transform import select
 
@@ -245,8 +245,8 @@ def sweep(
     """
     checks.module(model, "model", "sweep forges")
     threat, (x, y), plan = checks.threat(eps, norm), checks.inputs(x, y), choose(attacks)
-    for given, name, least in ((seed, "seed", None), (batch_size, "batch_size", 1), (rounds, "rounds", 0)):
-        checked.whole_number(given, name, least)
+    seed, rounds = checked.whole_number(seed, "seed"), checked.whole_number(rounds, "rounds", 0)
+    batch_size = checked.whole_number(batch_size, "batch_size", 1)
     grid = _grid(ratios, kinds)
     mean = any(kind == "mean" for kind, _ in grid)
     stats = batches if isinstance(batches, Stats) else calibrate(model, batches, channels=mean, shard=shard)
@@ -310,11 +310,7 @@ def _grid(ratios: Sequence[Ends] | Mapping[str, Sequence[Ends]], kinds: Sequence
     by_kind = ratios if isinstance(ratios, Mapping) else dict.fromkeys(kinds, ratios)
     if missing := [kind for kind in kinds if kind not in by_kind]:
         raise ValueError(f"ratios has none for kind {missing[0]!r}")
-    grid = [
-        (kind, tuple(ratio) if isinstance(ratio, list) else ratio)
-        for kind in kinds
-        for ratio in checked.several(by_kind[kind], "ratios", "numbers")
-    ]
+    grid = [(kind, _ratio(ratio)) for kind in kinds for ratio in checked.several(by_kind[kind], "ratios", "numbers")]
     if by_site := [ratio for _, ratio in grid if isinstance(ratio, Mapping)]:
         raise TypeError(
             f"ratios: {by_site[0]!r} is no ratio. A point has one ratio, at every site that is forged: choose sites "
@@ -326,6 +322,17 @@ def _grid(ratios: Sequence[Ends] | Mapping[str, Sequence[Ends]], kinds: Sequence
     if beside := [kind for kind in by_kind if kind not in kinds]:
         raise ValueError(f"ratios has some for kind {beside[0]!r}, which is not among kinds={kinds}: name it there too")
     return grid
+
+
+def _ratio(given: Any) -> Any:
+    """A ratio with numbers as Python has them; TypeError for what is none. (A dict is named by the caller.)"""
+    if isinstance(given, list | tuple):
+        return tuple(map(_ratio, given))
+    if is_number(given):
+        return float(given)
+    if given is not None and not isinstance(given, Mapping):
+        raise TypeError(f"ratios: {checked.short(given)} is no number, such as 2**-6; nor None, nor a pair of them")
+    return given
 
 
 def _finish(result: Sweep, sides: Mapping[str, Side], folder: Path, journal: Journal) -> None:

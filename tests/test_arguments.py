@@ -1,5 +1,6 @@
 """Arguments of no use are refused at once, in words that name the argument, what it is, and the next step."""
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -67,6 +68,21 @@ CASES = {
         "attacks=None: a list of names",
         lambda m, s, f: forged_fx.evaluate(m, x=X, y=Y, eps=0.1, attacks=None),
     ),
+    "a seed beyond all bits": (
+        ValueError,
+        "seed=1180591620717411303424: a whole number that 64 bits hold",
+        lambda m, s, f: forged_fx.evaluate(m, x=X, y=Y, **WITH, seed=2**70),
+    ),
+    "text for a ratio": (
+        TypeError,
+        "ratios: '1/64' is no number",
+        lambda m, s, f: forged_fx.sweep(m, s, X, Y, **WITH, ratios=["1/64"]),
+    ),
+    "a tensor for a ratio": (
+        TypeError,
+        r"ratios: tensor\(0.1000\) is no number",
+        lambda m, s, f: forged_fx.sweep(m, s, X, Y, **WITH, ratios=torch.tensor([0.1])),
+    ),
     "no seed": (TypeError, "seed=None: a whole", lambda m, s, f: forged_fx.evaluate(m, x=X, y=Y, **WITH, seed=None)),
     "nothing at a time": (
         TypeError,
@@ -111,6 +127,26 @@ def test_it_is_refused(case, given):
     kind, message, call = CASES[case]
     with pytest.raises(kind, match=message):
         call(*given)
+
+
+def test_numpys_numbers_are_numbers(given, tmp_path):
+    model, stats, forged = given
+    four, part = np.int64(4), np.float32(0.25)
+    plain, numpys = {"seed": 4, "batch_size": 4}, {"seed": four, "batch_size": four}
+    calls = {
+        "evaluate": lambda how, **_: forged_fx.evaluate(model, x=X, y=Y, **WITH, **how),
+        "sweep": lambda how, ratio, **_: forged_fx.sweep(model, stats, X, Y, **WITH, **how, ratios=[ratio], rounds=0),
+        "search": lambda how, ratio, number: forged_fx.search(
+            model, stats, X, Y, **WITH, **how, budget=number, finalists=number, max_natural_loss=ratio, seconds=number
+        ),
+        "lipschitz": lambda how, ratio, number: forged_fx.lipschitz(model, forged, X, eps=ratio, steps=number, **how),
+        "sparsity": lambda how, number, **_: forged_fx.sparsity(forged, [X], max_batches=number),
+    }
+    for name, call in calls.items():
+        folder = {"folder": tmp_path / name} if name in ("evaluate", "sweep", "search") else {}
+        found = call(numpys | folder, ratio=part, number=four)
+        if folder:  # and it is the same call
+            assert repr(call(plain | folder, ratio=0.25, number=4)) == repr(found)
 
 
 def test_a_file_of_weights_is_called_so(given, tmp_path):

@@ -117,8 +117,7 @@ def evaluate(
     threat = checks.threat(eps, norm)
     x, y = checks.inputs(x, y)
     plan = choose(attacks)
-    checked.whole_number(seed, "seed")
-    checked.whole_number(batch_size, "batch_size", 1)
+    seed, batch_size = checked.whole_number(seed, "seed"), checked.whole_number(batch_size, "batch_size", 1)
     versions = {
         "forged_fx": version("forged_fx"),
         "pyautoattack": need("pyautoattack").__version__,
