@@ -334,6 +334,8 @@ X, Y = inputs(4), torch.tensor([0, 1, 2, 3])
         ({"model": Sick().eval()}, ValueError, "NaN or infinite logits"),
         ({"model": lambda x: x}, TypeError, "the model is function; .*nn.Module"),
         ({"model": made_in_inference_mode()}, ValueError, r"inference_mode.* pass copy\.deepcopy\(model\)"),
+        ({"bpda": forged_fx.straight_through()}, TypeError, "bpda is .*; pass what makes a context manager, uncalled"),
+        ({"bpda": "straight_through"}, TypeError, "bpda is 'straight_through'; pass what makes"),
         ({"folder": __file__}, FileExistsError, "is a file"),
         ({"base": linear(3)}, ValueError, "the base has 3 classes, the model 10"),
     ],

@@ -4,7 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import planted
@@ -110,6 +111,43 @@ def test_another_call_is_refused_with_the_difference(request, call, state, words
     with pytest.raises(FileExistsError, match=f"another call; choose another folder. .*{words}"):
         planted.evaluate(**(call | OTHER[words]))
     assert snapshot(call["folder"]) == before
+
+
+@contextmanager
+def weighed(weight, name="one"):
+    yield
+
+
+def test_a_backward_is_known_by_its_arguments(call):
+    planted.evaluate(**call | {"bpda": partial(weighed, 1)})
+    assert planted.evaluate(**call | {"bpda": partial(weighed, 1)}).bpda == "weighed(1)"
+    with pytest.raises(FileExistsError, match=r"bpda: weighed\(1\) there, weighed\(1, name='two'\) here"):
+        planted.evaluate(**call | {"bpda": partial(weighed, 1, name="two")})
+
+
+def closure(weight):
+    return lambda: weighed(weight)
+
+
+def named_closure(weight):
+    @contextmanager
+    def own():
+        with weighed(weight):
+            yield
+
+    return own
+
+
+class Context:
+    def __call__(self):
+        return weighed(1)
+
+
+@pytest.mark.parametrize("bpda", [closure(1), named_closure(1), Context(), partial(weighed, Context())])
+def test_a_backward_that_no_name_tells_from_others_is_refused_in_a_folder(call, bpda):
+    with pytest.raises(ValueError, match=r"bpda is .*, by which a run in a folder cannot be told.*functools.partial"):
+        planted.evaluate(**call | {"bpda": bpda})
+    assert planted.evaluate(**call | {"bpda": bpda, "folder": None}).n == 30
 
 
 def test_another_kind_at_the_same_thresholds_is_refused_by_its_name(call):

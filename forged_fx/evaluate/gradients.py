@@ -5,6 +5,8 @@ that these elements matter. BPDA (Athalye, Carlini, Wagner, ICML 2018) keeps the
 pass as if the threshold were the identity.
 """
 
+import functools
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -21,6 +23,20 @@ def straight_through() -> Context:
     from forged_fx.bpda import straight_through
 
     return straight_through
+
+
+def name_of(context: Context) -> tuple[str, bool]:
+    """By what a context is known in a record; and whether that tells it from all others: a lambda's name does not, nor
+    that of a function with values of its own, nor an address."""
+    if isinstance(context, functools.partial):
+        func, told = name_of(context.func)
+        given = [*map(repr, context.args), *(f"{key}={value!r}" for key, value in context.keywords.items())]
+        return f"{func}({', '.join(given)})", told and " at 0x" not in "".join(given)
+    function = inspect.unwrap(context)  # contextlib.contextmanager's
+    name = getattr(context, "__qualname__", None)
+    if name is None:
+        return type(context).__name__, False
+    return name, "<lambda>" not in name and not getattr(function, "__closure__", None)
 
 
 class Logits:

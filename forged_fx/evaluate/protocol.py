@@ -6,7 +6,7 @@ import platform
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
@@ -83,7 +83,8 @@ def evaluate(
         progress: on standard error. None: if that is a terminal.
         bpda: a context manager under which the model's backward is the straight-through one, decided when the
             forward runs. None: `forged_fx.straight_through`. For defences that are not this library's own; do not call
-            `evaluate` within it. (Within `forged_fx.straight_through` it may be called: that does not reach in.)
+            `evaluate` within it. A run in a folder is known by its name, and by the arguments of a functools.partial.
+            (Within `forged_fx.straight_through` it may be called: that does not reach in.)
         shard: share the blocks among the processes that torchrun started, or that torch.distributed has. All of them
             must make the same call, each with its own copy of the models, and get the same result, that of one
             process; process 0 alone prints and writes. None: if there are any. False: this process alone.
@@ -130,6 +131,16 @@ def evaluate(
         "y_sha256": fingerprint.of_tensors([("y", y)]),
     }
     bpda = bpda or gradients.straight_through()
+    if not callable(bpda) or isinstance(bpda, AbstractContextManager):
+        raise TypeError(
+            f"bpda is {checked.short(bpda)}; pass what makes a context manager, uncalled: forged_fx.straight_through"
+        )
+    bpda_name, told = gradients.name_of(bpda)
+    if folder is not None and not told:
+        raise ValueError(
+            f"bpda is {bpda_name}, by which a run in a folder cannot be told from another's: pass a function, a class, "
+            "or functools.partial of one with numbers and text"
+        )
 
     with ExitStack() as stack:
         enter = stack.enter_context
@@ -150,7 +161,7 @@ def evaluate(
             "plan": {kind: list(names) for kind, names in asdict(plan).items()},
             "seed": seed,
             "block": unit.BLOCK,
-            "bpda": getattr(bpda, "__qualname__", type(bpda).__name__),
+            "bpda": bpda_name,
             "data": data,
             "versions": versions,
         }
