@@ -3,8 +3,11 @@
 import dataclasses
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +38,9 @@ def judged():
     return result, model, base, x, y
 
 
+FILES = ["examples.safetensors", "result.json", "timing.json"]
+
+
 def test_saved_and_loaded_is_the_same(judged, tmp_path):
     result, model, base, x, y = judged
     result.save(tmp_path / "a")
@@ -47,11 +53,7 @@ def test_saved_and_loaded_is_the_same(judged, tmp_path):
     for ours, theirs in zip(result.sides, loaded.sides, strict=True):
         assert torch.equal(ours.broken_by, theirs.broken_by) and torch.equal(ours.examples, theirs.examples)
     loaded.verify(model, x, y, base)
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
-        "examples.safetensors",
-        "result.json",
-        "timing.json",
-    ]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == FILES
 
 
 def test_the_json_says_everything(judged, tmp_path):
@@ -111,6 +113,51 @@ def test_a_failed_save_leaves_nothing_half_written(judged, tmp_path, monkeypatch
     with pytest.raises(OSError, match="no space"):
         result.save(tmp_path, overwrite=True)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_save_over_another_result_that_is_killed_leaves_one_of_them(judged, tmp_path, monkeypatch):
+    """What is on the disk before and after each change of a name, when it is killed there, loads and is saved over."""
+    new, model, base, x, y = judged
+    old = forged_fx.evaluate(model, x=x, y=y, eps=0.02, attacks=["apgd-ce"], bpda=straight_through)
+    old.save(tmp_path / "run")
+    replace, states = os.replace, []
+
+    def seen(*names):
+        for act in (lambda: None, lambda: replace(*names)):
+            act()
+            states.append(shutil.copytree(tmp_path / "run", tmp_path / str(len(states))))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", seen)
+        new.save(tmp_path / "run", overwrite=True)
+    assert len(states) == 8  # examples, times, record, and the name of the examples
+    loaded = [Result.load(state) for state in states]
+    assert [str(one.threat.eps) for one in loaded] == ["0.02"] * 5 + ["0.01"] * 3
+    for one in loaded[5:]:
+        assert str(one) == str(new)
+        one.verify(model, x, y, base)
+    for state in states:
+        new.save(state, overwrite=True)
+        assert sorted(path.name for path in Path(state).iterdir() if path.name[0] != ".") == FILES
+        assert str(Result.load(state)) == str(new)
+
+
+def test_a_save_that_fails_at_last_has_saved(judged, tmp_path, monkeypatch):
+    result, *_ = judged
+    result.save(tmp_path)
+    sync, written = os.fsync, []
+
+    def fails(file):
+        written.append(file)
+        if len(written) == 6:  # the folder, when the record has its name
+            raise OSError("no disk")
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match="no disk"):
+        result.save(tmp_path, overwrite=True)
+    assert str(Result.load(tmp_path)) == str(result)
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
 
 
 def edit(folder, change):
@@ -290,11 +337,17 @@ def test_the_gallery_takes_of_each_row_in_turn():
     assert gallery.choose(side).tolist() == [1, *range(3, 12), 24, 25]
 
 
-def test_a_gallery_of_other_inputs_is_refused(judged, tmp_path):
+@pytest.mark.parametrize("others", ["not broken", "one again and again", "in no order"])
+def test_a_gallery_of_other_inputs_is_refused(judged, tmp_path, others):
     result = judged[0]
     result.save(tmp_path)
     tensors = load_file(tmp_path / "examples.safetensors")
-    tensors["gallery.index"] = (result.model.broken_by <= 0).nonzero().flatten()[: len(tensors["gallery.index"])]
+    shown = tensors["gallery.index"]
+    tensors["gallery.index"] = {
+        "not broken": (result.model.broken_by <= 0).nonzero().flatten()[: len(shown)],
+        "one again and again": shown[-1:].repeat(len(shown)),
+        "in no order": shown.flip(0),
+    }[others]
     save_file(tensors, tmp_path / "examples.safetensors")
     edit(tmp_path, lambda record: record.update(examples_sha256=fingerprint.of_file(tmp_path / "examples.safetensors")))
     with pytest.raises(ValueError, match="its gallery shows other inputs"):

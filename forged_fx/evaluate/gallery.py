@@ -38,6 +38,7 @@ class Gallery:
         sound = (
             k <= SHOWN
             and all(t.shape == (k,) and t.dtype == torch.int64 for t in (found.index, found.y, found.predicted))
+            and bool((found.index.diff() > 0).all())
             and bool(torch.isin(found.index, (model.broken_by > 0).nonzero().flatten()).all())
             and found.x.shape == (k, *model.examples.shape[1:])
             and found.x.dtype == torch.float32

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from math import inf, isclose, prod
 from pathlib import Path
@@ -32,6 +32,7 @@ from forged_fx.processes import Processes
 
 FORMAT = 2
 RECORD, EXAMPLES, TIMING = "result.json", "examples.safetensors", "timing.json"
+NEXT = "next.examples.safetensors"  # of a result that is to take another's place
 _HINTS = get_type_hints(Result)
 BOUNDARY = 1e-4  # a lead of the right class by this share of the largest logit is rounding
 HEADER = 2**20  # bytes of a safetensors file beside its tensors, at most
@@ -107,6 +108,7 @@ def _eps(threat: Threat) -> str:
 
 
 def save(result: Result, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """Killed at any moment, the folder holds the result that it held, or this one."""
     if not overwrite:
         vacant(folder)
     folder = Path(folder)
@@ -116,15 +118,38 @@ def save(result: Result, folder: str | os.PathLike[str], overwrite: bool = False
         tensors |= {f"{side.name}.index": side.broken, f"{side.name}.x": side.examples.contiguous()}
     if result.gallery is not None:
         tensors |= result.gallery.tensors()
-    with whole(folder / EXAMPLES) as path:
+    _settle(folder)
+    there = folder / (NEXT if (folder / RECORD).exists() else EXAMPLES)
+    with whole(there) as path:
         need("safetensors.torch").save_file(tensors, path, {"format": str(FORMAT)})
-    timing = {
-        "seconds": {side.name: [row.seconds for row in side.rows] for side in result.sides},
-        "probe_seconds": result.probe_seconds,
-        "machine": result.machine,
-    }
-    _write(folder / TIMING, timing)
-    record = {
+    try:
+        record = _json(_record_of(result, fingerprint.of_file(there)))
+        timing = {
+            "seconds": {side.name: [row.seconds for row in side.rows] for side in result.sides},
+            "probe_seconds": result.probe_seconds,
+            "machine": result.machine,
+            "result_sha256": hashlib.sha256(record).hexdigest(),
+        }
+        _write(folder / TIMING, _json(timing))
+        _write(folder / RECORD, record)  # from now on it is this result that the folder holds
+    except BaseException:
+        _settle(folder)
+        if there.name == NEXT or not (folder / RECORD).exists():
+            there.unlink(missing_ok=True)
+        raise
+    os.replace(there, folder / EXAMPLES)
+
+
+def _settle(folder: Path) -> None:
+    """What a save that was killed has left: the examples of the result in the folder get their name."""
+    with suppress(OSError, ValueError, KeyError):
+        if fingerprint.of_file(folder / NEXT) == _record(checked.read(folder / RECORD))["examples_sha256"]:
+            os.replace(folder / NEXT, folder / EXAMPLES)
+
+
+def _record_of(result: Result, examples: str) -> dict[str, Any]:
+    """What is in result.json. examples: the SHA-256 of their file."""
+    return {
         "format": FORMAT,
         "headline": headline(result),
         "robustbench": robustbench(result),
@@ -142,14 +167,17 @@ def save(result: Result, folder: str | os.PathLike[str], overwrite: bool = False
             for side in result.sides
         ],
         "findings": [asdict(finding) for finding in result.findings],
-        "examples_sha256": fingerprint.of_file(folder / EXAMPLES),
+        "examples_sha256": examples,
     }
-    _write(folder / RECORD, record)  # last, so that a folder with a result.json has its examples
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1) + "\n").encode()
+
+
+def _write(path: Path, content: bytes) -> None:
     with whole(path) as part:
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        part.write_bytes(content)
 
 
 def _side(record: dict[str, Any], tensors: dict[str, Tensor], seconds: list[float], n: int, shape: list[int]) -> Side:
@@ -209,6 +237,10 @@ def _read(folder: Path) -> dict[str, bytes]:
         examples = sum(len(side["broken_by"]) for side in sides) * (8 + 4 * prod(shape[1:]))
         examples += SHOWN * (24 + 4 * prod(shape[1:]))
         files[EXAMPLES] = checked.read(folder / EXAMPLES, examples + HEADER)
+        if (folder / NEXT).exists():  # a save was killed: before the record was written, or after
+            other = checked.read(folder / NEXT, examples + HEADER)
+            if hashlib.sha256(other).hexdigest() == record["examples_sha256"]:
+                files[EXAMPLES] = other
         return files
 
 
@@ -226,6 +258,8 @@ def parse(files: dict[str, bytes], where: str) -> Result:
         if shape[0] != n:
             raise ValueError(f"it is of {n} inputs, and x_shape is {shape}")
         timing = checked.fit(checked.parse(files.get(TIMING, b"{}")), dict[str, Any], TIMING)
+        if timing.get("result_sha256", ours := hashlib.sha256(files[RECORD]).hexdigest()) != ours:
+            timing = {}  # of another result, whose save was killed
         untimed = {side["name"]: [0.0] * len(side["rows"]) for side in record["sides"]}
         seconds = checked.fit(timing.get("seconds", untimed), dict[str, list[float]], f"{TIMING}: seconds")
         sides = {s["name"]: _side(s, tensors, seconds[s["name"]], n, shape[1:]) for s in record["sides"]}
