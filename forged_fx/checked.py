@@ -127,7 +127,7 @@ def path(given: Any, what: str) -> None:
 def short(value: Any) -> str:
     """The value for an error: its beginning, with what a terminal would act on escaped."""
     try:
-        text = ascii(value)
+        text = ascii(value).replace("\n", " ")
     except (RecursionError, ValueError):  # nested deeply, or a number of thousands of digits
         text = f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -140,7 +140,7 @@ def lipschitz(
         for i, part in enumerate(track(list(x.split(batch_size)), "measuring")):
             with torch.no_grad():
                 for one, who in ((model, "plain model"), (forged, "forged model")):
-                    checks.output(one(part.clone()), who)
+                    checks.output(checks.ask(one, part, who), who)
             for site, values in gains(forged, part, seed).items():
                 sites.setdefault(site, []).append(values)
             base = jacobian_norms(model, part, seed)

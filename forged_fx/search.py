@@ -404,7 +404,7 @@ def split(x: Tensor, y: Tensor, confirm: float | tuple[Tensor, Tensor], seed: in
     the same side.
     """
     prints = _prints(x)
-    if isinstance(confirm, tuple):
+    if isinstance(confirm, tuple | list) and len(confirm) == 2:
         kept_x, kept_y = checks.inputs(*confirm)
         if kept_x.shape[1:] != x.shape[1:]:
             raise ValueError(f"confirm has inputs of shape {tuple(kept_x.shape[1:])}, and x {tuple(x.shape[1:])}")
@@ -420,7 +420,9 @@ def split(x: Tensor, y: Tensor, confirm: float | tuple[Tensor, Tensor], seed: in
     drawn = {prints[k] for i, k in enumerate(order) if int((i + 1) * share + 0.5) > int(i * share + 0.5)}
     kept = torch.tensor([one in drawn for one in prints], device=x.device)
     if kept.all() or not kept.any():
-        raise ValueError(f"confirm={confirm!r}: a share between 0 and 1 that leaves inputs on both sides, or (x, y)")
+        raise ValueError(
+            f"confirm={checked.short(confirm)}: a share between 0 and 1 that leaves inputs on both sides, or (x, y)"
+        )
     of_y = kept.to(y.device)
     return (x[~kept], y[~of_y]), (x[kept], y[of_y])
 

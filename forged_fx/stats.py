@@ -236,10 +236,11 @@ class Stats:
     def ratios(self, ratio: float | Mapping[str, float], sites: list[str] | None = None) -> dict[str, float]:
         """Site name -> ratio: what `thresholds` multiplies c_max by."""
         names = [n for n, s in self.sites.items() if s.left_out is None and not is_activation(n)]
-        names = names if sites is None else sites
+        names = names if sites is None else checked.several(sites, "sites", "names of sites")
         for name in names:
             if name not in self.sites:
                 match_sites([name], list(self.sites), "sites")
+                raise ValueError(f"sites: {name!r} is a glob, and names belong there; without sites= all are taken")
         for pattern, value in ratio.items() if isinstance(ratio, Mapping) else [(None, ratio)]:
             check_ratio(value, "ratio" if pattern is None else f"ratio for {pattern!r}")
         return {name: float(value) for name, value in self.per_site(ratio, names, "ratio").items()}

@@ -98,7 +98,7 @@ class Trials:
         self.blocks, self.batch_size, self.progress = blocks, batch_size, progress
         self.device = checks.device_of(model, x.device)
         self.example: tuple[tuple, dict] = ((x[:8].to(self.device),), {})
-        self.classes = checks.logits(model(self.example[0][0].clone()), x[:8], y, "model").shape[1]
+        self.classes = checks.logits(checks.ask(model, self.example[0][0], "model"), x[:8], y, "model").shape[1]
         self.made: dict[Configuration, Trial] = {}
         self.spent = 0.0
         self._find_near(max_natural_loss)

@@ -107,6 +107,22 @@ CASES = {
     "no share": (ValueError, "confirm=None: a", lambda m, s, f: forged_fx.search(m, s, X, Y, **WITH, confirm=None)),
     "no model to fit": (TypeError, "of an nn.Module, not of NoneType", lambda m, s, f: s.check_model(None)),
     "no site": (ValueError, "sites: '9' matches no site; the sites are '1'", lambda m, s, f: s.thresholds(0.1, ["9"])),
+    "a glob for a site": (
+        ValueError,
+        "sites: '\\*' is a glob, and names belong there",
+        lambda m, s, f: s.thresholds(0.1, ["*"]),
+    ),
+    "a name for names": (TypeError, "sites='1': a list", lambda m, s, f: s.thresholds(0.1, "1")),
+    "three for two": (
+        ValueError,
+        r"^confirm=\[tensor\(.{,120}\.\.\.: a share",
+        lambda m, s, f: forged_fx.search(m, s, X, Y, **WITH, confirm=[X, Y, Y]),
+    ),
+    "another dtype": (
+        TypeError,
+        "the plain model has torch.float16 weights",
+        lambda m, s, f: forged_fx.lipschitz(nn.Sequential(*(make() for make in LAYERS)).half(), f, X),
+    ),
     "no name": (TypeError, "ratio: 1 is no name of a site", lambda m, s, f: s.thresholds({1: 0.1})),
     "no scan": (TypeError, "not NoneType", lambda m, s, f: s.merge(None)),
     "no runs": (TypeError, "compare takes a path, not NoneType", lambda m, s, f: forged_fx.compare(None, None)),

@@ -336,6 +336,13 @@ X, Y = inputs(4), torch.tensor([0, 1, 2, 3])
         ({"model": made_in_inference_mode()}, ValueError, r"inference_mode.* pass copy\.deepcopy\(model\)"),
         ({"bpda": forged_fx.straight_through()}, TypeError, "bpda is .*; pass what makes a context manager, uncalled"),
         ({"bpda": "straight_through"}, TypeError, "bpda is 'straight_through'; pass what makes"),
+        (
+            {"model": linear().half()},
+            TypeError,
+            r"the model has torch.float16 weights .* pass model.to\(torch.float32\)",
+        ),
+        ({"base": linear().double()}, TypeError, "the base has torch.float64 weights and does not take torch.float32"),
+        ({"base": linear().to("meta")}, ValueError, "the base is on the meta device"),
         ({"folder": __file__}, FileExistsError, "is a file"),
         ({"base": linear(3)}, ValueError, "the base has 3 classes, the model 10"),
     ],
@@ -344,6 +351,16 @@ def test_errors_name_what_is_wrong(change, error, words):
     call = {"model": linear(), "base": linear(), "x": X, "y": Y, "eps": 0.1, "attacks": "quick"} | change
     with pytest.raises(error, match=words):
         evaluate(call.pop("model"), call.pop("base"), **call)
+
+
+def test_another_default_dtype_is_named(small):
+    model, x, y = small
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(TypeError, match=r"default dtype is torch.float64.* torch.set_default_dtype"):
+            evaluate(model, x=x, y=y)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_missing_packages_are_named(small, monkeypatch):

@@ -3,11 +3,14 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from forged_fx.capture import in_a_line
 from forged_fx.evaluate.threat import NORMS, Threat
+from forged_fx.memory import ran_out
 from forged_fx.modes import as_found
 from forged_fx.stats import is_number
 
@@ -36,6 +39,11 @@ def inputs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         raise TypeError(f"x and y must be tensors, not {given}: torch.as_tensor(...) makes them")
     if x.dtype != torch.float32:
         raise TypeError(f"x is {x.dtype}; attacks compute in float32: pass x.float(), scaled to [0, 1]")
+    if torch.get_default_dtype() != torch.float32:
+        raise TypeError(
+            f"torch's default dtype is {torch.get_default_dtype()}, in which attacks would draw their starts: "
+            "torch.set_default_dtype(torch.float32) for this call"
+        )
     if x.dim() < 2 or x.numel() == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected a batch of inputs, (n, channels, height, width)")
     finite(x)
@@ -56,6 +64,21 @@ def inputs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def finite(x: Tensor) -> None:
     if not bool(torch.isfinite(x).all()):
         raise ValueError(f"x has {int((~torch.isfinite(x)).sum())} elements that are NaN or infinite; remove them")
+
+
+def ask(model: nn.Module, x: Tensor, who: str) -> Any:
+    """The model's answer to unattacked inputs, a copy of them; where their dtype is what it cannot take, an error that
+    says so."""
+    try:
+        return model(x.clone())
+    except RuntimeError as error:
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype)
+        if dtype == x.dtype or ran_out(error):
+            raise
+        raise TypeError(
+            f"the {who} has {dtype} weights and does not take {x.dtype} inputs ({in_a_line(error)}): pass "
+            f"model.to({x.dtype}), or wrap it so that it casts them"
+        ) from error
 
 
 def output(out: object, who: str) -> Tensor:
@@ -96,7 +119,10 @@ def borrowed(model: nn.Module, who: str) -> Iterator[int]:
     Yields how many of its modules were in train mode. Parameters that ask for no gradient get none: attacks
     differentiate for the input alone, and FAB's call to `backward` would fill every parameter's `.grad`.
     """
-    if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+    tensors = *model.parameters(), *model.buffers()
+    if any(tensor.is_meta for tensor in tensors):
+        raise ValueError(f"the {who} is on the meta device, where it has no weights: move it and load them first")
+    if any(tensor.is_inference() for tensor in tensors):
         raise ValueError(
             f"the {who} was made within torch.inference_mode, and nothing can be differentiated through its tensors: "
             "make it outside, or pass copy.deepcopy(model)"

@@ -115,7 +115,7 @@ class Subject:
             logits, eagerly, width = [], [], classes
             with torch.no_grad():
                 for x, y in zip(*(part.split(self.batch_size) for part in self.inputs(indices)), strict=True):
-                    logits.append(checks.logits(self.model(x.clone()), x, y, self.name, width))
+                    logits.append(checks.logits(checks.ask(self.model, x, self.name), x, y, self.name, width))
                     width = logits[0].shape[1]
                     eagerly += [eager(x)] if eager else []
             outcome = {"logits": torch.cat(logits).cpu()}
