@@ -24,6 +24,7 @@ from forged_fx.evaluate.extras import need
 from forged_fx.evaluate.journal import Call, Journal, agree, begin
 from forged_fx.evaluate.threat import Threat
 from forged_fx.files import whole
+from forged_fx.modes import kept_randomness, seed
 from forged_fx.processes import Processes, joined
 from forged_fx.rows import Table, write_csv
 
@@ -154,7 +155,10 @@ class Run:
 def answers(model: nn.Module, x: Tensor, batch_size: int) -> list[float]:
     """The mean of the model's logits, unattacked, for each class. By these a finished run, in facts, knows its code."""
     device = checks.device_of(model, x.device)
-    return torch.cat([model(part.to(device)).double().cpu() for part in x.split(batch_size)]).mean(0).tolist()
+    with kept_randomness():
+        seed(0)  # a model may draw
+        logits = [checks.ask(model, part.to(device), "model").double().cpu() for part in x.split(batch_size)]
+    return torch.cat(logits).mean(0).tolist()
 
 
 @contextmanager

@@ -300,7 +300,7 @@ def search(
             return run.again(model, x, batch_size)
         with pool.at_peace({"model": model}), run.shown:
             few = kept_x[:8].to(checks.device_of(model, x.device))
-            checks.logits(model(few), few, kept_y, "model")  # now, and not when the search is done
+            checks.logits(checks.ask(model, few, "model"), few, kept_y, "model")  # now, and not when the search is done
             tried = Trials(
                 model,
                 stats,

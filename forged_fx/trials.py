@@ -22,6 +22,7 @@ from forged_fx.evaluate.blocks import Blocks, Fields, Job, Outcome
 from forged_fx.evaluate.gradients import Context, Logits
 from forged_fx.evaluate.report import Progress
 from forged_fx.evaluate.threat import Threat
+from forged_fx.modes import seed
 from forged_fx.stats import Stats
 
 NEAR = 100  # inputs nearest to the boundary
@@ -105,7 +106,9 @@ class Trials:
         progress.begin("trying configurations", budget)
 
     def _find_near(self, max_natural_loss: float) -> None:
-        logits = torch.cat([self.model(part.to(self.device)).cpu() for part in self.x.split(self.batch_size)])
+        seed(self.blocks.seed)  # a model may draw
+        parts = self.x.split(self.batch_size)
+        logits = torch.cat([checks.ask(self.model, part.to(self.device), "model").cpu() for part in parts])
         if not self.blocks.unchanged("base logits", logits):
             raise ValueError(
                 "the model gives other logits than when the unfinished run began, and has the same state: its code has "

@@ -247,6 +247,19 @@ def test_a_model_that_draws_random_numbers_is_judged_from_the_seed_and_its_resul
         evaluate(model, **call, folder=tmp_path)
 
 
+@pytest.mark.parametrize("source", DRAWS)
+def test_so_are_a_sweeps_and_a_searchs(small, tmp_path, source):
+    trained, x, y = small
+    model, call = Noisy(trained, DRAWS[source]).eval(), {"eps": 0.1, "attacks": ["apgd-ce"]}
+    given = model, forged_fx.calibrate(model, [x]), x[:20], y[:20]
+    folders = [tmp_path / name for name in ("one", "two", "two")]
+    swept = [forged_fx.sweep(*given, **call, ratios=[0.1], rounds=0, folder=folder) for folder in folders]
+    assert swept[0].points == swept[1].points == swept[2].points
+    searched = [forged_fx.search(*given, **call, budget=2, folder=folder) for folder in folders]
+    margins = [[trial.margin for trial in found.trials] for found in searched]
+    assert margins[0] == margins[1] == margins[2]
+
+
 def test_an_exported_program_is_judged_as_the_model_it_was(small, hurried):
     trained, x, y = small
     call = {"x": x[:12], "y": y[:12], "attacks": ["apgd-ce", "fab-t"]}
