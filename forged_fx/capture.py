@@ -16,6 +16,8 @@ from forged_fx import torch_internals
 from forged_fx.modes import copied, kept_buffers, kept_randomness
 from forged_fx.sites import module_of
 
+Traced = tuple[fx.Graph, dict[str, torch.Tensor]]  # a graph, and the tensors that were made for it, by name
+
 
 class Untraceable(Exception):
     """A module that cannot become a graph without changing what it does; the message says why."""
@@ -44,9 +46,7 @@ def opened_modules(sites: Iterable[str], layers: set[str]) -> set[str]:
     return opened
 
 
-def capture(
-    model: torch.nn.Module, opened: set[str], given: set[str], contexts: set[str]
-) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
+def capture(model: torch.nn.Module, opened: set[str], given: set[str], contexts: set[str]) -> Traced:
     """The graph of `model`'s forward pass, with every module outside `opened` as one call.
 
     given: the names of the forward parameters that calls pass; the others keep their defaults. Also returns the tensors
@@ -62,16 +62,16 @@ def capture(
     # shares the tensors: what the forward does to buffers alone is done while it is traced, and no part of the graph.
     shared = [*model.parameters(), *model.buffers()]
     twin = copied(model, shared)
-    graph, constants = _trace(twin.eval(), opened, given)
-    if _text(graph) != _text(_trace(twin.train(), opened, given)[0]):
+    traced = _trace(twin.eval(), opened, given)
+    if not _alike(traced, _trace(twin.train(), opened, given)):
         fresh = copied(model, shared)
-        by_mode = _text(graph) != _text(_trace(fresh.train(), opened, given)[0])
+        by_mode = not _alike(traced, _trace(fresh.train(), opened, given))
         another = "one thing in train mode and another in eval mode" if by_mode else "another thing when it runs again"
         raise Untraceable(f"its forward does {another}")
-    return graph, constants
+    return traced
 
 
-def _trace(model: torch.nn.Module, opened: set[str], given: set[str]) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
+def _trace(model: torch.nn.Module, opened: set[str], given: set[str]) -> Traced:
     defaults = {
         name: parameter.default
         for name, parameter in inspect.signature(model.forward).parameters.items()
@@ -118,5 +118,17 @@ def is_as_its_class(module: torch.nn.Module) -> bool:
     return not has_hooks(module) and "forward" not in vars(module)
 
 
+def _alike(a: Traced, b: Traced) -> bool:
+    """Whether two runs did the same, and made the same tensors: drawn by a generator of the model's own, they differ."""
+    (graph, constants), (other, others) = a, b
+    return _text(graph) == _text(other) and all(_equal(value, others[name]) for name, value in constants.items())
+
+
 def _text(graph: fx.Graph) -> list[tuple]:
     return [(n.op, str(n.target), str(n.args), str(n.kwargs)) for n in graph.nodes]
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if (a.dtype, a.shape, a.layout) != (b.dtype, b.shape, b.layout):
+        return False
+    return torch.allclose(a.to_dense(), b.to_dense(), rtol=0, atol=0, equal_nan=True)

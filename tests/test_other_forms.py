@@ -203,6 +203,43 @@ def test_what_is_drawn_is_drawn_anew_in_each_run(source, audited, tmp_path):
     assert len({tuple(forged(W).flatten().tolist()) for _ in range(40)}) == 2
 
 
+def counted(model):
+    model.count = model.count + 1
+    return model.count
+
+
+OWN = {
+    "torch": lambda model: torch.rand(4, generator=model.torch),
+    "numpy": lambda model: torch.from_numpy(model.numpy.random(4, dtype=np.float32)),
+    "a tensor": counted,
+}
+
+
+class DrawsItsOwn(nn.Module):
+    def __init__(self, draw):
+        super().__init__()
+        self.a, self.draw, self.count = nn.Linear(4, 4), draw, torch.zeros(1)
+        self.torch, self.numpy = torch.Generator().manual_seed(0), np.random.default_rng(0)
+
+    def forward(self, x):
+        return self.a(x) + self.draw(self)
+
+
+@pytest.mark.parametrize("source", OWN)
+def test_what_comes_from_the_models_own_generator_is_drawn_anew_in_each_run(source):
+    model = DrawsItsOwn(OWN[source]).eval()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [W]), 0)
+    assert "its forward does another thing when it runs again" in str(forged_fx.describe(forged))
+    for _ in range(3):
+        assert torch.equal(forged(W), model(W))
+
+
+def test_a_tensor_that_is_the_same_in_each_run_is_no_reason_against_a_graph():
+    model = DrawsItsOwn(lambda model: torch.tensor([1.0, 2.0, torch.nan, torch.inf])).eval()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [W]), 0)
+    assert isinstance(forged, torch.fx.GraphModule)
+
+
 def test_what_data_writes_is_not_shared_past():
     class Writes(nn.Module):
         def __init__(self):
