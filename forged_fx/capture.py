@@ -91,14 +91,34 @@ def _trace(model: torch.nn.Module, opened: set[str], given: set[str]) -> Traced:
     for node in graph.find_nodes(op="placeholder"):
         if (name := node.target.removesuffix("_1")) in defaults:
             node.target = name  # the tracer renames a parameter that it fixes; callers use its own name
+    _check_arguments(graph, given)
+    literals = [n.target for n in graph.find_nodes(op="get_attr") if n.target.startswith("_tensor_constant")]
+    return graph, {name: vars(model).pop(name) for name in dict.fromkeys(literals)}  # the next trace names its own
+
+
+def _check_arguments(graph: fx.Graph, given: set[str]) -> None:
+    """A graph is of calls with the arguments that calibration saw: it refuses others, and says what to do."""
     for node in graph.find_nodes(op="call_function", target=torch_internals.assert_is_none):
         # Unpickling a graph that holds this function breaks every later trace of the process (torch 2.14).
         value, message = node.args
         with graph.inserting_before(node):
             graph.call_function(torch_internals.assertion, (graph.call_function(operator.eq, (value, None)), message))
         graph.erase_node(node)
-    literals = [n.target for n in graph.find_nodes(op="get_attr") if n.target.startswith("_tensor_constant")]
-    return graph, {name: vars(model).pop(name) for name in dict.fromkeys(literals)}  # the next trace names its own
+    for node in graph.find_nodes(op="call_function", target=torch_internals.assertion):
+        if "has been specialized to have value" in str(node.args[-1]):  # the tracer's words
+            node.args = (node.args[0], f"{node.args[1]}: calibrate with a batch that gives it besides")
+    inputs = graph.find_nodes(op="placeholder")
+    with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
+        for node in inputs:
+            if node.target in given and node.args == (None,):  # the forward may ask whether it is None
+                there = graph.call_function(operator.is_not, (node, None))
+                graph.call_function(torch_internals.assertion, (there, _LEFT_OUT.format(node.target)))
+
+
+_LEFT_OUT = (
+    "calibration gave {0!r}, and this graph is of calls that give it: give it, or forge with an example that does "
+    "not, transform(..., example=((x,), {{}})), which takes both"
+)
 
 
 def in_a_line(error: Exception) -> str:
@@ -119,7 +139,7 @@ def is_as_its_class(module: torch.nn.Module) -> bool:
 
 
 def _alike(a: Traced, b: Traced) -> bool:
-    """Whether two runs did the same, and made the same tensors: drawn by a generator of the model's own, they differ."""
+    """Whether two runs did the same, and made the same tensors (a generator of the model's own draws other ones)."""
     (graph, constants), (other, others) = a, b
     return _text(graph) == _text(other) and all(_equal(value, others[name]) for name, value in constants.items())
 

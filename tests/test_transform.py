@@ -236,6 +236,20 @@ def test_forward_keeps_its_signature(model, stats, x):
     assert forged_fx.transform(model, masked, 0)(x, mask=torch.zeros(6))["features"][0].abs().max() == 0
 
 
+def test_a_call_without_an_argument_that_calibration_gave_is_refused(model, x):
+    mask = torch.ones(6)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [{"x": x, "mask": mask}]), 0)
+    with pytest.raises(AssertionError, match=r"calibration gave 'mask'.*example=\(\(x,\), \{\}\)"):
+        forged(x)
+    with pytest.raises(AssertionError, match="value None but got another value: calibrate with a batch that gives it"):
+        forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0)(x, mask)
+    for batches, example in (([{"x": x, "mask": mask}], ((x,), {})), ([x, {"x": x, "mask": mask}], None)):
+        both = forged_fx.transform(model, forged_fx.calibrate(model, batches), 0, example=example)
+        assert "module by module (audit: the graph does not take the input" in str(forged_fx.describe(both))
+        assert torch.equal(both(x)["logits"], model(x)["logits"])
+        assert torch.equal(both(x, 2 * mask)["logits"], model(x, 2 * mask)["logits"])
+
+
 def test_statistics_of_another_model_are_refused(stats):
     with pytest.raises(ValueError, match="belong to another model"):
         forged_fx.transform(nn.Linear(3, 3), stats)
