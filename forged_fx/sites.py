@@ -256,6 +256,8 @@ RECURRENT = "a fused recurrent kernel, which cannot be opened"
 COMPLEX = "its input is complex, and a threshold is for real numbers"
 NOT_DENSE = "its input is a sparse or nested tensor, and a threshold is for dense ones"
 VMAPPED = "it runs within torch.vmap, where its input cannot be measured"
+OTHER_CALL = "it was another kind of call in another batch, or had its data in another place"
+OTHER_WEIGHT = "its data met another parameter in another batch: modules of their own would tell them apart"
 UNMEASURED = (SCRIPTED, COMPLEX, NOT_DENSE, VMAPPED)
 
 

@@ -23,7 +23,7 @@ from forged_fx import checked
 from forged_fx.channels import PARTS, ChannelCounts
 from forged_fx.files import whole
 from forged_fx.histogram import BINS, quantile, share_below
-from forged_fx.sites import call_of, has_input, is_activation, module_of
+from forged_fx.sites import OTHER_CALL, OTHER_WEIGHT, call_of, has_input, is_activation, module_of
 
 FORMAT = 1
 
@@ -99,7 +99,7 @@ class SiteStats:
             layer=self.layer and other.layer,
             once=self.once and other.once,
             module_calls=max(self.module_calls, other.module_calls),
-            left_out=self.left_out or other.left_out,
+            left_out=self.left_out or other.left_out or self._unlike(other),
             calls=self.calls + other.calls,
             c_max=max(self.c_max, other.c_max),
             lowest=min(self.lowest, other.lowest),
@@ -110,6 +110,12 @@ class SiteStats:
             channel=self.channel,
             channel_counts=self._merged_channels(other),
         )
+
+    def _unlike(self, other: "SiteStats") -> str | None:
+        """Why the two cannot have one threshold: a branch that depends on the data may make another call of it."""
+        if (self.kind, self.key) != (other.kind, other.key):
+            return OTHER_CALL
+        return OTHER_WEIGHT if self.weight != other.weight else None
 
     def _merged_channels(self, other: "SiteStats") -> ChannelCounts | None:
         """None if one of the two saw elements and did not measure their channels."""

@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from torch import nn
 
 import forged_fx
-from forged_fx.sites import COMPLEX, CONSTANT_INPUT, FIXED_FILTER, NOT_DENSE, RECURRENT, VMAPPED
+from forged_fx.sites import (
+    COMPLEX,
+    CONSTANT_INPUT,
+    FIXED_FILTER,
+    NOT_DENSE,
+    OTHER_CALL,
+    OTHER_WEIGHT,
+    RECURRENT,
+    VMAPPED,
+)
 from forged_fx.thresholds import thresholds_of
 
 
@@ -294,6 +303,33 @@ def test_what_a_run_writes_into_the_model_is_a_constant_again_when_the_next_one_
     assert {name: (site.calls, site.left_out is None) for name, site in stats.sites.items()} == {
         "#0": (3, False), "layer": (3, True)
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "one, other, why",
+    [
+        (lambda m, x: x @ m.u, lambda m, x: (m.u @ x.T).T, OTHER_CALL),
+        (lambda m, x: x @ m.u, lambda m, x: F.linear(x, m.u), OTHER_CALL),
+        (lambda m, x: x @ m.u, lambda m, x: x @ m.w, OTHER_WEIGHT),
+        (lambda m, x: x @ m.u, lambda m, x: x.relu() @ m.u, None),
+    ],
+)
+def test_a_call_that_is_another_one_in_another_batch_has_no_threshold(one, other, why):
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.u, self.w = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x):
+            return one(self, x) if x.sum() > 0 else other(self, x)
+
+    model, x = Branches().eval(), torch.rand(5, 4)
+    stats = forged_fx.calibrate(model, [x, -x])
+    merged = forged_fx.calibrate(model, [x]).merge(forged_fx.calibrate(model, [-x]))
+    assert stats == merged and stats.sites["#0"].left_out == why
+    forged = forged_fx.transform(model, stats, 0.5)
+    if why is not None:
+        assert torch.equal(forged(x), model(x)) and torch.equal(forged(-x), model(-x))
 
 
 MASK, BLUR = torch.ones(6, 4), torch.full((4, 4), 0.25)
