@@ -29,9 +29,11 @@ from forged_fx.sites import (
     Operand,
     Origin,
     data_operands,
+    is_number,
     joined,
     names_of,
     operand_name,
+    picked,
     replace,
 )
 from forged_fx.torch_internals import CHECKPOINT, MODULE_CALL, tree_leaves
@@ -122,6 +124,8 @@ class _Origins:
                 return
         tensors = _tensors((*args, *kwargs.values()))
         made_from = joined(*map(self.of, tensors))
+        if made_from is Origin.DATA and function is Tensor.__getitem__ and all(map(is_number, tensors[1:])):
+            made_from = picked(self.of(tensors[0]))
         if function in _FROM_PYTHON and not tensors:
             made_from = Origin.UNKNOWN
         for target in _tensors((args[0] if args and _writes(function) else None, kwargs.get("out"))):

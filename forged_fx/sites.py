@@ -54,6 +54,17 @@ def joined(*origins: Origin) -> Origin:
     return _ORIGINS[min(bits, Origin.DATA)]
 
 
+def picked(source: Origin) -> Origin:
+    """That of a part which data picked by its number: `weights[expert]` is a weight where it is used as one, and
+    `embeddings[step]` is data where it is used so."""
+    return joined(source, Origin.UNKNOWN)
+
+
+def is_number(index: Tensor) -> bool:
+    """Whether a tensor, as an index, is a whole number, which picks; truth values and longer ones gather."""
+    return index.dim() == 0 and not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
+
+
 @dataclass(frozen=True)
 class Call:
     """How to read one function's call: its kind, and where its operands are.

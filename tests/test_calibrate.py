@@ -364,6 +364,31 @@ def test_a_weight_of_which_a_part_comes_from_nowhere_is_a_weight(weight, call):
     assert torch.allclose(compiled(x), expected, atol=1e-6)
 
 
+class Experts(nn.Module):
+    """Weights in one tensor, of which data picks one; and what data picks from a table."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.step = nn.Linear(4, 3), nn.Linear(4, 4)
+        self.up, self.table = nn.Parameter(torch.randn(3, 4, 4)), nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x):
+        expert = self.gate(x).mean(0).argmax()
+        return x @ self.up[expert] + F.linear(x, self.up[expert]).sum() + self.step(self.table[expert])
+
+
+def test_what_data_picks_is_a_weight_where_it_is_used_as_one():
+    torch.manual_seed(0)
+    model, x = Experts().eval(), torch.randn(5, 4)
+    stats = forged_fx.calibrate(model, [x])
+    assert {name: site.left_out for name, site in stats.sites.items()} == dict.fromkeys(["gate", "#0", "#1", "step"])
+    forged = forged_fx.transform(model, stats, 0.25)
+    cut = lambda v: torch.where(v.abs() < 0.25 * v.abs().max(), 0, v)  # noqa: E731
+    k, h = model.gate(cut(x)).mean(0).argmax(), cut(x)
+    expected = h @ model.up[k] + F.linear(h, model.up[k]).sum() + model.step(cut(model.table[k]))
+    assert torch.equal(forged(x), expected) and not torch.equal(model(x), expected)
+
+
 def test_a_filter_from_nowhere_is_fixed_and_numbers_from_the_input_are_data():
     class Filtered(nn.Module):
         def __init__(self):
