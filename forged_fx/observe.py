@@ -29,11 +29,9 @@ from forged_fx.sites import (
     Operand,
     Origin,
     data_operands,
-    is_number,
     joined,
     names_of,
     operand_name,
-    picked,
     replace,
 )
 from forged_fx.torch_internals import CHECKPOINT, MODULE_CALL, tree_leaves
@@ -124,8 +122,11 @@ class _Origins:
                 return
         tensors = _tensors((*args, *kwargs.values()))
         made_from = joined(*map(self.of, tensors))
-        if made_from is Origin.DATA and function is Tensor.__getitem__ and all(map(is_number, tensors[1:])):
-            made_from = picked(self.of(tensors[0]))
+        if made_from is Origin.DATA and function is Tensor.__getitem__ and all(map(_is_number, tensors[1:])):
+            # A part that data picks: `weights[expert]` is used as a weight, `embeddings[step]` as data.
+            made_from = joined(self.of(tensors[0]), Origin.UNKNOWN)
+        if made_from is not Origin.DATA and _reads(function) and self.of(_first(args, kwargs)) >= Origin.UNKNOWN:
+            made_from = Origin.DATA  # as `data_operands` takes it to be
         if function in _FROM_PYTHON and not tensors:
             made_from = Origin.UNKNOWN
         for target in _tensors((args[0] if args and _writes(function) else None, kwargs.get("out"))):
@@ -146,6 +147,20 @@ def _writes(function: Callable) -> bool:
     """Whether the function writes into its first argument, by its name."""
     name = getattr(function, "__name__", "")
     return name.endswith("_") and (not name.endswith("__") or name == "__setitem__" or name.startswith("__i"))
+
+
+def _is_number(index: Tensor) -> bool:
+    """Whether a tensor, as an index, is a whole number, which picks; truth values and longer ones gather."""
+    return index.dim() == 0 and not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
+
+
+def _reads(function: Callable) -> bool:
+    """Whether its first argument is an input, not one of two factors: a layer or a norm."""
+    return function in _NORMS or (function in CALLS and CALLS[function].roles.startswith("x"))
+
+
+def _first(args: tuple, kwargs: dict) -> Any:
+    return args[0] if args else kwargs.get("input")
 
 
 def _memory(tensor: Tensor) -> int | None:

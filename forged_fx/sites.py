@@ -54,17 +54,6 @@ def joined(*origins: Origin) -> Origin:
     return _ORIGINS[min(bits, Origin.DATA)]
 
 
-def picked(source: Origin) -> Origin:
-    """That of a part which data picked by its number: `weights[expert]` is a weight where it is used as one, and
-    `embeddings[step]` is data where it is used so."""
-    return joined(source, Origin.UNKNOWN)
-
-
-def is_number(index: Tensor) -> bool:
-    """Whether a tensor, as an index, is a whole number, which picks; truth values and longer ones gather."""
-    return index.dim() == 0 and not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
-
-
 @dataclass(frozen=True)
 class Call:
     """How to read one function's call: its kind, and where its operands are.
@@ -262,6 +251,7 @@ OPENED: dict[Callable, Callable] = {F.multi_head_attention_forward: _open(F.mult
 
 CONSTANT_INPUT = "its input is a constant: it does not depend on the model's input"
 FIXED_FILTER = "its weight is fixed: no parameter is a part of it"
+UNSEEN = "where its other operand comes from was not seen: it may be data as well"
 SCRIPTED = "inside a TorchScript module, which cannot be opened"
 RECURRENT = "a fused recurrent kernel, which cannot be opened"
 COMPLEX = "its input is complex, and a threshold is for real numbers"
@@ -299,7 +289,8 @@ def data_operands(call: Call, args: tuple, kwargs: dict, origin: Callable[[Any],
     weights = [o for o, yes in zip(operands, is_data, strict=True) if not yes]
     if not data or not weights or any(of is Origin.DATA for *_, of in weights):
         return []  # activations alone, constants alone, or a weight that is itself computed from the input
-    fixed = None if any(of & Origin.PARAMETER for *_, of in weights) else FIXED_FILTER
+    fixed = UNSEEN if any(role == "?" and of is Origin.UNKNOWN for role, *_, of in weights) else FIXED_FILTER
+    fixed = None if any(of & Origin.PARAMETER for *_, of in weights) else fixed
     _, _, weight, _ = weights[0]
     return [Operand(key, v, weight, fixed if of >= Origin.UNKNOWN else CONSTANT_INPUT) for _, key, v, of in data]
 

@@ -18,7 +18,7 @@ from forged_fx.modes import copied, is_sharded, of_ordinary_tensors, unwrapped
 from forged_fx.regions import forge_regions
 from forged_fx.rewrite import WHOLE, Placed, find_calls, insert_thresholds, number
 from forged_fx.sites import ACTIVATIONS as ACTIVATION_CALLS
-from forged_fx.sites import CALLS, FIXED_FILTER, Origin, is_activation, mark_of, module_of
+from forged_fx.sites import CALLS, FIXED_FILTER, UNSEEN, Origin, is_activation, mark_of, module_of
 from forged_fx.stats import Ratio, Stats, match_sites
 from forged_fx.thresholds import HoldsThresholds, parameters_of, qualified, register, thresholds_of
 
@@ -300,7 +300,7 @@ def select(
     names = _places(stats, where)
     by_default = [name for name in names if stats.sites[name].left_out is None]
     chosen = match_sites(_globs(include), names, "include") if include is not None else by_default
-    chosen = [name for name in chosen if stats.sites[name].left_out in (None, FIXED_FILTER)]
+    chosen = [name for name in chosen if stats.sites[name].left_out in (None, FIXED_FILTER, UNSEEN)]
     dropped = match_sites(_globs(exclude), names, "exclude") if exclude is not None else []
     wanted = [name for name in chosen if name not in dropped]
     reasons = {name: stats.sites[name].left_out or "not in include" for name in names if name not in chosen}

@@ -18,6 +18,7 @@ from forged_fx.sites import (
     OTHER_CALL,
     OTHER_WEIGHT,
     RECURRENT,
+    UNSEEN,
     VMAPPED,
 )
 from forged_fx.thresholds import thresholds_of
@@ -387,6 +388,31 @@ def test_what_data_picks_is_a_weight_where_it_is_used_as_one():
     k, h = model.gate(cut(x)).mean(0).argmax(), cut(x)
     expected = h @ model.up[k] + F.linear(h, model.up[k]).sum() + model.step(cut(model.table[k]))
     assert torch.equal(forged(x), expected) and not torch.equal(model(x), expected)
+
+
+ON_THE_WAY = {
+    "vmap": torch.vmap(lambda row: row * 2),
+    "numpy": lambda keys: torch.from_numpy(keys.numpy() * 2),
+    "a list": lambda keys: torch.tensor(keys.tolist()),
+    "dlpack": torch.from_dlpack,
+}
+
+
+@pytest.mark.parametrize("way", ON_THE_WAY)
+@pytest.mark.parametrize("then", ["nothing", "norm", "layer"])
+def test_a_product_of_activations_is_none_though_one_was_lost_sight_of(way, then):
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.layer = (nn.Linear(4, 4) for _ in range(3))
+            self.norm, self.nothing = nn.LayerNorm(4), nn.Identity()
+
+        def forward(self, x):
+            return self.q(x) @ getattr(self, then)(ON_THE_WAY[way](self.k(x))).mT
+
+    sites = forged_fx.calibrate(Attention().eval(), [torch.randn(5, 4)]).sites
+    layers = dict.fromkeys(["q", "k", "layer"] if then == "layer" else ["q", "k"])
+    assert {n: s.left_out for n, s in sites.items()} == layers | ({"#0": UNSEEN} if then == "nothing" else {})
 
 
 def test_a_filter_from_nowhere_is_fixed_and_numbers_from_the_input_are_data():
