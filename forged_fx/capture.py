@@ -5,12 +5,15 @@ surroundings is frozen in it. So only the modules that must be looked into are o
 others stay whole as `call_module`, and what a graph cannot carry is refused rather than dropped.
 """
 
+import contextlib
 import inspect
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.fx as fx
+import torch.nn.attention
 
 from forged_fx import torch_internals
 from forged_fx.modes import copied, kept_buffers, kept_randomness
@@ -56,19 +59,53 @@ def capture(model: torch.nn.Module, opened: set[str], given: set[str], contexts:
     for name in sorted(opened & contexts):
         raise Untraceable(f"{name or 'the model'!r} makes calls under autocast, another grad mode or checkpointing")
     for name in sorted(opened):
-        if has_hooks(model.get_submodule(name)):
+        module = model.get_submodule(name)
+        if has_hooks(module):
             raise Untraceable(f"{name or 'the model'!r} has hooks, which a graph does not run")
+        if type(module).train is not torch.nn.Module.train:
+            raise Untraceable(f"{name or 'the model'!r} has a train() of its own, which a graph would not have")
+    if "forward" in vars(model):
+        raise Untraceable("its forward was set on this one model, and a graph is of its class's")
+    if type(model).__call__ is not torch.nn.Module.__call__ and not isinstance(model, fx.GraphModule):
+        raise Untraceable("its class has a __call__ of its own, which a graph would not run")
     # A copy: code that keeps something it computed (a cache of tensors) must not keep a proxy in the user's model. It
     # shares the tensors: what the forward does to buffers alone is done while it is traced, and no part of the graph.
     shared = [*model.parameters(), *model.buffers()]
     twin = copied(model, shared)
-    traced = _trace(twin.eval(), opened, given)
-    if not _alike(traced, _trace(twin.train(), opened, given)):
-        fresh = copied(model, shared)
-        by_mode = not _alike(traced, _trace(fresh.train(), opened, given))
-        another = "one thing in train mode and another in eval mode" if by_mode else "another thing when it runs again"
-        raise Untraceable(f"its forward does {another}")
+    grad = torch.is_grad_enabled()
+
+    def trace(model: torch.nn.Module, training: bool, grad: bool) -> Traced:
+        with torch.set_grad_enabled(grad):
+            return _trace(model.train(training), opened, given)
+
+    before = _state(twin, opened)
+    traced = trace(twin, False, grad)
+    after = _state(twin, opened)
+    if not _alike(traced, trace(twin, True, not grad)):
+        another = "another thing when it runs again"
+        reasons = {
+            (False, grad): another,
+            (False, not grad): "one thing with gradients and another without",
+            (True, grad): "one thing in train mode and another in eval mode",
+        }
+        differ = (what for how, what in reasons.items() if not _alike(traced, trace(copied(model, shared), *how)))
+        raise Untraceable(f"its forward does {next(differ, another)}")
+    if changed := [name for name in before if after.get(name, before[name]) != before[name]]:
+        raise Untraceable(f"its forward changes {'.'.join(changed[0][:2]).lstrip('.')!r}, which a graph would not do")
     return traced
+
+
+def _state(model: torch.nn.Module, opened: set[str]) -> dict[tuple, Any]:
+    """What a forward may count with: numbers and text among the modules' attributes, and how often tensors were written
+    to. One that is replaced (what a run computed, to be looked at later) is left out."""
+    found: dict[tuple, Any] = {}
+    for path in opened:
+        for name, value in vars(model.get_submodule(path)).items():
+            if isinstance(value, bool | int | float | str) and name != "training":
+                found[path, name] = str(value)
+            elif isinstance(value, torch.Tensor) and not value.is_inference():
+                found[path, name, id(value)] = value._version
+    return found
 
 
 def _trace(model: torch.nn.Module, opened: set[str], given: set[str]) -> Traced:
@@ -78,11 +115,13 @@ def _trace(model: torch.nn.Module, opened: set[str], given: set[str]) -> Traced:
         if parameter.default is not parameter.empty and name not in given
     }
     try:
-        with kept_buffers(model) as written, kept_randomness() as drawn:
+        with kept_buffers(model) as written, kept_randomness() as drawn, _contexts_refused():
             graph = _SiteTracer(opened).trace(model, concrete_args=defaults or None)
             drew = drawn()
+    except Untraceable:
+        raise
     except Exception as error:  # tracing runs the user's code on proxies: anything can be raised from it
-        raise Untraceable(in_a_line(error)) from error
+        raise Untraceable(f"torch.fx cannot trace {_what(model)}: {in_a_line(error)}") from error
     if drew:
         raise Untraceable("its forward draws random numbers, which a graph would hold as they fell once")
     if written:
@@ -94,6 +133,41 @@ def _trace(model: torch.nn.Module, opened: set[str], given: set[str]) -> Traced:
     _check_arguments(graph, given)
     literals = [n.target for n in graph.find_nodes(op="get_attr") if n.target.startswith("_tensor_constant")]
     return graph, {name: vars(model).pop(name) for name in dict.fromkeys(literals)}  # the next trace names its own
+
+
+def _what(model: torch.nn.Module) -> str:
+    """What is beyond torch.fx, where that is known."""
+    takes = getattr(getattr(type(model).forward, "__code__", None), "co_flags", 0)
+    any_arguments = takes & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
+    return "a forward that takes any arguments (*args, **kwargs), its own or a decorator's" if any_arguments else "it"
+
+
+# (where, the function that begins it, what it is)
+_CONTEXTS: list[tuple[Any, str, str]] = [
+    (torch, "set_autocast_enabled", "autocast"),
+    (torch.inference_mode, "__enter__", "inference mode"),
+    (torch.nn.attention, torch_internals.CHOOSE_ATTENTION, "the kernels of attention"),
+]
+
+
+@contextlib.contextmanager
+def _contexts_refused() -> Iterator[None]:
+    """Within it, a forward that begins a context is Untraceable: a graph holds the calls in it, and not the context."""
+
+    def refusing(what: str) -> Callable:
+        def refuse(*_: Any, **__: Any) -> None:
+            raise Untraceable(f"its forward sets {what}, which a graph would drop")
+
+        return refuse
+
+    plain = [getattr(owner, name) for owner, name, _ in _CONTEXTS]
+    for owner, name, what in _CONTEXTS:
+        setattr(owner, name, refusing(what))
+    try:
+        yield
+    finally:
+        for (owner, name, _), function in zip(_CONTEXTS, plain, strict=True):
+            setattr(owner, name, function)
 
 
 def _check_arguments(graph: fx.Graph, given: set[str]) -> None:

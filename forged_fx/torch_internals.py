@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+import torch.nn.attention
 import torch.utils.checkpoint
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function as enable_single_level_autograd_function
@@ -69,6 +70,7 @@ NAMES = {
     "torch.distributed.distributed_c10d._get_default_store": "is where processes find each other before they connect",
     # graphs
     "torch._assert": "stands in captured graphs for assertions",
+    "torch.nn.attention._sdpa_kernel.__name__": "chooses attention's kernels, which a graph would not do",
     "torch.fx._symbolic_trace._assert_is_none": "is what concrete arguments leave in a graph",
     "torch._ops.OpOverload": "is an operator, which says whether it writes",
     "torch._ops.OpOverloadPacket": "is an operator by the name of all its overloads",
@@ -108,6 +110,7 @@ current_graph_task_id = torch._C._current_graph_task_id
 dispatch_keys = torch._C._dispatch_keys
 set_grad_enabled = torch._C._set_grad_enabled
 assertion = torch._assert
+CHOOSE_ATTENTION = torch.nn.attention._sdpa_kernel.__name__
 assert_is_none = torch.fx._symbolic_trace._assert_is_none
 function_modes = torch.overrides._get_current_function_mode_stack
 has_any_global_hook = torch.nn.modules.module._has_any_global_hook

@@ -1,8 +1,10 @@
 """transform as one graph: where the thresholds go, what stays the same, what is refused."""
 
 import copy
+import functools
 import io
 import sys
+import types
 
 import oracle
 import pytest
@@ -433,6 +435,113 @@ def test_what_a_model_remembers_of_its_last_run_is_in_no_graph(remember, whole):
     for _ in range(3):
         assert torch.equal(forged(x), model(x))
     assert model.runs is not None and (whole or model.runs > 3)
+
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.runs, self.total = nn.Linear(4, 4), nn.BatchNorm1d(4), 0, torch.zeros(4)
+
+    def forward(self, x):
+        return self.norm(self.a(x))
+
+
+class Autocast(Base):
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return self.a(x)
+
+
+class AttentionsKernel(Base):
+    def forward(self, x):
+        x = self.a(x).view(1, 1, -1, 4)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return F.scaled_dot_product_attention(x, x, x)
+
+
+class Inference(Base):
+    def forward(self, x):
+        x = self.a(x)
+        with torch.inference_mode():
+            scale = x.mean()
+        return x * scale.clone()
+
+
+class Trains(Base):
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+
+class Calls(Base):
+    def __call__(self, x):
+        return super().__call__(2 * x)
+
+
+class AsksForGradients(Base):
+    def forward(self, x):
+        return 2 * self.a(x) if torch.is_grad_enabled() else self.a(x)
+
+
+class CountsRuns(Base):
+    def forward(self, x):
+        self.runs += 1
+        return self.a(x) if self.runs < 4 else 2 * self.a(x)
+
+
+class CountsInATensor(Base):
+    def forward(self, x):
+        self.total.add_(1)
+        return self.a(x) * self.total
+
+
+def decorated(forward):
+    @functools.wraps(forward)
+    def wrapper(self, *args, **kwargs):
+        return forward(self, *args, **kwargs)
+
+    return wrapper
+
+
+class Decorated(Base):
+    @decorated
+    def forward(self, x, scale=1, **more):
+        return self.a(x) * scale
+
+
+def with_a_forward_of_its_own():
+    model = Base()
+    model.forward = types.MethodType(lambda self, x: 2 * self.a(x), model)
+    return model
+
+
+LOST = {
+    Autocast: "its forward sets autocast, which a graph would drop",
+    AttentionsKernel: "its forward sets the kernels of attention, which a graph would drop",
+    Inference: "its forward sets inference mode, which a graph would drop",
+    Trains: "'the model' has a train() of its own, which a graph would not have",
+    Calls: "its class has a __call__ of its own, which a graph would not run",
+    AsksForGradients: "its forward does one thing with gradients and another without",
+    CountsRuns: "its forward changes 'runs', which a graph would not do",
+    CountsInATensor: "its forward changes 'total', which a graph would not do",
+    Decorated: "torch.fx cannot trace a forward that takes any arguments (*args, **kwargs), its own or a decorator's",
+    with_a_forward_of_its_own: "its forward was set on this one model, and a graph is of its class's",
+}
+
+
+@pytest.mark.parametrize("make", LOST, ids=lambda make: make.__name__)
+def test_what_a_graph_would_lose_is_in_none_though_nothing_is_audited(make):
+    torch.manual_seed(0)
+    model, x = make().eval(), torch.randn(5, 4)
+    stats = forged_fx.calibrate(model, [x])
+    stats.example = None  # as from a file
+    forged = forged_fx.transform(model, stats, 0)
+    assert forged.forging.not_whole.startswith(LOST[make])
+    for grad in (True, False, True, False):
+        with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(forged(x), model(x))
+    assert [m.training for m in forged.train().modules()] == [m.training for m in model.train().modules()]
 
 
 def test_a_model_that_was_cast_since_calibration_needs_an_example():
