@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forged_fx import channels, histogram, torch_internals
+from forged_fx import channels, histogram, ops, torch_internals
 from forged_fx.channels import ChannelCounts
 from forged_fx.memory import in_halves
 from forged_fx.modes import as_found, is_sharded, unwrapped
 from forged_fx.observe import Observer, Sighting
 from forged_fx.processes import Processes, attempt, joined, result
 from forged_fx.progress import track
-from forged_fx.sites import COMPLEX, NOT_DENSE, SCRIPTED, UNMEASURED, VMAPPED, mark_of, module_of
+from forged_fx.sites import COMPLEX, NOT_DENSE, OTHER_DTYPE, SCRIPTED, UNMEASURED, VMAPPED, mark_of, module_of
 from forged_fx.stats import SiteStats, Stats, parameter_shapes
 from forged_fx.thresholds import thresholds_of
 from forged_fx.torch_internals import tree_leaves, tree_map
@@ -269,7 +269,9 @@ def _unmeasured(x: Tensor) -> str | None:
         return VMAPPED
     if x.layout != torch.strided:
         return NOT_DENSE
-    return COMPLEX if x.is_complex() else None
+    if x.is_complex():
+        return COMPLEX
+    return None if x.dtype in ops.DTYPES else OTHER_DTYPE
 
 
 def _counted(*measured: Tensor) -> tuple[Tensor, ...]:

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -138,8 +139,9 @@ def transform(
         include: globs over site names; only these are forged. Also the way to forge a convolution with a fixed filter.
         exclude: globs over site names; these are not.
         strict: raise if a site cannot be reached. False: leave it out; `describe` says so.
-        example: (args, kwargs) for an audit of the result; by default the first calibration batch, where it is at hand.
-            The audit runs model and result at ratio 0, compares them bit for bit and counts the thresholds that ran.
+        example: (args, kwargs) for an audit of the result; by default the first calibration batch, where it is at hand
+            (statistics from a file have none: a warning says so). The audit runs model and result at ratio 0, compares
+            them bit for bit and counts the thresholds that ran.
         fuse: run thresholds and what produces their inputs (BatchNorm, residual addition, activation, LayerNorm,
             RMSNorm) as one kernel each, in eager mode; see `forged_fx/fuse.py`. By default where the model is on a
             GPU. On a CPU it changes nothing. Needs the whole model as one graph. A second audit compares the result
@@ -209,6 +211,12 @@ def transform(
     record.audited = example is not None
     if example:
         _check_seen(stats, ran, record, strict)
+    else:
+        warnings.warn(
+            "forged without an audit: statistics from a file keep no batch to run, and what a graph lost of the model "
+            "(isinstance(x, Tensor) is false as it is recorded, say) was not looked for: pass one, example=((x,), {})",
+            stacklevel=3,
+        )
     on_gpu = any(value.is_cuda for value in (*model.parameters(), *model.buffers()))
     if on_gpu if fuse is None else fuse:
         _fuse(model, forged, wanted, example, exact=not on_gpu)

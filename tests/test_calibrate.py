@@ -16,6 +16,7 @@ from forged_fx.sites import (
     FIXED_FILTER,
     NOT_DENSE,
     OTHER_CALL,
+    OTHER_DTYPE,
     OTHER_WEIGHT,
     RECURRENT,
     UNSEEN,
@@ -459,6 +460,7 @@ def test_buffers_that_a_forward_replaces_are_handed_back():
         (lambda x, w: (torch.fft.rfft(x) @ torch.complex(w, w)).abs(), COMPLEX),
         (lambda x, w: x.to_sparse() @ w, NOT_DENSE),
         (lambda x, w: torch.vmap(lambda row: row @ w)(x), VMAPPED),
+        (lambda x, w: ((10 * x).long() @ (10 * w).long()).float(), OTHER_DTYPE),
     ],
 )
 def test_what_cannot_be_measured_is_left_out_with_the_reason(call, why):

@@ -329,7 +329,8 @@ def test_describe(model, stats):
 
 def test_what_could_not_be_audited_says_so(model, stats, x, tmp_path):
     stats.save(tmp_path / "s")
-    assert "not audited" in str(forged_fx.describe(forged_fx.transform(model, tmp_path / "s")))
+    with pytest.warns(UserWarning, match=r"without an audit.*example=\(\(x,\), \{\}\)"):
+        assert "not audited" in str(forged_fx.describe(forged_fx.transform(model, tmp_path / "s")))
     assert "not audited" not in str(forged_fx.describe(forged_fx.transform(model, tmp_path / "s", example=((x,), {}))))
 
 
