@@ -58,7 +58,8 @@ def audit(
 
     def see(seen: Sighting) -> Tensor | None:
         runs.update([seen.name])
-        return densely(seen.operand.value) if seen.name in wanted else None
+        as_forged = seen.name in wanted and not seen.in_place  # (to which the threshold's result is written back)
+        return densely(seen.operand.value) if as_forged else None
 
     observer = Observer(model, see, any(map(is_activation, wanted)))
     thresholds = thresholds_of(forged)

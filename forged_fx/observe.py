@@ -35,6 +35,7 @@ from forged_fx.sites import (
     replace,
 )
 from forged_fx.torch_internals import CHECKPOINT, MODULE_CALL, tree_leaves
+from forged_fx.write_back import works_in_place
 
 # Factories that take their values from Python: what they hold may well come from the input (numpy in the middle).
 _FROM_PYTHON = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy}
@@ -58,6 +59,7 @@ class Sighting(NamedTuple):
     channel: int  # which dimension of the operand holds its channels, from behind
     reads_module_input: bool  # the operand is that module's own first argument, untouched (see Observer.not_layers)
     first_run: bool  # that module runs for the first time in this forward pass
+    in_place: bool  # it is an activation that leaves its result in the operand
 
 
 @dataclass(slots=True, eq=False)
@@ -225,7 +227,7 @@ class _SeeCalls(TorchFunctionMode):
                 return OPENED[function](*args, **kwargs)
         call = self.observer.table.get(function)
         if call is not None:
-            args, kwargs = self.observer.saw(call, args, kwargs)
+            args, kwargs = self.observer.saw(function, call, args, kwargs)
         result = function(*args, **kwargs)
         if call is None:
             self.observer.called(function, args, kwargs, result)
@@ -264,7 +266,7 @@ class Observer:
         with self._follow_modules(), fast_path_off(), _SeeCalls(self):
             return self.model(*args, **kwargs)
 
-    def saw(self, call: Call, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def saw(self, function: Callable, call: Call, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         frame = self.frames[-1]
         self._check_context(frame, _modes())
         frame.calls += 1
@@ -275,7 +277,10 @@ class Observer:
             layouts = self.layouts
             channel = call.channel_of(operand.value) if call.mark == "#" else layouts.channel(operand.value)
             site = operand_name(name, i)
-            new = self.on_call(Sighting(site, frame.name, call.kind, operand, channel, reads_input, first_run))
+            in_place = call.mark == "@" and works_in_place(function, args, kwargs)
+            new = self.on_call(
+                Sighting(site, frame.name, call.kind, operand, channel, reads_input, first_run, in_place)
+            )
             if new is not None:
                 self.origins.mark((new,), self.origins.of(operand.value))  # it stands for it
                 args, kwargs = replace(args, kwargs, operand.key, new)

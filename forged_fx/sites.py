@@ -217,7 +217,10 @@ CALLS: dict[Callable, Call] = {
 _FAMILIES: dict[str, tuple[Callable, ...]] = {
     "relu": (F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_),
     "relu6": (F.relu6,),
+    "hardtanh": (F.hardtanh, F.hardtanh_),  # nn.ReLU6 calls it too
+    "threshold": (F.threshold, torch.threshold, torch.threshold_),
     "leaky_relu": (F.leaky_relu, F.leaky_relu_),
+    "rrelu": (F.rrelu, F.rrelu_),
     "prelu": (F.prelu, torch.prelu, Tensor.prelu),
     "elu": (F.elu, F.elu_),
     "celu": (F.celu, F.celu_, torch.celu),
@@ -227,6 +230,8 @@ _FAMILIES: dict[str, tuple[Callable, ...]] = {
     "mish": (F.mish,),
     "hardswish": (F.hardswish,),
     "softplus": (F.softplus,),
+    "softsign": (F.softsign,),
+    "logsigmoid": (F.logsigmoid,),
     "tanh": (F.tanh, torch.tanh, torch.tanh_, Tensor.tanh, Tensor.tanh_),
 }
 

@@ -423,7 +423,8 @@ def _places(stats: Stats, where: Globs) -> list[str]:
     if not found and where == ACTIVATIONS:
         raise ValueError(
             "these statistics hold no activation: take them with "
-            "forged_fx.calibrate(model, batches, where='activations')"
+            "forged_fx.calibrate(model, batches, where='activations'), unless that is how they were taken; then the "
+            f"model calls none of {', '.join(sorted({call.kind for call in ACTIVATION_CALLS.values()}))}"
         )
     return found
 

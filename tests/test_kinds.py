@@ -449,6 +449,28 @@ def test_activations_are_sites(hooked):
             torch.compile(model, backend="forged", options={"stats": stats, "where": "activations"})(x)
 
 
+@pytest.mark.parametrize(
+    "act",
+    [nn.ReLU6(), nn.ReLU6(inplace=True), nn.Hardtanh(), nn.Softsign(), nn.LogSigmoid(), nn.RReLU(), nn.Threshold(0, 0)],
+    ids=lambda act: str(act),
+)
+def test_a_module_is_an_activation_whatever_function_it_calls(act):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 4), act, nn.Linear(4, 2)).eval(), torch.randn(5, 4)
+    stats = forged_fx.calibrate(model, [x], where="activations")
+    assert [*stats.sites] == ["0", "1@0", "2"]
+    h = model[0](x)
+    expected = model[2](act(torch.where(h.abs() < 0.5 * h.abs().max(), 0, h)))
+    assert torch.equal(forged_fx.transform(model, stats, 0.5, where="activations")(x), expected)
+
+
+def test_a_model_without_activations_says_so():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Sigmoid()), torch.randn(5, 4)
+    stats = forged_fx.calibrate(model, [x], where="activations")
+    with pytest.raises(ValueError, match="unless that is how they were taken; then the model calls none of celu, elu"):
+        forged_fx.transform(model, stats, where="activations")
+
+
 # ---- the statistics of channels
 
 

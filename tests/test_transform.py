@@ -605,6 +605,25 @@ def test_what_an_activation_in_place_leaves_is_found_by_all_readers(act, whole):
             assert torch.equal(forged(x), model.last(kept))
 
 
+@pytest.mark.parametrize("act", [nn.SiLU(inplace=True), torch.relu_, nn.SiLU()], ids=str)
+def test_an_activation_of_a_slice_is_audited_as_it_is_forged(act):
+    """In place it is given the slice itself, with its gaps in memory; else a threshold's result, which has none."""
+
+    class Sliced(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.act = nn.Conv2d(3, 4, 3), act
+
+        def forward(self, x):
+            h = self.conv(x)[:, :, 1:-1, 1:-1]
+            return h + self.act(h)
+
+    model, x = Sliced().eval(), torch.randn(2, 3, 9, 9)
+    stats = forged_fx.calibrate(model, [x], where="activations")
+    forged = forged_fx.transform(model, stats, 0, where="activations")
+    assert forged.forging.audited and torch.allclose(forged(x), model(x), atol=1e-6)
+
+
 def test_an_activation_in_place_costs_no_copy_where_nothing_reads_its_input():
     model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 3)).eval(), torch.randn(6, 8)
     forged = forged_fx.transform(model, forged_fx.calibrate(model, [x], where="activations"), where="activations")
