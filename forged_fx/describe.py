@@ -14,7 +14,7 @@ from forged_fx.cost import Cost
 from forged_fx.cost import cost as site_costs
 from forged_fx.evaluate import checks, fingerprint
 from forged_fx.kinds import Kind
-from forged_fx.sites import module_of
+from forged_fx.sites import is_activation, module_of
 from forged_fx.stats import SiteStats
 from forged_fx.thresholds import not_forged, parameters_of
 from forged_fx.transform import Forging, forging_of
@@ -111,8 +111,9 @@ def describe(model: torch.nn.Module, *, cost: bool = False, example: tuple[tuple
             why = f" ({record.not_fused})" if record.not_fused else ""
             whole += f"; {record.fused or 'no'} thresholds fused with what produces their inputs{why}"
         if unseen := _unseen(owner, record):
-            more = f" and {len(unseen) - 5} more" if len(unseen) > 5 else ""
-            whole += f"; left as they are, as calibration saw no call of them: {', '.join(unseen[:5])}{more}"
+            whole += f"; left as they are, as calibration saw no call of them: {_some(unseen)}"
+        if unseen := _in_no_product(owner, record):
+            whole += f"; in no product that calibration saw by name: {_some(unseen)}"
         rows.notes.append(whole + ("" if record.audited else "; not audited: there was no batch to run it on"))
     return rows
 
@@ -127,6 +128,32 @@ def _unseen(owner: torch.nn.Module, record: Forging) -> list[str]:
     return [*dict.fromkeys([*(site for site in record.left_out if site not in sites), *layers])]
 
 
+def _in_no_product(owner: torch.nn.Module, record: Forging) -> list[str]:
+    """Parameters that could be a product's weights, and modules whose weights are packed out of sight, that no site
+    names: they are added, say, or meet data where calibration does not see it."""
+    sites = [(name, site.weight) for name, site in record.stats.sites.items() if not is_activation(name)]
+    parameters = dict(owner.named_parameters(remove_duplicate=False))
+    known = {id(parameters[weight]) for _, weight in sites if weight in parameters}
+    # Modules with a weight that is made from parameters: most likely from their own, or from those of modules in them.
+    makers = [module_of(name) for name, weight in sites if weight is None]
+    found = []
+    for path, module in owner.named_modules():
+        made_of = any(not maker or f"{path}.".startswith(f"{maker}.") for maker in makers)
+        if made_of or isinstance(module, _LAYERS + _LOOKED_UP):
+            continue
+        if callable(getattr(module, "weight", None)):  # of torch.ao's quantized layers it is a method
+            found.append(path)
+        for name, value in module.named_parameters(recurse=False):
+            if id(value) not in known and sum(size > 1 for size in value.shape) > 1:
+                found.append(f"{path}.{name}".removeprefix("."))
+    return found
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+_LOOKED_UP = (torch.nn.Embedding, torch.nn.EmbeddingBag, torch.nn.LayerNorm, torch.nn.RMSNorm)
 _CONVOLUTIONS = [getattr(torch.nn, f"Conv{kind}{n}d") for kind in ("", "Transpose") for n in (1, 2, 3)]
 _LAYERS = (torch.nn.Linear, torch.nn.Bilinear, *_CONVOLUTIONS)
 

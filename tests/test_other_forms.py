@@ -55,6 +55,10 @@ W, B = (torch.rand(*shape, generator=torch.Generator().manual_seed(0)) for shape
 DATA = {1: V, 2: W, 3: B}
 # A product of data with weights: the data's dimensions, the weights, and the call.
 PRODUCTS = {
+    "linalg.matmul": (2, W, torch.linalg.matmul),
+    "sparse.mm": (2, W, lambda x, w: torch.sparse.mm(w.to_sparse(), x)),
+    "conv_tbc": (3, B, lambda x, w: torch.conv_tbc(x, w, torch.zeros(4))),
+    "addmv_": (2, V, lambda x, w: torch.addmv_(torch.zeros(4), x, w)),
     "inner": (2, V, torch.inner),
     "Tensor.inner": (2, V, lambda x, w: x.inner(w)),
     "dot": (1, V, torch.dot),
@@ -148,6 +152,35 @@ def test_a_layer_that_calibration_did_not_see_is_no_secret():
     assert "saw no call of them: c" in str(forged_fx.describe(unaudited)), "here it is the layer"
     t = stats.sites["a"].c_max / 4
     assert torch.equal(forged(W, more=True), model.c(model.a(torch.where(W.abs() < t, 0, W))))
+
+
+@torch.jit.script
+def out_of_sight(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return x @ w
+
+
+class Weights(nn.Module):
+    """In a product, made into another weight, normalised with, looked up, added, and in a product that is not seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.norm, self.table = nn.Linear(4, 4), nn.LayerNorm((4, 4)), nn.Embedding(4, 4)
+        self.made = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+        self.scale, self.added = nn.Parameter(torch.rand(4, 1)), nn.Parameter(torch.rand(4, 4))
+        self.tied, self.unseen = self.fc.weight, nn.Parameter(torch.rand(4, 4))
+
+    def forward(self, x):
+        x = self.made(self.fc(x)) * self.scale + self.table(torch.arange(4)) + self.added
+        return self.norm(out_of_sight(x, self.unseen))
+
+
+def test_a_weight_in_no_product_that_was_seen_is_named():
+    model = Weights().eval()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [W - 0.5]), 2**-2)
+    assert str(forged_fx.describe(forged)).endswith("; in no product that calibration saw by name: added, unseen")
+    quantized = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 4), nn.Conv1d(4, 2, 1)), {nn.Linear})
+    forged = forged_fx.transform(quantized, forged_fx.calibrate(quantized, [torch.rand(2, 4, 4)]), 2**-2)
+    assert str(forged_fx.describe(forged)).endswith("; in no product that calibration saw by name: 0")
 
 
 class Twice(nn.Module):
