@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forged_fx import channels, histogram, ops, torch_internals
+from forged_fx import channels, checked, histogram, ops, torch_internals
+from forged_fx.capture import in_a_line
 from forged_fx.channels import ChannelCounts
 from forged_fx.memory import in_halves
 from forged_fx.modes import as_found, is_sharded, unwrapped
 from forged_fx.observe import Observer, Sighting
 from forged_fx.processes import Processes, attempt, joined, result
 from forged_fx.progress import track
-from forged_fx.sites import COMPLEX, NOT_DENSE, OTHER_DTYPE, SCRIPTED, UNMEASURED, VMAPPED, mark_of, module_of
+from forged_fx.sites import COMPLEX, NOT_DENSE, OTHER_DTYPE, SCRIPTED, UNMEASURED, VMAPPED, mark_of, module_of, names_of
 from forged_fx.stats import SiteStats, Stats, parameter_shapes
 from forged_fx.thresholds import thresholds_of
 from forged_fx.torch_internals import tree_leaves, tree_map
@@ -74,8 +75,8 @@ def calibrate(
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"calibrate takes the model first, then the batches; the model is {type(model).__name__}")
     check_batches(batches)
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"max_batches={max_batches}: at least 1, or None for all")
+    if max_batches is not None:
+        checked.whole_number(max_batches, "max_batches", 1)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("the model is on the device 'meta' and has no weights: load them first")
     if where not in ("linear+conv", "activations"):
@@ -137,6 +138,8 @@ def scan(
             try:
                 in_halves(partial(run.batch, what), args, kwargs, what)
             except Exception as error:
+                if why := _why(error, model, batch, args, kwargs):
+                    raise type(why)(f"{why} ({in_a_line(error)})") from error
                 error.add_note(f"calibrate was at {what}")
                 raise
     for name in _scripted(model):
@@ -154,6 +157,34 @@ def _arguments(model: torch.nn.Module, args: tuple, kwargs: dict) -> set[str]:
             f"a batch gives {', '.join(kwargs) or 'an input'}, and {type(model).__name__}.forward takes {signature}: "
             f"{error}. Pass tensors, tuples whose first item is the input, or dicts of the arguments by name"
         ) from None
+
+
+def _why(error: Exception, model: torch.nn.Module, batch: Any, args: tuple, kwargs: dict) -> Exception | None:
+    """What to say of an error of the model's own that comes of how it was called or watched; None of any other."""
+    if type(error).__module__.startswith("torch._dynamo"):
+        return RuntimeError(
+            f"{_running(error, model)!r} runs a part of itself through torch.compile, as torch.cond and flex_attention "
+            "do, which cannot be watched: calibrate a model with plain code there, `if` or scaled_dot_product_attention"
+        )
+    if isinstance(error, TypeError) and isinstance(batch, tuple | list) and len(batch) > 1:
+        try:
+            inspect.signature(model.forward).bind(*args, **kwargs)
+        except TypeError:
+            return TypeError(
+                "of a batch that is a tuple or a list the model gets the first item alone (others may be labels): "
+                "pass a dict of its arguments by name, {'first': ..., 'second': ...}"
+            )
+    return None
+
+
+def _running(error: Exception, model: torch.nn.Module) -> str:
+    """The name of the innermost module that the error came out of."""
+    names, at, found = names_of(model), error.__traceback__, ""
+    while at is not None:
+        if at.tb_frame.f_code is torch_internals.MODULE_CALL:
+            found = names.get(id(at.tb_frame.f_locals["self"]), found)
+        at = at.tb_next
+    return found or "the model"
 
 
 def _agree(processes: Processes, model: torch.nn.Module, batches: Iterable[Any]) -> None:

@@ -210,7 +210,8 @@ def choose(stats: Stats, kind: str | Mapping[str, str], sites: list[str], statis
     if missing := [site for site in per_channel if stats.sites[site].channel_counts is None]:
         raise ValueError(
             f"kind 'mean' needs the mean and standard deviation of each channel, which these statistics lack at "
-            f"{missing[0]!r}: take them with forged_fx.calibrate(model, batches, channels=True)"
+            f"{missing[0]!r}: take them with forged_fx.calibrate(model, batches, channels=True), or "
+            "`forged-fx calibrate ... --channels`"
         )
     if statistic not in (None, MEAN_STD):
         if sites and len(per_channel) == len(sites):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 
 import forged_fx
 from forged_fx.sites import (
@@ -332,6 +333,45 @@ def test_a_call_that_is_another_one_in_another_batch_has_no_threshold(one, other
     forged = forged_fx.transform(model, stats, 0.5)
     if why is not None:
         assert torch.equal(forged(x), model(x)) and torch.equal(forged(-x), model(-x))
+
+
+class Conditional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return torch.cond(x.sum() > 0, self.a, self.b, (x,))
+
+
+class Flexible(nn.Module):
+    def forward(self, x):
+        return flex_attention(*[x.view(1, 1, -1, 4)] * 3)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("inner", [Conditional, Flexible])
+def test_what_compiles_a_part_of_itself_is_named_in_a_line(inner):
+    model = nn.Sequential(inner(), nn.Linear(4, 4)).eval()
+    with pytest.raises(RuntimeError, match=r"^'0' runs a part of itself through torch.compile.*\)$"):
+        forged_fx.calibrate(model, [torch.randn(5, 4)])
+
+
+def test_a_batch_of_two_inputs_wants_names():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x, y):
+            return self.layer(x) + y
+
+    x = torch.randn(5, 4)
+    with pytest.raises(TypeError, match=r"the first item alone.*a dict of its arguments.*argument: 'y'"):
+        forged_fx.calibrate(Two(), [(x, x)])
+    for many in ("3", 2.5):
+        with pytest.raises(TypeError, match=r"max_batches=.*a whole number"):
+            forged_fx.calibrate(Two(), [{"x": x, "y": x}], max_batches=many)
 
 
 MASK, BLUR = torch.ones(6, 4), torch.full((4, 4), 0.25)

@@ -265,7 +265,7 @@ def test_errors_name_the_next_step(model, stats, options, says):
 
 def test_what_calibration_did_not_measure_is_an_error(model, x):
     plain = forged_fx.calibrate(model, [x])
-    with pytest.raises(ValueError, match=r"lack at 'a': .*channels=True"):
+    with pytest.raises(ValueError, match=r"lack at 'a': .*channels=True.*calibrate \.\.\. --channels"):
         forged_fx.transform(model, plain, 0.1, kind="mean")
     with pytest.raises(ValueError, match=r"no activation.*where='activations'"):
         forged_fx.transform(model, plain, where="activations")

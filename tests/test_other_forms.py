@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import forged_fx
+from forged_fx.audit import AuditFailed
 from forged_fx.sites import CALLS
 
 X = torch.rand(3, 2, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -265,6 +266,12 @@ def test_what_comes_from_the_models_own_generator_is_drawn_anew_in_each_run(sour
     assert "its forward does another thing when it runs again" in str(forged_fx.describe(forged))
     for _ in range(3):
         assert torch.equal(forged(W), model(W))
+
+
+def test_a_model_that_cannot_be_repeated_is_named_as_such():
+    model = DrawsItsOwn(lambda model: random.SystemRandom().random()).eval()
+    with pytest.raises(AuditFailed, match=r"another output when it runs again.*torch\.manual_seed"):
+        forged_fx.transform(model, forged_fx.calibrate(model, [W]), 0)
 
 
 def test_a_tensor_that_is_the_same_in_each_run_is_no_reason_against_a_graph():
