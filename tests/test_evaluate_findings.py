@@ -60,6 +60,13 @@ def test_a_defence_that_fools_attacks_is_found_and_never_gains(defence, finding,
     assert evaluate(defence(weak), weak, **options).verdict != "gain"
 
 
+def test_a_base_that_draws_at_random_is_no_base_to_gain_over(hurried):
+    strong, weak, x, y = planted.strong_and_weak()
+    result = evaluate(strong, planted.randomised(weak), x=x, y=y, eps=0.1)
+    assert result.compared().direction == 1
+    assert result.verdict == "cannot say" and "output randomised" in result.doubts
+
+
 def test_a_plain_model_raises_nothing(hurried):
     model, x, y = planted.small()
     other = Changed(model[:-1], after=lambda hidden: hidden @ model[-1].weight.T)  # not the base: without a bias

@@ -22,7 +22,8 @@ from forged_fx.evaluate.statistics import beyond_chance
 @dataclass(frozen=True)
 class Case:
     """What the checks look at. logits: the model's on all inputs, unattacked, (n, classes). training: how many of its
-    modules were in train mode. outside: how many elements of x lie outside [0, 1]. scale: see `scale.of`."""
+    modules were in train mode. outside: how many elements of x lie outside [0, 1]. scale: see `scale.of`.
+    base_drift: see `probes.drift`."""
 
     model: Side
     base: Side | None
@@ -32,6 +33,7 @@ class Case:
     training: int
     outside: int
     scale: tuple[float, float] | None = None
+    base_drift: float = 0.0
 
     @property
     def n(self) -> int:
@@ -106,6 +108,10 @@ def _radii(case: Case) -> Measured:
     return _rising(case.probes.by_radius), _few(case)
 
 
+def _randomised(case: Case) -> Measured:
+    return max(case.probes.drift, case.base_drift), 1e-4
+
+
 def _whole_box(case: Case) -> Measured:
     return case.probes.by_radius[-1], _few(case)
 
@@ -153,7 +159,7 @@ CHECKS = (
     Check("loss not finite", lambda case: (case.probes.sick, 0), "logits and gradients", probing=True),
     Check("output is a probability", _probabilities, "share of inputs"),
     Check("logits clipped", _clipped, "share of logits at a limit"),
-    Check("output randomised", lambda case: (case.probes.drift, 1e-4), "distance of scaled logits", probing=True),
+    Check("output randomised", _randomised, "distance of scaled logits", probing=True),
     Check("output depends on the batch", lambda case: (case.probes.apart, 0.1), "share of inputs", probing=True),
     Check(
         "examples outside the ball", lambda case: (sum(row.rejected for row in case.model.rows), 0), "examples", False

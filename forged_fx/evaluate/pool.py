@@ -4,6 +4,7 @@
 better than another for having been attacked less.
 """
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from forged_fx.evaluate.blocks import Blocks
 from forged_fx.evaluate.findings import Case, examine
 from forged_fx.evaluate.gradients import Context
 from forged_fx.evaluate.harness import Subject
-from forged_fx.evaluate.probes import probe
+from forged_fx.evaluate.probes import drift, probe
 from forged_fx.evaluate.protocol import contest
 from forged_fx.evaluate.report import Progress
 from forged_fx.evaluate.result import Side, doubts, judged
@@ -77,13 +78,15 @@ def judge(
     contest(sides, plan, settings, bpda)
     base = sides[0].side()
     found = {base.name: Judged(base)}
+    base_drift = functools.cache(lambda: drift(sides[0]))
     for side, mine in zip(sides[1:], logits[1:], strict=True):
         same = torch.equal(mine, logits[0])
         outcome = side.side()
         verdict = judged(outcome, base, complete=plan.complete, same=same)
         if verdict[0] == "gain":  # else no finding changes it, and the probes are spared
             probes = probe(side, settings[side.name], bpda)
-            findings = examine(Case(outcome, base, same, mine, probes, training=0, outside=0))
+            drawn = base_drift()
+            findings = examine(Case(outcome, base, same, mine, probes, training=0, outside=0, base_drift=drawn))
             verdict = judged(outcome, base, complete=plan.complete, same=same, doubts=doubts(findings))
         found[side.name] = Judged(outcome, *verdict)
     return found

@@ -51,8 +51,7 @@ def probe(side: Subject, setting: Setting, bpda: Context) -> Probes:
         x, y = side.inputs(indices)
         logits = Logits(side.attacked, side.batch_size)
         gradient = _gradient(logits, x, y)
-        together = _scaled(logits(x))
-        again = [_scaled(logits(x)) for _ in range(REPEATS - 1)]
+        together, drifted = _asked_again(logits, x)
         smaller = Logits(side.attacked, max(1, min(side.batch_size, len(x)) // 2))
         watched = _Watched(Logits(side.attacked, side.batch_size, bpda))
         steps = [_apgd(watched, x, y, setting, 1.0, n) for n in STEPS]
@@ -63,7 +62,7 @@ def probe(side: Subject, setting: Setting, bpda: Context) -> Probes:
         return {
             "flat": (gradient == 0).flatten(1).all(1).sum().cpu(),
             "sick": torch.tensor(sick),
-            "drift": max((together - other).norm(dim=1).max() for other in again).double().cpu(),
+            "drift": drifted,
             "apart": ((together - _scaled(smaller(x))).norm(dim=1) > 1e-3).double().mean().cpu(),
             "steps": torch.tensor(steps),
             "radii": torch.tensor(radii),
@@ -74,6 +73,22 @@ def probe(side: Subject, setting: Setting, bpda: Context) -> Probes:
         sweeps, seconds = (found["steps"].tolist(), found["radii"].tolist()), found["seconds"].item()
         return Probes(len(right), flat, sick, drift, apart, *sweeps, seconds)
     return Probes(0, 0, 0, 0.0, 0.0, [0] * len(STEPS), [0] * (len(RADII) + 1))
+
+
+def drift(side: Subject) -> float:
+    """`Probes.drift` alone, of a base: an attack on one that draws at random finds less, which would be a gain."""
+    some = torch.arange(min(PROBED, len(side.x)))
+
+    def ask(indices: Tensor) -> Outcome:
+        return {"drift": _asked_again(Logits(side.attacked, side.batch_size), side.inputs(indices)[0])[1]}
+
+    return max(found["drift"].item() for _, found in side.blocks.run(f"{side.name} drift", some, ask, {"drift": SHARE}))
+
+
+def _asked_again(logits: Logits, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Scaled logits, and how far those that follow lie from them."""
+    first, *others = [_scaled(logits(x)) for _ in range(REPEATS)]
+    return first, max((first - other).norm(dim=1).max() for other in others).double().cpu()
 
 
 class _Watched:

@@ -26,7 +26,7 @@ from forged_fx.evaluate.findings import Case, examine
 from forged_fx.evaluate.gradients import Context
 from forged_fx.evaluate.harness import Subject
 from forged_fx.evaluate.journal import agree
-from forged_fx.evaluate.probes import PROBED, probe
+from forged_fx.evaluate.probes import PROBED, drift, probe
 from forged_fx.evaluate.record import begin, call, finish
 from forged_fx.evaluate.report import Progress
 from forged_fx.evaluate.result import Result, Row
@@ -199,6 +199,7 @@ def evaluate(
             training=training["model"],
             outside=int(((x < 0) | (x > 1)).sum()),
             scale=scale.of(subject.attacked, x[:PROBED].to(subject.device), batch_size),
+            base_drift=drift(rival) if rival is not None else 0.0,
         )
         result = Result(
             n=len(x),
