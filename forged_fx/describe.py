@@ -60,6 +60,7 @@ class Description(list[Row]):
     def __init__(self) -> None:
         super().__init__()
         self.notes: list[str] = []  # how each forged model was captured
+        self.elsewhere: list[str] = []  # weights that no site has
         self.forging: str | None = None  # which it is, see `fingerprint.of_forging`; None: not said
 
     def __str__(self) -> str:
@@ -71,6 +72,8 @@ class Description(list[Row]):
         forged = [row for row in self if row.left_out is None]
         if forged:
             lines.append("zeroed: of the inputs seen in calibration, beyond those that were 0 already")
+        if self.elsewhere:
+            lines.append(f"in no product that calibration saw by name: {_some(self.elsewhere)}")
         ratios = {row.ratio for row in forged if row.c_max}
         at = f"at ratio {written(*ratios)}: " if len(ratios) == 1 and None not in ratios else ""
         lines.append(f"{at}{len(forged)} of {len(self)} sites forged, as {'; '.join(self.notes)}")
@@ -112,8 +115,7 @@ def describe(model: torch.nn.Module, *, cost: bool = False, example: tuple[tuple
             whole += f"; {record.fused or 'no'} thresholds fused with what produces their inputs{why}"
         if unseen := _unseen(owner, record):
             whole += f"; left as they are, as calibration saw no call of them: {_some(unseen)}"
-        if unseen := _in_no_product(owner, record):
-            whole += f"; in no product that calibration saw by name: {_some(unseen)}"
+        rows.elsewhere += _in_no_product(owner, record)
         rows.notes.append(whole + ("" if record.audited else "; not audited: there was no batch to run it on"))
     return rows
 
