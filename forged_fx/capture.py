@@ -8,6 +8,7 @@ others stay whole as `call_module`, and what a graph cannot carry is refused rat
 import contextlib
 import inspect
 import operator
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -152,17 +153,21 @@ _CONTEXTS: list[tuple[Any, str, str]] = [
 
 @contextlib.contextmanager
 def _contexts_refused() -> Iterator[None]:
-    """Within it, a forward that begins a context is Untraceable: a graph holds the calls in it, and not the context."""
+    """Within it, a forward that begins a context is Untraceable: a graph holds the calls in it, and not the context.
+    Other threads begin theirs."""
+    tracing = threading.get_ident()
 
-    def refusing(what: str) -> Callable:
-        def refuse(*_: Any, **__: Any) -> None:
+    def refusing(function: Callable, what: str) -> Callable:
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != tracing:
+                return function(*args, **kwargs)
             raise Untraceable(f"its forward sets {what}, which a graph would drop")
 
         return refuse
 
     plain = [getattr(owner, name) for owner, name, _ in _CONTEXTS]
-    for owner, name, what in _CONTEXTS:
-        setattr(owner, name, refusing(what))
+    for (owner, name, what), function in zip(_CONTEXTS, plain, strict=True):
+        setattr(owner, name, refusing(function, what))
     try:
         yield
     finally:

@@ -15,14 +15,15 @@ ROOT = Path(__file__).parents[1]
 
 def test_its_rows() -> None:
     done = subprocess.run(
-        [sys.executable, "benchmarks/host.py", "vit_small", "--rounds", "2"],
+        [sys.executable, "benchmarks/host.py", "vit_small", "--rounds", "5"],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     heads, row = (line.split() for line in done.stdout.splitlines())
     assert heads[:6] == ["network", "plain", "graph", "unfused", "fused", "calls"] and row[0] == "vit_small"
     _, graph, unfused, fused = map(float, row[1:5])
-    assert 0 < graph < min(unfused, fused) and row[5] == "36", "12 norms ahead of attention, 12 behind, 12 GELUs"
+    assert row[5] == "36", "12 norms ahead of attention, 12 behind, 12 GELUs"
+    assert 0 < graph < min(unfused, fused)  # (the fastest of each)
 
 
 def test_it_sees_where_no_kernel_would_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:

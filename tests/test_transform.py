@@ -605,7 +605,7 @@ def test_what_an_activation_in_place_leaves_is_found_by_all_readers(act, whole):
             assert torch.equal(forged(x), model.last(kept))
 
 
-@pytest.mark.parametrize("act", [nn.SiLU(inplace=True), torch.relu_, nn.SiLU()], ids=str)
+@pytest.mark.parametrize("act", [nn.SiLU(inplace=True), torch.relu_, nn.SiLU()], ids=["module", "function", "not in place"])
 def test_an_activation_of_a_slice_is_audited_as_it_is_forged(act):
     """In place it is given the slice itself, with its gaps in memory; else a threshold's result, which has none."""
 
