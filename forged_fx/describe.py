@@ -16,8 +16,8 @@ from forged_fx.evaluate import checks, fingerprint
 from forged_fx.kinds import Kind
 from forged_fx.sites import is_activation, module_of
 from forged_fx.stats import SiteStats
-from forged_fx.thresholds import not_forged, parameters_of
-from forged_fx.transform import Forging, forging_of
+from forged_fx.thresholds import not_forged
+from forged_fx.transform import Forging, forging_of, in_force
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ def describe(model: torch.nn.Module, *, cost: bool = False, example: tuple[tuple
     the same. With `cost`, also what the threshold costs in compiled code (see `forged_fx.cost`), for `example` =
     (args, kwargs) or the first calibration batch, where it is at hand.
 
-    Raises ValueError for a model that is not forged, or where `cost` has no example.
+    Raises ValueError for a model that is not forged, or whose layers were replaced since, or where `cost` has no
+    example.
     """
     checks.module(model, "model", "describe takes")
     found = [(module, record) for module in model.modules() if (record := forging_of(module))]
@@ -98,7 +99,7 @@ def describe(model: torch.nn.Module, *, cost: bool = False, example: tuple[tuple
     rows = Description()
     rows.forging = fingerprint.of_forging(model)
     for owner, record in found:
-        parameters = parameters_of(owner)
+        parameters = in_force(owner, record)
         input = example or record.stats.example
         if cost and input is None:
             raise ValueError("describe(cost=True) looks at a forward pass: pass example=(args, kwargs)")

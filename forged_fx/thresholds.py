@@ -78,14 +78,15 @@ def device_of(owner: torch.nn.Module, root: torch.nn.Module) -> torch.device | N
 
 
 def parameters_of(model: torch.nn.Module) -> dict[str, tuple[torch.Tensor, ...]]:
-    """site name -> its buffers, for every site forged within `model`. In a program of torch.export's, which does not
-    say what its sites are called, buffer's name -> the buffer."""
-    found = {
-        site: tuple(map(module.get_buffer, names))
-        for module in model.modules()
-        if isinstance(module, HoldsThresholds)
-        for site, names in module.threshold_buffers.items()
-    }
+    """site name -> its buffers, for every site forged within `model`, but for those that went with a layer that was
+    replaced. In a program of torch.export's, which does not say what its sites are called, buffer's name -> the
+    buffer."""
+    found = {}
+    for module in model.modules():
+        if isinstance(module, HoldsThresholds) and module.threshold_buffers:
+            buffers = dict(module.named_buffers(remove_duplicate=False))
+            of_sites = module.threshold_buffers.items()
+            found |= {site: tuple(buffers[n] for n in names) for site, names in of_sites if buffers.keys() >= {*names}}
     return found or _of_programs(model)
 
 

@@ -326,17 +326,28 @@ def forging_of(module: torch.nn.Module) -> Forging | None:
     )
 
 
+def in_force(module: torch.nn.Module, record: Forging) -> dict[str, tuple[torch.Tensor, ...]]:
+    """site name -> its buffers, of a forged model and its record; ValueError if a layer that held some was replaced."""
+    buffers = parameters_of(module)
+    if gone := [site for site in record.reached if site not in buffers]:
+        raise ValueError(
+            f"site {gone[0]!r} has lost its threshold: the layer that held it was replaced after the model was forged, "
+            "and the new one is not forged. Replace it in the plain model, and forge that"
+        )
+    return buffers
+
+
 def set_ratio(forged: torch.nn.Module, ratio: Ratio) -> None:
     """Set every threshold of a forged model to `ratio * c_max`, in place: nothing is traced or compiled again.
 
     ratio: as in `transform`, for the kind that each site has; None turns them all off.
-    Raises ValueError for a model that is not forged, and as `transform` does.
+    Raises ValueError for a model that is not forged, or whose layers were replaced since, and as `transform` does.
     """
     found = [(module, record) for module in forged.modules() if (record := forging_of(module))]
     if not found:
         raise ValueError(f"this {type(forged).__name__} is not forged: set_ratio takes what transform returned")
     for module, record in found:
-        buffers = parameters_of(module)
+        buffers = in_force(module, record)
         with torch.no_grad():
             for site, values in record.choice.values(record.stats, ratio).items():
                 for buffer, value in zip(buffers[site], values, strict=True):

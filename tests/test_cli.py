@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from importlib import import_module
 from pathlib import Path
 
@@ -141,6 +142,15 @@ def test_describe_says_what_the_library_says(capsys):
     stats = forged_fx.Stats.load("demo/stats.safetensors")
     assert rows["0"]["threshold"] == 0 and rows["5"]["threshold"] == stats.thresholds(1 / 64)["5"]
     assert rows["7"]["left_out"] == "in exclude"
+
+
+def test_describe_without_images_says_once_that_nothing_was_audited(capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert main(["describe", *MODEL[:3], "--stats", "demo/stats.safetensors", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["notes"] == ["one graph; not audited: there was no batch to run it on"]
+    assert document["elsewhere"] == []
 
 
 def test_a_sites_own_name_counts_before_a_glob_and_help_says_so(capsys, monkeypatch):

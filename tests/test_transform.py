@@ -108,6 +108,21 @@ def test_set_ratio_moves_the_thresholds_in_place(model, stats, x):
         assert all(buffers[name] is value for name, value in forged.named_buffers())
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["one graph", "module by module"])
+def test_a_layer_that_was_replaced_is_missed(whole):
+    class Two(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x if whole or x.sum() > 0 else -x)
+
+    model, x = Two(nn.Linear(6, 6), nn.Linear(6, 3)), torch.rand(4, 6, generator=torch.Generator().manual_seed(0))
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]))
+    assert isinstance(forged, torch.fx.GraphModule) is whole
+    setattr(forged, "1", nn.Linear(6, 2))
+    for ask in (forged_fx.describe, lambda forged: forged_fx.set_ratio(forged, 0.1)):
+        with pytest.raises(ValueError, match=r"'1' has lost its threshold: .* Replace it in the plain model"):
+            ask(forged)
+
+
 def test_include_and_exclude(model, stats):
     def forged_sites(**globs):
         forged = forged_fx.transform(model, stats, **globs)
@@ -605,7 +620,9 @@ def test_what_an_activation_in_place_leaves_is_found_by_all_readers(act, whole):
             assert torch.equal(forged(x), model.last(kept))
 
 
-@pytest.mark.parametrize("act", [nn.SiLU(inplace=True), torch.relu_, nn.SiLU()], ids=["module", "function", "not in place"])
+@pytest.mark.parametrize(
+    "act", [nn.SiLU(inplace=True), torch.relu_, nn.SiLU()], ids=["module", "function", "not in place"]
+)
 def test_an_activation_of_a_slice_is_audited_as_it_is_forged(act):
     """In place it is given the slice itself, with its gaps in memory; else a threshold's result, which has none."""
 

@@ -1,5 +1,6 @@
 """forged-fx describe"""
 
+import warnings
 from typing import Annotated
 
 import typer
@@ -42,11 +43,14 @@ def run(
         options.refuse(context, ["resize"], "is of images, and needs --data, which names them")
     found = given.model(model, weights, normalize, device)
     x = None if data is None else given.images(data, None, resize, usual="train").batches(2)[0][0]
-    forged = given.forged(found, stats, ratio, kind, where, statistic, include, exclude, x)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "forged without an audit")  # the last line says so
+        forged = given.forged(found, stats, ratio, kind, where, statistic, include, exclude, x)
     example = None if x is None else given.arguments(found, x)
     rows = forged_fx.describe(forged, cost=cost, example=example)
     document = {
         "sites": [{**vars(row), "cost": None if row.cost is None else str(row.cost)} for row in rows],
+        "elsewhere": rows.elsewhere,
         "notes": rows.notes,
     }
     output.show(document, str(rows), json)

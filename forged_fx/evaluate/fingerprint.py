@@ -52,14 +52,13 @@ def of_forging(model: nn.Module) -> str:
     Kinds share the names of their buffers, so that a `state_dict()` does not tell a hard threshold from a soft one.
     """
     from forged_fx.configuration import listed  # late, as above
-    from forged_fx.thresholds import parameters_of
-    from forged_fx.transform import forging_of
+    from forged_fx.transform import forging_of, in_force
 
     sites: dict[str, list[str]] = {}  # by kind
     held: list[tuple[str, Tensor]] = []
     for module in model.modules():
         if record := forging_of(module):
-            parameters = parameters_of(module)
+            parameters = in_force(module, record)
             for site in record.reached:
                 kind = record.choice[site]
                 sites.setdefault(kind.name, []).append(site)
