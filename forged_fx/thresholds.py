@@ -81,7 +81,7 @@ def parameters_of(model: torch.nn.Module) -> dict[str, tuple[torch.Tensor, ...]]
     """site name -> its buffers, for every site forged within `model`, but for those that went with a layer that was
     replaced. In a program of torch.export's, which does not say what its sites are called, buffer's name -> the
     buffer."""
-    found = {}
+    found: dict[str, tuple[torch.Tensor, ...]] = {}
     for module in model.modules():
         if isinstance(module, HoldsThresholds) and module.threshold_buffers:
             buffers = dict(module.named_buffers(remove_duplicate=False))
