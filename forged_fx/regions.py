@@ -35,6 +35,7 @@ from forged_fx.sites import (
     is_activation,
     mark_of,
     module_of,
+    other_call,
     replace,
     unseen_call,
 )
@@ -48,8 +49,10 @@ _FUSES_CHILDREN = (torch.nn.TransformerEncoder, torch.nn.TransformerEncoderLayer
 
 @dataclass(frozen=True)
 class Forge:
-    """What to do to one operand: where it sits, the operator's name, its buffers' names, its other arguments."""
+    """What to do to one operand: of which kind of call it is and where it sits there, the operator's name, its buffers'
+    names, its other arguments."""
 
+    kind: str
     key: Key
     function: str
     buffers: tuple[str, ...]
@@ -208,12 +211,13 @@ class _OwnCalls(TorchFunctionMode):
             if function in OPENED:
                 with self:
                     return OPENED[function](*args, **kwargs)
-            plan = self.region.forged_plan if function in CALLS else None
-            if function in ACTIVATIONS:
-                plan = self.region.forged_activations
-            if plan is not None:
+            call = CALLS.get(function) or ACTIVATIONS.get(function)
+            plan = self.region.forged_activations if function in ACTIVATIONS else self.region.forged_plan
+            if call is not None and plan is not None:
                 for forge in plan.next(self.own if plan.once else self.region.forged_pass.so_far()):
-                    x = get(args, kwargs, forge.key)
+                    x = get(args, kwargs, forge.key) if call.kind == forge.kind else None
+                    if x is None or isinstance(x, torch.nn.Parameter):
+                        raise other_call(plan.module, forge.kind, call.kind)
                     new = forge(self.region, x)
                     x = x.copy_(new) if function in ACTIVATIONS and works_in_place(function, args, kwargs) else new
                     args, kwargs = replace(args, kwargs, forge.key, x)
@@ -279,7 +283,7 @@ def forge_regions(model: torch.nn.Module, stats: Stats, wanted: list[str], choic
         for site, row in zip(sites, rows, strict=True):
             kind = choice[site]
             module.threshold_buffers[site] = names = register(module, site, kind, row, model)
-            forge = Forge(row.key, kind.function, names, kind.rest(row))
+            forge = Forge(row.kind, row.key, kind.function, names, kind.rest(row))
             plans[mark_of(site)].operands.setdefault(call_of(site), []).append(forge)
         module.forged_plan = plans["@" if layer and is_activation(sites[0]) else "#"]
         if plans["@"].operands and not layer:

@@ -354,6 +354,15 @@ def unseen_call(module: str, k: int, most: int) -> RuntimeError:
     )
 
 
+def other_call(module: str, seen: str, made: str) -> RuntimeError:
+    """What is raised where a module's call is another one than it was in calibration."""
+    how = f"{made} in the place of {seen}" if made != seen else f"{made} with its data where a parameter was, or none"
+    return RuntimeError(
+        f"{module or 'the model'!r} calls {how}, on a path that calibration did not see: calibrate on data that takes "
+        f"both, or forge without this module (exclude={module + '*'!r})"
+    )
+
+
 def operand_name(call: str, index: int) -> str:
     """A call with several data inputs (bilinear) has a site for each: the later ones carry `:1`, `:2`."""
     return call if index == 0 else f"{call}:{index}"

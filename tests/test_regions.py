@@ -463,3 +463,30 @@ def test_what_a_class_asks_of_its_subclasses_is_not_asked_of_the_forged_one(x):
     model.a = OfAKind(4, 4)
     forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]))
     assert isinstance(forged.a, OfAKind) and Registered.kinds == ["layer"]
+
+
+class Paths(nn.Module):
+    """One call of its own, another one on each path."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.weight, self.other = nn.Parameter(torch.randn(4, 4)), other
+
+    def forward(self, x):
+        return x @ self.weight if x.mean() > 0 else self.other(x, self.weight)
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (lambda x, w: (w @ x.transpose(-1, -2)).transpose(-1, -2), "matmul with its data where a parameter was"),
+        (lambda x, w: torch.einsum("...i,ij->...j", x, w), "einsum in the place of matmul"),
+    ],
+    ids=["another place", "another call"],
+)
+def test_a_call_that_is_another_one_on_another_path_is_an_error(other, says, x):
+    model = Paths(other).eval()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x.abs()]), 2**-3)
+    forged(x.abs())
+    with pytest.raises(RuntimeError, match=f"calls {says}.*calibrate on data that takes both"):
+        forged(-x.abs())
