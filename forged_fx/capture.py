@@ -60,11 +60,8 @@ def capture(model: torch.nn.Module, opened: set[str], given: set[str], contexts:
     for name in sorted(opened & contexts):
         raise Untraceable(f"{name or 'the model'!r} makes calls under autocast, another grad mode or checkpointing")
     for name in sorted(opened):
-        module = model.get_submodule(name)
-        if has_hooks(module):
+        if has_hooks(model.get_submodule(name)):
             raise Untraceable(f"{name or 'the model'!r} has hooks, which a graph does not run")
-        if type(module).train is not torch.nn.Module.train:
-            raise Untraceable(f"{name or 'the model'!r} has a train() of its own, which a graph would not have")
     if "forward" in vars(model):
         raise Untraceable("its forward was set on this one model, and a graph is of its class's")
     if type(model).__call__ is not torch.nn.Module.__call__ and not isinstance(model, fx.GraphModule):
@@ -75,7 +72,7 @@ def capture(model: torch.nn.Module, opened: set[str], given: set[str], contexts:
     twin = copied(model, shared)
     grad = torch.is_grad_enabled()
 
-    def trace(model: torch.nn.Module, training: bool, grad: bool) -> Traced:
+    def trace(model: torch.nn.Module, training: bool, grad: bool, given: set[str] = given) -> Traced:
         with torch.set_grad_enabled(grad):
             return _trace(model.train(training), opened, given)
 
@@ -93,7 +90,26 @@ def capture(model: torch.nn.Module, opened: set[str], given: set[str], contexts:
         raise Untraceable(f"its forward does {next(differ, another)}")
     if changed := [name for name in before if after.get(name, before[name]) != before[name]]:
         raise Untraceable(f"its forward changes {'.'.join(changed[0][:2]).lstrip('.')!r}, which a graph would not do")
+    for name in sorted(opened):
+        if _trains_otherwise(twin.get_submodule(name)):
+            raise Untraceable(f"{name or 'the model'!r} has a train() of its own, which a graph would not have")
+    graph, _ = traced
+    for node in graph.find_nodes(op="placeholder"):
+        if node.target in given and node.args == (None,) and node.users:
+            try:
+                without, _ = trace(copied(model, shared), False, grad, given - {node.target})
+                (same,) = without.find_nodes(op="placeholder", target=node.target)
+            except Untraceable:
+                without = None
+            if without is None or _text(graph, node) != _text(without, same):
+                _require(node)
     return traced
+
+
+def _trains_otherwise(module: torch.nn.Module) -> bool:
+    """Whether train() and eval() leave some module in another mode: a BatchNorm that is frozen, say."""
+    plain = type(module).train is torch.nn.Module.train
+    return not plain and any(m.training is not mode for mode in (True, False) for m in module.train(mode).modules())
 
 
 def _state(model: torch.nn.Module, opened: set[str]) -> dict[tuple, Any]:
@@ -131,7 +147,7 @@ def _trace(model: torch.nn.Module, opened: set[str], given: set[str]) -> Traced:
     for node in graph.find_nodes(op="placeholder"):
         if (name := node.target.removesuffix("_1")) in defaults:
             node.target = name  # the tracer renames a parameter that it fixes; callers use its own name
-    _check_arguments(graph, given)
+    _check_arguments(graph)
     literals = [n.target for n in graph.find_nodes(op="get_attr") if n.target.startswith("_tensor_constant")]
     return graph, {name: vars(model).pop(name) for name in dict.fromkeys(literals)}  # the next trace names its own
 
@@ -151,10 +167,13 @@ _CONTEXTS: list[tuple[Any, str, str]] = [
 ]
 
 
+_tracing = threading.RLock()
+
+
 @contextlib.contextmanager
 def _contexts_refused() -> Iterator[None]:
     """Within it, a forward that begins a context is Untraceable: a graph holds the calls in it, and not the context.
-    Other threads begin theirs."""
+    Other threads begin theirs, and trace one after the other."""
     tracing = threading.get_ident()
 
     def refusing(function: Callable, what: str) -> Callable:
@@ -165,18 +184,19 @@ def _contexts_refused() -> Iterator[None]:
 
         return refuse
 
-    plain = [getattr(owner, name) for owner, name, _ in _CONTEXTS]
-    for (owner, name, what), function in zip(_CONTEXTS, plain, strict=True):
-        setattr(owner, name, refusing(function, what))
-    try:
-        yield
-    finally:
-        for (owner, name, _), function in zip(_CONTEXTS, plain, strict=True):
-            setattr(owner, name, function)
+    with _tracing:
+        plain = [getattr(owner, name) for owner, name, _ in _CONTEXTS]
+        for (owner, name, what), function in zip(_CONTEXTS, plain, strict=True):
+            setattr(owner, name, refusing(function, what))
+        try:
+            yield
+        finally:
+            for (owner, name, _), function in zip(_CONTEXTS, plain, strict=True):
+                setattr(owner, name, function)
 
 
-def _check_arguments(graph: fx.Graph, given: set[str]) -> None:
-    """A graph is of calls with the arguments that calibration saw: it refuses others, and says what to do."""
+def _check_arguments(graph: fx.Graph) -> None:
+    """Arguments that calibration did not give are fixed in a graph: it refuses other values, and says what to do."""
     for node in graph.find_nodes(op="call_function", target=torch_internals.assert_is_none):
         # Unpickling a graph that holds this function breaks every later trace of the process (torch 2.14).
         value, message = node.args
@@ -186,12 +206,14 @@ def _check_arguments(graph: fx.Graph, given: set[str]) -> None:
     for node in graph.find_nodes(op="call_function", target=torch_internals.assertion):
         if "has been specialized to have value" in str(node.args[-1]):  # the tracer's words
             node.args = (node.args[0], f"{node.args[1]}: calibrate with a batch that gives it besides")
-    inputs = graph.find_nodes(op="placeholder")
+
+
+def _require(argument: fx.Node) -> None:
+    """Have a graph refuse calls without an argument: the forward would do something else, and a graph cannot ask."""
+    graph = argument.graph
     with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
-        for node in inputs:
-            if node.target in given and node.args == (None,):  # the forward may ask whether it is None
-                there = graph.call_function(operator.is_not, (node, None))
-                graph.call_function(torch_internals.assertion, (there, _LEFT_OUT.format(node.target)))
+        there = graph.call_function(operator.is_not, (argument, None))
+        graph.call_function(torch_internals.assertion, (there, _LEFT_OUT.format(argument.target)))
 
 
 _LEFT_OUT = (
@@ -223,8 +245,17 @@ def _alike(a: Traced, b: Traced) -> bool:
     return _text(graph) == _text(other) and all(_equal(value, others[name]) for name, value in constants.items())
 
 
-def _text(graph: fx.Graph) -> list[tuple]:
-    return [(n.op, str(n.target), str(n.args), str(n.kwargs)) for n in graph.nodes]
+def _text(graph: fx.Graph, left_out: fx.Node | None = None) -> list[tuple]:
+    """The graph's calls; or those that it makes where one of its arguments is None."""
+
+    def given(node: fx.Node) -> fx.Node | None:
+        return None if node is left_out else node
+
+    fixed = {n for n in graph.find_nodes(op="call_function", target=torch_internals.assertion) if left_out}
+    fixed |= {n for assertion in fixed for n in assertion.all_input_nodes}
+    nodes = [n for n in graph.nodes if n not in fixed and not (left_out and n.op == "placeholder")]
+    args = [(fx.map_arg(n.args, given), fx.map_arg(n.kwargs, given)) for n in nodes]
+    return [(n.op, str(n.target), *map(str, of)) for n, of in zip(nodes, args, strict=True)]
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -144,8 +144,11 @@ def _in_no_product(owner: torch.nn.Module, record: Forging) -> list[str]:
         made_of = any(not maker or f"{path}.".startswith(f"{maker}.") for maker in makers)
         if made_of or isinstance(module, _LAYERS + _LOOKED_UP):
             continue
-        if callable(getattr(module, "weight", None)):  # of torch.ao's quantized layers it is a method
-            found.append(path)
+        weight = getattr(module, "weight", None)
+        if callable(weight) and not isinstance(
+            weight, torch.nn.Module
+        ):  # of torch.ao's quantized layers it is a method
+            found.append(path or "(root)")
         for name, value in module.named_parameters(recurse=False):
             if id(value) not in known and sum(size > 1 for size in value.shape) > 1:
                 found.append(f"{path}.{name}".removeprefix("."))

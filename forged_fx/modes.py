@@ -134,12 +134,17 @@ def module_hooks(enter: Callable, leave: Callable) -> Iterator[None]:
     own = _Thread()
     own.is_this = True
 
-    def on_own_thread(hook: Callable) -> Callable:
-        return lambda *args: hook(*args) if own.is_this else None
+    def entering(module: torch.nn.Module, args: Any) -> None:
+        if own.is_this:
+            enter(module, args)
+
+    def leaving(module: torch.nn.Module, args: Any, result: Any) -> None:
+        if own.is_this:
+            leave(module, args, result)
 
     handles = [
-        hooks.register_module_forward_pre_hook(on_own_thread(enter)),
-        hooks.register_module_forward_hook(on_own_thread(leave), always_call=True),
+        hooks.register_module_forward_pre_hook(entering),
+        hooks.register_module_forward_hook(leaving, always_call=True),
     ]
     try:
         yield

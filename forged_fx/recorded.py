@@ -153,12 +153,14 @@ class Run:
 
 @torch.no_grad()
 def answers(model: nn.Module, x: Tensor, batch_size: int) -> list[float]:
-    """The mean of the model's logits, unattacked, for each class. By these a finished run, in facts, knows its code."""
+    """The means of the model's logits, unattacked, for each class, and of their sizes. By these a finished run, in
+    facts, knows its code."""
     device = checks.device_of(model, x.device)
     with kept_randomness():
         seed(0)  # a model may draw
         logits = [checks.ask(model, part.to(device), "model").double().cpu() for part in x.split(batch_size)]
-    return torch.cat(logits).mean(0).tolist()
+    every = torch.cat(logits)
+    return torch.cat([every.mean(0), every.abs().mean(0)]).tolist()  # (signs may cancel, and sizes bound rounding)
 
 
 @contextmanager

@@ -193,8 +193,12 @@ class ForgedCalls(ForgedParent):
     @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         own = _OwnCalls(self)
-        with _follow_submodules(self, own), own:
-            return super().forward(*args, **kwargs)
+        self.forged_pass.enter()
+        try:
+            with _follow_submodules(self, own), own:
+                return super(ForgedParent, self).forward(*args, **kwargs)
+        finally:
+            self.forged_pass.leave()
 
 
 class _OwnCalls(TorchFunctionMode):

@@ -111,9 +111,9 @@ class Search(Recorded):
             f"{best.natural}; {tried}"
         )
 
-    def forge(self, model: nn.Module, stats: Stats) -> nn.Module:
-        """`model` with the best configuration. ValueError if nothing beats the base, or the model or the statistics
-        are not those of the search: what it found is of these."""
+    def forge(self, model: nn.Module, stats: Stats, example: tuple[tuple, dict] | None = None) -> nn.Module:
+        """`model` with the best configuration. example: as in `forged_fx.transform`. ValueError if nothing beats the
+        base, or the model or the statistics are not those of the search: what it found is of these."""
         if self.best is None:
             raise ValueError(self.sentence)
         call = self.facts["call"]
@@ -124,7 +124,7 @@ class Search(Recorded):
                     f"other {name} than the search had ({value[:12]}..., there {str(call.get(name))[:12]}...): forge "
                     "what it found from the same model and statistics, or search anew"
                 )
-        return self.best.configuration.forge(model, stats)
+        return self.best.configuration.forge(model, stats, example)
 
     def records(self) -> list[dict[str, Any]]:
         """A row for the base and each trial, as the CSV has them; what was confirmed has those figures too."""

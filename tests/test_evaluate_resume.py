@@ -142,8 +142,15 @@ class Context:
     def __call__(self):
         return weighed(1)
 
+    @contextmanager
+    def method(self):
+        with weighed(self):
+            yield
 
-@pytest.mark.parametrize("bpda", [closure(1), named_closure(1), Context(), partial(weighed, Context())])
+
+@pytest.mark.parametrize(
+    "bpda", [closure(1), named_closure(1), Context(), Context().method, partial(weighed, Context())]
+)
 def test_a_backward_that_no_name_tells_from_others_is_refused_in_a_folder(call, bpda):
     with pytest.raises(ValueError, match=r"bpda is .*, by which a run in a folder cannot be told.*functools.partial"):
         planted.evaluate(**call | {"bpda": bpda})
@@ -244,6 +251,13 @@ def test_files_of_others_are_left_alone(call):
     (folder / "mine").rename(folder / "unfinished")
     planted.evaluate(**call)
     assert snapshot(folder).items() >= before.items()
+
+
+def test_a_folder_within_does_not_keep_the_result_back(unfinished):
+    folder = unfinished["folder"] / "unfinished" / ".ipynb_checkpoints"
+    folder.mkdir()
+    planted.evaluate(**unfinished)
+    assert not folder.parent.exists()
 
 
 def test_a_damaged_block_is_done_anew(unfinished):

@@ -175,10 +175,23 @@ class Weights(nn.Module):
         return self.norm(out_of_sight(x, self.unseen))
 
 
+class Pool(nn.Module):
+    """A module is called weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Linear(4, 1)
+
+    def forward(self, x):
+        return (x * self.weight(x).softmax(0)).sum(0)
+
+
 def test_a_weight_in_no_product_that_was_seen_is_named():
     model = Weights().eval()
     forged = forged_fx.transform(model, forged_fx.calibrate(model, [W - 0.5]), 2**-2)
     assert "\nin no product that calibration saw by name: added, unseen\n" in str(forged_fx.describe(forged))
+    pool = nn.Sequential(Pool())
+    assert "in no product" not in str(forged_fx.describe(forged_fx.transform(pool, forged_fx.calibrate(pool, [W]))))
     quantized = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 4), nn.Conv1d(4, 2, 1)), {nn.Linear})
     forged = forged_fx.transform(quantized, forged_fx.calibrate(quantized, [torch.rand(2, 4, 4)]), 2**-2)
     assert "\nin no product that calibration saw by name: 0\n" in str(forged_fx.describe(forged))

@@ -4,6 +4,7 @@ import copy
 import functools
 import io
 import sys
+import threading
 import types
 
 import oracle
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import forged_fx
+from forged_fx import capture
 from forged_fx.audit import AuditFailed, audit, densely, same
 from forged_fx.transform import ForgedModule
 
@@ -265,6 +267,87 @@ def test_a_call_without_an_argument_that_calibration_gave_is_refused(model, x):
         assert "module by module (audit: the graph does not take the input" in str(forged_fx.describe(both))
         assert torch.equal(both(x)["logits"], model(x)["logits"])
         assert torch.equal(both(x, 2 * mask)["logits"], model(x, 2 * mask)["logits"])
+
+
+class Labelled(nn.Linear):
+    """With an argument that it does not use, as Hugging Face's have labels, and one that it passes on."""
+
+    def forward(self, x, labels=None, mask=None):
+        return F.scaled_dot_product_attention(x, x, super().forward(x), attn_mask=mask)
+
+
+def test_an_argument_that_decides_nothing_may_be_left_out():
+    torch.manual_seed(0)
+    model, x = Labelled(4, 4).eval(), torch.randn(2, 3, 4)
+    mask = torch.rand(3, 3)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [{"x": x, "labels": x, "mask": mask}]), 0)
+    assert isinstance(forged, ForgedModule)
+    for given in ({}, {"mask": mask}, {"labels": x}):
+        assert torch.equal(forged(x, **given), model(x, **given))
+
+
+class Kernels(nn.Sequential):
+    """train() as Hugging Face's models have it: their own, and it does what every model's does."""
+
+    def train(self, mode=True):
+        return super().train(mode)
+
+
+def test_a_train_that_does_what_train_does_is_no_hindrance():
+    model, x = Kernels(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval(), torch.ones(2, 4)
+    assert isinstance(forged_fx.transform(model, forged_fx.calibrate(model, [x])), ForgedModule)
+
+
+class Waits(nn.Linear):
+    """Its forward tells that it runs, and waits for something else."""
+
+    def __init__(self, running, other):
+        super().__init__(4, 4)
+        self.events = running, other
+
+    def forward(self, x):
+        running, other = self.events
+        running.set()
+        other.wait(0.3)
+        return super().forward(x)
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def test_captures_in_two_threads_leave_nothing_behind():
+    """The second begins while the first is on, and ends after it."""
+    plain = torch.set_autocast_enabled, torch.inference_mode.__enter__
+    begun, both, first_is_done = (threading.Event() for _ in range(3))
+    one, other = Waits(begun, both), Waits(both, first_is_done)
+    done = []
+
+    def first():
+        done.append(capture.capture(one, {""}, {"x"}, set()))
+        first_is_done.set()
+
+    def second():
+        begun.wait()
+        done.append(capture.capture(other, {""}, {"x"}, set()))
+
+    threads = [threading.Thread(target=run) for run in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(done) == 2 and (torch.set_autocast_enabled, torch.inference_mode.__enter__) == plain
+
+
+def test_statistics_of_an_earlier_version_that_saw_fewer_calls_are_refused(x):
+    class Calls(nn.Module):
+        def forward(self, x):
+            return torch.relu(F.hardtanh(x))
+
+    model = Calls()
+    stats = forged_fx.calibrate(model, [x], where="activations")
+    old = forged_fx.Stats({"@0": stats.sites["@1"]}, stats.modules, stats.batches, given=stats.given)
+    with pytest.raises(ValueError, match=r"'@0' is a call of hardtanh, and of relu in the statistics: .* anew"):
+        forged_fx.transform(model, old, 2**-3, where="activations")
 
 
 def test_statistics_of_another_model_are_refused(stats):

@@ -27,7 +27,7 @@ def straight_through() -> Context:
 
 def name_of(context: Context) -> tuple[str, bool]:
     """By what a context is known in a record; and whether that tells it from all others: a lambda's name does not, nor
-    that of a function with values of its own, nor an address."""
+    that of a function or method with values of its own, nor an address."""
     if isinstance(context, functools.partial):
         func, told = name_of(context.func)
         given = [*map(repr, context.args), *(f"{key}={value!r}" for key, value in context.keywords.items())]
@@ -36,7 +36,8 @@ def name_of(context: Context) -> tuple[str, bool]:
     name = getattr(context, "__qualname__", None)
     if name is None:
         return type(context).__name__, False
-    return name, "<lambda>" not in name and not getattr(function, "__closure__", None)
+    own = getattr(function, "__closure__", None) or hasattr(context, "__self__")
+    return name, "<lambda>" not in name and not own
 
 
 class Logits:

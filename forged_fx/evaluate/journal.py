@@ -129,7 +129,8 @@ class Journal:
         """The result is written: the blocks have served. Killed here, the folder says to the last whose it is."""
         for path in self.folder.iterdir():
             if path.name != CALL:
-                path.unlink(missing_ok=True)
+                with suppress(OSError):
+                    path.unlink()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> "Journal":

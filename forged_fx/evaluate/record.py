@@ -32,7 +32,7 @@ from forged_fx.processes import Processes
 
 FORMAT = 2
 RECORD, EXAMPLES, TIMING = "result.json", "examples.safetensors", "timing.json"
-NEXT = "next.examples.safetensors"  # of a result that is to take another's place
+NEXT = "next.examples.safetensors"  # of a result whose record is not written yet
 _HINTS = get_type_hints(Result)
 BOUNDARY = 1e-4  # a lead of the right class by this share of the largest logit is rounding
 HEADER = 2**20  # bytes of a safetensors file beside its tensors, at most
@@ -73,6 +73,7 @@ def call_of(result: Result) -> Call:
 
 def begin(folder: str | os.PathLike[str], asked: Call, processes: Processes) -> tuple[Journal | None, Result | None]:
     """See `journal.begin`."""
+    processes.first(lambda: _settle(Path(folder)))
     processes.first(lambda: _no_others(Path(folder)))
     return journal.begin(folder, asked, processes, RECORD, parse, read=_read, call_of=call_of)
 
@@ -119,7 +120,7 @@ def save(result: Result, folder: str | os.PathLike[str], overwrite: bool = False
     if result.gallery is not None:
         tensors |= result.gallery.tensors()
     _settle(folder)
-    there = folder / (NEXT if (folder / RECORD).exists() else EXAMPLES)
+    there = folder / NEXT
     with whole(there) as path:
         need("safetensors.torch").save_file(tensors, path, {"format": str(FORMAT)})
     try:
@@ -134,8 +135,7 @@ def save(result: Result, folder: str | os.PathLike[str], overwrite: bool = False
         _write(folder / RECORD, record)  # from now on it is this result that the folder holds
     except BaseException:
         _settle(folder)
-        if there.name == NEXT or not (folder / RECORD).exists():
-            there.unlink(missing_ok=True)
+        there.unlink(missing_ok=True)
         raise
     os.replace(there, folder / EXAMPLES)
 
