@@ -326,17 +326,6 @@ def forging_of(module: torch.nn.Module) -> Forging | None:
     )
 
 
-def _check_kinds(stats: Stats, made: dict[str, str]) -> None:
-    """ValueError for a call of the graph's that is another one than the statistics have under that name."""
-    whole = {call.kind for call in WHOLE.values()}
-    for site, kind in made.items():
-        if kind not in whole and kind != (seen := stats.sites[site].kind):
-            raise ValueError(
-                f"site {site!r} is a call of {kind}, and of {seen} in the statistics: an earlier version, which saw "
-                "fewer calls, took them, or they are of another model; calibrate anew"
-            )
-
-
 def in_force(module: torch.nn.Module, record: Forging) -> dict[str, tuple[torch.Tensor, ...]]:
     """site name -> its buffers, of a forged model and its record; ValueError if a layer that held some was replaced."""
     buffers = parameters_of(module)
@@ -386,7 +375,9 @@ def _forge_whole(model: torch.nn.Module, stats: Stats, wanted: list[str], choice
     layers = {module_of(site): WHOLE[mark_of(site)] for site in layer_sites if module_of(site) not in opened}
     calls = find_calls(graph, _module_of_node, layers, {**CALLS, **ACTIVATION_CALLS})
     names = number(calls)
-    _check_kinds(stats, {name: call.call.kind for name, call in zip(names, calls, strict=True) if name in wanted})
+    for name, call in zip(names, calls, strict=True):
+        if name in wanted and (made := call.call) not in WHOLE.values() and made.kind != stats.sites[name].kind:
+            raise Untraceable(f"what calibration saw as {stats.sites[name].kind} at {name!r} is {made.kind} in a graph")
     insert_thresholds(graph, calls, names, place, _source(model))
     write_back.in_graph(graph, model)
     if missed := [name for name in wanted if name not in buffers]:
