@@ -23,7 +23,7 @@ from forged_fx.kinds import Choice, Value
 from forged_fx.rewrite import CallNode, Placed, outermost
 from forged_fx.sites import Numbering, call_name, call_of, module_of, operand_name, unseen_call
 from forged_fx.stats import Ratio, Stats
-from forged_fx.thresholds import device_of, tensors_beside
+from forged_fx.thresholds import near_to, tensors_beside
 
 
 class Compilation:
@@ -47,17 +47,20 @@ class Compilation:
         self.unreached = set(self.always)
         # One scalar kind at all sites: a graph may run as any of them.
         self.uniform = len(set(choice.kinds.values())) <= 1 and not any(choice[s].rest(stats.sites[s]) for s in wanted)
-        self._parameters: dict[tuple, tuple[Tensor, ...]] = {}
+        # what was last in force at each site, and a tensor beside it: the thresholds move where it moves
+        self._parameters: dict[tuple[str, str], tuple[weakref.ref[Tensor] | None, tuple[Tensor, ...]]] = {}
         self._names: dict[int, str | None] = {}  # by a parameter's id, where it is; None where in several modules
 
     def parameters(self, site: str, like: str) -> tuple[Tensor, ...]:
         """What is in force at a site; at a call that is none, the identity, as of the kind that the site `like` has."""
-        owner, root = self.root().get_submodule(module_of(site)), self.root()
-        key = site, like, device_of(owner, root)
-        if key not in self._parameters:
+        beside, tensors = self._parameters.get((site, like), (None, ()))
+        near = None if beside is None else beside()
+        if not tensors or (beside is not None and (near is None or near.device != tensors[0].device)):
+            owner = self.root().get_submodule(module_of(site))
             values = self.values.get(site) or self.choice[like].off(self.stats.sites[like])
-            self._parameters[key] = tensors_beside(owner, root, values)
-        return self._parameters[key]
+            near, tensors = near_to(owner, self.root()), tensors_beside(owner, self.root(), values)
+            self._parameters[site, like] = None if near is None else weakref.ref(near), tensors
+        return tensors
 
     def owner(self, weight: Tensor) -> str | None:
         """The name of the module that a parameter belongs to; None where it belongs to several."""

@@ -67,14 +67,14 @@ def qualified(site: str, names: Iterable[str]) -> tuple[str, ...]:
 
 def tensors_beside(owner: torch.nn.Module, root: torch.nn.Module, values: Iterable[Value]) -> tuple[torch.Tensor, ...]:
     """Values as float32 tensors on the device of the module that runs the site."""
-    device = device_of(owner, root)
+    near = near_to(owner, root)
+    device = None if near is None else near.device
     return tuple(torch.tensor(value, dtype=torch.float32, device=device) for value in values)
 
 
-def device_of(owner: torch.nn.Module, root: torch.nn.Module) -> torch.device | None:
-    """Where a module's tensors are; those of the model, where it has none itself; None where there are none."""
-    near = next(itertools.chain(owner.parameters(), owner.buffers(), root.parameters()), None)
-    return None if near is None else near.device
+def near_to(owner: torch.nn.Module, root: torch.nn.Module) -> torch.Tensor | None:
+    """A tensor of a module's; of the model's, where it has none itself; None where there are none."""
+    return next(itertools.chain(owner.parameters(), owner.buffers(), root.parameters()), None)
 
 
 def parameters_of(model: torch.nn.Module) -> dict[str, tuple[torch.Tensor, ...]]:

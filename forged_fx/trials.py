@@ -107,13 +107,8 @@ class Trials:
 
     def _find_near(self, max_natural_loss: float) -> None:
         seed(self.blocks.seed)  # a model may draw
-        parts = self.x.split(self.batch_size)
-        logits = torch.cat([checks.ask(self.model, part.to(self.device), "model").cpu() for part in parts])
-        if not self.blocks.unchanged("base logits", logits):
-            raise ValueError(
-                "the model gives other logits than when the unfinished run began, and has the same state: its code has "
-                "changed; choose another folder"
-            )
+        logits = checks.answers(self.model, self.x, self.batch_size, "model")
+        checks.same_code(self.blocks.unchanged("base logits", logits), "model", "the unfinished run began")
 
         def attack(indices: Tensor) -> Outcome:
             x, y = self._inputs(indices)

@@ -6,13 +6,13 @@ import json
 import planted
 import pytest
 import torch
+from stopped import stop_after
 
 import forged_fx
 from forged_fx import moves, trials
 from forged_fx.configuration import Configuration
 from forged_fx.digits import EPS, one_thread
 from forged_fx.evaluate import Result, fingerprint, surrogate
-from forged_fx.evaluate.journal import Journal
 from forged_fx.search import Search, split
 
 QUICK = {"eps": 0.1, "budget": 20, "finalists": 1, "attacks": "standard"}
@@ -190,25 +190,17 @@ def test_stopped_anywhere_it_goes_on_and_ends_alike(toy, tmp_path, monkeypatch):
     model, stats, x, y = toy
     options = QUICK | {"attacks": ["apgd-ce"], "kinds": ("clamp",), "budget": 6}
     whole = forged_fx.search(model, stats, x, y, **options, folder=tmp_path / "whole")
-    keep, left, attempts = Journal.keep, 0, 0
-
-    def limited(self, *args):
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise KeyboardInterrupt
-        keep(self, *args)
-
-    monkeypatch.setattr(Journal, "keep", limited)
+    attempts = 0
     while not (tmp_path / "parts" / "search.json").exists():
-        left, attempts = 5, attempts + 1
+        attempts += 1
+        stop_after(5, monkeypatch)
         try:
             parts = forged_fx.search(model, stats, x, y, **options, folder=tmp_path / "parts")
         except KeyboardInterrupt:
             assert attempts < 20
     assert attempts > 2
     assert without_seconds(parts) == without_seconds(whole) and parts.finalists == whole.finalists
-    left = 0
+    stop_after(0, monkeypatch)
     again = forged_fx.search(model, stats, x, y, **options, folder=tmp_path / "parts")  # nothing is left to do
     assert again.trials == parts.trials
     with pytest.raises(FileExistsError, match="budget: 6 there, 7 here"):
@@ -301,22 +293,13 @@ def test_code_that_changed_is_noticed(toy, tmp_path, monkeypatch):
             model, stats, x, y, **quick, ratios=[0.1], rounds=0, folder=folder
         ),
     }
-    keep, left = Journal.keep, 3
     for name, work in works.items():
         whole, part = tmp_path / name, tmp_path / f"{name} in part"
         found = work(before, whole)
         assert str(work(before, whole)) == str(found)
 
-        def limited(self, *args):
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise KeyboardInterrupt
-            keep(self, *args)
-
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            left = 3
-            patch.setattr(Journal, "keep", limited)
+            stop_after(3, patch)
             work(before, part)
         for folder in (whole, part):
             with pytest.raises(ValueError, match=r"other logits than when the .*code has changed"):

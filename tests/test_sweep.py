@@ -9,6 +9,7 @@ import planted
 import pytest
 import torch
 from safetensors.torch import load_file
+from stopped import stop_after
 
 import forged_fx
 from forged_fx import report
@@ -17,7 +18,6 @@ from forged_fx.digits import one_thread
 from forged_fx.evaluate import attacks, findings
 from forged_fx.evaluate.attacks import ATTACKS, Attack
 from forged_fx.evaluate.findings import CHECKS
-from forged_fx.evaluate.journal import Journal
 from forged_fx.sweep import Sweep
 
 RATIOS = {"hard": [0.0, 0.25], "clamp": [0.9]}
@@ -153,19 +153,10 @@ def test_stopped_anywhere_it_goes_on_and_a_finished_one_is_returned(toy, tmp_pat
     model, x, y = toy
     options = {key: value for key, value in OPTIONS.items()}
     whole = forged_fx.sweep(model, [x], x, y, **options, folder=tmp_path / "whole")
-    keep, left = Journal.keep, 3
-
-    def limited(self, *args):
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise KeyboardInterrupt
-        keep(self, *args)
-
-    monkeypatch.setattr(Journal, "keep", limited)
     attempts = 0
     while not (tmp_path / "parts" / "sweep.json").exists():
-        left, attempts = 3, attempts + 1
+        attempts += 1
+        stop_after(3, monkeypatch)
         try:
             parts = forged_fx.sweep(model, [x], x, y, **options, folder=tmp_path / "parts")
         except KeyboardInterrupt:

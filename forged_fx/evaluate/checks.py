@@ -81,6 +81,22 @@ def ask(model: nn.Module, x: Tensor, who: str) -> Any:
         ) from error
 
 
+@torch.no_grad()
+def answers(model: nn.Module, x: Tensor, batch_size: int, who: str) -> Tensor:
+    """`ask`, in batches on the model's device; the logits, on the CPU."""
+    device = device_of(model, x.device)
+    return torch.cat([ask(model, part.to(device), who).cpu() for part in x.split(batch_size)])
+
+
+def same_code(same: bool, who: str, since: str) -> None:
+    """ValueError where a model of the same state no longer gives the same logits as `since` then."""
+    if not same:
+        raise ValueError(
+            f"the {who} gives other logits than when {since}, and has the same state: its code has changed; choose "
+            "another folder"
+        )
+
+
 def output(out: object, who: str) -> Tensor:
     """The model's output on unattacked inputs, if it is one that can be measured."""
     if not isinstance(out, Tensor):

@@ -130,11 +130,8 @@ class Subject:
             )
         elif eager:
             self.notes.append(f"the {self.name} is compiled, and another function eagerly; attacked as it is, compiled")
-        if not self.blocks.unchanged(f"{self.name} logits", logits):
-            raise ValueError(
-                f"the {self.name} gives other logits than when the unfinished run began, and has the same state: "
-                "its code has changed; choose another folder"
-            )
+        same = self.blocks.unchanged(f"{self.name} logits", logits)
+        checks.same_code(same, self.name, "the unfinished run began")
         wrong = (logits.max(1)[1] != self.y.cpu()).nonzero().flatten()
         self._take(row, wrong, self.x[wrong.to(self.x.device)])
         row.alone = row.standing / len(self.x)
