@@ -19,7 +19,7 @@ from forged_fx.hoist import COPIES, MOVES, hoist, written_by_inductor
 from forged_fx.lowering import register_lowerings
 from forged_fx.modes import as_found
 from forged_fx.share import share, thresholds_in
-from forged_fx.thresholds import thresholds_of
+from forged_fx.thresholds import not_forged, thresholds_of
 
 aten = torch.ops.aten
 SELECTIONS = (aten.select.int, aten.slice.Tensor)
@@ -56,7 +56,7 @@ def cost(forged: torch.nn.Module, args: tuple, kwargs: dict[str, Any] | None = N
     """
     sites = {id(t): site for site, t in thresholds_of(forged).items()}
     if not sites:
-        raise ValueError(f"this {type(forged).__name__} is not forged: cost takes what forged_fx.transform returned")
+        raise ValueError(not_forged(forged, "cost"))
     if not isinstance(args, tuple):
         raise TypeError(f"args is {type(args).__name__}: pass the forward's arguments as a tuple, (x,)")
     found: dict[str, Cost] = {}

@@ -109,8 +109,8 @@ class Kind:
         if self.statistic == MEAN_STD:
             mean, std = site.channel_mean_std()
             return np.asarray(mean, np.float32), np.asarray(ratios[0] * std, np.float32)
-        size = site.statistic(statistic)
-        return tuple(float(np.float32(r * size)) if math.isfinite(r) else end.off for end, r in self._ends(ratios))
+        size, ends = site.statistic(statistic), zip(self.ends, ratios, strict=True)
+        return tuple(float(np.float32(r * size)) if math.isfinite(r) else end.off for end, r in ends)
 
     def off(self, site: SiteStats) -> tuple[Value, ...]:
         """Where it is the identity, bit for bit."""
@@ -139,9 +139,6 @@ class Kind:
         """The share of the inputs seen in calibration that would have been limited; None where there is no limit."""
         limit: Any = dict(zip(self.buffers, values, strict=True)).get(HIGH.buffer)
         return None if limit is None else site.share_above(limit)
-
-    def _ends(self, ratios: tuple[float, ...]) -> list[tuple[End, float]]:
-        return list(zip(self.ends, ratios, strict=True))
 
 
 KINDS = {

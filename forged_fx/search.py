@@ -37,6 +37,7 @@ from forged_fx.transform import select
 from forged_fx.trials import Spent, Trial, Trials
 
 KINDS = ("hard", "soft", "clamp", "band")
+LISTED = 10  # trials in the printed table
 STARTS = 3  # configurations from which moves begin, and at most so many finalists
 
 
@@ -181,11 +182,11 @@ class Search(Recorded):
             rows.append((str(f.configuration), *counts, str(f.natural), str(f.base_natural), f.reason or "stands"))
         return Table(f"finalists, of {self.kept} inputs kept for them", (*headings, "outcome"), rows)
 
-    def _tried(self, most: int = 10) -> Table:
+    def _tried(self) -> Table:
         title = f"the best of {len(self.trials)} trials, by the search's own attack (this proves nothing)"
         rows = []
         ranked = sorted(self.trials, key=lambda trial: trial.score, reverse=True)
-        for trial in (self.base, *ranked[:most]):
+        for trial in (self.base, *ranked[:LISTED]):
             name = str(trial.configuration) if trial.configuration.places else "base"
             natural = f"{trial.natural}" + ("" if trial.fit else " (too few)")
             found = ("", "") if trial.margin is None else (str(trial.standing), f"{trial.margin:+.3f}")

@@ -64,8 +64,6 @@ NAMES = {
     "torch.utils._python_dispatch.TorchDispatchMode": "counts the thresholds that run",
     "torch.utils._pytree.tree_leaves": "lists the tensors in a model's arguments",
     "torch.utils._pytree.tree_map": "maps the tensors in a model's arguments",
-    "torch._native_multi_head_attention": "is a fused kernel that is opened",
-    "torch._transformer_encoder_layer_fwd": "is a fused kernel that is opened",
     # processes
     "torch.distributed.distributed_c10d._get_default_store": "is where processes find each other before they connect",
     # graphs
@@ -118,9 +116,6 @@ MODULE_CALL = torch.nn.Module._call_impl.__code__
 WRAPPED_CALL = torch.nn.Module._wrapped_call_impl.__code__
 SingleLevelFunction = torch.autograd.function._SingleLevelFunction
 grouped_mm = torch._grouped_mm
-
-# Eval-mode kernels of attention that run past the modules within them; Dynamo puts them into its graph as one call.
-FUSED_ATTENTION = (torch._native_multi_head_attention, torch._transformer_encoder_layer_fwd)
 
 # runs whatever is checkpointed, in both variants; in torch 2.13 that is the function itself
 _run_checkpoint = (

@@ -21,7 +21,7 @@ from forged_fx.rewrite import WHOLE, Placed, find_calls, insert_thresholds, numb
 from forged_fx.sites import ACTIVATIONS as ACTIVATION_CALLS
 from forged_fx.sites import CALLS, FIXED_FILTER, UNSEEN, Origin, is_activation, mark_of, module_of
 from forged_fx.stats import Ratio, Stats, match_sites
-from forged_fx.thresholds import HoldsThresholds, parameters_of, qualified, register, thresholds_of
+from forged_fx.thresholds import HoldsThresholds, not_forged, parameters_of, qualified, register, thresholds_of
 
 Globs = str | Iterable[str]
 LAYERS, ACTIVATIONS = "linear+conv", "activations"
@@ -319,11 +319,7 @@ def select(
 
 def forging_of(module: torch.nn.Module) -> Forging | None:
     """The record of a forged model, None for any other module."""
-    return (
-        getattr(module, "meta", {}).get("forged_fx")
-        if isinstance(module, ForgedModule)
-        else vars(module).get("forging")
-    )
+    return module.meta.get("forged_fx") if isinstance(module, ForgedModule) else vars(module).get("forging")
 
 
 def in_force(module: torch.nn.Module, record: Forging) -> dict[str, tuple[torch.Tensor, ...]]:
@@ -345,7 +341,7 @@ def set_ratio(forged: torch.nn.Module, ratio: Ratio) -> None:
     """
     found = [(module, record) for module in forged.modules() if (record := forging_of(module))]
     if not found:
-        raise ValueError(f"this {type(forged).__name__} is not forged: set_ratio takes what transform returned")
+        raise ValueError(not_forged(forged, "set_ratio"))
     for module, record in found:
         buffers = in_force(module, record)
         with torch.no_grad():

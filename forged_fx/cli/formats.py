@@ -33,10 +33,6 @@ def _pt2(forged: nn.Module, batch: Batch, out: Path) -> None:
 
 
 def _onnx(forged: nn.Module, batch: Batch, out: Path) -> None:
-    import torch
-
-    from forged_fx.files import whole
-
     need("onnxscript", "export")
     with whole(out) as part, torch.no_grad():
         program = _program(forged, batch).run_decompositions(forged_fx.decompositions())
