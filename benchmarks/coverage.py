@@ -14,6 +14,7 @@ forged the same sites of the plain model, if the result is the same (the graphs 
 
 import argparse
 import csv
+import inspect
 import signal
 import sys
 import time
@@ -30,6 +31,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 sys.path.insert(0, str(Path(__file__).parent))
 import coverage_models
+from csv_rows import append
 from dispatch_oracle import DispatchOracle
 
 import forged_fx
@@ -189,8 +191,6 @@ def _is_float(value: Any) -> bool:
 
 
 def _parameters(model: torch.nn.Module) -> list[str]:
-    import inspect
-
     return list(inspect.signature(model.forward).parameters)
 
 
@@ -218,7 +218,7 @@ def main() -> None:
     todo = [n for n in coverage_models.names()[shard::of] if n not in done and fnmatchcase(n, options.only)]
     for i, name in enumerate(todo):
         row = check(name)
-        _append(options.out, row)
+        append(options.out, asdict(row))
         verdict = "ok" if row.whole else "NOT WHOLE"
         print(f"[{i + 1}/{len(todo)}] {verdict:9} {asdict(row)}", flush=True)
     print(summary(_read(options.out).values()))
@@ -244,15 +244,6 @@ def _read(path: Path) -> dict[str, Row]:
     with open(path, newline="") as file:
         rows = [Row(**{k: convert[kinds[k]](v) for k, v in line.items()}) for line in csv.DictReader(file)]
     return {row.model: row for row in rows}
-
-
-def _append(path: Path, row: Row) -> None:
-    new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        if new:
-            writer.writeheader()
-        writer.writerow(asdict(row))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ random configurations of the architectures named here.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -89,8 +89,8 @@ def _torchvision(name: str) -> Built:
     return model, (torch.randn(2, 3, side, side),), {}
 
 
-def _tokens(vocabulary: int, length: int = 12) -> Tensor:
-    return torch.randint(3, vocabulary, (2, length))
+def _tokens(vocabulary: int) -> Tensor:
+    return torch.randint(3, vocabulary, (2, 12))
 
 
 _TEXT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=99)
@@ -196,9 +196,3 @@ HUGGING_FACE: dict[str, Callable[[], Built]] = {
 
 def _hugging_face(name: str) -> Built:
     return HUGGING_FACE[name]()
-
-
-def smallest_of_each_library() -> Iterator[str]:
-    """A few models that between them take every way through the library; for a test."""
-    yield from ("timm:resnet18", "tv:squeezenet1_1", "tv:swin_t", "tv:fasterrcnn_mobilenet_v3_large_320_fpn")
-    yield from (f"hf:{name}" for name in HUGGING_FACE)

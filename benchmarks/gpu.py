@@ -29,7 +29,6 @@ Without a GPU it says so, and that is all. A rehearsal of every step, whose time
 
 import argparse
 import csv
-import datetime
 import functools
 import itertools
 import math
@@ -49,9 +48,9 @@ import numpy as np
 import torch
 import torch._inductor.config as inductor
 from ahead import Job, ahead
+from csv_rows import taken_on, written
 from kernel_cases import DTYPES, Case, cases
 from models import load
-from throughput import device_name, triton_version
 from torch import Tensor
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
@@ -368,10 +367,10 @@ def by_name(ran: list[tuple[str, float]]) -> dict[str, list[float]]:
     return times
 
 
-def slower(plain: dict[str, list[float]], forged: dict[str, list[float]], most: int = 5) -> list[str]:
-    """At most `most` kernels, the greatest loss first: how long they take, and how many they are."""
+def slower(plain: dict[str, list[float]], forged: dict[str, list[float]]) -> list[str]:
+    """At most five kernels, the greatest loss first: how long they take, and how many they are."""
     lost = {name: sum(ms) - sum(plain.get(name, [])) for name, ms in forged.items()}
-    worst = sorted((name for name in lost if lost[name] > 0), key=lambda name: -lost[name])[:most]
+    worst = sorted((name for name in lost if lost[name] > 0), key=lambda name: -lost[name])[:5]
     rows = [(name, plain.get(name, []), forged[name]) for name in worst]
     return [f"{name} {sum(a):.3f} ms ({len(a)}) -> {sum(b):.3f} ms ({len(b)})" for name, a, b in rows]
 
@@ -458,7 +457,7 @@ def report(
             print(" ".join(f"{cells[k]:{width}{form}}" for k, (width, form) in columns.items()).rstrip(), flush=True)
             for kernel in filter(None, cells.get("slower", "").split("; ")):
                 print(f"    {kernel}", flush=True)
-            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in {**cells, **where}.items()})
+            writer.writerow(written({**cells, **where}))
             file.flush()
             done.append(row)
     print(f"{len(done)} rows written to {path}\n")
@@ -500,12 +499,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.models and "forged" not in torch._dynamo.list_backends():
         sys.exit('gpu.py: PyTorch does not know backend="forged": install this package first, `pip install -e .`')
-    where = {
-        "device": device_name(args.device),
-        "torch": torch.__version__,
-        "triton": triton_version(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
+    where = taken_on(args.device)
     print(f"{where['device']}, torch {where['torch']}, triton {where['triton']}")
     if args.device == "cpu":
         print("a rehearsal on the CPU: the times mean nothing")

@@ -27,6 +27,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from csv_rows import append
 from models import load
 from torch import Tensor, nn
 
@@ -55,7 +56,7 @@ FIGURES = (
 )  # fmt: skip
 
 
-def by_where(x: Tensor, t: Tensor, straight_through: bool = False) -> Tensor:
+def by_where(x: Tensor, t: Tensor) -> Tensor:
     return torch.where(x.abs() < t, 0, x)
 
 
@@ -181,15 +182,8 @@ def main(argv: list[str] | None = None) -> int:
                     continue
                 if args.here:
                     figures = measure(name, batch, dtype, mode, args.architecture, args.only)
-                    row = dict(zip(KEYS, values, strict=True)) | {
-                        key: f"{value:.6g}" if isinstance(value, float) else value for key, value in figures.items()
-                    }
-                    new = not args.csv.exists()
-                    with args.csv.open("a", newline="") as file:
-                        writer = csv.DictWriter(file, [*KEYS, *FIGURES])
-                        if new:
-                            writer.writeheader()
-                        writer.writerow(row)
+                    row = dict(zip(KEYS, values, strict=True)) | figures
+                    append(args.csv, row)
                 else:
                     row = known[values]
                 show(row)

@@ -22,7 +22,6 @@ take longer than in the plain model (see where_time_goes.py).
 
 import argparse
 import copy
-import datetime
 import functools
 import math
 import os
@@ -36,8 +35,9 @@ from typing import Any
 import numpy as np
 import torch
 import where_time_goes
+from csv_rows import append, taken_on
 from models import load
-from throughput import DTYPES, append, device_name, triton_version
+from throughput import DTYPES
 from torch import Tensor, nn
 
 import forged_fx
@@ -264,12 +264,9 @@ def options(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = options(argv)
     torch.set_num_threads(args.threads)
-    taken_on = {
-        "threads": args.threads, "device": device_name("cpu"), "torch": torch.__version__, "triton": triton_version(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }  # fmt: skip
+    on = {"threads": args.threads, **taken_on("cpu")}
     print(
-        f"{taken_on['device']}, {args.threads} threads, torch {torch.__version__}, {args.rounds} rounds in turn, "
+        f"{on['device']}, {args.threads} threads, torch {torch.__version__}, {args.rounds} rounds in turn, "
         f"weights at {PLACEMENTS} places"
     )
     print("ms: the fastest round; ratio: throughput as a share of the plain model's, median and quartiles")
@@ -284,8 +281,7 @@ def main(argv: list[str] | None = None) -> int:
                     print(f"{label} {row['ms']:10.3f} ms  {spread}", flush=True)
                     if differences := row.pop("differences"):
                         print(where_time_goes.text(differences), flush=True)
-                    rounded = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()}
-                    append(args.csv, [rounded | taken_on])
+                    append(args.csv, row | on)
     print(summary(rows))
     return 0
 

@@ -7,14 +7,11 @@ the plain one's: 1 is free, 0.9 a tenth slower. Plain is compiled with Inductor,
 """
 
 import argparse
-import csv
-import datetime
-import platform
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
+from csv_rows import append, taken_on
 from models import load
 
 import forged_fx
@@ -29,17 +26,6 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def device_name(device: str) -> str:
-    """What the figures were taken on, in words."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def measure(name: str, args: argparse.Namespace) -> tuple[int, list[Speed]]:
     """How many sites of the model are forged, and its speeds."""
     torch._dynamo.reset()  # one model's compilations must not count against the next one's limit
@@ -50,23 +36,6 @@ def measure(name: str, args: argparse.Namespace) -> tuple[int, list[Speed]]:
     forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), ratio=2**-6)
     sites = sum(row.left_out is None for row in forged_fx.describe(forged))
     return sites, compare(model, forged, x, rounds=args.runs, modes=args.modes)
-
-
-def triton_version() -> str:
-    try:
-        import triton
-    except ImportError:
-        return "none"
-    return triton.__version__
-
-
-def append(path: Path, rows: list[dict[str, Any]]) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def options(argv: list[str] | None) -> argparse.Namespace:
@@ -86,28 +55,19 @@ def main(argv: list[str] | None = None) -> int:
     args = options(argv)
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads or threads)
-    where = {
-        "threads": torch.get_num_threads(),
-        "device": device_name(args.device),
-        "torch": torch.__version__,
-        "triton": triton_version(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
+    where = {"threads": torch.get_num_threads(), **taken_on(args.device)}
     print(f"{where['device']}, torch {where['torch']}, triton {where['triton']}, {args.runs} rounds, in turn")
     print("ms: the fastest round; ratio: throughput forged / plain, median over the rounds; low, high: its quartiles")
     print(" ".join(f"{key:{width}}" for key, (width, _) in COLUMNS.items()))
     try:
         for name in args.models:
             sites, speeds = measure(name, args)
-            rows = []
             for s in speeds:
                 figures = {"plain_ms": 1e3 * s.plain, "forged_ms": 1e3 * s.forged, "ratio": s.ratio}
-                rows.append(
-                    {"model": name, "sites": sites, "mode": s.mode, "batch": args.batch, "dtype": args.dtype}
-                    | {"runs": args.runs, **where, **figures, "low": s.low, "high": s.high}
-                )
-                print(" ".join(f"{rows[-1][key]:{w}{form}}" for key, (w, form) in COLUMNS.items()), flush=True)
-            append(args.csv, [{k: f"{v:.5g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows])
+                row = {"model": name, "sites": sites, "mode": s.mode, "batch": args.batch, "dtype": args.dtype}
+                row |= {"runs": args.runs, **where, **figures, "low": s.low, "high": s.high}
+                print(" ".join(f"{row[key]:{w}{form}}" for key, (w, form) in COLUMNS.items()), flush=True)
+                append(args.csv, row)
     except (ValueError, OSError) as error:
         print(f"throughput.py: {error}", file=sys.stderr)
         return 2

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from csv_rows import device_name
 from models import load
-from throughput import device_name
 
 import forged_fx
 from forged_fx import digits, throughput

@@ -9,20 +9,17 @@ network without a base, and shows how far its findings stay from their bounds.
 """
 
 import argparse
-import csv
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from csv_rows import append
 from evaluate_cost import subject
 
 import forged_fx
 from forged_fx.evaluate import Result
-
-COLUMNS = ("model", "ratio", "n", "eps", "attacks", "seed", "natural", "true gradient", "worst case", "smooth")
-COLUMNS += ("points", "interval", "p", "verdict", "raised", "seconds", "torch")
 
 
 def ratio_of(text: str) -> float:
@@ -72,12 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         if not result.base:
             close = (f"{f.name} {f.value:g} (bound {f.bound:g})" for f in result.findings if f.value)
             print("  findings that are not 0: " + ", ".join(close), flush=True)
-        new = not args.csv.exists()
-        with args.csv.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        append(args.csv, row)
     return 0
 
 

@@ -19,8 +19,8 @@ REST = "Python and the rest"
 NAMES = {"## Call CompiledFxGraph": "generated code", "Torch-Compiled Region": "around the generated code"}
 
 
-def differences(plain: Run, other: Run, rounds: int = 7, most: int = 4) -> list[tuple[str, float, float]]:
-    """(operator, ms of a plain run, ms of the other), at most `most`, the greatest loss first: medians over rounds in
+def differences(plain: Run, other: Run, rounds: int = 7) -> list[tuple[str, float, float]]:
+    """(operator, ms of a plain run, ms of the other), at most four, the greatest loss first: medians over rounds in
     turn. Only operators that take longer in the other, and a line for the whole ahead of them."""
     plain(), other()  # what happens but once
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
@@ -33,7 +33,7 @@ def differences(plain: Run, other: Run, rounds: int = 7, most: int = 4) -> list[
     medians = {name: [float(np.median([run[name] for run in runs[i::2]])) for i in (0, 1)] for name in names}
     rows = sorted(((name, *ms) for name, ms in medians.items() if ms[1] > ms[0]), key=lambda row: row[1] - row[2])
     whole = (float(np.median([run.total() for run in runs[i::2]])) for i in (0, 1))
-    return [("all", *whole), *rows[:most]]
+    return [("all", *whole), *rows[:4]]
 
 
 def by_operator(events: Iterable[Any]) -> list[Counter[str]]:
