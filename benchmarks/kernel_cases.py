@@ -71,7 +71,7 @@ def _forged(f: ops.Function, shape: tuple[int, ...], backward: bool = False, las
 
     module = threshold if f.name == "threshold" else kinds
     specified = getattr(reference, f"{f.name}_backward" if backward else f.name)
-    functions = ops._launchers(f)[backward], specified, f.backward if backward else f.op
+    functions = ops.launchers(f)[backward], specified, f.backward if backward else f.op
     return Case(module, *map(in_order, functions), make, most=MOST[f.name])
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from forged_fx.extras import need
 from forged_fx.progress import track
 
 EPS = 0.15  # Linf, of pixels in [0, 1]
@@ -20,12 +21,7 @@ def load() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     The split is the same on every machine. ImportError: `pip install forged_fx[demo]`.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError("the digits come with scikit-learn: pip install forged_fx[demo]") from error
-
-    digits = load_digits()
+    digits = need("sklearn.datasets", "demo").load_digits()
     order = np.random.default_rng(0).permutation(len(digits.target))
     x = torch.from_numpy(digits.images[order]).float().div(16).unsqueeze(1)
     y = torch.from_numpy(digits.target[order]).long()

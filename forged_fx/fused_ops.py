@@ -152,7 +152,7 @@ def _check_function(name: str, a: dict[str, Any]) -> None:
     if len(function.parameters) != len(_parameters(a["t"], a["limit"])):
         hint = "pass the second as limit=" if a["limit"] is None else "leave limit out"
         raise ValueError(f"{name}: {function.name} has the parameters {', '.join(function.parameters)}; {hint}")
-    ops._check_function(function, a["x"], *_parameters(a["t"], a["limit"]))
+    ops.check_function(function, a["x"], *_parameters(a["t"], a["limit"]))
 
 
 def _check_elementwise(a: dict[str, Any]) -> None:

@@ -116,7 +116,7 @@ THRESHOLD_OPS: dict[Callable, int | None] = {
 # ---- what a caller may pass
 
 
-def _check_function(f: Function, x: Tensor, *arguments: Any) -> None:
+def check_function(f: Function, x: Tensor, *arguments: Any) -> None:
     if x.dtype not in DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"{f.name}: x is {x.dtype}; cast it to one of {known}")
@@ -139,7 +139,7 @@ def _check_function(f: Function, x: Tensor, *arguments: Any) -> None:
 
 
 def _check_backward(f: Function, grad: Tensor, x: Tensor, *arguments: Any) -> None:
-    _check_function(f, x, *arguments)
+    check_function(f, x, *arguments)
     if (grad.shape, grad.dtype, grad.device) != (x.shape, x.dtype, x.device):
         raise ValueError(
             f"{f.name}_backward: grad is {grad.dtype} {tuple(grad.shape)} on {grad.device}, and x is "
@@ -157,7 +157,7 @@ def _kernels(name: str) -> ModuleType:
 
 
 @functools.cache
-def _launchers(f: Function) -> tuple[Callable, Callable]:
+def launchers(f: Function) -> tuple[Callable, Callable]:
     """The Triton kernels of a function: forward and backward."""
     if f.name == "threshold":
         kernels = _kernels("threshold")
@@ -175,7 +175,7 @@ def _implementations(f: Function) -> dict[str, dict[str, Callable]]:
     def checked(run: Callable) -> Callable:
         def call(*args: Any) -> Tensor:
             args = args[:n]  # all but straight_through
-            _check_function(f, *args)
+            check_function(f, *args)
             return run(*args)
 
         return call
@@ -195,8 +195,8 @@ def _implementations(f: Function) -> dict[str, dict[str, Callable]]:
 
     _CPU[f.op] = checked(f.cpu or plain)
     _CPU[f.backward] = checked_backward(f.cpu_backward or plain_backward)
-    CUDA[f.op] = checked(lambda *args: _launchers(f)[0](*args))
-    CUDA[f.backward] = checked_backward(lambda *args: _launchers(f)[1](*args))
+    CUDA[f.op] = checked(lambda *args: launchers(f)[0](*args))
+    CUDA[f.backward] = checked_backward(lambda *args: launchers(f)[1](*args))
     return {
         f.name: {
             "CPU": _CPU[f.op],
@@ -215,7 +215,7 @@ def _implementations(f: Function) -> dict[str, dict[str, Callable]]:
 
 def _fakes(f: Function) -> dict[str, Callable]:
     def forward(x: Tensor, *arguments: Any, straight_through: bool = False) -> Tensor:
-        _check_function(f, x, *arguments[: f.arguments])
+        check_function(f, x, *arguments[: f.arguments])
         _lower_if_inductor_runs()
         return torch.empty_like(x)
 

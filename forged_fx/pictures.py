@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from forged_fx.extras import need
 from forged_fx.files import whole
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Picture:
 
     def svg(self) -> str:
         """An <svg> element for a page, as wide as there is room."""
-        with _matplotlib().rc_context({**_STYLE, **self.style}):
+        with need("matplotlib", "report").rc_context({**_STYLE, **self.style}):
             figure = self._figure({colour: colour for colour in _THEME})
             file = io.StringIO()
             figure.savefig(file, format="svg", transparent=True)
@@ -76,7 +77,7 @@ class Picture:
     def save(self, path: str | os.PathLike[str]) -> None:
         """A file, whole or not at all, of the format that its suffix names: .svg, .png or .pdf."""
         path, style = Path(path), {**_STYLE, **self.style}
-        with _matplotlib().rc_context({key: _PAPER.get(value, value) for key, value in style.items()}):
+        with need("matplotlib", "report").rc_context({key: _PAPER.get(value, value) for key, value in style.items()}):
             figure = self._figure(_PAPER)
             with whole(path) as part:
                 figure.savefig(part, format=path.suffix[1:] or "svg", facecolor="white", dpi=150)
@@ -243,14 +244,6 @@ def _percent(axes: Any, label: str) -> None:
     axes.set_xlim(0, 108)  # room for the figure beside a full bar
     axes.set_xticks(range(0, 101, 20))
     axes.set_xlabel(label)
-
-
-def _matplotlib() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install forged_fx[report]") from error
-    return matplotlib
 
 
 def _embeddable(svg: str, name: str) -> str:

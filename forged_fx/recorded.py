@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from forged_fx import checked
 from forged_fx.evaluate import checks, report
 from forged_fx.evaluate.blocks import ROUNDING, Blocks
-from forged_fx.evaluate.extras import need
 from forged_fx.evaluate.journal import Call, Journal, agree, begin
 from forged_fx.evaluate.threat import Threat
+from forged_fx.extras import need
 from forged_fx.files import whole
 from forged_fx.modes import kept_randomness, seed
 from forged_fx.processes import Processes, joined

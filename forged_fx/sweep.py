@@ -22,13 +22,13 @@ from forged_fx.describe import describe
 from forged_fx.evaluate import blocks as unit
 from forged_fx.evaluate import checks, fingerprint, gradients, pool
 from forged_fx.evaluate.attacks import choose
-from forged_fx.evaluate.extras import need
 from forged_fx.evaluate.journal import Journal
 from forged_fx.evaluate.pool import Judged
 from forged_fx.evaluate.result import Side
 from forged_fx.evaluate.statistics import LEVEL, compare, holm
 from forged_fx.evaluate.threat import Threat
 from forged_fx.evaluate.verdict import VERDICTS
+from forged_fx.extras import need
 from forged_fx.files import whole
 from forged_fx.kinds import KINDS
 from forged_fx.recorded import LIMIT, Recorded, answers, running, within

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .threshold import _launch, block_offsets, threshold
+from .threshold import block_offsets, launch_blocks, threshold
 
 
 @triton.jit
@@ -120,7 +120,7 @@ def launch(rule: str, x: Tensor, *parameters: Tensor | int) -> Tensor:
     """`reference.<rule>` in one kernel launch: same arguments, same result bit for bit, in any layout of x."""
     y = torch.empty_like(x)
     source = x if x.stride() == y.stride() else y.copy_(x)
-    _launch(kind_kernel, source, *_both(parameters), y, RULE=rule, **_channels(y, parameters))
+    launch_blocks(kind_kernel, source, *_both(parameters), y, RULE=rule, **_channels(y, parameters))
     return y
 
 
@@ -129,7 +129,7 @@ def launch_backward(rule: str, grad: Tensor, x: Tensor, *parameters: Tensor | in
     y = torch.empty_like(x)
     x = x if x.stride() == y.stride() else torch.empty_like(y).copy_(x)
     grad = grad if grad.stride() == y.stride() else y.copy_(grad)
-    _launch(kind_backward_kernel, grad, x, *_both(parameters), y, RULE=rule, **_channels(y, parameters))
+    launch_blocks(kind_backward_kernel, grad, x, *_both(parameters), y, RULE=rule, **_channels(y, parameters))
     return y
 
 

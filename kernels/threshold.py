@@ -80,7 +80,7 @@ def launch_threshold(x: Tensor, t: Tensor) -> Tensor:
     """
     y = torch.empty_like(x)
     source = x if x.stride() == y.stride() else y.copy_(x)
-    _launch(threshold_kernel, source, t, y)
+    launch_blocks(threshold_kernel, source, t, y)
     return y
 
 
@@ -92,11 +92,11 @@ def launch_threshold_backward(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
     y = torch.empty_like(x)
     x = x if x.stride() == y.stride() else torch.empty_like(y).copy_(x)
     grad = grad if grad.stride() == y.stride() else y.copy_(grad)
-    _launch(threshold_backward_kernel, grad, x, t, y)
+    launch_blocks(threshold_backward_kernel, grad, x, t, y)
     return y
 
 
-def _launch(kernel: triton.JITFunction, *tensors: Tensor | None, **constants: Any) -> None:
+def launch_blocks(kernel: triton.JITFunction, *tensors: Tensor | None, **constants: Any) -> None:
     """Run an elementwise kernel over tensors of one layout, scalars and parameters; the last is the result."""
     y = tensors[-1]
     if numel := y.numel():

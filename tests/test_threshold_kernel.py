@@ -66,7 +66,7 @@ def test_layouts_are_the_reference(kernels: ModuleType, dtype: torch.dtype, layo
 def test_operator_launches_them(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the operator does with CUDA tensors, short of the device."""
     launchers = kernels.launch_threshold, kernels.launch_threshold_backward
-    monkeypatch.setattr(ops, "_launchers", lambda function: launchers)
+    monkeypatch.setattr(ops, "launchers", lambda function: launchers)
     x, t = torch.randn(3, 5).mT, torch.tensor(0.5)
     forward, backward = (ops.IMPLEMENTATIONS[name]["CUDA"] for name in ("threshold", "threshold_backward"))
     assert same(forward(x, t), reference.threshold(x, t))
@@ -101,7 +101,7 @@ def test_dense_tensors_are_not_copied(kernels: ModuleType, layout: str, monkeypa
     x, t = LAYOUTS[layout](values(0.5, torch.float32)), torch.tensor(0.5)
     grad = torch.empty_like(x).fill_(1)
     expected = reference.threshold(x, t), reference.threshold_backward(grad, x, t)
-    monkeypatch.setattr(kernels, "_launch", lambda kernel, *tensors: launched.append(tensors))
+    monkeypatch.setattr(kernels, "launch_blocks", lambda kernel, *tensors: launched.append(tensors))
     monkeypatch.setattr(torch.Tensor, "copy_", refuse)
     launched: list[tuple] = []
     results = kernels.launch_threshold(x, t), kernels.launch_threshold_backward(grad, x, t)

@@ -10,8 +10,8 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 import forged_fx
+from forged_fx.extras import need
 from forged_fx.files import whole
-from forged_fx.sources.models import need
 
 Batch: TypeAlias = Tensor | dict[str, Tensor]
 

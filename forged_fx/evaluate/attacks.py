@@ -17,9 +17,9 @@ from torch import Tensor
 
 from forged_fx import checked
 from forged_fx.evaluate import further, transfer
-from forged_fx.evaluate.extras import need
 from forged_fx.evaluate.gradients import Logits
 from forged_fx.evaluate.threat import Threat
+from forged_fx.extras import need
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from forged_fx.evaluate.extras import need
 from forged_fx.evaluate.journal import Journal, pack
+from forged_fx.extras import need
 from forged_fx.modes import seed
 from forged_fx.processes import Processes, attempt, result
 

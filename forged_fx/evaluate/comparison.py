@@ -8,11 +8,11 @@ from typing import Any
 
 from forged_fx import checked
 from forged_fx.evaluate import report, statistics
-from forged_fx.evaluate.extras import need
 from forged_fx.evaluate.journal import differences
 from forged_fx.evaluate.record import call_of
 from forged_fx.evaluate.result import FIGURES, KINDS, Result, Side
 from forged_fx.evaluate.statistics import Paired
+from forged_fx.extras import need
 
 WORST = KINDS[-1]
 LISTED = 20  # of the examples that flip, in the printed table

@@ -19,12 +19,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+import filelock  # torch needs it too
 import torch
 from torch import Tensor
 
 from forged_fx import checked
 from forged_fx.evaluate import fingerprint
-from forged_fx.evaluate.extras import need
+from forged_fx.extras import need
 from forged_fx.files import whole
 from forged_fx.processes import Processes
 
@@ -48,7 +49,6 @@ class Journal:
             raise FileExistsError(f"{folder} is a file, and a run is kept in a folder: choose another name")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._no_others()
-        filelock = need("filelock")
         self._lock = filelock.FileLock(self.folder / "lock")
         try:
             self._lock.acquire(timeout=0)

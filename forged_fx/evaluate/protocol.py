@@ -21,7 +21,6 @@ from forged_fx.evaluate import blocks as unit
 from forged_fx.evaluate import checks, fingerprint, further, gallery, gradients, scale, surrogate
 from forged_fx.evaluate.attacks import ATTACKS, STRONGEST, Attack, Plan, Setting, choose
 from forged_fx.evaluate.blocks import Blocks
-from forged_fx.evaluate.extras import need
 from forged_fx.evaluate.findings import Case, examine
 from forged_fx.evaluate.gradients import Context
 from forged_fx.evaluate.harness import Subject
@@ -30,6 +29,7 @@ from forged_fx.evaluate.probes import PROBED, drift, probe
 from forged_fx.evaluate.record import begin, call, finish
 from forged_fx.evaluate.report import Progress
 from forged_fx.evaluate.result import Result, Row
+from forged_fx.extras import need
 from forged_fx.memory import at_half_the_batch
 from forged_fx.processes import joined
 

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from forged_fx import checked
 from forged_fx.evaluate import checks, fingerprint, journal
-from forged_fx.evaluate.extras import need
 from forged_fx.evaluate.gallery import SHOWN, Gallery
 from forged_fx.evaluate.journal import UNFINISHED, Call, Journal
 from forged_fx.evaluate.result import KINDS, STANDING, Finding, Result, Row, Side
 from forged_fx.evaluate.threat import Threat
+from forged_fx.extras import need
 from forged_fx.files import whole
 from forged_fx.modes import kept_randomness
 from forged_fx.processes import Processes

@@ -7,8 +7,8 @@ from types import TracebackType
 from typing import Any
 
 from forged_fx.checked import visible
-from forged_fx.evaluate.extras import need
 from forged_fx.evaluate.result import Result, Row
+from forged_fx.extras import need
 from forged_fx.rows import Table, figures
 
 

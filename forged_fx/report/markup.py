@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
+from forged_fx.extras import need
 from forged_fx.rows import figures
 
 SMALL = 64  # pixels a side: below, an image is shown with its pixels
@@ -74,15 +75,10 @@ def image(pixels: Tensor, says: str) -> str:
 
     ImportError: `pip install forged_fx[report]`.
     """
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("images need pillow: pip install forged_fx[report]") from error
-
     grey = (pixels.clamp(0, 1) * 255).round().byte()
     array = grey[0] if len(grey) == 1 else grey.permute(1, 2, 0)
     file = io.BytesIO()
-    Image.fromarray(array.contiguous().numpy()).save(file, format="PNG", optimize=True)
+    need("PIL.Image", "report").fromarray(array.contiguous().numpy()).save(file, format="PNG", optimize=True)
     small = "small" if max(pixels.shape[1:]) <= SMALL else ""
     data = b64encode(file.getvalue()).decode()
     return f'<img class="{small}" alt="{html.escape(says)}" src="data:image/png;base64,{data}">'

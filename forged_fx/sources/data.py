@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from forged_fx.sources.models import need
+from forged_fx.extras import need
 
 SPLITS = ("train", "test")
 MANY = 256  # images that have to be decoded: from here on, other processes do it

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from forged_fx.extras import need
 from forged_fx.sources import robustbench
 from forged_fx.sources.classifier import Classifier, Normalization, device_of, normalization
 from forged_fx.sources.exported import load_program
@@ -151,15 +152,6 @@ def _known(name: str, names: Iterable[str], where: str) -> None:
         close = difflib.get_close_matches(name, names, n=3)
         hint = f"did you mean {', '.join(close)}?" if close else f"it has {len(names)}, such as {', '.join(names[:3])}"
         raise NoSuchName(f"{where} has no model {name!r}: {hint}")
-
-
-def need(package: str, extra: str = "") -> Any:
-    """The module, or an ImportError that says how to get it."""
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        how = f"pip install forged_fx[{extra}]" if extra else f"pip install {package.partition('.')[0]}"
-        raise ImportError(f"this needs {package.partition('.')[0]} ({error}): {how}") from error
 
 
 def _timm(name: str, trained: bool) -> Model:
