@@ -7,7 +7,12 @@ from statistics import NormalDist
 import pytest
 import torch
 
-from forged_fx.evaluate.statistics import bootstrap, compare, mcnemar, paired, sign_tail, tango
+from forged_fx.evaluate.statistics import bootstrap, compare, holm, mcnemar, paired, sign_tail, tango
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # the third holds the second up
+    assert holm([0.7, 0.6]) == [1.0, 1.0] and holm([0.2]) == [0.2] and holm([]) == []
 
 
 @pytest.mark.parametrize(

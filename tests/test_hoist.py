@@ -80,7 +80,8 @@ def test_a_threshold_moves_up_to_its_producer(move):
 @pytest.mark.parametrize("join", [torch.cat, torch.stack])
 def test_a_threshold_stays_behind_a_conversion(join, other):
     """Ahead of it, it would be another dtype's, or of one that has no threshold."""
-    before, after, places = hoisted(lambda x, t: threshold(join([x.relu(), (x.abs() * 3).to(other)]), t), X[1:], T)
+    convert = torch.ops.prims.convert_element_type  # as Inductor's graphs have it, whose kernels write what it returns
+    before, after, places = hoisted(lambda x, t: threshold(join([x.relu(), convert(x.abs() * 3, other)]), t), X[1:], T)
     assert same(before(X[1:], T), after(X[1:], T))
     assert [producer for producer, _ in places] == [f"aten.{join.__name__}.default"]
 
@@ -181,6 +182,15 @@ def test_a_result_is_computed_once():
     before, after, places = hoisted(f, X, T)
     assert all(same(a, b) for a, b in zip(before(X, T), after(X, T), strict=True))
     assert places == [("aten.relu.default", ["aten.sin.default", "aten.cos.default"])]
+
+
+def test_other_thresholds_of_one_value_are_other_results():
+    def f(x, t, u):
+        x = x.relu()
+        return threshold(x, t).sin(), threshold(x, u).cos()
+
+    before, after, places = hoisted(f, X, T, OTHER)
+    assert all(same(a, b) for a, b in zip(before(X, T, OTHER), after(X, T, OTHER), strict=True)) and len(places) == 2
 
 
 def test_an_index_is_no_data():

@@ -254,6 +254,8 @@ def test_describe_says_kind_and_ends(model, stats):
         ({"ratio": {"a": 2, "*": 0.1}}, r"ratio for 'a' must be a number in \[0, 1\]"),
         ({"statistic": "median"}, "statistic='median': it is 'max', or 'quantile"),
         ({"statistic": "quantile(2)"}, "quantile"),
+        ({"statistic": "quantile(0.9)", "ratio": float("inf")}, "ratio must be a number in"),
+        ({"statistic": "mean_std"}, "is for kind 'mean'; the others take"),
         ({"kind": "mean", "statistic": "max", "ratio": 0.1}, "kind 'mean' takes 'mean_std'"),
         ({"where": "conv"}, "where: 'conv' matches no site"),
     ],
@@ -285,6 +287,12 @@ def test_a_quantile_is_a_smaller_statistic(model, stats, x):
     assert forged.a.forged_limit.item() == pytest.approx(1.5 * site.statistic("quantile(0.9)"))
     forged.set_ratio(0.5)
     assert forged.a.forged_limit.item() == pytest.approx(0.5 * site.statistic("quantile(0.9)"))
+    beyond = forged_fx.transform(model, stats, 1.5, statistic="quantile(0.9)")  # values lie there, other than of c_max
+    assert beyond.a.forged_threshold.item() == pytest.approx(1.5 * site.statistic("quantile(0.9)"))
+
+
+def test_the_ends_of_a_band_may_meet():
+    assert KINDS["band"].check((0.5, 0.5), "max", "ratio") == (0.5, 0.5)
 
 
 # ---- what attacks see
