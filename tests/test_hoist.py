@@ -120,6 +120,18 @@ def test_a_threshold_does_not_pass_a_mere_permutation():
     assert node.args[0].target is torch.ops.aten.permute.default
 
 
+def test_a_threshold_that_is_frozen_comes_along():
+    gm = make_fx(lambda x, t: threshold(x.relu().view(2, -1), t).sin(), tracing_mode="fake")(X, T)
+    (node,) = gm.graph.find_nodes(op="call_function", target=THRESHOLD)
+    gm.register_buffer("frozen", T)
+    with gm.graph.inserting_before(node):
+        node.replace_input_with(node.args[1], gm.graph.get_attr("frozen"))
+    hoist(gm.graph)
+    gm.graph.lint()  # a value stands ahead of who reads it
+    (moved,) = gm.graph.find_nodes(op="call_function", target=THRESHOLD)
+    assert moved.args[0].target is torch.ops.aten.relu.default
+
+
 def test_branches_that_agree_are_passed():
     def split(x, t):
         a, b = x.relu().split([1, 3], 1)
