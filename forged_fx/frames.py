@@ -106,8 +106,7 @@ class Compilation:
             "uncompiled (beside an LSTM or GRU, torch._dynamo.config.allow_rnn=True lets Dynamo in), in attention's "
             "fused eval-mode kernel (torch.backends.mha.set_fastpath_enabled(False) opens it), or beyond "
             "torch._dynamo.config.recompile_limit; or this input took a branch that none in calibration took. Forge "
-            "the model with forged_fx.transform, leave "
-            "them out with exclude=, or accept it with strict=False"
+            "the model with forged_fx.transform, leave them out with exclude=, or accept it with strict=False"
         )
 
 

@@ -222,10 +222,10 @@ def search(
 
     A configuration is scored on the inputs on which the base's outcome is closest to turning, by what a short APGD
     leaves standing: with its true gradient, under BPDA, the straight-through one and a smooth surrogate's, and shown
-    the base's adversarial examples. The best are
-    confirmed on other inputs by `evaluate`, which also attacks each finalist along the gradients of its own kind: the
-    base's, as if nothing had been forged, and smooth surrogates at several temperatures, from random points and from
-    the base's adversarial examples, with more steps and restarts until the figure stops moving.
+    the base's adversarial examples. The best are confirmed on other inputs by `evaluate`, which also attacks each
+    finalist along the gradients of its own kind: the base's, as if nothing had been forged, and smooth surrogates at
+    several temperatures, from random points and from the base's adversarial examples, with more steps and restarts
+    until the figure stops moving.
 
     Args:
         model: a classifier, x -> logits (n, classes).

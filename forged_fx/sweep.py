@@ -32,7 +32,7 @@ from forged_fx.extras import need
 from forged_fx.files import whole
 from forged_fx.kinds import KINDS
 from forged_fx.recorded import LIMIT, Recorded, answers, running, within
-from forged_fx.rows import Table
+from forged_fx.rows import Table, share
 from forged_fx.stats import Ends, Stats, is_number
 from forged_fx.throughput import interleave
 from forged_fx.transform import select
@@ -188,10 +188,9 @@ class Sweep(Recorded):
         for p in self.points:
             interval = f"{100 * p.low:+.1f} {100 * p.high:+.1f}"
             points = f"{100 * (p.worst - self.worst) / self.n:+.1f}"
-            shares = ["" if share is None else f"{100 * share:.1f} %" for share in (p.zeroed, p.limited)]
             speed = "" if p.speed is None else f"{p.speed:.2f} [{p.speed_low:.2f} {p.speed_high:.2f}]"
             figures = (str(p.worst), points, interval, f"{p.p_holm:.2g}", str(p.true), str(p.natural))
-            rows.append((p.name, *figures, *shares, speed, p.verdict))
+            rows.append((p.name, *figures, share(p.zeroed), share(p.limited), speed, p.verdict))
         bold = 1 + self.points.index(self.best)
         return [
             Table(f"right, of {self.n} inputs", (*headings, "zeroed", "limited", "throughput", "verdict"), rows, bold)

@@ -74,9 +74,9 @@ def evaluate(
             inputs, that goes for anything less than "relentless".
         seed: of all attacks, each block of 250 inputs anew, as AutoAttack does.
         batch_size: how many inputs the models are fed at a time, which bounds the memory; if that does not suffice,
-            once half as many, and a warning says so. Below 250 each attack step
-            costs one more forward pass, because the backward runs it again. The outcome is the same, as far as a
-            model's arithmetic for one input does not depend on how many others there are.
+            once half as many, and a warning says so. Below 250 each attack step costs one more forward pass, because
+            the backward runs it again. The outcome is the same, as far as a model's arithmetic for one input does not
+            depend on how many others there are.
         folder: where the run is recorded, block by block, and at last its result. Killed at any moment, the same call
             goes on and ends with the same result. If the folder holds that result already, its examples are verified
             and it is returned. If it holds anything of another call, the error says what differs.

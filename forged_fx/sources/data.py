@@ -30,16 +30,16 @@ class Images(Dataset):
     """Labelled images, decoded when they are asked for.
 
     items: whatever `decode` makes an image of, uint8 (channels, height, width), or float32 in [0, 1]. labels: (n,)
-    int64, or None where there are none. resize: (short side, side of the square cut from the middle, or None), of an
-    image as it comes. mixed: the first of them are like the others;
-    else they lie sorted by class, and a part is taken evenly. slow: decoding is work.
+    int64, or None where there are none. resize: (short side, side of the square cut from the middle), of an image as
+    it comes; None: as it is. mixed: the first of them are like the others; else they lie sorted by class, and a part
+    is taken evenly. slow: decoding is work.
     """
 
     name: str
     items: Any
     labels: Tensor | None
     decode: Decode
-    resize: tuple[int, int | None] | None = None
+    resize: tuple[int, int] | None = None
     mixed: bool = True
     slow: bool = False
 
@@ -147,7 +147,7 @@ def load_data(name: str, split: str | None = None, resize: str | None = None) ->
     return Images(**{**vars(images), "name": name, "resize": None if resize is None else _sides(resize)})
 
 
-def _sides(text: str) -> tuple[int, int | None]:
+def _sides(text: str) -> tuple[int, int]:
     try:
         sides = [int(part) for part in text.split(",")]
     except ValueError:
