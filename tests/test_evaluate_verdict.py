@@ -93,6 +93,11 @@ def test_weigh_counts_by_example():
     assert (e.taken, e.spared) == (2, 1)  # 1 and 2; 6. Both lost 3.
 
 
+def test_six_inputs_are_the_least_that_show_something():
+    for n, verdict in ((5, "cannot say"), (6, "gain")):
+        assert judge(Evidence(n, n, n, 0, 0, 0, 0, paired(n, n, 0)))[0] == verdict
+
+
 def test_one_example_that_vanishes_is_no_masking():
     assert judge(Evidence(N, 121, 120, 1, 120, 120, 0, paired(N, 0, 0)))[0] == "no measurable gain"
 

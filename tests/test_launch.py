@@ -111,6 +111,22 @@ def test_a_fused_kernel_is_asked_again_for_what_decides(name, kernel, monkeypatc
         assert dict(zip(behind, args[len(tensors) :], strict=True)) == {key: rest[key] for key in behind}
 
 
+SQUARE, MEAN = torch.rand(16, 16), (torch.rand(16), torch.rand(16))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_kinds_kernel_is_asked_again_for_what_decides(backward, kernel, monkeypatch):
+    kinds = pytest.importorskip("forged_fx.kernels.kinds")
+    name, launch = ("kind_backward_kernel", kinds.launch_backward) if backward else ("kind_kernel", kinds.launch)
+    kernel.arg_names = getattr(kinds, name).arg_names
+    monkeypatch.setattr(kinds, name, kernel)
+    x = (SQUARE, SQUARE) if backward else (SQUARE,)
+    for rule, *parameters in (("soft", T), ("clamp", T), ("band", T, T), ("mean", *MEAN, 0), ("mean", *MEAN, 1)):
+        kernel.asked.clear(), kernel.runs.clear()
+        launch(rule, *x, *parameters), launch(rule, *x, *parameters)
+        assert len(kernel.asked) == len(kernel.runs) == 1, (rule, parameters)
+
+
 def test_asked_for_each_kernel_and_device(kernel, monkeypatch):
     threshold.launch_threshold(X, T)
     another = Kernel()
