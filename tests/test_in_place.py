@@ -76,6 +76,12 @@ def test_the_values_are_the_recorded_runs(forged, x, mode):
     assert torch.equal(x, kept)
 
 
+def test_on_other_devices_it_is_the_operator(forged, x):
+    with torch.no_grad():
+        shape = forged(x).shape
+        assert forged.to("meta")(x.to("meta")).shape == shape
+
+
 def test_only_memory_that_nobody_else_owns_is_taken(forged, x):
     with torch.no_grad():
         assert addresses(forged, lambda: forged(x)) == IN_PLACE
