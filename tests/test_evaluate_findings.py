@@ -154,8 +154,12 @@ def case(broken_by=(), base_broken_by=(), probes=FINE, **change):
     return Case(side("model", broken_by), side("base", base_broken_by), probes=probes, **fields)
 
 
+def found(name, given):
+    return next(finding for finding in examine(given) if finding.name == name)
+
+
 def verdict_of(name, **change):
-    return next(finding for finding in examine(case(**change)) if finding.name == name)
+    return found(name, case(**change))
 
 
 @pytest.mark.parametrize(
@@ -176,6 +180,44 @@ def test_what_rows_may_take(name, row):
     assert not verdict_of(name, broken_by=[row] * 5, base_broken_by=[row] * 5).raised
     others = {n for n, r in [("white box above black box", 2), ("true gradient above BPDA", 3)] if r != row} - {name}
     assert not any(verdict_of(other, broken_by=[row] * 50).raised for other in others)
+
+
+def test_what_an_earlier_round_broke_the_last_one_had_at_hand():
+    given = case(broken_by=[5] * 50)
+    assert not found("attack unfinished", given).raised  # noise, which has a check of its own
+    for i, row in enumerate(given.model.rows[5:], start=1):
+        row.attack = further.in_round("apgd-random", i)
+    assert not found("attack unfinished", given).raised
+    given.model.broken_by[:5] = 6
+    assert found("attack unfinished", given).raised
+
+
+def test_a_black_box_attack_ahead_of_all_others_accuses_none():
+    given = case(broken_by=[2] * 50)
+    given.model.rows[1].attack, given.model.rows[5].attack = "noise", "apgd-restart"
+    assert found("white box above black box", given).value is None
+
+
+def test_half_of_the_outputs_may_be_probabilities():
+    logits = torch.full((200, 10), 0.5)  # in [0, 1], and adds up to 5
+    for proper, raised in ((0, False), (100, False), (101, True)):
+        logits[:proper] = 0.1
+        assert verdict_of("output is a probability", logits=logits).raised == raised
+
+
+def test_a_scale_of_nothing_but_zeros_or_of_nothing():
+    assert "nothing but zeros" in verdict_of("calibrated on another scale", scale=(0.0, 1.0)).note
+    threshold, t = torch.ops.forged_fx.threshold.default, torch.tensor(0.5)
+    with scale._First({threshold}, {id(t): 4.0}) as first:
+        threshold(torch.zeros(0, 3), t), threshold(torch.ones(2, 3), t)
+    assert first.seen == (1.0, 4.0)
+
+
+def test_of_few_inputs_a_few_steps_may_miss_one():
+    few = replace(FINE, probed=10, by_radius=[9, 8, 5, 2, 1])
+    for by_steps, raised in (([5, 5, 6], False), ([5, 5, 7], True)):
+        finding = found("accuracy rises with iterations", case(probes=replace(few, by_steps=by_steps)))
+        assert finding.raised == raised
 
 
 @pytest.mark.parametrize(
