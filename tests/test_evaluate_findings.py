@@ -254,7 +254,8 @@ def test_what_accuses_nobody(name, change):
 
 @pytest.mark.parametrize("batch_size", [3, 64])
 def test_the_scale_is_seen_in_batches_and_does_not_depend_on_them(batch_size):
-    model, x = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU()), torch.randn(10, 4)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    x = torch.arange(40.0).view(10, 4)  # the largest comes last
     forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-6)
     fed = []
     forged.register_forward_pre_hook(lambda _, args: fed.append(len(args[0])))
