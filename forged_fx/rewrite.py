@@ -193,5 +193,4 @@ def _origin(node: fx.Node, origins: dict[fx.Node, Origin], source: Callable[[fx.
         return source(node)
     if fact_of(node) is not None:
         return Origin.CONSTANT
-    inputs = joined(*(origins[n] for n in node.all_input_nodes))
-    return joined(inputs, Origin.PARAMETER) if node.op == "call_module" else inputs
+    return joined(*(origins[n] for n in node.all_input_nodes))

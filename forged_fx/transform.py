@@ -374,7 +374,7 @@ def _forge_whole(model: torch.nn.Module, stats: Stats, wanted: list[str], choice
     for name, call in zip(names, calls, strict=True):
         if name in wanted and (made := call.call) not in WHOLE.values() and made.kind != stats.sites[name].kind:
             raise Untraceable(f"what calibration saw as {stats.sites[name].kind} at {name!r} is {made.kind} in a graph")
-    insert_thresholds(graph, calls, names, place, _source(model))
+    insert_thresholds(graph, calls, names, place, _source)
     write_back.in_graph(graph, model)
     if missed := [name for name in wanted if name not in buffers]:
         raise Untraceable(f"the graph lacks the sites {', '.join(missed)}")
@@ -415,15 +415,9 @@ def _module_of_node(node: fx.Node) -> str:
     return next(reversed(stack.values()))[0] if stack else ""
 
 
-def _source(model: torch.nn.Module) -> Any:
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-
-    def source(node: fx.Node) -> Origin:
-        if node.op == "placeholder":
-            return Origin.DATA
-        return Origin.PARAMETER if node.target in parameters else Origin.CONSTANT
-
-    return source
+def _source(node: fx.Node) -> Origin:
+    """(What is a parameter and what a buffer, calibration has asked.)"""
+    return Origin.DATA if node.op == "placeholder" else Origin.CONSTANT
 
 
 def _places(stats: Stats, where: Globs) -> list[str]:
