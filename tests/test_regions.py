@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import io
 import types
 from typing import ClassVar
@@ -190,10 +191,12 @@ def test_copies_are_complete(model, x):
 
 
 def test_it_remains_the_model_that_it_was(model, x):
-    """Names, attributes, modes, checkpoints."""
+    """Names, signatures, modes, checkpoints."""
     forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-3)
     assert [name for name, _ in forged.named_modules()] == [name for name, _ in model.named_modules()]
     assert all(isinstance(forged.get_submodule(name), type(module)) for name, module in model.named_modules())
+    for name, module in model.named_modules():
+        assert inspect.signature(forged.get_submodule(name).forward) == inspect.signature(module.forward), name
     assert all(t.dtype == torch.float32 for k, t in forged.half().state_dict().items() if "forged" in k)
     forged.float()
     assert forged.load_state_dict(model.state_dict()) == ([], [])
