@@ -114,6 +114,7 @@ def test_no_gain_over_what_was_attacked_otherwise_or_by_attacks_that_may_have_fa
         assert main(["compare", str(tmp_path / "plain"), str(tmp_path / name)]) == EXIT_CODES["cannot say"]
         assert forged_fx.compare(tmp_path / name, tmp_path / "plain").verdict == "loss"
     assert masking.verdict == "masking"
-    assert any(
-        "b by itself is judged masking" in one for one in forged_fx.compare(tmp_path / "plain", masking).cautions
-    )
+    found = forged_fx.compare(tmp_path / "plain", masking)
+    assert any("b by itself is judged masking" in one for one in found.cautions)
+    masking.model.broken_by[:], masking.findings, masking.plan = -1, [], found.a.plan  # nothing else stands against it
+    assert found.paired().direction == 1 and found.verdict == "cannot say"
