@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,32 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path, batches):
     path.write_bytes(before[:-1])
     with pytest.raises(ValueError, match="not a file of calibration statistics"):
         forged_fx.calibrate(model, batches, checkpoint=path)
+
+
+def test_of_a_sequence_what_was_scanned_is_not_asked_for_again(tmp_path, batches):
+    asked = []
+
+    class Made(Sequence):
+        def __init__(self, which):
+            self.which = which
+
+        def __len__(self):
+            return len(self.which)
+
+        def __getitem__(self, i):
+            if isinstance(i, slice):
+                return Made(self.which[i])
+            asked.append(self.which[i])
+            return batches[self.which[i]]
+
+    model, path, made = linear(classes=3), tmp_path / "scan", Made(range(len(batches)))
+    forged_fx.calibrate(model, made, checkpoint=path, max_batches=3)
+    asked.clear()
+    stats = forged_fx.calibrate(model, made, checkpoint=path, max_batches=5)
+    assert stats == forged_fx.calibrate(model, batches[:5]) and torch.equal(stats.example[0][0], batches[0])
+    assert {3, 4} <= set(asked) <= {0, 2, 3, 4}  # the first is the example, the third tells that it is the same scan
+    with pytest.raises(FileExistsError, match="other batches"):
+        forged_fx.calibrate(model, Made([0, 1, 2, 3, 0, 4]), checkpoint=path)
 
 
 def test_two_scans_do_not_share_a_checkpoint(tmp_path, batches):
