@@ -122,7 +122,8 @@ def fast_path_off() -> Iterator[None]:
 class _Thread(threading.local):
     """Tells one thread from all others. (An identity, Dynamo could not ask for.)"""
 
-    is_this = False
+    def __init__(self) -> None:
+        self.is_this = False  # as in regions.Pass
 
 
 @contextlib.contextmanager

@@ -69,8 +69,11 @@ class Pass(threading.local):
     counts: how many calls each plan has made in it, by the plan's id.
     """
 
-    depth = 0
+    depth: int
     counts: dict[int, int]
+
+    def __init__(self) -> None:
+        self.depth = 0  # a class's attribute would hide each thread's own from Dynamo of torch 2.11
 
     def enter(self) -> None:
         if self.depth == 0:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import forged_fx
+from forged_fx.modes import module_hooks
 
 STEPS: dict[tuple[str, str], Callable] = {}  # (thread's name, place) -> what it does there
 
@@ -163,3 +164,13 @@ def test_a_model_is_watched_while_another_runs(batches):
 
     stats, _ = run(scan=lambda: forged_fx.calibrate(model, batches), other=run_other)
     assert stats.sites == expected.sites
+
+
+def test_compiled_code_is_watched_too():
+    """Dynamo reads what tells the thread that watches from others."""
+    entered = []
+    layer = nn.ReLU()
+    fast = torch.compile(lambda x: layer(x), backend="eager")
+    with module_hooks(lambda module, args: entered.append("in"), lambda *_: entered.append("out")):
+        fast(torch.ones(1))
+    assert entered == ["in", "out"]
