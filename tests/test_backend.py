@@ -751,4 +751,5 @@ def test_low_precision_agrees_with_eager_on_request():
         expected = f(x, t) == 0
         for fast in differ:
             differ[fast] += ((fast(x, t) == 0) != expected).sum().item()
-    assert differ[exact] == 0 and 0 < differ[default] <= x.numel() * 16 / 1000
+    ignored = torch.__version__ < (2, 13)  # by Inductor's C++ code, where it was asked for
+    assert differ[exact] == (differ[default] if ignored else 0) and 0 < differ[default] <= x.numel() * 16 / 1000
