@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -12,6 +13,10 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 # Inductor of torch 2.11 joins nothing with a product of more than two dimensions, a plain model's neither, until its
 # loops are merged.
 MERGED = {"loop_ordering_after_fusion": False} if torch.__version__ < (2, 12) else {}
+
+CUDA_BUILD = pytest.mark.skipif(
+    not torch.backends.cuda.is_built(), reason="this build of PyTorch has no CUDA, and makes no code for a GPU"
+)
 
 START = """
 import sys

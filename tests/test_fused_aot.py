@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import kernels_static
 import torch
+from launches import CUDA_BUILD
 
 from forged_fx.kernels import fused
 
@@ -63,6 +64,7 @@ def test_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert kernels_static.main([*arguments, "--only", "softmax"]) == 2
 
 
+@CUDA_BUILD
 def test_inductor_is_beside_ours(tmp_path: Path) -> None:
     """In a process of its own, which is made to believe that it has a GPU."""
     script = Path(__file__).parents[1] / "benchmarks" / "kernels_static.py"

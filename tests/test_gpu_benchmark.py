@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import gpu
 import kernel_cases
 from gpu import LATE
-from launches import plain_and_forged
+from launches import CUDA_BUILD, plain_and_forged
 
 from forged_fx.thresholds import thresholds_of
 
@@ -163,6 +163,7 @@ net, x, dtype = Heads().eval(), torch.rand(8, 64, 768), torch.float16
 """
 
 
+@CUDA_BUILD
 def test_the_product_in_test_device_applies_its_threshold() -> None:
     (launches, size), (forged_launches, forged_size) = plain_and_forged(HEADS)
     assert launches == forged_launches == 2, "attention and the product"

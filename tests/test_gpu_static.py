@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from launches import BENCHMARKS, plain_and_forged
+from launches import BENCHMARKS, CUDA_BUILD, plain_and_forged
 
 sys.path.insert(0, str(BENCHMARKS))
 
@@ -14,6 +14,7 @@ import gpu_static
 SCRIPT = BENCHMARKS / "gpu_static.py"
 
 
+@CUDA_BUILD
 def test_a_wide_resnet_pays_for_its_input_alone(tmp_path):
     table = tmp_path / "table.csv"
     command = [sys.executable, SCRIPT, "preact:10-1", "--batch", "8", "--csv", table]
@@ -61,6 +62,7 @@ dtype, options = torch.float32, {}
 """
 
 
+@CUDA_BUILD
 def test_a_sum_that_is_read_raw_too_is_written_beside_its_threshold() -> None:
     (launches, size), (forged_launches, forged_size) = plain_and_forged(NETWORK)
     assert forged_launches == launches + 1, "the network's input"
@@ -87,11 +89,13 @@ dtype, options = torch.float16, {"max_autotune": True}
 """
 
 
+@CUDA_BUILD
 def test_the_copy_of_attentions_heads_and_its_threshold_are_a_part_of_the_product_ahead() -> None:
     (launches, _), (forged_launches, _) = plain_and_forged(ATTENTION)
     assert forged_launches == launches
 
 
+@CUDA_BUILD
 def test_a_product_reads_its_operands_whole_whether_or_not_a_threshold_is_joined_with_it() -> None:
     network = "net, x = nn.Linear(1024, 64), torch.rand(512, 1024)\n"
     network += "dtype, options = torch.float16, {'max_autotune': True}\n"

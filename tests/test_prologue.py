@@ -1,6 +1,6 @@
 """A threshold that a matrix product may apply waits for the product, and not for longer."""
 
-from launches import plain_and_forged
+from launches import CUDA_BUILD, plain_and_forged
 
 # On a GPU that is not there. Bottlenecks read their input raw, for the sum at their end, and with a threshold, for a
 # 1x1 convolution, which is a matrix product; the last block for a depthwise convolution, which is a library's.
@@ -20,6 +20,7 @@ dtype, options = torch.float16, {"max_autotune": True}
 """
 
 
+@CUDA_BUILD
 def test_residual_streams_are_free_where_products_are_generated() -> None:
     (launches, size), (forged_launches, forged_size) = plain_and_forged(NETWORK)
     once = 2 * 8 * 64 * 32 * 32  # bytes of an activation
