@@ -11,7 +11,6 @@ A module that runs several times in a forward pass has thresholds of its own for
 has in the pass. A pass begins where a thread enters the model: at the model, or at one of its parts that a user calls.
 """
 
-import contextlib
 import inspect
 import sys
 import threading
@@ -24,7 +23,6 @@ from torch.overrides import TorchFunctionMode
 
 from forged_fx import ops, torch_internals  # noqa: F401 (ops defines the op)
 from forged_fx.kinds import Choice
-from forged_fx.modes import module_hooks
 from forged_fx.sites import (
     ACTIVATIONS,
     CALLS,
@@ -195,10 +193,9 @@ class ForgedCalls(ForgedParent):
 
     @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        own = _OwnCalls(self)
         self.forged_pass.enter()
         try:
-            with _follow_submodules(self, own), own:
+            with _OwnCalls(self):
                 return super(ForgedParent, self).forward(*args, **kwargs)
         finally:
             self.forged_pass.leave()
@@ -209,39 +206,35 @@ class _OwnCalls(TorchFunctionMode):
 
     def __init__(self, region: ForgedCalls) -> None:
         super().__init__()
-        self.region, self.depth = region, 0
+        self.region = region
+        self.inside = {id(module) for module in region.modules()}
         self.own: dict[int, int] = {}  # the calls since the module's own start, by plan
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if self.depth == 0:
-            if function in OPENED:
-                with self:
-                    return OPENED[function](*args, **kwargs)
-            call = CALLS.get(function) or ACTIVATIONS.get(function)
-            plan = self.region.forged_activations if function in ACTIVATIONS else self.region.forged_plan
-            if call is not None and plan is not None:
-                for forge in plan.next(self.own if plan.once else self.region.forged_pass.so_far()):
-                    x = get(args, kwargs, forge.key) if call.kind == forge.kind else None
-                    if x is None or isinstance(x, torch.nn.Parameter):
-                        raise other_call(plan.module, forge.kind, call.kind)
-                    new = forge(self.region, x)
-                    x = x.copy_(new) if function in ACTIVATIONS and works_in_place(function, args, kwargs) else new
-                    args, kwargs = replace(args, kwargs, forge.key, x)
+        call = CALLS.get(function) or ACTIVATIONS.get(function)
+        # What Dynamo records is a submodule's: of this module it records nothing.
+        if torch.compiler.is_dynamo_compiling() or not (call or function in OPENED) or not self._is_own():
+            return function(*args, **kwargs)
+        if function in OPENED:
+            with self:
+                return OPENED[function](*args, **kwargs)
+        plan = self.region.forged_activations if function in ACTIVATIONS else self.region.forged_plan
+        if plan is not None:
+            for forge in plan.next(self.own if plan.once else self.region.forged_pass.so_far()):
+                x = get(args, kwargs, forge.key) if call.kind == forge.kind else None
+                if x is None or isinstance(x, torch.nn.Parameter):
+                    raise other_call(plan.module, forge.kind, call.kind)
+                new = forge(self.region, x)
+                x = x.copy_(new) if function in ACTIVATIONS and works_in_place(function, args, kwargs) else new
+                args, kwargs = replace(args, kwargs, forge.key, x)
         return function(*args, **kwargs)
 
-
-def _follow_submodules(region: torch.nn.Module, own: _OwnCalls) -> contextlib.AbstractContextManager[None]:
-    """Tell `own` when one of the region's registered submodules is running."""
-    inside = {id(module) for module in region.modules()} - {id(region)}
-
-    def enter(module: torch.nn.Module, args: Any) -> None:
-        own.depth += id(module) in inside
-
-    def leave(module: torch.nn.Module, args: Any, result: Any) -> None:
-        own.depth -= id(module) in inside
-
-    return module_hooks(enter, leave)
+    def _is_own(self) -> bool:
+        """Whether none of the submodules makes the call that is running. The stack tells; hooks around all modules
+        would, too, but Dynamo would compile a submodule anew in each pass, as hooks are others each time."""
+        running = (module for module in torch_internals.modules_on_stack() if id(module) in self.inside)
+        return next(running, self.region) is self.region
 
 
 _classes: dict[tuple[type, ...], type] = {}

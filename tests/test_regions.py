@@ -240,6 +240,38 @@ def test_compiled_equals_eager(model, x):
         assert torch.allclose(torch.compile(forged, backend="forged")(x).float(), forged(x).float(), atol=1e-6)
 
 
+class CallsAround(DataBranch):
+    """Calls of its own ahead of a part, and behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.part = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+
+    def forward(self, x):
+        return F.linear(self.part(F.linear(super().forward(x), self.weight)), self.weight)
+
+
+@pytest.mark.parametrize("compiled_in_place", [False, True])
+def test_a_part_is_compiled_once(compiled_in_place, x):
+    torch.manual_seed(0)
+    model = CallsAround().eval()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-3)
+    with torch.no_grad():
+        eager = forged(x)
+        if compiled_in_place:
+            forged.part.compile(backend="forged")
+        else:
+            forged.part = torch.compile(forged.part, backend="forged")
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        graphs = []
+        for _ in range(3):
+            assert torch.allclose(forged(x), eager, atol=1e-6)
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] >= 1 and graphs == 3 * graphs[:1]
+
+
 def test_checkpointing_repeats_the_forward(x):
     model = FunctionalCall()
     forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-3)
