@@ -12,6 +12,8 @@ import torch
 import torch.nn.modules.module as hooks
 from torch.nn.parameter import is_lazy
 
+from forged_fx import torch_internals
+
 F = TypeVar("F", bound=Callable)
 
 
@@ -117,6 +119,22 @@ def fast_path_off() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(was)
+
+
+@contextlib.contextmanager
+def uncompiled(model: torch.nn.Module) -> Iterator[None]:
+    """The parts that torch.compile was given run as they are written: compiled while it is watched, a part would take a
+    hundred times as long, and be made anew for each batch."""
+    parts = [(vars(m), "_compiled_call_impl", None) for m in model.modules() if torch_internals.compiled_in_place(m)]
+    parts += [(vars(m), "forward", m._orig_mod.__call__) for m in model.modules() if "_orig_mod" in m._modules]
+    before = [(own, name, own[name]) for own, name, _ in parts]
+    try:
+        for own, name, value in parts:
+            own[name] = value
+        yield
+    finally:
+        for own, name, value in before:
+            own[name] = value
 
 
 class _Thread(threading.local):

@@ -349,6 +349,39 @@ class Flexible(nn.Module):
         return flex_attention(*[x.view(1, 1, -1, 4)] * 3)
 
 
+class Residual(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return x + self.inner(x)
+
+
+@pytest.mark.parametrize("name", ["", "inner"])
+def test_parts_that_are_compiled_in_place_are_watched_as_they_are_written(name):
+    model = Residual(Residual(nn.Linear(4, 4))).eval()
+    x = torch.randn(3, 4)
+    stats = forged_fx.calibrate(model, [x, -x])
+    model.get_submodule(name).compile(backend="eager")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert forged_fx.calibrate(model, [x, -x]) == stats
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+    model(x)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+def test_a_part_that_is_compiled_is_watched_as_it_is_written():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).eval()
+    model[0] = fast = torch.compile(model[0], backend="eager")
+    forward = fast.forward
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    assert list(forged_fx.calibrate(model, [torch.randn(3, 4)]).sites) == ["0._orig_mod", "1"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0 and fast.forward is forward
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("inner", [Conditional, Flexible])
 def test_what_compiles_a_part_of_itself_is_named_in_a_line(inner):
