@@ -8,10 +8,11 @@ import difflib
 import json
 import math
 import numbers
+import operator
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -31,6 +32,22 @@ Ends = float | None | tuple[float | None, float | None]  # of one site: see forg
 Ratio = Ends | Mapping[str, Ends]
 
 
+Rule = Callable[["SiteStats", "SiteStats", str], Any]  # of two scans' statistics, and the field's name
+
+
+def _merge(rule: Rule) -> dict[str, Rule]:
+    """What a field of `SiteStats` has as its metadata: how two scans' values become one."""
+    return {"merge": rule}
+
+
+def _by(combine: Callable[[Any, Any], Any]) -> dict[str, Rule]:
+    """A rule that looks at the two values alone."""
+    return _merge(lambda one, other, name: combine(getattr(one, name), getattr(other, name)))
+
+
+_FIRST, _SUM, _ALL = _by(lambda one, other: one), _by(operator.add), _by(operator.and_)
+
+
 @dataclass
 class SiteStats:
     """What was seen at one site.
@@ -38,26 +55,38 @@ class SiteStats:
     c_max: the largest |x| that entered, as a float32 value; lowest: the smallest x. zeros and histogram count a sample
     of `sampled` elements (see `forged_fx.histogram`), c_max and lowest look at all `elements`. A dimension of `shape`
     that varied is -1; an input whose number of dimensions varied has the shape None.
+
+    Each field says how it is merged. Files hold every field; one that is added has a default, which stands for what
+    older files do not say, and is a number, text or a tuple of such (arrays have places of their own: _ARRAYS).
     """
 
-    kind: str
-    shape: tuple[int, ...] | None
-    weight_shape: tuple[int, ...]
-    weight: str | None  # the parameter that it meets, by name; None: something derived from parameters
-    key: tuple[int | str, ...]  # where the operand sits among the call's arguments
-    layer: bool  # its module makes this call only, on its own first argument: the threshold can go ahead of the module
-    once: bool = True  # its module ran at most once in a forward pass
-    module_calls: int = 0  # how many calls of the table its module made in one forward pass, at most
-    left_out: str | None = None  # why it is no site by default; None: it is one
-    calls: int = 0
-    c_max: float = 0.0
-    lowest: float = math.inf  # -inf: not known
-    elements: int = 0
-    sampled: int = 0
-    zeros: int = 0
-    histogram: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64))
-    channel: int = -1  # which dimension holds the channels, from behind
-    channel_counts: ChannelCounts | None = None  # None: not measured
+    kind: str = field(metadata=_FIRST)
+    shape: tuple[int, ...] | None = field(metadata=_by(lambda one, other: merge_shapes(one, other)))
+    weight_shape: tuple[int, ...] = field(metadata=_FIRST)
+    # the parameter that it meets, by name; None: something derived from parameters
+    weight: str | None = field(metadata=_FIRST)
+    key: tuple[int | str, ...] = field(metadata=_FIRST)  # where the operand sits among the call's arguments
+    # its module makes this call only, on its own first argument: the threshold can go ahead of the module
+    layer: bool = field(metadata=_ALL)
+    once: bool = field(default=True, metadata=_ALL)  # its module ran at most once in a forward pass
+    # how many calls of the table its module made in one forward pass, at most
+    module_calls: int = field(default=0, metadata=_by(max))
+    # why it is no site by default; None: it is one
+    left_out: str | None = field(
+        default=None, metadata=_merge(lambda one, other, _: one.left_out or other.left_out or one._unlike(other))
+    )
+    calls: int = field(default=0, metadata=_SUM)
+    c_max: float = field(default=0.0, metadata=_by(max))
+    lowest: float = field(default=math.inf, metadata=_by(min))  # -inf: not known
+    elements: int = field(default=0, metadata=_SUM)
+    sampled: int = field(default=0, metadata=_SUM)
+    zeros: int = field(default=0, metadata=_SUM)
+    histogram: np.ndarray = field(default_factory=lambda: np.zeros(BINS, np.int64), metadata=_SUM)
+    channel: int = field(default=-1, metadata=_FIRST)  # which dimension holds the channels, from behind
+    # None: not measured
+    channel_counts: ChannelCounts | None = field(
+        default=None, metadata=_merge(lambda one, other, _: one._merged_channels(other))
+    )
 
     def share_zeroed(self, threshold: float) -> float:
         """The share of the inputs seen in calibration with |x| < threshold, zeros included, in [0, 1]."""
@@ -90,26 +119,8 @@ class SiteStats:
         return self.channel_counts.mean_std()
 
     def merge(self, other: "SiteStats") -> "SiteStats":
-        return SiteStats(
-            kind=self.kind,
-            shape=merge_shapes(self.shape, other.shape),
-            weight_shape=self.weight_shape,
-            weight=self.weight,
-            key=self.key,
-            layer=self.layer and other.layer,
-            once=self.once and other.once,
-            module_calls=max(self.module_calls, other.module_calls),
-            left_out=self.left_out or other.left_out or self._unlike(other),
-            calls=self.calls + other.calls,
-            c_max=max(self.c_max, other.c_max),
-            lowest=min(self.lowest, other.lowest),
-            elements=self.elements + other.elements,
-            sampled=self.sampled + other.sampled,
-            zeros=self.zeros + other.zeros,
-            histogram=self.histogram + other.histogram,
-            channel=self.channel,
-            channel_counts=self._merged_channels(other),
-        )
+        """The statistics of both scans together."""
+        return SiteStats(**{f.name: f.metadata["merge"](self, other, f.name) for f in fields(SiteStats)})
 
     def _unlike(self, other: "SiteStats") -> str | None:
         """Why the two cannot have one threshold: a branch that depends on the data may make another call of it."""
@@ -336,8 +347,11 @@ class Stats:
             sites = {}
             for i, (name, text) in enumerate(header["sites"].items()):
                 where = f"site {checked.short(name)}"
-                text = {"channel": -1, **text}  # older files do not say
-                values = {key: checked.fit(text[key], _HINTS[key], f"{where}: {key}") for key in _TEXT_FIELDS}
+                values = {
+                    key: checked.fit(text[key], _HINTS[key], f"{where}: {key}")
+                    for key in _TEXT_FIELDS
+                    if key in text or key in _ALWAYS
+                }
                 values |= {key: int(counts[i, k]) for k, key in enumerate(_COUNTS)}
                 sites[name] = SiteStats(
                     **values,
@@ -375,11 +389,15 @@ def _none_in(file: Any) -> Any:
     raise ValueError(f"it holds {held} and no statistics")
 
 
-_TEXT_FIELDS = (
-    "kind", "shape", "weight_shape", "weight", "key", "layer", "once", "module_calls", "left_out", "channel",
-)  # fmt: skip
+# A site in a file: arrays with an element, or a row, for each of them; its other fields as JSON, whatever there are.
+_ARRAYS = ("c_max", "lowest", "histogram", "channel_counts")
 _COUNTS = ("calls", "elements", "sampled", "zeros")
+_TEXT_FIELDS = tuple(f.name for f in fields(SiteStats) if f.name not in _ARRAYS + _COUNTS)
+# what the files of every version say of a site; of what they do not, a field's default holds
+_ALWAYS = ("kind", "shape", "weight_shape", "weight", "key", "layer", "once", "module_calls", "left_out")
 _HINTS = get_type_hints(SiteStats)
+if _unsaid := [f.name for f in fields(SiteStats) if "merge" not in f.metadata]:
+    raise TypeError(f"SiteStats.{_unsaid[0]} does not say how two scans' are merged: give it a rule, metadata=_SUM say")
 _MOST_DIMENSIONS = 64  # that a tensor has
 _MOST = 2**50  # of anything counted: sums of it fit into 64 bits
 

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import scratch
 import torch
 from safetensors.numpy import load_file, save_file
 from torch import nn
@@ -43,6 +44,31 @@ def test_a_file_holds_everything(stats, tmp_path):
     stats.save(tmp_path / "stats.safetensors")
     assert Stats.load(tmp_path / "stats.safetensors") == stats
     assert [p.name for p in tmp_path.iterdir()] == ["stats.safetensors"]
+
+
+MEASURED = """
+import torch, forged_fx
+torch.manual_seed(0)
+model, x = torch.nn.Sequential(torch.nn.Linear(4, 3)), list(torch.randn(3, 5, 4))
+made = forged_fx.calibrate(model, x)
+made.save("stats")
+kept = [made, forged_fx.Stats.load("stats"), *(forged_fx.calibrate(model, x, checkpoint="kept") for _ in range(2))]
+print([stats.sites["0"].negatives for stats in kept], int(sum((b < 0).sum() for b in x)))
+print(forged_fx.Stats.load("older").sites["0"].negatives)
+"""
+
+
+def test_a_measurement_that_is_added_as_the_docs_say_is_kept_everywhere(stats, tmp_path):
+    """Under merge, in files, in a checkpoint; an older file gives the default. Without a rule nothing is imported."""
+    page = (scratch.ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    (line,) = [line for line in page.splitlines() if line.startswith("negatives: int = ")]
+    stats.save(tmp_path / "older")
+    at = "    def share_zeroed("
+    filled = ("            one.sampled = values.numel()\n", "            one.negatives = int((x < 0).sum())\n")
+    done = scratch.run(tmp_path, MEASURED, {"stats.py": (at, f"    {line}\n\n"), "calibrate.py": filled})
+    assert done.stdout.splitlines() == ["[27, 27, 27, 27] 27", "0"], done.stderr
+    done = scratch.run(tmp_path, MEASURED, {"stats.py": (at, "    negatives: int = 0\n\n")})
+    assert "SiteStats.negatives does not say how two scans' are merged: give it a rule" in done.stderr
 
 
 def test_a_model_is_recognised_and_another_refused(stats):
