@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 from forged_fx import ops
 from forged_fx.modes import as_found, fast_path_off
 from forged_fx.sites import CALLS, Key, replace
-from forged_fx.thresholds import parameters_of
 from forged_fx.torch_internals import tree_map
+from forged_fx.within import thresholds_within
 
 ITERATIONS = 300  # at most
 TOLERANCE = 1e-5  # two estimates in a row that are this close, relative, end the iteration
@@ -34,9 +34,9 @@ class Gains:
 
 
 def gains(forged: torch.nn.Module, x: Tensor, seed: int = 0) -> dict[str, Gains]:
-    """Site -> its gains, for each of the inputs x (n, ...); the sites whose call was seen to read the threshold's
-    result as it is."""
-    watch = _Watch({id(p[0]): site for site, p in parameters_of(forged).items()}, len(x), seed)
+    """Site, named as `sites_within` does, -> its gains, for each of the inputs x (n, ...); the sites whose call was
+    seen to read the threshold's result as it is."""
+    watch = _Watch(thresholds_within(forged), len(x), seed)
     with as_found(forged), torch.no_grad(), fast_path_off(), watch:
         forged(x.clone())  # a model may write into what it is given
     return watch.found

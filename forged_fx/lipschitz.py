@@ -13,7 +13,7 @@ from torch import Tensor
 
 from forged_fx import checked
 from forged_fx.bpda import callers_gradient_off, straight_through
-from forged_fx.evaluate import checks, fingerprint
+from forged_fx.evaluate import checks, fingerprint, scale
 from forged_fx.gains import Gains, gains
 from forged_fx.modes import as_found, fast_path_off, kept_randomness
 from forged_fx.modes import seed as seed_all
@@ -21,6 +21,7 @@ from forged_fx.progress import track
 from forged_fx.rows import Rows, text
 from forged_fx.stats import is_number
 from forged_fx.thresholds import parameters_of
+from forged_fx.within import thresholds_within, warn_of_scale
 
 EXACT = 64  # outputs: up to so many, the Jacobian is made row by row; beyond, its norms are estimated
 PROBES = 32  # random vectors of the Frobenius norm's estimate
@@ -118,8 +119,10 @@ def lipschitz(
         eps: of the largest step, Linf. steps: gradients per climb. batch_size: inputs at a time. seed: of the start.
 
     Raises:
-        TypeError, ValueError: the second model is not forged; x has no row, or is no floating point; an argument of no
-            use.
+        TypeError, ValueError: the second model is not forged, or was made from another one; x has no row, or is no
+            floating point; an argument of no use.
+
+    A warning says so where x is scaled otherwise than the inputs of calibration, as far as its size tells.
     """
     for one, who in ((model, "plain model"), (forged, "forged model")):
         checks.module(one, who, "lipschitz takes")
@@ -136,11 +139,14 @@ def lipschitz(
     sites: dict[str, list[Gains]] = {}
     found: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}  # what, where -> (base, forged) of each batch
     with as_found(model, forged), fast_path_off(), callers_gradient_off(), kept_randomness():
-        seed_all(seed)
-        for i, part in enumerate(track(list(x.split(batch_size)), "measuring")):
-            with torch.no_grad():
+        with torch.no_grad():
+            for part in x.split(batch_size):
                 for one, who in ((model, "plain model"), (forged, "forged model")):
                     checks.output(checks.ask(one, part, who), who)
+            warn_of_scale(scale.of(forged, x, batch_size), "lipschitz")
+        _check_pair(model, forged)
+        seed_all(seed)
+        for i, part in enumerate(track(list(x.split(batch_size)), "measuring")):
             for site, values in gains(forged, part, seed).items():
                 sites.setdefault(site, []).append(values)
             base = jacobian_norms(model, part, seed)
@@ -165,8 +171,23 @@ def lipschitz(
     for where, (one, other) in steps_of.items():
         largest = _figure(LARGEST, where, one.max()[None], other.max()[None])
         result.append(replace(largest, low=None, high=None, n=len(one)))
-    result.not_seen = [site for site in parameters_of(forged) if site not in sites]
+    result.not_seen = [site for site in thresholds_within(forged).values() if site not in sites]
     return result
+
+
+def _check_pair(model: torch.nn.Module, forged: torch.nn.Module) -> None:
+    """ValueError unless the two have the same parameters, of which a wrapper may have changed the names."""
+    here, there = (
+        {name: fingerprint.of_tensors([("", value)]) for name, value in one.named_parameters()}
+        for one in (model, forged)
+    )
+    if sorted(here.values()) != sorted(there.values()):
+        apart = [name for name in here if name in there and here[name] != there[name]]
+        what = f"{apart[0]!r} is not the same" if apart else f"{len(here)} parameters, and the forged one {len(there)}"
+        raise ValueError(
+            f"the forged model was not made from this plain one ({what}): pass the model that transform was given, in "
+            "the dtype and with the weights that the forged one has"
+        )
 
 
 Context = Callable[[], AbstractContextManager]

@@ -17,9 +17,10 @@ from forged_fx.progress import track
 from forged_fx.rows import Rows, share, text
 from forged_fx.sites import is_activation, module_of
 from forged_fx.stats import SiteStats
-from forged_fx.thresholds import not_forged, parameters_of
+from forged_fx.thresholds import not_forged
 from forged_fx.torch_internals import TorchDispatchMode
 from forged_fx.transform import forging_of
+from forged_fx.within import sites_within, thresholds_within, warn_of_scale
 
 STEM = "stem"
 
@@ -45,6 +46,7 @@ PLACES = [
 class SiteSparsity:
     """One site, or several together; shares of the elements that entered it, in [0, 1].
 
+    site: its name; where several forged models are within one, the path to its own comes ahead of it.
     before: zero already. after: zero behind the forged function. net: what it zeroed, after - before. predicted: net,
     as the calibration histogram has it; None where |x| alone does not tell. changed: what is not what it was, in
     whatever way: zeroed, shrunk, limited or replaced by a mean.
@@ -117,36 +119,43 @@ def sparsity(forged: torch.nn.Module, batches: Iterable[Any], *, max_batches: in
 
     Raises:
         TypeError: what was given is no model, or are no batches.
-        ValueError: the model is not forged, or there was no batch.
+        ValueError: the model is not forged, there was no batch, or an input of a site holds NaN or infinity.
+
+    A warning says so where the inputs are scaled otherwise than those of calibration, as far as their size tells.
     """
     checks.module(forged, "model", "sparsity takes")
     check_batches(batches)
     if max_batches is not None:
         max_batches = checked.whole_number(max_batches, "max_batches", 1)
-    records = [(module, record) for module in forged.modules() if (record := forging_of(module))]
-    if not records:
+    if not any(forging_of(module) for module in forged.modules()):
         raise ValueError(not_forged(forged, "sparsity"))
-    owners = {site: (module, record) for module, record in records for site in record.reached}
-    counts = _Count({id(buffers[0]): site for site, buffers in parameters_of(forged).items()})
-    ran = False
+    sites, counts, ran = sites_within(forged), _Count(thresholds_within(forged)), 0
     with as_found(forged), torch.no_grad():
         for batch in track(batches, "counting zeros", max_batches):
-            ran = True
             args, kwargs = model_inputs(batch, forged)
             with counts:
                 forged(*args, **kwargs)
+            if sick := counts.sick():
+                raise ValueError(
+                    f"the input of site {sick!r} holds NaN or infinity in batch {ran} (counted from 0), and shares of "
+                    "those mean nothing: measure on data, and with weights, that give finite activations"
+                )
+            ran += 1
     if not ran:
         raise ValueError("sparsity got no batch: an iterator that was already used up gives none a second time")
+    if counts.first is not None:
+        of_first = sites[counts.first]
+        c_max = of_first.record.stats.sites[of_first.site].c_max
+        warn_of_scale((float(counts.largest), c_max), "sparsity")
     found = Sparsity()
     found.forging = fingerprint.of_forging(forged)
-    first = {module: next(iter(record.stats.sites), None) for module, record in records}
-    for site, (module, record) in owners.items():
-        row = record.stats.sites[site]
-        place = STEM if site == first[module] else place_of(site, row)
-        elements, before, after, changed = (int(number) for number in counts.seen.get(site, (0, 0, 0, 0)))
+    for name, within in sites.items():
+        site, of_site = within.site, within.record.stats.sites
+        place = STEM if site == next(iter(of_site)) else place_of(site, of_site[site])
+        elements, before, after, changed = (int(number) for number in counts.seen.get(name, (0, 0, 0, 0)))
         shares = [number / max(elements, 1) for number in (before, after, after - before, changed)]
-        kind, values = record.choice[site], tuple(_value(b) for b in parameters_of(module)[site])
-        found.append(SiteSparsity(site, place, kind.name, elements, *shares, kind.net_zeroed(row, values)))
+        kind, values = within.record.choice[site], tuple(_value(b) for b in within.buffers)
+        found.append(SiteSparsity(name, place, kind.name, elements, *shares, kind.net_zeroed(of_site[site], values)))
     return found
 
 
@@ -162,13 +171,21 @@ def place_of(site: str, stats: SiteStats) -> str:
 class _Count(TorchDispatchMode):
     """Counts what enters and leaves each forged function: elements, zeros before and after, values that changed.
 
-    On the device: nothing waits for a number before they are asked for.
+    On the device: nothing waits for a number before they are asked for. first: the site that ran first, and largest:
+    the largest magnitude that entered it.
     """
 
     def __init__(self, sites: dict[int, str]) -> None:
         super().__init__()
         self.sites = sites
         self.seen: dict[str, list[Any]] = {}
+        self.first: str | None = None
+        self.largest: Any = 0.0
+        self._not_finite: dict[str, Any] = {}
+
+    def sick(self) -> str | None:
+        """The first site that was given NaN or infinity, if any was."""
+        return next((site for site, count in self._not_finite.items() if count), None)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -180,6 +197,10 @@ class _Count(TorchDispatchMode):
             x = args[0]
             both = (x == y) | (x.isnan() & y.isnan())
             numbers = [x.numel(), (x == 0).sum(), (y == 0).sum(), (~both).sum()]
+            self._not_finite[site] = self._not_finite.get(site, 0) + (~x.isfinite()).sum()
+            self.first = self.first or site
+            if site == self.first and x.numel():
+                self.largest = x.abs().max().clamp_min(self.largest)
             before = self.seen.get(site, [0] * len(numbers))
             self.seen[site] = [a + b for a, b in zip(before, numbers, strict=True)]
         return y

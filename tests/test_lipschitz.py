@@ -187,6 +187,17 @@ def test_inputs_and_outputs_that_cannot_be_measured(x):
         forged_fx.lipschitz(model, forged, x[1:])
 
 
+def test_the_plain_model_is_the_one_that_was_forged(x):
+    model, other = linear(0, 1.0), linear(1, 1.0)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0)
+    with pytest.raises(ValueError, match=r"not made from this plain one \('0.weight' is not the same\): pass"):
+        forged_fx.lipschitz(other, forged, x, steps=1)
+    with pytest.raises(ValueError, match=r"not made from this plain one \(4 parameters, and the forged one 2"):
+        forged_fx.lipschitz(nn.Sequential(model, nn.Linear(5, 5)), forged, x, steps=1)
+    found = forged_fx.lipschitz(nn.Sequential(model), forged, x, steps=1)  # in a wrapper
+    assert rows(found, SPECTRAL)["true gradient"].ratio == 1
+
+
 def test_module_by_module_and_left_as_found(x, tmp_path, monkeypatch):
     """The same figures where the model is no graph; files and a picture; nothing of the models is moved."""
     monkeypatch.setattr(gains_of, "TOLERANCE", 0.05)  # not the point here

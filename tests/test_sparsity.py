@@ -1,7 +1,9 @@
 """sparsity: counted against hooks, beside calibration's prediction; by place; saved and drawn."""
 
 import csv
+import dataclasses
 import json
+import warnings
 
 import oracle
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import nn
 
 import forged_fx
+from forged_fx.lipschitz import SITE_WHOLE
 from forged_fx.sparsity import place_of
 from forged_fx.stats import SiteStats
 from forged_fx.sweep import shares_changed
@@ -107,6 +110,61 @@ def test_describe_says_the_ratio_where_there_is_one(kind, ratio, text):
     if not isinstance(ratio, float):
         return
     assert {row.ratio for row in forged_fx.describe(forged)} == {ratio}
+
+
+class Mean(nn.Module):
+    def __init__(self, *members):
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, x):
+        return sum(member(x) for member in self.members) / len(self.members)
+
+
+def test_each_of_several_forged_models_within_one_is_counted():
+    """Their sites have the same names."""
+    torch.manual_seed(0)
+    x, members = torch.rand(20, 6), [nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)) for _ in range(2)]
+    pair = [
+        forged_fx.transform(model, forged_fx.calibrate(model, [x]), ratio)
+        for model, ratio in zip(members, (2**-7, 0.5), strict=True)
+    ]
+    alone = [forged_fx.sparsity(one, [x]) for one in pair]
+    found = forged_fx.sparsity(Mean(*pair), [x])
+    assert [row.site for row in found] == ["members.0.0", "members.0.2", "members.1.0", "members.1.2"]
+    for row, each in zip(found, [*alone[0], *alone[1]], strict=True):
+        assert row == dataclasses.replace(each, site=row.site)
+    assert alone[0][0].net < alone[1][0].net and [row.site for row in forged_fx.sparsity(Mean(pair[0]), [x])] == [
+        "0",
+        "2",
+    ]
+    rows = forged_fx.lipschitz(Mean(*members), Mean(*pair), x[:4], eps=0.1, steps=1)
+    kept = {row.where: row.forged for row in rows if row.what == SITE_WHOLE}
+    assert (
+        kept.keys() == {row.site for row in found} and kept["members.0.2"] != kept["members.1.2"] and not rows.not_seen
+    )
+
+
+def test_inputs_that_mean_nothing_and_inputs_of_another_scale():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6)).eval(), torch.rand(50, 4)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]))
+    for wrong in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match=r"the input of site '0' holds NaN or infinity in batch 1 \("):
+            forged_fx.sparsity(forged, [x, torch.full_like(x, wrong)])
+    measures = {
+        "sparsity": lambda x: forged_fx.sparsity(forged, [x]),
+        "lipschitz": lambda x: forged_fx.lipschitz(model, forged, x[:4], steps=1),
+    }
+    for name, measure in measures.items():
+        for scale in (255, 1 / 255):
+            with pytest.warns(
+                UserWarning, match=rf"{name}: the first forged site is given values of up to .* saw 0\.9"
+            ):
+                measure(scale * x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            measure(2 * x)
 
 
 class Encoder(nn.Module):
