@@ -6,6 +6,7 @@
     mean        a channel's mean where |x - mean| is at most a width, else x (MeanSparse)
 
 A kind is a row of `KINDS`. Its function is a row of `FUNCTIONS` in forged_fx/ops.py, specified by kernels/reference.py.
+docs/extending.md says how to add one.
 """
 
 import difflib

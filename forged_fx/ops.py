@@ -56,6 +56,7 @@ TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 class Function:
     """A forged function, of which two operators are made: `name` and `name_backward`.
 
+    name: of its rule in kernels/reference.py, whose gradient is 0 where a value is dropped and 1 where it is kept.
     parameters: names of its tensors. channels: they have an element per channel, and an int `channel` behind them says
     along which dimension of x. cpu, cpu_backward: where there is better than the reference. moves: it does the same to
     every element and leaves 0 as it is, so that passes may move it past whatever only moves elements about.

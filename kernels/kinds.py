@@ -1,8 +1,9 @@
 """The other forged functions (one-sided, shifted, soft, clamp, band, mean) and their gradients, as Triton kernels.
 
-One kernel for each direction, compiled for each function: what tells them apart are the device functions `drops` and
-`forged`, with a branch per row of `reference.RULES`. `forged` knows the threshold too, for the kernels that compute a
-producer ahead of any of them. The layout is as in kernels/threshold.py.
+One kernel for each direction, compiled for each function: what tells them apart are the device functions `drops`, what
+is dropped, and `other`, what takes its place and what becomes of the rest, with a branch in both per row of
+`reference.RULES`. `forged` knows the threshold too, for the kernels that compute a producer ahead of any of them. The
+layout is as in kernels/threshold.py.
 """
 
 import torch
@@ -30,7 +31,7 @@ def drops(x, a, b, RULE: tl.constexpr):
     elif RULE == "band":
         dropped = (tl.abs(x) < a) | (tl.abs(x) > b)
     else:
-        tl.static_assert(RULE == "mean")
+        tl.static_assert(RULE == "mean", "a function without a branch in drops()")
         dropped = (tl.abs(x - a) <= b) & (b > 0.0)
     return dropped
 
@@ -65,6 +66,7 @@ def other(x, a, b, RULE: tl.constexpr):
     elif RULE == "mean":
         y = tl.where(dropped, a.to(x.dtype), x)
     else:
+        tl.static_assert(RULE == "one_sided", "a function without a branch in other()")
         y = tl.where(dropped, 0.0, x)
     return y
 

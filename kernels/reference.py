@@ -3,6 +3,7 @@
 Tests and benchmarks compare with it, bit for bit and stride for stride.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,12 @@ import torch
 from torch import Tensor
 
 # ---- forged functions: what is dropped, what takes its place, and what becomes of the rest
+#
+# To add one: a rule here, and a row in `RULES`; docs/extending.md has what else belongs to it.
+#
+# The gradient is 0 where a value is dropped and 1 where it is kept, and nothing else (`_backward`, every kernel,
+# Inductor's code). So what takes a value's place may not depend on x but by its sign, and what is kept is x, or x and
+# something that does not depend on x but by its sign. `test_the_gradient_is_the_slope` tries every row.
 #
 # On values in the dtype of the comparison. `o` has the elementwise functions: torch, or Inductor's own, so that
 # compiled code is generated from the specification itself. NaN is never dropped, and a parameter that is not above 0 (a
@@ -60,6 +67,14 @@ RULES: dict[str, Callable[..., tuple]] = {
     "band": _band,
     "mean": _mean,
 }
+
+
+def __getattr__(name: str) -> Callable[..., Tensor]:
+    """`<rule>` and `<rule>_backward` of the rows without functions of their own below: those of one with scalars."""
+    for run, rule in ((_forward, name), (_backward, name.removesuffix("_backward"))):
+        if rule in RULES:
+            return functools.partial(run, rule)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def threshold(x: Tensor, t: Tensor) -> Tensor:

@@ -5,9 +5,12 @@ import functools
 import io
 import json
 import math
+import re
+import textwrap
 
 import numpy as np
 import pytest
+import scratch
 import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -338,6 +341,58 @@ def test_smooth_surrogates_of_small_thresholds_in_half_precision(name, dtype):
         return torch.autograd.grad(y.sum(), leaf)[0]
 
     assert torch.equal(gradient(x), gradient(x.float()).to(dtype)) and gradient(x).isfinite().all()
+
+
+# ---- one that is added
+
+ADDED = """
+import torch, triton
+triton.knobs.runtime.interpret = True
+import forged_fx
+from forged_fx.evaluate.surrogate import smooth
+from forged_fx.kernels import kinds, reference
+from forged_fx.moves import LADDERS
+
+x, t = torch.linspace(-2, 2, 401), torch.tensor(0.3)
+y = torch.where(x.abs() < t, 0, x + t * x.sign())
+for found in (reference.apart(x, t), torch.ops.forged_fx.apart(x, t), kinds.launch("apart", x, t)):
+    assert torch.equal(found, y)
+assert torch.equal(forged_fx.decompositions()[torch.ops.forged_fx.apart.default](x, t), y)
+kept = (x.abs() >= t).float()
+for found in (torch.ops.forged_fx.apart_backward(x, x, t), kinds.launch_backward("apart", x, x, t)):
+    assert torch.equal(found, x * kept)
+model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+forged = forged_fx.transform(model, forged_fx.calibrate(model, [x[:400].view(100, 4)]), 0.15, kind="apart")
+assert torch.allclose(forged(x[:4]), model(y[:4])) and "apart" in LADDERS
+leaf = x[:4].clone().requires_grad_()
+with smooth(0.3):
+    forged(leaf).sum().backward()
+print(forged_fx.describe(forged)[0].forging, leaf.grad.isfinite().all().item())
+"""
+
+
+def test_a_kind_that_is_added_as_the_docs_say_works_everywhere(tmp_path):
+    page = (scratch.ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    blocks = dict(re.findall(r"<!-- not run: (\S.*?) -->\n   ```python\n(.*?)   ```", page, flags=re.DOTALL))
+    code = {where: textwrap.dedent(block) for where, block in blocks.items()}
+    branches = {where: textwrap.indent(lines, "    ") for where, lines in code.items()}
+    rule, function, kind, slope, ladder = re.findall(r"`([^`\n]*\"apart\"[^`\n]*,)`", page)
+    added = {
+        "kernels/reference.py": [
+            ("RULES: dict[", code["kernels/reference.py"] + "\n\n"),
+            ('    "mean": _mean,\n', f"    {rule}\n"),
+        ],
+        "kernels/kinds.py": [
+            ('    else:\n        tl.static_assert(RULE == "mean"', branches["drops in kernels/kinds.py"]),
+            ('    else:\n        tl.static_assert(RULE == "one_sided"', branches["other in kernels/kinds.py"]),
+        ],
+        "ops.py": [('        Function("mean", (', f"        {function}\n")],
+        "kinds.py": [('        Kind("mean", "mean"', f"        {kind}\n")],
+        "evaluate/surrogate.py": [('    "mean": lambda x, mean', f"    {slope}\n")],
+        "moves.py": [('    "mean": (WIDTH,),\n', f"    {ladder}\n")],
+    }
+    done = scratch.run(tmp_path, ADDED, added)
+    assert done.stdout == "apart True\n", done.stderr
 
 
 # ---- MeanSparse, and activations as sites

@@ -186,6 +186,26 @@ def test_gradients(name: str) -> None:
     assert torch.equal(torch.autograd.grad(within.sum(), x)[0], torch.ones_like(x))
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_gradient_is_the_slope(name: str) -> None:
+    """Of every function in the table, by finite differences wherever there is no kink within their reach."""
+    f, chance = FUNCTIONS[name], torch.Generator().manual_seed(0)
+    x = 6 * torch.rand(400, dtype=torch.float64, generator=chance) - 3
+    size = (len(x),) if f.channels else ()
+    parameters = [low + 0.5 * torch.rand(size, generator=chance) for low in (0.3, 1.1)[: len(f.parameters)]]
+    arguments = (*parameters, 0) if f.channels else tuple(parameters)
+    h = 1e-6
+    below, at, above = (f.op(v, *arguments) for v in (x - h, x, x + h))
+    smooth = ((above - at) - (at - below)).abs() < 1e-3 * h
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(f.op(leaf, *arguments).sum(), leaf)
+    assert smooth.sum() > 390
+    assert torch.allclose(gradient[smooth], ((above - below) / (2 * h))[smooth], atol=1e-6), (
+        f"{name} has a slope that is neither 0 where its rule drops a value nor 1 where it keeps one, and its gradient "
+        "knows no other: see the head of kernels/reference.py"
+    )
+
+
 @NEW
 def test_vmap(name: str) -> None:
     f, args = op(name), ARGS[name]

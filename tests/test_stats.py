@@ -65,9 +65,9 @@ def test_a_measurement_that_is_added_as_the_docs_say_is_kept_everywhere(stats, t
     stats.save(tmp_path / "older")
     at = "    def share_zeroed("
     filled = ("            one.sampled = values.numel()\n", "            one.negatives = int((x < 0).sum())\n")
-    done = scratch.run(tmp_path, MEASURED, {"stats.py": (at, f"    {line}\n\n"), "calibrate.py": filled})
+    done = scratch.run(tmp_path, MEASURED, {"stats.py": [(at, f"    {line}\n\n")], "calibrate.py": [filled]})
     assert done.stdout.splitlines() == ["[27, 27, 27, 27] 27", "0"], done.stderr
-    done = scratch.run(tmp_path, MEASURED, {"stats.py": (at, "    negatives: int = 0\n\n")})
+    done = scratch.run(tmp_path, MEASURED, {"stats.py": [(at, "    negatives: int = 0\n\n")]})
     assert "SiteStats.negatives does not say how two scans' are merged: give it a rule" in done.stderr
 
 
