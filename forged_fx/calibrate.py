@@ -77,6 +77,8 @@ def calibrate(
     check_batches(batches)
     if max_batches is not None:
         checked.whole_number(max_batches, "max_batches", 1)
+    if checkpoint is not None:
+        checked.path(checkpoint, "calibrate(checkpoint=...)")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("the model is on the device 'meta' and has no weights: load them first")
     if where not in ("linear+conv", "activations"):

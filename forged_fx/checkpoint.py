@@ -5,6 +5,7 @@ a sum, so that other ones are noticed: over all of them, or, where the rest can 
 last.
 """
 
+import contextlib
 import hashlib
 import json
 import time
@@ -19,6 +20,7 @@ import torch
 from forged_fx import checked
 from forged_fx.calibrate import model_inputs, scan
 from forged_fx.evaluate import fingerprint
+from forged_fx.files import STATS_KEY, make_beside, no_folder
 from forged_fx.progress import track
 from forged_fx.stats import Stats
 from forged_fx.torch_internals import tree_leaves
@@ -45,6 +47,10 @@ def resumed(
         source = Made(model, batches, max_batches)
     else:
         source = Gone(model, batches, max_batches)
+    no_folder(path)
+    with contextlib.suppress(OSError):  # the next line says it better
+        path.parent.mkdir(parents=True, exist_ok=True)
+    make_beside(_lock(path), path)  # where none can be made, filelock says no more than that it was not got
     lock = filelock.FileLock(_lock(path))
     try:
         held = lock.acquire(timeout=0)
@@ -164,7 +170,7 @@ def _read(path: Path) -> tuple[Stats, dict[str, Any]]:
         return Stats(), {}
     stats = Stats.load(path)
     with safe_open(path, framework="np") as file:
-        there = json.loads(file.metadata()["forged_fx.stats"]).get("checkpoint")
+        there = json.loads(file.metadata()[STATS_KEY]).get("checkpoint")
     if there is None:
         raise FileExistsError(f"{path} holds finished statistics, of another call: choose another file for checkpoint")
     try:

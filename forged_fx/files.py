@@ -1,23 +1,77 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and over none of another kind."""
 
 import glob
+import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What a file holds, in words, and bytes that stand in every such file and in no other: they tell whether a file
+    that is there already may be written over."""
+
+    what: str
+    marks: tuple[bytes, ...]
+
+    def check(self, path: Path) -> None:
+        """FileExistsError if a file of another kind is there. An empty one is of any kind; and of a link only the link
+        would be lost. IsADirectoryError for a folder."""
+        no_folder(path)
+        there = path.is_file() and not path.is_symlink() and path.stat().st_size
+        if there and not any(_holds(path, mark) for mark in self.marks):
+            raise FileExistsError(
+                f"{path} is there already, and is no {self.what}, for which this name was given: choose another name, "
+                "or move that file away"
+            )
+
+
+def no_folder(path: Path) -> None:
+    """IsADirectoryError if a folder is there, or the path is empty, which is the folder that the program runs in."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file in it")
+
+
+def _holds(path: Path, mark: bytes) -> bool:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(mark) >= 0
+
+
+# the keys of the headers of safetensors files
+STATS_KEY, FORGED_KEY, DEMO_KEY = "forged_fx.stats", "forged_fx.forged", "forged_fx.demo"
+
+STATISTICS = Kind("file of calibration statistics", (f'"{STATS_KEY}":'.encode(),))
+WEIGHTS = Kind("file of a forged model's weights", (f'"{FORGED_KEY}":'.encode(),))
+PROGRAM = Kind("program of a forged model", (b"forged_fx",))
+DEMO = Kind("file of the demo's weights", (f'"{DEMO_KEY}":'.encode(),))
+FIGURES = Kind("file of forged_fx's figures", (b'"rows": [', b'"speeds": [', b'"sites": ['))
+PAGE = Kind("report of forged_fx", (b"forged_fx",))
+PICTURE = Kind("picture that Matplotlib drew", (b"atplotlib",))
+
+
+def table(columns: Iterable[str]) -> Kind:
+    """A CSV file of these columns."""
+    return Kind("table of these figures", (",".join(columns).encode(),))
+
+
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def whole(path: Path, kind: Kind | None = None) -> Iterator[Path]:
     """A temporary path to write to. When the block ends it takes the name `path`, with its content on the disk.
 
-    A reader, or whoever comes after a crash, finds the old file or the new one, never a part.
+    A reader, or whoever comes after a crash, finds the old file or the new one, never a part. kind: the path may be
+    anywhere, and a file there of another kind stays, with a FileExistsError; None: it is in a folder of our own.
     """
+    if kind is not None:
+        kind.check(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.unlink(missing_ok=True)  # in a folder of someone else's it may be a link to anywhere
+    with _said(path):
+        part.unlink(missing_ok=True)  # in a folder of someone else's it may be a link to anywhere
     _sweep(path)
     try:
-        part.touch()  # a folder that cannot be written to says so now, and with its name
+        make_beside(part, path)  # a folder that cannot be written to says so now
         yield part
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
@@ -33,6 +87,23 @@ def whole(path: Path) -> Iterator[Path]:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def make_beside(beside: Path, path: Path) -> None:
+    """Make an empty file beside the path; an OSError that says why not, and what to do."""
+    with _said(path):
+        beside.touch()
+
+
+@contextmanager
+def _said(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        raise type(error)(
+            f"no file can be made in {path.parent} ({error.strerror}): make that folder, or put {path.name} into one "
+            "that can be written to"
+        ) from error
 
 
 def _sweep(path: Path) -> None:

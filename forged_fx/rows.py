@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from forged_fx.files import whole
+from forged_fx.files import FIGURES, PICTURE, Kind, table, whole
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,29 @@ class Rows(list[Row], Generic[Row]):
     forging: str | None = None
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the rows, whole or not at all, as the path's suffix says: .json or .csv; ValueError for others."""
+        """Write the rows, whole or not at all, as the path's suffix says: .json or .csv; ValueError for others.
+
+        FileExistsError if a file is there that is no such one.
+        """
         path = Path(path)
         if path.suffix not in (".json", ".csv"):
             raise ValueError(f"{path}: the name has to end with .json or .csv")
         if path.suffix == ".csv":
-            write_csv(path, [field.name for field in fields(self.row)], self.records())
+            self.file(path).check(path)
+            write_csv(path, self._columns(), self.records())
             return
-        with whole(path) as part:
+        with whole(path, self.file(path)) as part:
             text = json.dumps({"rows": self.records(), **self.more()}, indent=1, allow_nan=False)
             part.write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def _columns(cls) -> list[str]:
+        return [field.name for field in fields(cls.row)]
+
+    @classmethod
+    def file(cls, path: Path) -> Kind:
+        """What kind of file the rows become under that name; a picture, where they are not saved but drawn."""
+        return {".json": FIGURES, ".csv": table(cls._columns())}.get(path.suffix, PICTURE)
 
     def records(self) -> list[dict[str, Any]]:
         """As a file has them: a number that JSON does not have is text, "inf" or "nan"."""

@@ -22,7 +22,7 @@ import torch
 
 from forged_fx import checked
 from forged_fx.channels import PARTS, ChannelCounts
-from forged_fx.files import whole
+from forged_fx.files import STATISTICS, STATS_KEY, whole
 from forged_fx.histogram import BINS, quantile, share_below
 from forged_fx.sites import OTHER_CALL, OTHER_WEIGHT, call_of, has_input, is_activation, module_of
 
@@ -281,7 +281,8 @@ class Stats:
         return found
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file, whole or not at all."""
+        """Write a safetensors file, whole or not at all. FileExistsError if a file there holds none."""
+        checked.path(path, "Stats.save")
         self.write(Path(path))
 
     def write(self, path: Path, **more: Any) -> None:
@@ -310,8 +311,8 @@ class Stats:
             if (counts := row.channel_counts) is not None:
                 arrays[f"channels.{i}"] = np.stack([counts.sums, counts.squares])
                 header["channel_counts"][str(i)] = counts.count
-        with whole(path) as part:
-            save_file(arrays, part, metadata={"forged_fx.stats": json.dumps(header | more)})
+        with whole(path, STATISTICS) as part:
+            save_file(arrays, part, metadata={STATS_KEY: json.dumps(header | more)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Stats":
@@ -322,7 +323,7 @@ class Stats:
         try:
             checked.regular(Path(path))
             with safe_open(path, framework="np") as file:
-                header = checked.parse((file.metadata() or {}).get("forged_fx.stats") or _none_in(file))
+                header = checked.parse((file.metadata() or {}).get(STATS_KEY) or _none_in(file))
                 if header["format"] != FORMAT:
                     raise ValueError(
                         f"its format is {checked.short(header['format'])}, and this version reads {FORMAT}"

@@ -108,6 +108,68 @@ def test_json_is_all_that_is_printed(name, capsys):
     assert isinstance(json.loads(out), dict) and err == ""
 
 
+STATS = ["--stats", "kept/stats.safetensors"]
+KEPT = [MODEL[0], "--weights", "kept/w.safetensors", "--data", "digits"]
+LOST = {  # command line -> which file it would write over, and what is said of it
+    "its weights": (["calibrate", *KEPT, "--out", "kept/w.safetensors"], "--out .* is what --weights kept/w.* reads"),
+    "its weights, by a link": (["calibrate", *KEPT, "--out", "kept/link"], "--out kept/link is what --weights kept/w"),
+    "its images": (["calibrate", KEPT[0], "--data", "npz:kept/x.npz", "--out", "kept/x.npz"], "what --data npz:kept/x"),
+    "its model": (["calibrate", "kept/m.pt2", "--data", "digits", "--out", "kept/m.pt2"], "is what MODEL kept/m.pt2"),
+    "other weights": (["calibrate", *KEPT, "--out", "kept/v.safetensors"], "kept/v.* is no file of calibration stat"),
+    "other figures": (["calibrate", *KEPT, "--out", "kept/t.json"], "is no file of calibration statistics"),
+    "weights of transform": (["transform", *KEPT, *STATS, "--out", "kept/w.safetensors"], "is what --weights"),
+    "statistics of transform": (["transform", *KEPT, *STATS, "--out", "kept/stats.safetensors"], "is what --stats"),
+    "other statistics": (["transform", *KEPT, *STATS, "--out", "kept/s.safetensors"], "no file of a forged model's"),
+    "a plain program": (["transform", *KEPT, *STATS, "--out", "kept/m.pt2"], "no program of a forged model"),
+    "somebody's table": (["sparsity", *KEPT, *STATS, "--save", "kept/t.csv"], "no table of these figures"),
+    "somebody's figures": (["sparsity", *KEPT, *STATS, "--save", "kept/t.json"], "no file of forged_fx's figures"),
+    "somebody's picture": (["lipschitz", *KEPT, *STATS, "--save", "kept/t.svg"], "no picture that Matplotlib drew"),
+    "somebody's page": (["report", "demo", "--out", "kept/t.html"], "no report of forged_fx"),
+    "its folder of images": (
+        ["sweep", KEPT[0], "--data", "imagefolder:kept", "--folder", "kept", "--eps", "0.1"],
+        "--folder kept is what --data imagefolder:kept reads",
+    ),
+}
+
+
+@pytest.fixture
+def kept(folder):
+    """Files of the caller's; they stay as they are."""
+    (there := folder / "kept").mkdir()
+    shutil.copy("demo/stats.safetensors", there)
+    shutil.copy("demo/stats.safetensors", there / "s.safetensors")
+    for name in ("w.safetensors", "v.safetensors"):
+        shutil.copy("demo/model.safetensors", there / name)
+    (there / "link").symlink_to("w.safetensors")
+    np.savez(there / "x.npz", x=np.zeros((2, 8, 8), np.uint8), y=np.zeros(2, np.int64))
+    for name in ("m.pt2", "t.csv", "t.json", "t.svg", "t.html"):
+        (there / name).write_text("mine, mine", encoding="utf-8")
+    before = {path.name: path.read_bytes() for path in there.iterdir()}
+    yield
+    assert {path.name: path.read_bytes() for path in there.iterdir()} == before
+    shutil.rmtree(there)
+
+
+@pytest.mark.parametrize("case", LOST)
+def test_what_a_command_reads_and_what_is_not_ours_is_not_written_over(case, kept, capsys):
+    arguments, words = LOST[case]
+    assert main(arguments) in (1, 2)
+    assert re.search(words, one_line(capsys))
+
+
+def test_what_is_ours_is_written_over(tmp_path, capsys):
+    """By the same command again."""
+    of_stats = [*MODEL, "--stats", "demo/stats.safetensors"]
+    shutil.copytree("demo", tmp_path / "run")
+    commands = [["calibrate", *MODEL, "--out", f"{tmp_path}/s", "--limit", "9"]]
+    commands += [["transform", *of_stats, "--out", f"{tmp_path}/f{end}"] for end in (".safetensors", ".pt2", ".onnx")]
+    counted = ["sparsity", *of_stats, "--limit", "9"]
+    commands += [[*counted, "--save", f"{tmp_path}/t{end}"] for end in (".csv", ".json", ".svg", ".png", ".pdf")]
+    commands += [[*counted, "--folder", f"{tmp_path}/run"], ["report", f"{tmp_path}/run"]]
+    for command in commands * 2:
+        assert main(command) == 0, capsys.readouterr().err
+
+
 def test_a_page_shows_what_was_measured_into_its_folder(capsys, tmp_path):
     shutil.copytree("demo", tmp_path / "run")
     for command in (["sparsity", "--limit", "9"], ["lipschitz", "--limit", "2", "--steps", "1"]):

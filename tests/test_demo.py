@@ -11,6 +11,7 @@ from torch import nn
 
 from forged_fx import demo, pictures, torch_internals
 from forged_fx.evaluate import Result
+from forged_fx.files import DEMO
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,14 @@ def test_it_writes_what_it_says(folder):
         "lipschitz.json",
     }
     assert Result.load(folder).n == 8
+
+
+def test_somebodys_weights_are_not_written_over(folder, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match="is no file of the demo's weights"):
+        demo.run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    DEMO.check(folder / "model.safetensors")  # its own are
 
 
 def test_the_page_needs_no_network(folder):

@@ -196,6 +196,40 @@ def test_a_truncated_file_is_refused(stats, tmp_path, keep):
         Stats.load(path)
 
 
+def test_a_file_that_holds_no_statistics_is_not_written_over(stats, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_file({"weight": np.ones(3, np.float32)}, path)
+    before = path.read_bytes()
+    with pytest.raises(FileExistsError, match=r"weights\.safetensors is there already, and is no file of calibration"):
+        stats.save(path)
+    assert path.read_bytes() == before
+    (tmp_path / "empty").touch()
+    for name in ("empty", "new"):
+        stats.save(tmp_path / name)
+        stats.save(tmp_path / name)
+        assert Stats.load(tmp_path / name) == stats
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "words"),
+    [
+        ("", IsADirectoryError, r"^\. is a folder: name a file in it"),
+        (".", IsADirectoryError, "is a folder: name a file in it"),
+        (3, TypeError, "takes a path, not int"),
+        ("file/x", NotADirectoryError, "no file can be made in file .*: make that folder, or put x into one"),
+    ],
+)
+def test_a_place_where_no_file_can_be_is_named_with_the_next_step(
+    stats, batches, path, error, words, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(error, match=words):
+        stats.save(path)
+    with pytest.raises(error, match=words):
+        forged_fx.calibrate(net(), batches, checkpoint=path)
+
+
 def test_a_missing_file_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none: write them with forged_fx\.calibrate"):
         Stats.load(tmp_path / "none")

@@ -37,9 +37,11 @@ def run(
     import forged_fx
     from forged_fx import checkpoint
     from forged_fx.cli import given, output
+    from forged_fx.files import STATISTICS
     from forged_fx.processes import joined
     from forged_fx.sources import Inputs
 
+    STATISTICS.check(out)  # now, and not after an hour
     chosen = given.images(data, split, resize, usual="train")
     found = given.model(model, weights, normalize, device)
     seen = Inputs(given.share(chosen.batches(batch, limit)), found.inputs)

@@ -41,9 +41,11 @@ def run(
     """
     import forged_fx
     from forged_fx.cli import given, output
+    from forged_fx.lipschitz import Lipschitz
     from forged_fx.report.run import LIPSCHITZ
     from forged_fx.sources.classifier import device_of
 
+    output.check(Lipschitz, save, folder and folder / LIPSCHITZ)
     found = given.model(model, weights, normalize, device)
     x, _ = given.images(data, split, resize, usual="test").tensors(limit)
     forged = given.forged(found, stats, ratio, kind, where, statistic, include, exclude, x[:2])

@@ -1,5 +1,6 @@
 """The commands, and what becomes of errors, interruptions and exit codes."""
 
+import functools
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 import typer
 from typer.exceptions import TyperException
 
-from forged_fx.cli.output import Interrupted
+from forged_fx.cli.output import Interrupted, apart
 
 # in the order in which --help lists them
 COMMANDS = (
@@ -51,7 +52,13 @@ def _whole(version: bool = typer.Option(False, "--version", help="Print the vers
 def _add(name: str) -> None:
     module = import_module(f"forged_fx.cli.{name}")
     example = module.EXAMPLE.replace("[", r"\[")  # rich would read it as markup
-    app.command(name, epilog=f"Example: {example}")(module.run)
+
+    @functools.wraps(module.run)
+    def run(**arguments: Any) -> Any:
+        apart(arguments)
+        return module.run(**arguments)
+
+    app.command(name, epilog=f"Example: {example}")(run)
 
 
 for _name in COMMANDS:

@@ -1,12 +1,16 @@
 """What is printed: a table for people, or one JSON document for programs. Progress and errors go to stderr."""
 
 import contextlib
+import itertools
 import json
 import math
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import typer
 
 
 class Interrupted(BaseException):
@@ -35,6 +39,30 @@ def note(text: str) -> None:
 def finite(value: Any) -> Any:
     """A number as JSON has it: None for NaN and the infinities, which it does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# arguments that name what a command reads, by a path or SOURCE:PATH; and what it writes
+READ = ("model", "weights", "base", "base_weights", "stats", "data", "calibrate", "classes")
+WRITTEN = ("out", "save", "folder")
+
+
+def apart(arguments: Mapping[str, Any]) -> None:
+    """typer.BadParameter if a command is to write over what it reads, whatever links lead there."""
+    for written, read in itertools.product(WRITTEN, READ):
+        target, source = (str(arguments.get(name) or "") for name in (written, read))
+        for path in (source, source.partition(":")[2]):
+            if os.path.exists(path) and os.path.exists(target) and os.path.samefile(path, target):
+                named = "MODEL" if read == "model" else f"--{read.replace('_', '-')}"
+                raise typer.BadParameter(
+                    f"--{written} {target} is what {named} {source} reads, and would be lost: choose another name"
+                )
+
+
+def check(rows: type[Any], *paths: Path | None) -> None:
+    """FileExistsError if one of these files, in which `keep` is to put such rows, is there and of another kind."""
+    for path in paths:
+        if path is not None:
+            rows.file(path).check(path)
 
 
 def keep(rows: Any, path: Path | None) -> None:

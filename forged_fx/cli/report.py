@@ -26,11 +26,12 @@ def run(
     tried. It needs no network."""
     from forged_fx import report
     from forged_fx.cli import output
-    from forged_fx.files import whole
+    from forged_fx.files import PAGE, whole
 
+    to = folder / "report.html" if out is None else out
+    PAGE.check(to)
     names = classes.read_text(encoding="utf-8").splitlines() if classes is not None else []
     found = report.load(folder, title, names)
-    to = folder / "report.html" if out is None else out
-    with whole(to) as part:
+    with whole(to, PAGE) as part:
         part.write_text(report.page(found), encoding="utf-8")
     output.show({"out": str(to), "verdict": found.verdict}, f"{to}: {found.verdict}", json)

@@ -40,7 +40,9 @@ def run(
     import forged_fx
     from forged_fx.cli import given, output
     from forged_fx.report.run import SPARSITY
+    from forged_fx.sparsity import Sparsity
 
+    output.check(Sparsity, save, folder and folder / SPARSITY)
     found = given.model(model, weights, normalize, device)
     batches = given.images(data, split, resize, usual="test").batches(batch, limit)
     forged = given.forged(found, stats, ratio, kind, where, statistic, include, exclude, batches[0][0][:2])

@@ -45,10 +45,11 @@ def run(
 
     if out.suffix not in FORMATS:
         raise typer.BadParameter(f"--out {out}: its name must end in one of {', '.join(FORMATS)}")
+    FORMATS[out.suffix].kind.check(out)
     found = given.model(model, weights, normalize, device)
     x, _ = given.images(data, None, resize, usual="train").batches(2)[0]
     forged = given.forged(found, stats, ratio, kind, where, statistic, include, exclude, x)
     batch = found.inputs(x.to(device_of(forged)))
-    FORMATS[out.suffix](forged, batch, out)
+    FORMATS[out.suffix].write(forged, batch, out)
     sites = list(parameters_of(forged))
     output.show({"out": str(out), "sites": sites}, f"{out}: {len(sites)} sites forged, kind {kind}", json)

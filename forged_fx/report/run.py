@@ -25,7 +25,7 @@ from forged_fx.describe import Description, Row
 from forged_fx.evaluate import Result
 from forged_fx.evaluate.journal import UNFINISHED
 from forged_fx.evaluate.record import RECORD
-from forged_fx.files import whole
+from forged_fx.files import FIGURES, whole
 from forged_fx.lipschitz import Lipschitz
 from forged_fx.recorded import Recorded
 from forged_fx.search import Search
@@ -164,7 +164,7 @@ def save_speeds(folder: str | os.PathLike[str], speeds: Sequence[Speed], forging
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as part:
+    with whole(path, FIGURES) as part:
         part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
