@@ -261,6 +261,54 @@ def test_weights_as_training_scripts_keep_them(wrap, tmp_path):
         assert torch.equal(model[2].weight, trained[2].weight)
 
 
+def saved(path, **sets):
+    torch.save(sets, path)
+    return path
+
+
+def test_of_several_sets_of_weights_that_fit_one_has_to_be_chosen(tmp_path):
+    """An average beside the weights; an optimizer's tensors and another model's are none that fit."""
+    now, average = (dict(tiny().state_dict()) for _ in range(2))
+    beside = {"optimizer": {"state": {0: {"step": torch.ones(())}}}, "discriminator": nn.Linear(2, 2).state_dict()}
+    file = saved(tmp_path / "c.pt", model=now, model_ema=average, epoch=3, **beside)
+    with pytest.raises(
+        ValueError, match=r"2 sets of weights that fit Sequential: model, model_ema\. Say which, .*:model_e"
+    ):
+        load_model("test_sources:tiny", file)
+    for key, weights in (("model", now), ("model_ema", average)):
+        loaded = load_model("test_sources:tiny", f"{file}:{key}").module.state_dict()
+        assert all(torch.equal(loaded[name], value) for name, value in weights.items())
+    with pytest.raises(ValueError, match=r"holds no weights at 'ema': it has model, model_ema, discriminator"):
+        load_model("test_sources:tiny", f"{file}:ema")
+    alone = load_model("test_sources:tiny", saved(tmp_path / "a.pt", model=now, **beside)).module
+    assert torch.equal(alone[0].weight, now["0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("prefix", "wrapped"),
+    [
+        ("module.", lambda model: torch.optim.swa_utils.AveragedModel(model).state_dict()),
+        ("_orig_mod.", lambda model: torch.compile(model).state_dict()),
+        ("module._orig_mod.", lambda model: nn.ModuleDict({"module": torch.compile(model)}).state_dict()),
+        ("model.", lambda model: {"state_dict": nn.ModuleDict({"model": model}).state_dict(), "epoch": 1}),
+    ],
+)
+def test_what_a_wrapper_puts_ahead_of_every_name_is_taken_off(prefix, wrapped, tmp_path):
+    torch.manual_seed(1)
+    trained = tiny()
+    torch.save(wrapped(trained), tmp_path / "w.pt")
+    with pytest.warns(UserWarning, match=f"begin with '{prefix}', which was taken off"):
+        model = load_model("test_sources:tiny", tmp_path / "w.pt").module
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in trained.state_dict().items())
+
+
+def test_a_forged_models_weights_are_not_taken_for_a_plain_models(x, tmp_path):
+    model = tiny()
+    save_file(forged_fx.transform(model, forged_fx.calibrate(model, [x])).state_dict(), tmp_path / "f.safetensors")
+    with pytest.raises(ValueError, match=r"has beside .*forged_threshold.*They are a forged model's, with its thr"):
+        load_model("test_sources:tiny", tmp_path / "f.safetensors")
+
+
 def test_weights_that_are_not(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.safetensors").write_text("text")

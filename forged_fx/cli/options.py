@@ -19,7 +19,8 @@ Weights = Annotated[
     str | None,
     typer.Option(
         metavar="FILE",
-        help="safetensors, or what torch.save wrote (read with weights_only); random: as initialised. "
+        help="safetensors, or what torch.save wrote (read with weights_only), FILE:KEY where it holds several sets; "
+        "random: as initialised. "
         "Without it: the source's own.",
     ),
 ]

@@ -41,7 +41,7 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# arguments that name what a command reads, by a path or SOURCE:PATH; and what it writes
+# arguments that name what a command reads, by a path, SOURCE:PATH or PATH:KEY; and what it writes
 READ = ("model", "weights", "base", "base_weights", "stats", "data", "calibrate", "classes")
 WRITTEN = ("out", "save", "folder")
 
@@ -50,7 +50,7 @@ def apart(arguments: Mapping[str, Any]) -> None:
     """typer.BadParameter if a command is to write over what it reads, whatever links lead there."""
     for written, read in itertools.product(WRITTEN, READ):
         target, source = (str(arguments.get(name) or "") for name in (written, read))
-        for path in (source, source.partition(":")[2]):
+        for path in (source, source.partition(":")[2], source.rpartition(":")[0]):
             if os.path.exists(path) and os.path.exists(target) and os.path.samefile(path, target):
                 named = "MODEL" if read == "model" else f"--{read.replace('_', '-')}"
                 raise typer.BadParameter(

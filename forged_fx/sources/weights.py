@@ -3,8 +3,9 @@
 import os
 import pickle
 import re
+import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,48 +15,119 @@ from torch import Tensor, nn
 
 from forged_fx import checked
 
-NESTED = ("state_dict", "model_state_dict", "model")  # where training scripts keep the weights in a checkpoint
-WRAPPED = "module."  # what DistributedDataParallel puts ahead of every name
+DEPTH = 3  # of the sets of weights within each other in a checkpoint
+COUNTER = "n_averaged"  # what torch.optim.swa_utils.AveragedModel holds beside a model
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load a file's weights into `model`, all of them. ValueError, in one line, says what does not fit."""
-    weights = read_weights(path)
-    if all(name.startswith(WRAPPED) for name in weights) and not any(n.startswith(WRAPPED) for n in model.state_dict()):
-        weights = {name.removeprefix(WRAPPED): value for name, value in weights.items()}
+    """Load a file's weights into `model`, all of them. ValueError, in one line, says what does not fit.
+
+    path: of a checkpoint that holds several sets of weights that fit (a model's, and their average over training),
+    "FILE:KEY" says which. What a wrapper put ahead of every name (DistributedDataParallel, torch.compile,
+    AveragedModel, a training framework) is taken off, with a warning.
+    """
+    file, sets = _sets(path)
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    named = {key: _named_as(weights, wanted) for key, weights in sets.items()}
+    fitting = [key for key, (weights, _) in named.items() if not _faults(weights, wanted)]
+    if len(fitting) > 1:
+        raise ValueError(
+            f"{file} holds {len(fitting)} sets of weights that fit {type(model).__name__}: {_some(fitting)}. Say "
+            f"which, such as {file}:{checked.visible(fitting[-1])} (of a robust model the average over training mostly counts)"
+        )
+    weights, prefix = max(named.values(), key=lambda one: len(one[0].keys() & wanted.keys()))
+    if fitting:
+        weights, prefix = named[fitting[0]]
+    if faults := _faults(weights, wanted):
+        raise ValueError(
+            f"{file} holds the weights of another model than {type(model).__name__}: {'; '.join(faults)}"
+            + _next_step(weights, wanted)
+        )
+    if prefix:
+        warnings.warn(
+            f"{file}: all names of its weights begin with {checked.short(prefix)}, which was taken off", stacklevel=2
+        )
+    model.load_state_dict(weights)
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a file by name. ValueError if it holds anything else, or several sets of which none is chosen, as
+    "FILE:KEY"; FileNotFoundError if there is no file."""
+    file, sets = _sets(path)
+    if len(sets) > 1:
+        raise ValueError(f"{file} holds several sets of weights: say which, {file}:KEY with one of {_some(list(sets))}")
+    return next(iter(sets.values()))
+
+
+def _sets(path: str | os.PathLike[str]) -> tuple[Path, dict[str, dict[str, Tensor]]]:
+    """The file, and what state dicts it holds, by their place in it; the one that is chosen, where one is."""
+    file, key = Path(path), ""
+    if not file.is_file() and ":" in file.name:
+        name, _, key = os.fspath(path).rpartition(":")
+        file = Path(name)
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {path} with weights")
+    try:
+        found: Any = _read(file)
+    except Exception as error:  # a damaged pickle fails in every way there is
+        # torch's own words offer to run what the file holds
+        more = isinstance(error, pickle.UnpicklingError)
+        reason = "it holds more than tensors" if more else checked.visible(str(error).partition("\n")[0])[:200]
+        raise ValueError(
+            f"{file} cannot be read as weights alone ({reason}): save model.state_dict() with "
+            "safetensors.torch.save_file or torch.save"
+        ) from error
+    sets = dict(_within(found))
+    if not sets:
+        raise ValueError(f"{file} holds no state_dict (names and tensors): save model.state_dict()")
+    if key and key not in sets:
+        raise ValueError(f"{file} holds no weights at {checked.visible(key)!r}: it has {_some(list(sets))}")
+    return file, {key: sets[key]} if key else sets
+
+
+def _within(found: Any, place: str = "", depth: int = DEPTH) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The state dicts within what was read, and where they stand: "model_ema", "state.model"."""
+    if not isinstance(found, Mapping) or not found or not all(isinstance(name, str) for name in found):
+        return
+    if all(isinstance(value, Tensor) for value in found.values()):
+        yield place, dict(found)
+    elif depth:
+        for name, value in found.items():
+            yield from _within(value, f"{place}.{name}".removeprefix("."), depth - 1)
+
+
+def _named_as(weights: dict[str, Tensor], wanted: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
+    """The weights by the names that are wanted, if what all their names begin with makes the difference; and that."""
+    prefix, named = "", {name: value for name, value in weights.items() if name != COUNTER or name in wanted}
+    while named and named.keys() != wanted.keys():
+        first = {name.partition(".")[0] for name in named}
+        if len(first) > 1 or not all("." in name for name in named):
+            return weights, ""
+        prefix += f"{first.pop()}."
+        named = {name.partition(".")[2]: value for name, value in named.items()}
+    return (named, prefix) if named else (weights, "")
+
+
+def _faults(weights: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What is not as the model wants it, in words."""
     given = {name: tuple(value.shape) for name, value in weights.items()}
     faults = {
         "lacks": [name for name in wanted if name not in given],
         "has beside": [name for name in given if name not in wanted],
         "has of another shape": [name for name in wanted if name in given and given[name] != wanted[name]],
     }
-    if any(faults.values()):
-        said = "; ".join(f"it {fault} {_some(names)}" for fault, names in faults.items() if names)
-        raise ValueError(f"{path} holds the weights of another model than {type(model).__name__}: {said}")
-    model.load_state_dict(weights)
+    return [f"it {fault} {_some(names)}" for fault, names in faults.items() if names]
 
 
-def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a file by name. ValueError if it holds anything else; FileNotFoundError if there is none."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path} with weights")
-    try:
-        found: Any = _read(Path(path))
-    except Exception as error:  # a damaged pickle fails in every way there is
-        # torch's own words offer to run what the file holds
-        more = isinstance(error, pickle.UnpicklingError)
-        reason = "it holds more than tensors" if more else checked.visible(str(error).partition("\n")[0])[:200]
-        raise ValueError(
-            f"{path} cannot be read as weights alone ({reason}): save model.state_dict() with "
-            "safetensors.torch.save_file or torch.save"
-        ) from error
-    for key in NESTED:
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    if not (isinstance(found, Mapping) and found and all(isinstance(value, Tensor) for value in found.values())):
-        raise ValueError(f"{path} holds no state_dict (names and tensors): save model.state_dict()")
-    return {str(name): value for name, value in found.items()}
+def _next_step(weights: Mapping[str, Tensor], wanted: Mapping[str, Any]) -> str:
+    """What to do, where it is plain where the weights come from."""
+    rest = [name for name in weights if not name.rpartition(".")[2].startswith("forged_")]
+    if len(rest) < len(weights) and set(rest) == set(wanted):
+        return (
+            ". They are a forged model's, with its thresholds, and a plain model would not be it: save the plain "
+            "model's, and give the statistics besides (docs/quickstart.md, Fine-tuning)"
+        )
+    return ""
 
 
 def _read(path: Path) -> Any:
