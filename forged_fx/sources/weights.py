@@ -33,7 +33,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if len(fitting) > 1:
         raise ValueError(
             f"{file} holds {len(fitting)} sets of weights that fit {type(model).__name__}: {_some(fitting)}. Say "
-            f"which, such as {file}:{checked.visible(fitting[-1])} (of a robust model the average over training mostly counts)"
+            f"which, such as {file}:{checked.visible(fitting[-1])} (of a robust model it is the average that counts)"
         )
     weights, prefix = max(named.values(), key=lambda one: len(one[0].keys() & wanted.keys()))
     if fitting:
