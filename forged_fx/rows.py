@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+from forged_fx import checked
 from forged_fx.files import FIGURES, PICTURE, Kind, table, whole
 
 
@@ -44,6 +45,7 @@ class Rows(list[Row], Generic[Row]):
 
         FileExistsError if a file is there that is no such one.
         """
+        checked.path(path, f"{type(self).__name__}.save")
         path = Path(path)
         if path.suffix not in (".json", ".csv"):
             raise ValueError(f"{path}: the name has to end with .json or .csv")

@@ -125,7 +125,7 @@ def _next_step(weights: Mapping[str, Tensor], wanted: Mapping[str, Any]) -> str:
     if len(rest) < len(weights) and set(rest) == set(wanted):
         return (
             ". They are a forged model's, with its thresholds, and a plain model would not be it: save the plain "
-            "model's, and give the statistics besides (docs/quickstart.md, Fine-tuning)"
+            "model's, and give the statistics besides (docs/quickstart.md, at Fine-tuning)"
         )
     return ""
 
