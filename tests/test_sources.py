@@ -399,6 +399,29 @@ def test_a_folder_of_images(pictures):
         load_data(f"imagefolder:{pictures}", "train")
 
 
+def test_folders_called_by_numbers_are_not_numbered_in_silence(tmp_path):
+    """torchvision sorts 1, 10, 2: of a model whose classes count up, nearly every label is another's."""
+    image = pytest.importorskip("PIL.Image")
+    for name in range(1, 11):
+        (tmp_path / str(name)).mkdir()
+        image.fromarray(np.full((2, 2, 3), name, np.uint8)).save(tmp_path / str(name) / "a.png")
+    unsure = load_data(f"imagefolder:{tmp_path}")
+    assert len(list(unsure.batches(5))) == 2  # calibration needs no labels
+    with pytest.raises(ValueError, match=r"\(1, 10, 2, .*\(1, 2, 3, .*imagefolder-as-text:.*imagefolder-as-numbers:"):
+        unsure.tensors()
+    for order, names in (("text", [1, 10, *range(2, 10)]), ("numbers", [*range(1, 11)])):
+        data = load_data(f"imagefolder-as-{order}:{tmp_path}")
+        x, y = data.tensors()
+        assert data.classes == tuple(map(str, names)) and y.tolist() == list(range(10))
+        assert (255 * x[:, 0, 0, 0]).round().tolist() == names
+    assert data.numbering.startswith("0 1, 1 2") and data.numbering.endswith("9 10")
+    (tmp_path / "ape").mkdir()
+    image.fromarray(np.zeros((2, 2, 3), np.uint8)).save(tmp_path / "ape" / "a.png")
+    assert load_data(f"imagefolder:{tmp_path}").tensors()[1].tolist() == list(range(11))  # no numbers: text
+    with pytest.raises(ValueError, match="'ape' is no whole number"):
+        load_data(f"imagefolder-as-numbers:{tmp_path}")
+
+
 def test_many_images_are_decoded_by_other_processes(pictures, monkeypatch):
     monkeypatch.setattr("forged_fx.sources.data.MANY", 4)
     data = load_data(f"imagefolder:{pictures}", resize="8")

@@ -77,7 +77,8 @@ def run(
     if eps is None and of_list is None:
         raise typer.BadParameter("--eps: how far may an attacker move each pixel? Such as 8/255 with --norm Linf")
     radius = of_list[1] if eps is None else options.number(eps, "eps")
-    x, y = given.images(data, split, resize, usual="test").tensors(limit)
+    images = given.images(data, split, resize, usual="test")
+    x, y = images.tensors(limit)
     beside = device_of(found.module)
     if base is not None:
         other = load_model(base, base_weights, base_normalize, beside).classifier()
@@ -102,6 +103,8 @@ def run(
     if folder is not None and stats is not None and output.first():
         save_sites(folder, forged_fx.describe(judged), forged_fx.Stats.load(stats))
     document = {"headline": headline(result), "exit_code": result.exit_code, "folder": folder and str(folder)}
+    document |= {"classes": list(images.classes)} if images.classes else {}
+    classes = f"\nclasses by folder: {images.numbering}" if images.numbering else ""
     then = f"\nThe page to read: forged-fx report {folder}" if folder is not None else ""
-    output.show(document, f"{result}{then}", json)
+    output.show(document, f"{result}{classes}{then}", json)
     return result.exit_code

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from forged_fx.extras import need
 
 SPLITS = ("train", "test")
+SHOWN = 12  # classes, by name
 MANY = 256  # images that have to be decoded: from here on, other processes do it
 
 Decode = Callable[[Any], Tensor]
@@ -32,7 +33,8 @@ class Images(Dataset):
     items: whatever `decode` makes an image of, uint8 (channels, height, width), or float32 in [0, 1]. labels: (n,)
     int64, or None where there are none. resize: (short side, side of the square cut from the middle), of an image as
     it comes; None: as it is. mixed: the first of them are like the others; else they lie sorted by class, and a part
-    is taken evenly. slow: decoding is work.
+    is taken evenly. slow: decoding is work. classes: what they are called, by
+    number, where that is known. unsure: why the labels may be other numbers than the model's classes, and what to do.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Images(Dataset):
     resize: tuple[int, int] | None = None
     mixed: bool = True
     slow: bool = False
+    classes: tuple[str, ...] = ()
+    unsure: str = ""
 
     def __len__(self) -> int:
         return len(self.items)
@@ -52,6 +56,12 @@ class Images(Dataset):
             x = _resize(x, *self.resize)
         x = x.float().div(255) if x.dtype == torch.uint8 else x.float()
         return x, -1 if self.labels is None else int(self.labels[index])
+
+    @property
+    def numbering(self) -> str:
+        """Which number stands for which class: "0 ape, 1 bee"; "" where they have no names."""
+        named = [f"{number} {name}" for number, name in enumerate(self.classes)]
+        return ", ".join(named if len(named) <= SHOWN else [*named[: SHOWN - 1], "...", named[-1]])
 
     def taken(self, limit: int | None) -> list[int]:
         """Indices of the first `limit`; of images sorted by class, as many spread evenly."""
@@ -65,7 +75,10 @@ class Images(Dataset):
         return Batches(self, [indices[i : i + size] for i in range(0, len(indices), size)])
 
     def tensors(self, limit: int | None = None) -> tuple[Tensor, Tensor]:
-        """x (n, channels, height, width) and y (n,) int64, in memory. ValueError where there are no labels."""
+        """x (n, channels, height, width) and y (n,) int64, in memory. ValueError where there are no labels, or which
+        classes they mean is not sure."""
+        if self.unsure:
+            raise ValueError(self.unsure)
         if self.labels is None:
             raise ValueError(f"{self.name} has no labels: evaluation needs them (in npz: y)")
         x, y = zip(*self.batches(MANY, limit), strict=True)
@@ -123,8 +136,11 @@ def load_data(name: str, split: str | None = None, resize: str | None = None) ->
     """Images by name.
 
     Args:
-        name: "digits", "npz:FILE" (arrays x and y), "imagefolder:DIR" (a folder per class), "cifar10:DIR",
-            "mnist:DIR" or "hf:NAME".
+        name: "digits", "npz:FILE" (arrays x and y), "imagefolder:DIR" (a folder per class),
+            "imagefolder-as-text:DIR" or "imagefolder-as-numbers:DIR", "cifar10:DIR", "mnist:DIR" or "hf:NAME".
+            Classes are numbered in the order of their folders' names, as torchvision's ImageFolder does. Where all are
+            whole numbers, and text has another order than numbers (1, 10, 2), which of the two a model was trained
+            with cannot be seen, and labels take the second name (as text, as ImageFolder did) or the third (by number).
         split: "train" or "test", of those that have both. None: "train".
         resize: "SIDE" or "SIDE,CROP": the short side becomes SIDE, then the middle CROP x CROP is cut out (SIDE x
             SIDE if none is given); bilinear, with antialiasing.
@@ -209,7 +225,9 @@ def _as_it_is(image: Tensor) -> Tensor:
     return image
 
 
-def _image_folder(folder: str, _: str) -> Images:
+def _image_folder(folder: str, _: str, order: Callable[[str], Any] | None = None) -> Images:
+    """order: what folders' names are sorted by; None: as text, and if as numbers they come in another order, who needs
+    the labels has to say which."""
     datasets = need("torchvision", "models").datasets
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
@@ -217,8 +235,36 @@ def _image_folder(folder: str, _: str) -> Images:
         found = datasets.ImageFolder(folder)
     except FileNotFoundError as error:
         raise ValueError(f"{folder}: {error}".partition("\n")[0] + "; it needs a folder per class") from error
-    paths, labels = zip(*found.samples, strict=True)
-    return Images(folder, paths, torch.tensor(labels), decode=_decode, mixed=False, slow=True)
+    as_text = found.classes
+    numbers = all(name.isascii() and name.isdigit() for name in as_text)
+    if order is int and not numbers:
+        other = next(name for name in as_text if not (name.isascii() and name.isdigit()))
+        raise ValueError(f"{folder}: its folder {other!r} is no whole number: write imagefolder:{folder}")
+    classes = sorted(as_text, key=order or (int if numbers else str))
+    unsure = ""
+    if order is None and classes != as_text:
+        unsure = (
+            f"{folder}: its folders are numbers, which sort as text ({_first(as_text)}: so torchvision's ImageFolder "
+            f"numbers classes) otherwise than as numbers ({_first(classes)}): write imagefolder-as-text:{folder} if "
+            f"the model was trained on ImageFolder's classes, imagefolder-as-numbers:{folder} if its classes count up"
+        )
+    number = {name: i for i, name in enumerate(classes)}
+    paths, labels = zip(*((path, number[as_text[label]]) for path, label in found.samples), strict=True)
+    ordered = sorted(range(len(paths)), key=labels.__getitem__)
+    return Images(
+        folder,
+        tuple(paths[i] for i in ordered),
+        torch.tensor([labels[i] for i in ordered]),
+        decode=_decode,
+        mixed=False,
+        slow=True,
+        classes=() if unsure else tuple(classes),
+        unsure=unsure,
+    )
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join([*names[:3], "..."])
 
 
 def _decode(image: Any) -> Tensor:
@@ -331,6 +377,16 @@ DATA: dict[str, DataSource] = {
     "digits": DataSource(_digits, "digits", "scikit-learn's 1,797 handwritten digits, 8 x 8", splits=True),
     "npz": DataSource(_npz, "npz:FILE", "arrays x (uint8, or float in [0, 1]) and y"),
     "imagefolder": DataSource(_image_folder, "imagefolder:DIR", "a folder of images per class"),
+    "imagefolder-as-text": DataSource(
+        functools.partial(_image_folder, order=str),
+        "imagefolder-as-text:DIR",
+        "the same; folders called by numbers count as text does: 1, 10, 2",
+    ),
+    "imagefolder-as-numbers": DataSource(
+        functools.partial(_image_folder, order=int),
+        "imagefolder-as-numbers:DIR",
+        "the same; folders called by numbers count up: 1, 2, 10",
+    ),
     "cifar10": DataSource(_cifar10, "cifar10:DIR", "CIFAR-10 as published", splits=True),
     "mnist": DataSource(_mnist, "mnist:DIR", "MNIST as published", splits=True),
     "hf": DataSource(_hugging_face, "hf:NAME", "a data set of Hugging Face's hub, or its folder", splits=True),
