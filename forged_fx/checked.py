@@ -124,6 +124,14 @@ def path(given: Any, what: str) -> None:
         raise TypeError(f"{what} takes a path, not {type(given).__name__}")
 
 
+def folder(given: Any, of: str) -> None:
+    """An error for an argument that names no folder: ValueError for an empty name, which the file system takes for the
+    folder that the program happens to run in."""
+    path(given, f"folder= of {of}")
+    if not os.fspath(given):
+        raise ValueError(f"folder={given!r} of {of} names no folder: write '.' if you mean the one you are in")
+
+
 def short(value: Any) -> str:
     """The value for an error: its beginning, with what a terminal would act on escaped."""
     try:

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from forged_fx import checked
 from forged_fx.capture import in_a_line
 from forged_fx.evaluate.threat import NORMS, Threat
 from forged_fx.memory import ran_out
@@ -61,23 +62,40 @@ def inputs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x.detach().contiguous(), y.detach().long()  # attacks take views
 
 
+def context(bpda: Any, entered: bool = False) -> None:
+    """TypeError unless this makes context managers. entered: it is what was made."""
+    manager = isinstance(bpda, AbstractContextManager)
+    if manager is entered and (entered or callable(bpda)):
+        return
+    makes = "makes " if entered else "is "
+    raise TypeError(
+        f"bpda {makes}{checked.short(bpda)}; pass what makes a context manager, uncalled: forged_fx.straight_through"
+    )
+
+
 def finite(x: Tensor) -> None:
     if not bool(torch.isfinite(x).all()):
         raise ValueError(f"x has {int((~torch.isfinite(x)).sum())} elements that are NaN or infinite; remove them")
 
 
 def ask(model: nn.Module, x: Tensor, who: str) -> Any:
-    """The model's answer to unattacked inputs, a copy of them; where their dtype is what it cannot take, an error that
-    says so."""
+    """The model's answer to unattacked inputs, a copy of them; an error says what it was given, and what it may not
+    take: their dtype, their size, their number."""
     try:
         return model(x.clone())
-    except RuntimeError as error:
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype)
-        if dtype == x.dtype or ran_out(error):
+    except (RuntimeError, AssertionError) as error:
+        if ran_out(error):
             raise
-        raise TypeError(
-            f"the {who} has {dtype} weights and does not take {x.dtype} inputs ({in_a_line(error)}): pass "
-            f"model.to({x.dtype}), or wrap it so that it casts them"
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype)
+        if dtype != x.dtype:
+            raise TypeError(
+                f"the {who} has {dtype} weights and does not take {x.dtype} inputs ({in_a_line(error)}): pass "
+                f"model.to({x.dtype}), or wrap it so that it casts them"
+            ) from error
+        raise RuntimeError(
+            f"the {who} fails on a batch of shape {tuple(x.shape)}, {x.dtype}, on {x.device} ({in_a_line(error)}): "
+            "is that the size of image that it takes (else resize x; on a terminal, --resize SIDE)? A program that was "
+            "exported for one number of inputs takes no other: export it with that dimension in dynamic_shapes"
         ) from error
 
 
@@ -143,6 +161,8 @@ def borrowed(model: nn.Module, who: str) -> Iterator[int]:
             f"the {who} was made within torch.inference_mode, and nothing can be differentiated through its tensors: "
             "make it outside, or pass copy.deepcopy(model)"
         )
+    if any(not hasattr(module, "training") for module in model.modules()):
+        raise ValueError(f"the {who} was frozen by torch.jit.freeze, and has no mode: pass what was frozen")
     training = [module for module in model.modules() if module.training]
     asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with as_found(model):

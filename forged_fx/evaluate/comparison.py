@@ -12,6 +12,7 @@ from forged_fx.evaluate.journal import differences
 from forged_fx.evaluate.record import call_of
 from forged_fx.evaluate.result import FIGURES, KINDS, Result, Side
 from forged_fx.evaluate.statistics import Paired
+from forged_fx.evaluate.verdict import FORBID
 from forged_fx.extras import need
 
 WORST = KINDS[-1]
@@ -53,10 +54,11 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """In the words of `evaluate`: of `b` beside `a`, in the worst case. A gain takes attacks by the same rows, and
-        nothing that says that those on `b` failed."""
+        nothing that says that those on `b` failed; that it did not lose, nothing that forbids to say so."""
         found = {1: "gain", 0: "no measurable gain", -1: "loss"}[self.paired().direction]
         doubtful = self.a.plan != self.b.plan or self.b.doubts or self.b.verdict == "masking"
-        return "cannot say" if found == "gain" and doubtful else found
+        forbidden = found == "no measurable gain" and any(name in FORBID for name in self.b.doubts)
+        return "cannot say" if forbidden or (found == "gain" and doubtful) else found
 
     @property
     def flips(self) -> list[Flip]:
@@ -138,11 +140,12 @@ def _cautions(a: Result, b: Result, names: tuple[str, str]) -> Iterator[str]:
 
 def _sentence(c: Comparison) -> str:
     p = c.paired()
+    seems = "above it" if p.direction > 0 else "not measurably different from it"
     words = {
         "gain": "measurably above it",
         "no measurable gain": "not measurably different from it",
         "loss": "measurably below it",
-        "cannot say": "above it, which may be the attacks' doing and not the model's: see below",
+        "cannot say": f"{seems}, which may be the attacks' doing and not the model's: see below",
     }[c.verdict]
     return (
         f"in the worst case {c.names[1]} is right on {int(c.b.model.right().sum())} of {p.n} inputs, {c.names[0]} on "

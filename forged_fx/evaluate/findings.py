@@ -1,9 +1,9 @@
 """Signs that the attacks failed rather than that the defence held: a table with a row per check.
 
 Each is a figure and a bound, and is raised where the figure exceeds the bound. A raised finding of which `masking` is
-True forbids the verdict "gain". docs/findings.md says of each when it is raised and what to do. To add one: a function,
-a row, and a paragraph there. Most are those of Carlini et al., On evaluating adversarial robustness (arXiv
-1902.06705), section 5, and of auto-attack's flags_doc.md.
+True forbids the verdict "gain"; those of `verdict.FORBID` forbid "no measurable gain" too. docs/findings.md says when
+each is raised and what to do. To add one: a function, a row, and a paragraph there. Most are those of Carlini et al.,
+On evaluating adversarial robustness (arXiv 1902.06705), section 5, and of auto-attack's flags_doc.md.
 """
 
 from collections.abc import Callable
@@ -17,13 +17,18 @@ from forged_fx.evaluate.further import round_of
 from forged_fx.evaluate.probes import RADII, STEPS, Probes
 from forged_fx.evaluate.result import Finding, Row, Side
 from forged_fx.evaluate.statistics import beyond_chance
+from forged_fx.evaluate.verdict import FOREIGN, JUMPS, OUT_OF_REACH
+
+Measured = tuple[float, float] | str  # value and bound, or why there is none
+
+GUESSED = 0.85  # share of the inputs that guessing gets wrong; a model that gets more of them wrong knows other classes
 
 
 @dataclass(frozen=True)
 class Case:
     """What the checks look at. logits: the model's on all inputs, unattacked, (n, classes). training: how many of its
     modules were in train mode. outside: how many elements of x lie outside [0, 1]. scale: see `scale.of`.
-    base_drift: see `probes.drift`."""
+    base_drift: see `probes.drift`. thresholds, jumps: see `reach.py`."""
 
     model: Side
     base: Side | None
@@ -34,6 +39,8 @@ class Case:
     outside: int
     scale: tuple[float, float] | None = None
     base_drift: float = 0.0
+    thresholds: Measured = (0, 0)
+    jumps: Measured = (0, 0)
 
     @property
     def n(self) -> int:
@@ -45,9 +52,6 @@ class Case:
         others = _broken(self.base, rows) if self.base else torch.zeros_like(lost)
         taken, spared = int((lost & ~others).sum()), int((others & ~lost).sum())
         return taken, next((k for k in range(self.n) if beyond_chance(k + 1, spared, self.n)), self.n)
-
-
-Measured = tuple[float, float] | str  # value and bound, or why there is none
 
 
 def _broken(side: Side, rows: Callable[[Row], bool]) -> Tensor:
@@ -130,6 +134,11 @@ def _clipped(case: Case) -> Measured:
     return float(at_limit) / out.numel(), 0.01
 
 
+def foreign(plain: Side, classes: int) -> tuple[float, float]:
+    """The share of inputs that a model, which is to know these classes, gets wrong unattacked."""
+    return 1 - plain.accuracy("natural"), GUESSED * (1 - 1 / classes)
+
+
 def _scale(case: Case) -> Measured:
     """How often the larger of the two sizes holds the smaller."""
     if case.scale is None:
@@ -152,6 +161,11 @@ CHECKS = (
     Check("white box above black box", _above_black_box, "inputs that black-box attacks broke"),
     Check("white box above transfer", _above_transfer, "inputs that transfer broke"),
     Check("attack unfinished", _unfinished, "inputs that longer attacks broke"),
+    Check(OUT_OF_REACH, lambda case: case.thresholds, "thresholds that no gradient sees through"),
+    Check(JUMPS, lambda case: case.jumps, "share of the logits' changes, the median"),
+    Check(
+        FOREIGN, lambda case: foreign(case.base or case.model, case.logits.shape[1]), "share of inputs wrong unattacked"
+    ),
     Check("zero gradient", _flat, "share of probed inputs", probing=True),
     Check("accuracy rises with iterations", _iterations, f"probed inputs, at {STEPS} steps", probing=True),
     Check("accuracy rises with eps", _radii, f"probed inputs, at {RADII} eps and the whole box", probing=True),

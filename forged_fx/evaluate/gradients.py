@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from forged_fx.evaluate.threat import Threat
+
 Context = Callable[[], AbstractContextManager]
 
 
@@ -136,19 +138,27 @@ def _set_random_state(device: torch.device, state: tuple[Tensor, ...]) -> None:
         torch.cuda.set_rng_state(state[1], device)
 
 
-def differ(model: nn.Module, x: Tensor, bpda: Context, batch_size: int) -> bool:
-    """Does BPDA change any gradient on x at all? If not, its rows would be the true gradient's over again.
+def combined(out: Tensor) -> Tensor:
+    """A random combination of the logits, (n,): a loss may saturate, and then all its gradients are 0."""
+    return out @ torch.randn(out.shape[1], generator=torch.Generator().manual_seed(0)).to(out)
 
-    Compared bit for bit, for a random combination of the logits: a loss may saturate, so that both of its
-    gradients are 0 and the comparison says nothing.
+
+def gradient(logits: Logits, x: Tensor) -> Tensor:
+    """Of `combined`, in x."""
+    leaf = x.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        out = combined(logits(leaf))
+        return torch.autograd.grad(out, leaf, torch.ones_like(out))[0]
+
+
+def differ(model: nn.Module, x: Tensor, threat: Threat, bpda: Context, batch_size: int) -> bool:
+    """Does BPDA change any gradient? If not, its rows would be the true gradient's over again.
+
+    Compared bit for bit, on x and where an attack may go: a limit may lie above all that unattacked inputs reach.
     """
-
-    def gradient(context: Context) -> Tensor:
-        leaf = x.detach().clone().requires_grad_()
-        with torch.enable_grad():
-            out = Logits(model, batch_size, context)(leaf)
-            weights = torch.randn(out.shape[1], generator=torch.Generator().manual_seed(0)).to(out)
-            (grad,) = torch.autograd.grad(out @ weights, leaf, torch.ones_like(out[:, 0]))
-        return grad
-
-    return not torch.equal(gradient(nullcontext), gradient(bpda))  # NaN differs from itself: then the rows are run
+    true, through = (Logits(model, batch_size, context) for context in (nullcontext, bpda))
+    uphill = gradient(true, x)
+    if not torch.equal(uphill, gradient(through, x)):  # NaN differs from itself: then the rows are run
+        return True
+    moved = (threat.step(x, uphill), threat.step(x, -uphill))
+    return any(not torch.equal(gradient(true, point), gradient(through, point)) for point in moved)

@@ -55,8 +55,12 @@ class Subject:
     ) -> None:
         self.name, self.model, self.x, self.y, self.threat = name, model, x, y, threat
         self.batch_size, self.blocks, self.progress = batch_size, blocks, progress
-        self.attacked = model  # or, if it is compiled, what it is eagerly
-        self.notes: list[str] = []
+        # What attacks are run on. No gradient but the true one reaches into the threads of DataParallel; and of a
+        # compiled model, see `natural`.
+        self.attacked = model.module if isinstance(model, nn.DataParallel) else model
+        threads = f"the {name} is a DataParallel; attacked without its threads, and what breaks it breaks it with them"
+        self.notes = [threads] if self.attacked is not model else []
+        self.changes: dict[str, bool] = {}  # what `sees_through` found
         self.device = checks.device_of(model, x.device)
         self.description, self.fingerprint = type(model).__name__, fingerprint.of_model(model)
         self.forging = fingerprint.of_forging(model)
@@ -109,7 +113,7 @@ class Subject:
         every = torch.arange(len(self.x))
         row = self._begin("natural", "none", len(every))
 
-        eager = Eager(self.model) if is_compiled(self.model) else None
+        eager = Eager(self.attacked) if is_compiled(self.attacked) else None
 
         def answer(indices: Tensor) -> Outcome:
             logits, eagerly, width = [], [], classes
@@ -139,14 +143,16 @@ class Subject:
         return logits
 
     def sees_through(self, bpda: Context, name: str = "BPDA") -> bool:
-        """Does BPDA change any gradient on x? See `gradients.differ`."""
+        """Does BPDA change any gradient? See `gradients.differ`."""
 
         def compare(indices: Tensor) -> Outcome:
-            return {"differ": torch.tensor(differ(self.attacked, self.inputs(indices)[0], bpda, self.batch_size))}
+            x, _ = self.inputs(indices)
+            return {"differ": torch.tensor(differ(self.attacked, x, self.threat, bpda, self.batch_size))}
 
         every = torch.arange(len(self.x))
         asked = self.blocks.run(f"{self.name} gradients {name}", every, compare, {"differ": (torch.bool, 0)})
-        return any(outcome["differ"] for _, outcome in asked)
+        self.changes[name] = any(bool(outcome["differ"]) for _, outcome in asked)
+        return self.changes[name]
 
     def attack(
         self,

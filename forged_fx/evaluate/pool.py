@@ -16,7 +16,7 @@ from forged_fx.bpda import callers_gradient_off
 from forged_fx.evaluate import checks
 from forged_fx.evaluate.attacks import Plan, Setting
 from forged_fx.evaluate.blocks import Blocks
-from forged_fx.evaluate.findings import Case, examine
+from forged_fx.evaluate.findings import Case, examine, foreign
 from forged_fx.evaluate.gradients import Context
 from forged_fx.evaluate.harness import Subject
 from forged_fx.evaluate.probes import drift, probe
@@ -24,6 +24,7 @@ from forged_fx.evaluate.protocol import contest
 from forged_fx.evaluate.report import Progress
 from forged_fx.evaluate.result import Side, doubts, judged
 from forged_fx.evaluate.threat import Threat
+from forged_fx.evaluate.verdict import FOREIGN
 from forged_fx.modes import kept_randomness
 
 
@@ -82,7 +83,9 @@ def judge(
     for side, mine in zip(sides[1:], logits[1:], strict=True):
         same = torch.equal(mine, logits[0])
         outcome = side.side()
-        verdict = judged(outcome, base, complete=plan.complete, same=same)
+        wrong, bound = foreign(base, mine.shape[1])
+        strange = [FOREIGN] if wrong > bound else []
+        verdict = judged(outcome, base, complete=plan.complete, same=same, doubts=strange)
         if verdict[0] == "gain":  # else no finding changes it, and the probes are spared
             probes = probe(side, settings[side.name], bpda)
             drawn = base_drift()

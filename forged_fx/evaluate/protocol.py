@@ -1,12 +1,13 @@
 """The public call: which rows are run, in which order, and why."""
 
 import json
+import math
 import os
 import platform
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 from forged_fx import checked, modes
 from forged_fx.bpda import callers_gradient_off
 from forged_fx.evaluate import blocks as unit
-from forged_fx.evaluate import checks, fingerprint, further, gallery, gradients, scale, surrogate
+from forged_fx.evaluate import checks, fingerprint, further, gallery, gradients, reach, scale, surrogate
 from forged_fx.evaluate.attacks import ATTACKS, STRONGEST, Attack, Plan, Setting, choose
 from forged_fx.evaluate.blocks import Blocks
+from forged_fx.evaluate.compiled import ROUNDING
 from forged_fx.evaluate.findings import Case, examine
 from forged_fx.evaluate.gradients import Context
 from forged_fx.evaluate.harness import Subject
@@ -35,6 +37,7 @@ from forged_fx.processes import joined
 
 NO_BASE = "there is no base to make its examples on"
 REPEAT = "no gradient changes: the same row again"
+UNREACHED = "no gradient changes, though there are thresholds: they are out of its reach, or cut nothing"
 COSTLY = "APGD under BPDA finds more in less time; attacks='thorough' runs it"
 
 Tried = list[tuple[Row, Attack, Context, str]]  # the last: along which gradient
@@ -130,11 +133,11 @@ def evaluate(
         "x_sha256": fingerprint.of_tensors([("x", x)]),
         "y_sha256": fingerprint.of_tensors([("y", y)]),
     }
+    if folder is not None:
+        checked.folder(folder, "evaluate")
     bpda = bpda or gradients.straight_through()
-    if not callable(bpda) or isinstance(bpda, AbstractContextManager):
-        raise TypeError(
-            f"bpda is {checked.short(bpda)}; pass what makes a context manager, uncalled: forged_fx.straight_through"
-        )
+    checks.context(bpda)
+    checks.context(bpda(), entered=True)
     bpda_name, told = gradients.name_of(bpda)
     if folder is not None and not told:
         raise ValueError(
@@ -181,13 +184,15 @@ def evaluate(
 
         logits = subject.natural()
         classes = logits.shape[1]
-        same = rival is not None and torch.equal(rival.natural(classes), logits)
+        base_logits = rival.natural(classes) if rival else None
         sides = [side for side in (rival, subject) if side]
         settings = {
             side.name: Setting(threat, classes, tuple(x.shape[1:]), seed, batch_size, side.device) for side in sides
         }
         contest(sides, plan, settings, bpda)
 
+        apart = reach.apart(subject, rival, logits, base_logits) if rival else math.inf
+        same, alike, own = apart == 0, apart <= ROUNDING, bpda is gradients.straight_through()
         probes = probe(subject, settings["model"], bpda)
         modes.seed(seed)  # what follows is in no block
         case = Case(
@@ -200,6 +205,8 @@ def evaluate(
             outside=int(((x < 0) | (x > 1)).sum()),
             scale=scale.of(subject.attacked, x[:PROBED].to(subject.device), batch_size),
             base_drift=drift(rival) if rival is not None else 0.0,
+            thresholds=reach.thresholds(subject, own, alike),
+            jumps=reach.jumps(subject, rival, alike),
         )
         result = Result(
             n=len(x),
@@ -264,13 +271,14 @@ def by_gradient(side: Subject, plan: Plan, setting: Setting, bpda: Context) -> T
 
     for name in plan.true:
         run(name, "true gradient", nullcontext)
-    repeat = "" if not plan.true or side.sees_through(bpda) else REPEAT
+    left_out = UNREACHED if reach.held(side.model) else REPEAT
+    repeat = "" if not plan.true or side.sees_through(bpda) else left_out
     for name in plan.true:
         if ATTACKS[name].gradient:
             run(name, "BPDA", bpda, repeat or ("" if name in plan.bpda else COSTLY))
     for temperature in surrogate.TEMPERATURES if plan.smooth else ():
         smooth, label = partial(surrogate.smooth, temperature), f"sigmoid {temperature:g}"
-        repeat = "" if side.sees_through(smooth, label) else REPEAT
+        repeat = "" if side.sees_through(smooth, label) else left_out
         for name in plan.smooth:
             run(name, "BPDA", smooth, repeat, label)
     return tried

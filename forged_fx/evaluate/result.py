@@ -183,7 +183,7 @@ class Result:
     """What `evaluate` found. Accuracies are shares of `n` in [0, 1]. `print` shows a table.
 
     attacks: names; plan: which of them are shown what, see `attacks.Plan`; complete: all four of AutoAttack's standard
-    attacks were run. same: model and base gave the same logits, bit for bit, on every input. block: see
+    attacks were run. same: model and base gave the same logits, bit for bit, wherever they were asked. block: see
     `blocks.py`. bpda: name of the context. data: shape and SHA-256 of x and y. command: the program and its arguments.
     machine: device, threads, processes. findings: every check of the model, raised or not; probe_seconds: what those
     took that ask the model. gallery: a few broken inputs as they were, for a page to show.

@@ -38,6 +38,12 @@ class Threat:
         """
         return 1e-5 * self.eps + 2**-24 * _NORMS[self.norm][1](elements)
 
+    def step(self, x: Tensor, direction: Tensor) -> Tensor:
+        """x moved to the edge of its ball, as far as the box reaches: along the direction's signs (Linf), or itself."""
+        flat = (direction.sign() if self.norm == "Linf" else direction).flatten(1)
+        length = _NORMS[self.norm][0](flat).clamp_min(1e-30)
+        return (x + self.eps * (flat / length[:, None]).view_as(x)).clamp(0, 1)
+
     def allows(self, x: Tensor, adv: Tensor) -> Tensor:
         """(n,) bool: inside the ball (to `tolerance`) and inside the box (exactly). NaN is inside neither."""
         flat = adv.flatten(1)

@@ -9,6 +9,7 @@ The verdicts, and the rule for each; the first rule that holds decides:
 | masking | the true gradient shows a gain, and rows that do not follow it take a measurable part of what it left |
 | cannot say | no base to compare with |
 | loss | in the worst case the model is measurably below its base |
+| cannot say | no measurable loss, but a finding of `FORBID` is raised: that there is none is not known |
 | cannot say | a measurable gain, but not all of AutoAttack's attacks were run (see below) |
 | cannot say | a measurable gain, but a finding that forbids it is raised (`findings.py`) |
 | gain | in the worst case the model is measurably above its base |
@@ -49,6 +50,20 @@ from forged_fx.evaluate.statistics import Paired, beyond_chance
 ENOUGH = 6  # 6 against 0 is the least that the exact test calls beyond chance
 MARGIN = 0.05  # a gain that "no measurable gain" must rule out
 
+OUT_OF_REACH = "thresholds out of reach"
+JUMPS = "gradient does not add up"
+FOREIGN = "labels of other classes"
+# Findings that leave nothing to be said in the model's favour, not even that it did not measurably lose; and why.
+FORBID = {
+    OUT_OF_REACH: "the model holds thresholds, and no attack saw through them (it was traced, decomposed or compiled "
+    "with them, or runs them in its own threads, where no BPDA reaches): judge the forged model that it was made from, "
+    "or pass bpda=",
+    JUMPS: "the model jumps where its gradient knows nothing of it, and no attack saw through that: judge the model "
+    "that it was made from, or pass bpda=, under which its backward is the straight-through one",
+    FOREIGN: "unattacked it is hardly better than guessing: the labels are probably not the classes that the model was "
+    "trained on, or in another order; look at what it predicts for some inputs",
+}
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -85,6 +100,11 @@ class Evidence:
     def enough(self) -> bool:
         """All of AutoAttack was run or, where it is not defined, all else."""
         return self.complete or bool(self.undefined and self.relentless)
+
+    @property
+    def forbidden(self) -> list[str]:
+        """Why nothing can be said in the model's favour."""
+        return [FORBID[name] for name in self.doubts if name in FORBID]
 
     @property
     def masked(self) -> bool:
@@ -187,7 +207,9 @@ def _gain(e: Evidence) -> str:
 
 
 def _doubtful(e: Evidence) -> str:
-    return f"{_figures(e)}, but the attacks may have failed: {', '.join(e.doubts)} (docs/findings.md says what to do)"
+    others = ", ".join(name for name in e.doubts if name not in FORBID)
+    why = [*e.forbidden, *([f"the attacks may have failed: {others}"] if others else [])]
+    return f"{_figures(e)}, but {'; and '.join(why)} (docs/findings.md says what to do)"
 
 
 def _wide(e: Evidence) -> str:
@@ -209,6 +231,7 @@ RULES: tuple[tuple[str, Callable[[Evidence], bool], Callable[[Evidence], str]], 
     ("masking", lambda e: e.seems and e.masked, _masking),
     ("cannot say", lambda e: e.paired is None, _no_base),
     ("loss", lambda e: e.direction < 0, _figures),
+    ("cannot say", lambda e: bool(e.forbidden), _doubtful),
     ("cannot say", lambda e: e.direction > 0 and not e.enough, _part),
     ("cannot say", lambda e: e.direction > 0 and bool(e.doubts), _doubtful),
     ("gain", lambda e: e.direction > 0, _gain),

@@ -1,0 +1,113 @@
+"""Whether anything that is run sees through what was made of the base, or the attacks were blind and nobody told.
+
+BPDA and the smooth surrogates are modes (`bpda.py`): code that was traced to TorchScript, decomposed, compiled with its
+thresholds, or that runs in threads of its own, does not ask them. Then their rows change no gradient and are left out,
+as they are for a model without thresholds. By names and operators those two can be told apart; where neither is left,
+by the function: along a short segment a gradient adds up to what the logits change, but for jumps that it knows nothing
+of. (Limits and soft thresholds do not jump: without a name they pass for what a plain model does.)
+"""
+
+import torch
+from torch import Tensor, fx, nn
+
+from forged_fx.evaluate import blocks as unit
+from forged_fx.evaluate.blocks import Outcome
+from forged_fx.evaluate.compiled import ROUNDING
+from forged_fx.evaluate.findings import Measured
+from forged_fx.evaluate.gradients import Logits, combined, gradient
+from forged_fx.evaluate.harness import Subject
+from forged_fx.evaluate.probes import PROBED
+
+PARTS = 16  # of the segment, each with the gradient at its middle
+JUMPS = 0.05  # share that may not add up: 0.003 to 0.014 on plain networks, 0.07 to 0.75 on forged ones (see the docs)
+
+
+def held(model: nn.Module) -> int:
+    """How many thresholds the model is seen to hold, by the names of their buffers or the operators of its graphs."""
+    from forged_fx.ops import THRESHOLD_OPS  # late: evaluate serves models of any make
+    from forged_fx.thresholds import PREFIX
+
+    names = [name for name, _ in model.named_buffers() if name.rpartition(".")[2].startswith(PREFIX)]
+    calls = 0
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule) and hasattr(module, "graph"):
+            calls += str(module.graph).count("forged_fx::")
+        elif isinstance(module, fx.GraphModule):
+            calls += sum(node.target in THRESHOLD_OPS for node in module.graph.nodes if node.op == "call_function")
+    return max(len(names), calls)
+
+
+def apart(side: Subject, other: Subject, *logits: Tensor) -> float:
+    """How far the two's logits lie apart, as a share of the largest: unattacked, where they are given, and if they are
+    alike there (`ROUNDING`), on what attacks found, and where those may go."""
+    largest = float(logits[0].abs().max())
+    far = float((logits[0] - logits[1]).abs().max())
+    if far > ROUNDING * largest:
+        return far / largest
+    for x in [one.examples[one.broken_by >= 0] for one in (side, other)] + _moved(other):
+        for part in x.split(side.batch_size) if len(x) else ():
+            answers = [Logits(one.model, one.batch_size)(part.to(one.device)).cpu() for one in (side, other)]
+            far = max(far, float((answers[0] - answers[1]).abs().max()))
+    return far / largest if largest else far
+
+
+def _moved(side: Subject) -> list[Tensor]:
+    """The inputs, a step of the ball up and down the side's gradient."""
+    parts = side.x.split(min(side.batch_size, unit.BLOCK))  # a graph holds no more inputs than an attack's does
+    uphill = [gradient(Logits(side.attacked, side.batch_size), part.to(side.device)).to(part.device) for part in parts]
+    return [
+        torch.cat([side.threat.step(part, sign * way) for part, way in zip(parts, uphill, strict=True)])
+        for sign in (1, -1)
+    ]
+
+
+def unreached(side: Subject, own: bool) -> bool:
+    """Whether no gradient changed that sees through thresholds. own: BPDA is the library's own.
+
+    The smooth surrogates say it, where they were asked: they know no kind of forging that they leave as it is, and do
+    not reach into all that the straight-through gradient reaches into.
+    """
+    smooth = [changed for name, changed in side.changes.items() if name != "BPDA"]
+    through = side.changes.get("BPDA", False)
+    return not any(smooth) if own and smooth else not through
+
+
+def thresholds(side: Subject, own: bool, alike: bool) -> Measured:
+    """How many thresholds the model holds that no gradient sees through."""
+    if not side.changes:
+        return "no attack that follows a gradient was run"
+    if alike:
+        return "the model is its base, to rounding"
+    count = held(side.model) or int(own and any(side.changes.values()))
+    return (count if unreached(side, own) else 0), 0
+
+
+def jumps(side: Subject, base: Subject | None, alike: bool) -> Measured:
+    """Which share of what the logits change no gradient adds up to: the median of the first inputs. Twice the base's
+    share is what its arithmetic (bfloat16, say) explains."""
+    if base is None:
+        return "there is no base"
+    if alike:
+        return "the model is its base, to rounding"
+    if any(side.changes.values()):
+        return "BPDA sees through the model"
+    share = _missing(side)
+    return share, JUMPS if share <= JUMPS else max(JUMPS, 2 * _missing(base))
+
+
+def _missing(side: Subject) -> float:
+    some = torch.arange(min(PROBED, len(side.x)))
+
+    def ask(indices: Tensor) -> Outcome:
+        x, _ = side.inputs(indices)
+        logits = Logits(side.attacked, side.batch_size)
+        way = side.threat.step(x, (torch.rand(x.shape) - 0.5).to(x.device)) - x
+        with torch.no_grad():
+            change = combined(logits(x + way)) - combined(logits(x))
+        parts = [gradient(logits, x + (k + 0.5) / PARTS * way) * way / PARTS for k in range(PARTS)]
+        sums = torch.stack([part.flatten(1).sum(1) for part in parts])
+        size = (change.abs() + sums.abs().sum(0)).clamp_min(1e-30)
+        return {"missing": ((change - sums.sum(0)).abs() / size).median().nan_to_num(1.0).double().cpu()}
+
+    fields = {"missing": (torch.float64, 0)}
+    return next(iter(side.blocks.run(f"{side.name} jumps", some, ask, fields)))[1]["missing"].item()

@@ -1,0 +1,166 @@
+"""Where no gradient sees through what was made of the base, nothing is said in its favour: in every form of a model."""
+
+import threading
+import warnings
+
+import planted
+import pytest
+import torch
+from planted import Changed
+from torch import nn
+
+import forged_fx
+from forged_fx.digits import EPS, one_thread
+from forged_fx.evaluate.result import LEFT_OUT
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def made():
+    """(base, x, y, kind -> the base forged)"""
+    base, x, y = planted.small()
+    stats = forged_fx.calibrate(base, [x])
+    return base, x, y, lambda kind="hard", ratio=2**-4: forged_fx.transform(base, stats, ratio, kind=kind)
+
+
+def traced(model, x):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.trace(model, x[:2])
+
+
+def decomposed(model, x):
+    program = torch.export.export(model, (x[:3],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    return program.run_decompositions(forged_fx.decompositions()).module()
+
+
+def in_a_thread(model, x):
+    """Its forward as torch.nn.DataParallel runs it, which takes the grad mode along and no other."""
+    found, grad = [], torch.is_grad_enabled()
+
+    def run():
+        with torch.set_grad_enabled(grad):
+            found.append(model(x))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def threaded(model, x):
+    return Changed(lambda x: in_a_thread(model, x))
+
+
+def nameless(model, x):
+    """No name and no operator is left: a function."""
+    program = decomposed(model, x)
+    return Changed(lambda x: program(x))
+
+
+def judged(made, model, **options):
+    base, x, y, _ = made
+    return forged_fx.evaluate(model, base, x=x, y=y, eps=EPS, **{"attacks": "quick"} | options)
+
+
+def raised(result):
+    return {finding.name for finding in result.findings if finding.raised}
+
+
+def seen_through(result):
+    return [not row.left_out for row in result.model.rows if row.kind == "BPDA"]
+
+
+REACH, ADDS = "thresholds out of reach", "gradient does not add up"
+
+
+@pytest.mark.parametrize(
+    ("form", "kind", "found"),
+    [
+        (traced, "hard", {REACH, ADDS}),
+        (traced, "soft", {REACH}),
+        (decomposed, "hard", {REACH, ADDS}),
+        (threaded, "hard", {ADDS}),
+        (nameless, "hard", {ADDS}),
+    ],
+)
+def test_what_no_gradient_sees_through_is_given_no_verdict_in_its_favour(made, monkeypatch, form, kind, found):
+    planted.hurry(monkeypatch)
+    forged = made[3](kind)
+    assert seen_through(judged(made, forged)) == [True] * 5 and not raised(judged(made, forged)) & {REACH, ADDS}
+    result = judged(made, form(forged, made[1]))
+    assert not any(seen_through(result)) and found <= raised(result)
+    assert (REACH in raised(result)) is (REACH in found)
+    assert result.verdict == "cannot say" and "judge the" in result.sentence and "bpda=" in result.sentence
+
+
+def test_a_model_without_thresholds_is_judged_as_ever(made, monkeypatch):
+    planted.hurry(monkeypatch)
+    base, *_ = made
+    tuned = Changed(base[:-1], after=lambda hidden: hidden @ base[-1].weight.T)
+    result = judged(made, tuned)
+    assert not any(seen_through(result)) and not raised(result) and result.verdict == "no measurable gain"
+    coarse = Changed(base, before=lambda x: x.bfloat16().float())  # it jumps, and so does its base
+    result = forged_fx.evaluate(
+        Changed(coarse, after=lambda y: 1.01 * y), coarse, x=made[1], y=made[2], eps=0.01, attacks=["apgd-ce"]
+    )
+    assert ADDS not in raised(result)
+
+
+def test_thresholds_that_do_nothing_are_not_held_against_a_model(made, monkeypatch):
+    planted.hurry(monkeypatch)
+    result = judged(made, traced(made[3](ratio=0), made[1]))
+    assert raised(result) == {"base and model identical"} and result.verdict == "no measurable gain"
+
+
+def test_of_data_parallel_the_module_within_is_attacked(made, monkeypatch):
+    planted.hurry(monkeypatch)
+    monkeypatch.setattr(nn.DataParallel, "forward", lambda self, x: in_a_thread(self.module, x))
+    result = judged(made, nn.DataParallel(made[3]()).eval())
+    assert seen_through(result) == [True] * 5 and "without its threads" in "".join(result.notes)
+
+
+def test_a_limit_that_only_attacks_reach_is_seen_through(monkeypatch):
+    """Unattacked it changes no gradient and no logit, so its rows were left out, and it passed for its base."""
+    planted.hurry(monkeypatch)
+    base, x, y = planted.overshooting()
+    forged = forged_fx.transform(base, forged_fx.calibrate(base, [x]), {"1": None, "3": 1.0}, kind="clamp")
+    assert torch.equal(forged(x), base(x))
+    result = forged_fx.evaluate(forged, base, x=x, y=y, eps=0.1, attacks="quick")
+    rows = [row for row in result.model.rows if row.kind == "BPDA"]
+    assert not any(LEFT_OUT in row.note for row in rows)
+    assert not result.same and "base and model identical" not in raised(result)
+
+
+def test_where_only_the_straight_through_gradient_reaches_the_smooth_ones_are_missed(made):
+    """As in code that Dynamo compiled with its thresholds."""
+    from types import SimpleNamespace
+
+    from forged_fx.evaluate import reach
+
+    side = SimpleNamespace(model=made[0], changes={"BPDA": True, "sigmoid 1": False, "sigmoid 0.1": False})
+    assert reach.thresholds(side, own=True, alike=False) == (1, 0)
+    assert reach.thresholds(side, own=False, alike=False) == (0, 0)  # a defence of another make has no such surrogates
+    side.changes = {"BPDA": False, "sigmoid 1": True}  # exported under straight_through: it is its true gradient
+    assert reach.thresholds(side, own=True, alike=False) == (0, 0)
+
+
+def test_labels_in_another_order_are_given_no_verdict_in_its_favour(made, monkeypatch):
+    planted.hurry(monkeypatch)
+    base, x, y, forged = made
+    moved = (y + 1) % 10
+    result = forged_fx.evaluate(forged(ratio=2**-9), base, x=x, y=moved, eps=0.01, attacks="quick")
+    assert raised(result) & {"labels of other classes"} and result.verdict == "cannot say"
+    assert "labels" in result.sentence and "another order" in result.sentence
+
+
+def test_a_comparison_says_no_more_than_its_results(made, monkeypatch):
+    planted.hurry(monkeypatch)
+    blind = judged(made, traced(made[3](), made[1]))
+    same = forged_fx.compare(blind, blind)
+    assert same.verdict == "cannot say" and "see below" in str(same)
