@@ -178,6 +178,8 @@ def joined(shard: bool | None, call: str) -> Iterator[Processes]:
 
     RuntimeError if the others do not make the same call within ten minutes.
     """
+    if not (shard is None or isinstance(shard, bool)):
+        raise TypeError(f"shard={shard!r}: True, False, or None for all processes that there are")
     initialised = dist.is_available() and dist.is_initialized()
     size = dist.get_world_size() if initialised else place()[1]
     if shard is False or size == 1:

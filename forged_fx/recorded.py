@@ -168,6 +168,8 @@ def running(
     shard: bool | None,
 ) -> Iterator[Run]:
     """A run of this kind, by all processes that share it. Raises as `joined` and `journal.begin` do."""
+    if folder is not None:
+        checked.folder(folder, kind.NAME)
     with ExitStack() as stack:
         processes = stack.enter_context(joined(shard, kind.NAME))
         agree(processes, call)

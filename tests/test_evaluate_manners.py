@@ -381,3 +381,36 @@ def test_missing_packages_are_named(small, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
     with pytest.raises(ImportError, match=r"needs pyautoattack .*: pip install forged_fx\[eval\]"):
         evaluate(model, x=x, y=y)
+
+
+def test_a_bpda_that_makes_no_context_is_named():
+    with pytest.raises(TypeError, match="bpda makes None; pass what makes a context manager"):
+        evaluate(planted.linear(), x=planted.inputs(6), y=torch.zeros(6, dtype=torch.int64), bpda=lambda: None)
+
+
+def test_an_empty_folder_name_is_not_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="names no folder"):
+        evaluate(planted.linear(), x=planted.inputs(6), y=torch.zeros(6, dtype=torch.int64), folder="")
+    assert not list(tmp_path.iterdir())
+
+
+def test_shard_is_yes_or_no():
+    with pytest.raises(TypeError, match="shard='no'"):
+        evaluate(planted.linear(), x=planted.inputs(6), y=torch.zeros(6, dtype=torch.int64), shard="no")
+
+
+def test_an_input_that_a_model_fails_on_is_named():
+    y = torch.zeros(6, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=r"\(6, 1, 5, 5\).*cannot be multiplied.*resize") as caught:
+        evaluate(planted.linear(), x=planted.inputs(6, (1, 5, 5)), y=y)
+    assert "cannot be multiplied" in str(caught.value.__cause__)
+    fixed = torch.export.export(planted.linear(), (planted.inputs(4),)).module()
+    with pytest.raises(RuntimeError, match=r"\(6, 1, 6, 6\).*dynamic_shapes"):
+        evaluate(fixed, x=planted.inputs(6), y=y)
+
+
+def test_a_frozen_script_is_refused():
+    script = torch.jit.freeze(torch.jit.trace(planted.linear(), planted.inputs(2)))
+    with pytest.raises(ValueError, match="frozen by"):
+        evaluate(script, x=planted.inputs(6), y=torch.zeros(6, dtype=torch.int64))

@@ -74,8 +74,17 @@ Calibrate = Annotated[
     str | None, typer.Option(metavar="DATA", help="What to calibrate on. Without it: --data, its training images.")
 ]
 Fed = Annotated[int, typer.Option(min=1, help="Images that the models are fed at a time.")]
+
+
+def _folder(given: str) -> Path:
+    if not given:
+        raise typer.BadParameter("it names no folder: write . if you mean the one you are in")
+    return Path(given)
+
+
 Folder = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Record the run here; the same command goes on with it.")
+    Path | None,
+    typer.Option(parser=_folder, metavar="DIR", help="Record the run here; the same command goes on with it."),
 ]
 Beside = Annotated[
     Path | None, typer.Option(metavar="DIR", help="A run of evaluate, whose page is to show the figures.")
