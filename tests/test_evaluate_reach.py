@@ -34,6 +34,13 @@ def traced(model, x):
         return torch.jit.trace(model, x[:2])
 
 
+def traced_beside(model, x):
+    """With a part that is never called, of which TorchScript makes no forward."""
+    whole = Changed(model)
+    whole.unused = nn.Linear(2, 2)
+    return traced(whole, x)
+
+
 def decomposed(model, x):
     program = torch.export.export(model, (x[:3],), dynamic_shapes=({0: torch.export.Dim("batch")},))
     return program.run_decompositions(forged_fx.decompositions()).module()
@@ -84,6 +91,7 @@ REACH, ADDS = "thresholds out of reach", "gradient does not add up"
     [
         (traced, "hard", {REACH, ADDS}),
         (traced, "soft", {REACH}),
+        (traced_beside, "soft", {REACH}),
         (decomposed, "hard", {REACH, ADDS}),
         (threaded, "hard", {ADDS}),
         (nameless, "hard", {ADDS}),
