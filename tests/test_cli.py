@@ -198,6 +198,12 @@ def test_a_folder_is_of_one_kind(capsys, tmp_path):
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
+def test_an_empty_folder_name_is_not_the_working_directory(capsys):
+    command = ["evaluate", "forged_fx.digits:cnn", "--weights", "random", "--data", "digits", "--eps", "0.15"]
+    assert main([*command, "--limit", "6", "--attacks", "apgd-ce", "--folder", ""]) == 2
+    assert "--folder" in one_line(capsys)
+
+
 def test_describe_says_what_the_library_says(capsys):
     main(["describe", *JSON["describe"], "--ratio", "0=0,*=1/64", "--json"])
     rows = {row["site"]: row for row in json.loads(capsys.readouterr().out)["sites"]}
