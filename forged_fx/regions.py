@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from forged_fx import ops, torch_internals  # noqa: F401 (ops defines the op)
@@ -135,7 +136,9 @@ class _Region(HoldsThresholds):
     def __init_subclass__(cls) -> None:
         """What the user's class does with its subclasses is not for these, which it does not know."""
 
-    def __reduce_ex__(self, protocol: Any) -> tuple:
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if "forged_from" not in vars(type(self)):  # of a class that others have put ahead of it since
+            return super().__reduce_ex__(protocol)
         return _rebuild, type(self).forged_from, self.__dict__
 
 
@@ -297,12 +300,31 @@ def forge_regions(model: torch.nn.Module, stats: Stats, wanted: list[str], choic
 
 
 def _become(region: type[_Region], module: Any) -> None:
-    """Give the module its class. A forward of the instance's own would hide the class's: that comes to run it."""
-    plain = [type(module)]
+    """Give the module its class. A forward of the instance's own would hide the class's: that comes to run it. What
+    torch.nn.utils.parametrize put ahead of the plain class comes ahead of this one, and can be taken off again."""
+    plain, injected = [type(module)], []
+    if parametrize.is_parametrized(module) and plain[0].__module__ == parametrize.__name__:
+        injected, plain = plain, [*plain[0].__bases__]
     if "forward" in vars(module):
         module.forged_forward = vars(module).pop("forward")
         plain.insert(0, _OwnForward)
-    module.__class__ = _derive(region, *plain)
+    derived = _derive(region, *plain)
+    module.__class__ = _Injected(f"Parametrized{derived.__name__}", (derived, *injected), {}) if injected else derived
+
+
+class _Injected(type):
+    """The class of a forged module ahead of which torch.nn.utils.parametrize had put one, of the user's module too.
+
+    To take a parametrization off is to delete a property of the class. Here it is deleted, there it stays.
+    """
+
+    def __delattr__(cls, name: str) -> None:
+        setattr(cls, name, _Deleted())
+
+
+class _Deleted:
+    def __get__(self, module: Any, owner: type) -> Any:
+        raise AttributeError("deleted")  # so that nn.Module looks among its parameters and buffers
 
 
 def _begin_passes(model: torch.nn.Module) -> None:

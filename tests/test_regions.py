@@ -525,3 +525,25 @@ def test_a_call_that_is_another_one_on_another_path_is_an_error(other, says, x):
     forged(x.abs())
     with pytest.raises(RuntimeError, match=f"calls {says}.*calibrate on data that takes both"):
         forged(-x.abs())
+
+
+def test_parametrizations_can_be_taken_off_again():
+    def make():
+        torch.manual_seed(0)
+        made = nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal
+        return nn.Sequential(*(ahead(nn.Linear(4, 4)) for ahead in made), nn.Linear(4, 2)).eval()
+
+    model, x = make(), torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-2, graph=False)
+    expected = forged(x)
+    for layer in (forged[0], forged[1]):
+        nn.utils.parametrize.remove_parametrizations(layer, "weight")
+        assert isinstance(layer.weight, nn.Parameter) and not nn.utils.parametrize.is_parametrized(layer)
+        assert torch.allclose(forged(x), expected, atol=1e-6) and not torch.allclose(forged(x), model(x), atol=1e-3)
+        assert torch.equal(model(x), make()(x))
+    assert torch.equal(copy.deepcopy(forged)(x), forged(x))
+    forged_fx.set_ratio(forged, 0)
+    assert torch.allclose(forged(x), model(x), atol=1e-6)
+    nn.utils.parametrize.register_parametrization(forged[2], "weight", nn.Identity())
+    with pytest.raises(RuntimeError, match="Serialization of parametrized modules is only supported through state_di"):
+        copy.copy(forged[2])
