@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.fx as fx
 from forged_fx import in_place, write_back
 from forged_fx.audit import AuditFailed, alike, audit, same
 from forged_fx.capture import Untraceable, capture, opened_modules
+from forged_fx.containers import HELD, hold, skeleton
 from forged_fx.fuse import fuse as fuse_producers
 from forged_fx.kinds import OWN, Choice, choose
 from forged_fx.modes import copied, is_sharded, of_ordinary_tensors, unwrapped
@@ -71,31 +73,35 @@ class ForgedModule(HoldsThresholds, fx.GraphModule):
 
     def __deepcopy__(self, memo: dict) -> "ForgedModule":
         twin = super().__deepcopy__(memo)
-        for name, module in self._modules.items():  # torch.fx copies a module once, under its first name
-            if name not in twin._modules:
-                twin.add_module(name, copy.deepcopy(module, memo))
+        for name in HELD:  # torch.fx has copied them, and kept what its graph names, in the order of that
+            vars(twin)[name] = copy.deepcopy(vars(self)[name], memo)
         type(twin).__name__ = type(self).__name__  # (a class of its own, as every graph module has)
+        return twin
+
+    def __copy__(self) -> "ForgedModule":
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(vars(self))
+        hold(twin, self)
+        type(twin).__name__ = type(self).__name__
+        twin.recompile()
         return twin
 
     def __reduce__(self) -> tuple:
         _, (body, imports) = super().__reduce__()
-        modes = {name: module.training for name, module in self.named_modules()}
-        return _rebuild, (body, imports, type(self).__name__, self.meta, modes)
+        return _rebuild, (body, imports, type(self).__name__, self.meta)
 
 
-def _rebuild(body: dict, imports: str, class_name: str, meta: dict, modes: dict[str, bool]) -> ForgedModule:
+def _rebuild(body: dict, imports: str, class_name: str, meta: dict, *_: Any) -> ForgedModule:
+    """(Older versions wrote one thing more.)"""
     from torch.fx.graph_module import reduce_graph_module
 
     pickled = torch.nn.Module()
-    pickled.__dict__.update({key: body[key] for key in ("_modules", "_parameters", "_buffers")})
-    keys = pickled.state_dict().keys()
+    hold(pickled, SimpleNamespace(**body))
     plain = reduce_graph_module(body, imports)
     forged = ForgedModule(plain, plain.graph, class_name)
-    for key in sorted(keys - forged.state_dict().keys()):  # those that the graph does not use
-        _keep(forged, pickled, key)
+    hold(forged, pickled)
     forged.meta = meta
-    for name, module in forged.named_modules():
-        module.training = modes.get(name, module.training)
+    forged.training = body["training"]
     return forged
 
 
@@ -114,6 +120,7 @@ def transform(
     example: tuple[tuple, dict] | None = None,
     fuse: bool | None = None,
     only: str | None = None,
+    graph: bool = True,
 ) -> torch.nn.Module:
     """A copy of `model` in which every site's small inputs are set to zero; `model` itself is left untouched.
 
@@ -148,6 +155,10 @@ def transform(
             with the model, on a GPU within rounding.
         only: "free" forges only the sites whose threshold costs nothing in compiled code, by `forged_fx.cost`, which
             needs an example; the others are left out, each with what it would cost.
+        graph: False forges module by module also where one graph is exactly the model. In a graph the layers run, and
+            the modules around them do not: they refuse hooks and calls. Module by module all of them run, under their
+            own classes, so that hooks on a block, activation checkpointing by class and `fully_shard` block by block
+            do what they do to the plain model. The results are the same, bit for bit.
 
     Raises:
         ValueError: the statistics are another model's, or lack what a kind needs; a glob or ratio matches no site;
@@ -170,6 +181,8 @@ def transform(
     model = unwrapped(model)
     if fuse not in (None, True, False):
         raise ValueError(f"fuse={fuse!r}: True, False, or None to decide by the model's device")
+    if graph not in (True, False):
+        raise ValueError(f"graph={graph!r}: True for one graph where it is exactly the model, or False")
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError("this model is TorchScript, which cannot be opened: forge the model that it was made from")
     if is_sharded(model):
@@ -181,14 +194,18 @@ def transform(
         raise ValueError("this model is forged already: move its thresholds with set_ratio, or forge the plain model")
     stats.check_model(model)
     wanted, left_out = select(stats, include, exclude, where)
-    example = example or stats.example
+    tensors = (*model.parameters(), *model.buffers())
+    on_meta = any(tensor.is_meta for tensor in tensors)
+    example = None if on_meta else example or stats.example
     choice = choose(stats, kind, wanted, statistic)
     choice.values(stats, ratio)  # an error in it had better be seen now
     if only is not None:
-        costly = _costly(model, stats, wanted, choice, strict, example, only)
+        costly = _costly(model, stats, wanted, choice, strict, example, only, graph)
         wanted, left_out = [site for site in wanted if site not in costly], left_out | costly
         choice = choice.of(wanted)
     try:
+        if not graph:
+            raise Untraceable("as graph=False asked for")
         forged = _forge_whole(model, stats, wanted, choice)
         forged.meta["forged_fx"] = record = Forging(stats, dict.fromkeys(wanted, "in the graph"), left_out, choice)
         if example:
@@ -263,17 +280,26 @@ def _hint(model: torch.nn.Module, missed: list[str]) -> str:
 
 
 def _costly(
-    model: torch.nn.Module, stats: Stats, wanted: list[str], choice: Choice, strict: bool, example: Any, only: str
+    model: torch.nn.Module,
+    stats: Stats,
+    wanted: list[str],
+    choice: Choice,
+    strict: bool,
+    example: Any,
+    only: str,
+    graph: bool,
 ) -> dict[str, str]:
     """The sites whose threshold is not free -> what it costs."""
     from forged_fx.cost import cost  # late: it needs the compiler
 
     if only != "free":
         raise ValueError(f"only={only!r}: 'free' is the one choice; to name sites, take include= or exclude=")
+    if not wanted:
+        return {}
     if example is None:
-        raise ValueError("only='free' runs the model to see what costs: pass example=(args, kwargs)")
+        raise ValueError("only='free' runs a model with weights to see what costs: pass example=(args, kwargs)")
     given: dict[str, Any] = {"kind": choice.kinds, "where": wanted, "statistic": choice.statistic}
-    forged = transform(model, stats, None, **given, strict=strict, example=example, fuse=False)
+    forged = transform(model, stats, None, **given, strict=strict, example=example, fuse=False, graph=graph)
     costs = cost(forged, *example)
     return {site: f"not free: {price}" for site, price in costs.items() if not price.free}
 
@@ -381,33 +407,16 @@ def _forge_whole(model: torch.nn.Module, stats: Stats, wanted: list[str], choice
     # torch.fx writes Python with the modules' names in it
     if odd := [name for name, _ in model.named_modules() if set(name) & {'"', "\\", "\n", "\r", "\0"}]:
         raise Untraceable(f"its graph cannot be written as Python: a module is called {odd[0]!r}")
+    held = skeleton(model, opened, {node.target for node in graph.find_nodes(op="get_attr")})
     try:
-        forged = ForgedModule(model, graph, class_name=f"Forged{type(model).__name__}")
+        forged = ForgedModule(held, graph, class_name=f"Forged{type(model).__name__}")
     except SyntaxError as error:
         raise Untraceable(f"its graph cannot be written as Python: {error}") from error
-    for key in sorted(keys - forged.state_dict().keys()):
-        _keep(forged, model, key)
+    hold(forged, held)
     if lost := keys - forged.state_dict().keys():
         raise Untraceable(f"the graph cannot hold {min(lost)!r}")
     forged.meta["threshold_buffers"] = buffers
-    for name, module in forged.named_modules():  # one by one: a user may have set some of them apart
-        module.training = model.get_submodule(name).training
     return forged
-
-
-def _keep(forged: torch.nn.Module, model: torch.nn.Module, key: str) -> None:
-    """Give the graph a parameter or buffer that it does not use, or has under another name: checkpoints know it."""
-    *path, leaf = key.split(".")
-    for name in path:
-        model = model.get_submodule(name)
-        if name not in forged._modules:
-            forged.add_module(name, model)
-            return
-        forged = forged.get_submodule(name)
-    if leaf in model._parameters:
-        forged.register_parameter(leaf, model._parameters[leaf])
-    elif leaf in model._buffers:
-        forged.register_buffer(leaf, model._buffers[leaf])
 
 
 def _module_of_node(node: fx.Node) -> str:

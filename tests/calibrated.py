@@ -69,5 +69,13 @@ if __name__ == "__main__":
     expected = forged(x)
     fully_shard(forged)
     seen["forged, then sharded"] = torch.equal(forged(x), expected)
+    blocks = nn.Sequential(network())
+    of_blocks = forged_fx.calibrate(blocks, batches()[:1], shard=False)
+    graph, modules = (forged_fx.transform(blocks, of_blocks, 2**-4, graph=graph) for graph in (True, False))
+    expected = graph(x)
+    seen["a block of a graph"] = fails(lambda: fully_shard(graph.get_submodule("0")))
+    for name in ("0", ""):
+        fully_shard(modules.get_submodule(name))
+    seen["block by block"] = torch.equal(modules(x), expected)
     torch.distributed.destroy_process_group()
     (folder / f"{rank}.json").write_text(json.dumps(seen))

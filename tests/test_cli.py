@@ -253,6 +253,16 @@ def test_transform_writes_weights_and_thresholds(capsys):
     assert "0.forged_threshold" in load_file("forged.safetensors")
 
 
+@pytest.mark.parametrize("command", ["transform", "evaluate"])
+def test_module_by_module_on_request(command, monkeypatch, tmp_path, capsys):
+    made, transform = [], forged_fx.transform
+    monkeypatch.setattr(forged_fx, "transform", lambda *args, **more: made.append(transform(*args, **more)) or made[-1])
+    arguments = {"transform": [*JSON["transform"][:-1], str(tmp_path / "f.safetensors")], "evaluate": EVALUATE[1:]}
+    for more in ([], ["--no-graph"]):
+        main([command, *arguments[command], *more, *(["--stats", "demo/stats.safetensors"] * (command == "evaluate"))])
+    assert [isinstance(forged, torch.fx.GraphModule) for forged in made] == [True, False]
+
+
 def test_other_kinds_and_what_they_take(capsys):
     arguments = ["describe", *MODEL, "--stats", "demo/stats.safetensors", "--json"]
     assert main([*arguments, "--kind", "0=band,*=clamp", "--ratio", "0=2**-6:0.5,7=off,*=0.5"]) == 0
@@ -281,6 +291,7 @@ ERRORS = {
     "no site": (1, ["describe", *MODEL, "--stats", "demo/stats.safetensors", "--include", "8"], "matches no site"),
     "no eps": (2, ["evaluate", *MODEL], "--eps"),
     "a ratio of nothing": (2, [*EVALUATE, "--ratio", "0.5"], "--ratio says how to forge, and"),
+    "no graph of nothing": (2, [*EVALUATE, "--no-graph"], "--graph says how to forge"),
     "a kind, as it would be": (2, [*EVALUATE, "--kind", "hard"], "--kind says how to forge"),
     "sites of nothing": (2, [*EVALUATE, "--include", "7"], "--include says how to forge"),
     "no sites of nothing": (2, [*EVALUATE, "--exclude", "7"], "--exclude says how to forge"),

@@ -13,7 +13,7 @@ EXAMPLE = (
 )
 
 
-FORGING = ("ratio", "kind", "where", "statistic", "include", "exclude")
+FORGING = ("ratio", "kind", "where", "statistic", "include", "exclude", "graph")
 OF_BASE = ("base_weights", "base_normalize")
 
 
@@ -37,6 +37,7 @@ def run(
     statistic: options.Statistic = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
+    graph: options.Graph = True,
     base: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Another model to compare with, in the plain one's place.")
     ] = None,
@@ -86,7 +87,7 @@ def run(
         other = found.classifier() if stats is not None else None
     judged = found.module
     if stats is not None:
-        judged = given.forged(found, stats, ratio, kind, where, statistic, include, exclude, x[:2])
+        judged = given.forged(found, stats, ratio, kind, where, statistic, include, exclude, x[:2], graph)
     with output.resumable(folder):
         result = forged_fx.evaluate(
             found.classifier(judged),

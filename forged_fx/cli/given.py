@@ -68,6 +68,7 @@ def forged(
     include: Sequence[str] | None,
     exclude: Sequence[str] | None,
     example: torch.Tensor | None,
+    graph: bool = True,
 ) -> nn.Module:
     """The forged copy of the model's module. example: images, for an audit."""
     how = {} if ratio is None else {"ratio": options.ratio(ratio)}
@@ -81,6 +82,7 @@ def forged(
         include=include or None,
         exclude=exclude or None,
         example=None if example is None else arguments(plain, example),
+        graph=graph,
     )
 
 

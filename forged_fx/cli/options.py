@@ -69,6 +69,13 @@ Statistic = Annotated[
 ]
 Include = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Forge only these sites; may be repeated.")]
 Exclude = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Do not forge these; may be repeated.")]
+Graph = Annotated[
+    bool,
+    typer.Option(
+        "--graph/--no-graph",
+        help="One graph where that is exactly the model, or module by module, so that every module runs.",
+    ),
+]
 Eps = Annotated[str, typer.Option(help="Radius of the attacker's ball, of pixels in [0, 1]: 8/255, ...")]
 Calibrate = Annotated[
     str | None, typer.Option(metavar="DATA", help="What to calibrate on. Without it: --data, its training images.")

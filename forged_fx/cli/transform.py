@@ -26,6 +26,7 @@ def run(
     statistic: options.Statistic = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
+    graph: options.Graph = True,
     weights: options.Weights = None,
     normalize: options.Normalize = None,
     resize: options.Resize = None,
@@ -48,7 +49,7 @@ def run(
     FORMATS[out.suffix].kind.check(out)
     found = given.model(model, weights, normalize, device)
     x, _ = given.images(data, None, resize, usual="train").batches(2)[0]
-    forged = given.forged(found, stats, ratio, kind, where, statistic, include, exclude, x)
+    forged = given.forged(found, stats, ratio, kind, where, statistic, include, exclude, x, graph)
     batch = found.inputs(x.to(device_of(forged)))
     FORMATS[out.suffix].write(forged, batch, out)
     sites = list(parameters_of(forged))

@@ -1,0 +1,159 @@
+"""A forged graph holds what the model holds, in its order; what does not run in it says so, and runs on request."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
+
+import forged_fx
+from forged_fx.transform import ForgedModule, forging_of
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.second, self.first = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.second(self.first(x).relu())
+
+
+class Net(nn.Module):
+    """Defined in another order than it runs, with weights of every origin, and some that do not run at all."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.unused, self.act = nn.Linear(6, 3), nn.Linear(2, 2), nn.ReLU()
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.twin = self.blocks[0]
+        self.tied = nn.Linear(6, 6)
+        self.tied.weight = self.blocks[1].first.weight
+        self.scales = nn.ParameterList([torch.ones(6), torch.full((6,), 2.0)])
+        self.shift, self.constant = nn.Parameter(torch.ones(6)), torch.tensor(0.5)
+        self.register_buffer("mean", torch.zeros(6), persistent=False)
+        self.register_parameter("none", None)
+
+    def forward(self, x):
+        x = self.tied(x - self.mean) * self.scales[1] + self.shift
+        for block in reversed(self.blocks):
+            x = x + block(x) * self.constant
+        return self.head(self.act(x))
+
+
+@pytest.fixture
+def x():
+    return torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+@pytest.fixture
+def stats(model, x):
+    return forged_fx.calibrate(model, [x])
+
+
+def held(model):
+    """The names of everything in a model, in order, but for what forging added."""
+    kinds = model.named_parameters(), model.named_buffers(), model.named_modules(), model.state_dict().items()
+    of_modules = model.named_parameters(remove_duplicate=False), model.named_modules(remove_duplicate=False)
+    return [[name for name, _ in kind if "forged" not in name] for kind in (*kinds, *of_modules)]
+
+
+def pickled(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def without_constant(names):
+    return [[name for name in kind if name != "constant"] for kind in names]
+
+
+@pytest.mark.parametrize("how", [lambda m: m, copy.deepcopy, copy.copy, pickled, lambda m: copy.deepcopy(pickled(m))])
+@pytest.mark.parametrize("given", [{}, {"include": "blocks.1.*"}, {"exclude": "head"}], ids=str)
+def test_the_order_is_the_models(how, given, model, stats, x):
+    forged = forged_fx.transform(model, stats, 2**-4, **given)
+    twin = how(forged)
+    assert isinstance(twin, ForgedModule)
+    assert without_constant(held(twin)) == held(model)  # (which the graph reads, and is in no checkpoint)
+    assert twin.load_state_dict(model.state_dict()) == ([], [])
+    assert torch.equal(twin(x), forged(x)) and not torch.equal(twin(x), model(x))
+    assert [type(m) for m in twin.parameters()] == [type(m) for m in model.parameters()]
+    assert twin.tied.weight is twin.get_parameter("blocks.1.first.weight") and twin.twin is twin.get_submodule(
+        "blocks.0"
+    )
+
+
+def test_what_goes_by_the_order_gives_each_weight_its_own(model, stats, x):
+    forged = forged_fx.transform(model, stats, 0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(x).square().mean().backward()
+    optimizer.step()
+    after = torch.optim.SGD(forged.parameters(), lr=0.1, momentum=0.9)
+    after.load_state_dict(optimizer.state_dict())
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            expected = optimizer.state[parameter]["momentum_buffer"]
+            assert torch.equal(after.state[forged.get_parameter(name)]["momentum_buffer"], expected)
+    with torch.no_grad():
+        torch.nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(model.parameters()), forged.parameters())
+    assert torch.equal(forged(x), model(x))
+
+
+def test_a_mode_that_is_set_apart_is_kept(model, stats):
+    model.train()
+    model.blocks[1].eval()
+    for twin in (forged := forged_fx.transform(model, stats), copy.deepcopy(forged), pickled(forged)):
+        assert [m.training for m in twin.modules()] == [m.training for m in model.modules()]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda block, x: block.register_forward_hook(print),
+        lambda block, x: block.register_forward_pre_hook(print, with_kwargs=True),
+        lambda block, x: block.register_full_backward_hook(print),
+        lambda block, x: block.register_full_backward_pre_hook(print),
+        lambda block, x: setattr(block, "forward", print),
+        lambda block, x: block(x),
+    ],
+)
+def test_what_does_not_run_refuses_what_would_do_nothing(use, model, stats, x):
+    forged = forged_fx.transform(model, stats)
+    for twin in (forged, copy.deepcopy(forged), pickled(forged)):
+        with pytest.raises(RuntimeError, match=r"'blocks.1' does not run in this forged model.*graph=False"):
+            use(twin.get_submodule("blocks.1"), x)
+    seen = []
+    for name in ("", "blocks.1.first", "act"):  # the model and the layers do
+        forged.get_submodule(name).register_forward_hook(lambda *_: seen.append(0))
+    with torch.nn.modules.module.register_module_forward_hook(lambda *_: seen.append(0)):
+        forged.apply(lambda module: None).to(torch.float64)(x.double())
+    assert len(seen) == 3 + 8
+
+
+@pytest.mark.parametrize("kind", ["hard", "clamp"])
+def test_module_by_module_on_request(kind, model, stats, x):
+    ratio = {"hard": 2**-3, "clamp": 0.5}[kind]
+    graph, modules = (forged_fx.transform(model, stats, ratio, kind=kind, graph=graph) for graph in (True, False))
+    assert isinstance(graph, ForgedModule) and isinstance(modules, Net) and isinstance(modules.blocks[0], Block)
+    assert torch.equal(modules(x), graph(x)) and not torch.equal(modules(x), model(x))
+    assert list(forging_of(modules).reached) == list(forging_of(graph).reached)
+    assert "module by module (as graph=False asked for)" in str(forged_fx.describe(modules))
+    forged_fx.set_ratio(modules, None)
+    assert torch.equal(modules(x), model(x))
+    forged_fx.set_ratio(modules, ratio)
+    seen = []
+    modules.blocks[1].register_forward_hook(lambda *_: seen.append(0))
+    wrap = checkpoint_wrapper.apply_activation_checkpointing
+    wrap(modules, check_fn=lambda module: isinstance(module, Block))
+    assert torch.equal(modules(x), graph(x)) and len(seen) == 1
+    with pytest.raises(ValueError, match=r"graph='no': True for one graph"):
+        forged_fx.transform(model, stats, graph="no")
