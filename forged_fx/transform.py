@@ -328,19 +328,31 @@ def _fuse(model: torch.nn.Module, forged: torch.nn.Module, wanted: list[str], ex
 def select(
     stats: Stats, include: Globs | None, exclude: Globs | None, where: Globs = LAYERS
 ) -> tuple[list[str], dict[str, str]]:
-    """The sites to forge, and for each of the others why it is left out."""
-    if include is not None and not _globs(include):
+    """The sites to forge, and for each of the others why it is left out. ValueError where the globs leave none."""
+    include = None if include is None else _globs(include, "include")
+    exclude = None if exclude is None else _globs(exclude, "exclude")
+    where = where if isinstance(where, str) and where in (LAYERS, ACTIVATIONS) else _globs(where, "where")
+    if include == []:
         raise ValueError("include names no site: leave it out to forge all of them")
+    if where == []:
+        raise ValueError(f"where names no site: leave it out to forge {LAYERS}, or pass globs over site names")
     names = _places(stats, where)
     by_default = [name for name in names if stats.sites[name].left_out is None]
-    chosen = match_sites(_globs(include), names, "include") if include is not None else by_default
+    chosen = match_sites(include, names, "include") if include is not None else by_default
     chosen = [name for name in chosen if stats.sites[name].left_out in (None, FIXED_FILTER, UNSEEN)]
-    dropped = match_sites(_globs(exclude), names, "exclude") if exclude is not None else []
+    dropped = match_sites(exclude, names, "exclude") if exclude is not None else []
     wanted = [name for name in chosen if name not in dropped]
     reasons = {name: stats.sites[name].left_out or "not in include" for name in names if name not in chosen}
-    if where not in (LAYERS, ACTIVATIONS):
+    if isinstance(where, list):
         reasons |= {name: "not in where" for name in stats.sites if name not in names}
-    return wanted, reasons | dict.fromkeys((n for n in dropped if n in chosen), "in exclude")
+    reasons |= dict.fromkeys((n for n in dropped if n in chosen), "in exclude")
+    if not wanted and (include or exclude or isinstance(where, list)):
+        site, why = min(reasons.items(), key=lambda reason: reason[1] in ("not in include", "not in where"))
+        raise ValueError(
+            f"no site is left to forge ({site!r}: {why}): ask for others; what is to stay the model as it is needs no "
+            "forging, and forged_fx.set_ratio(forged, None) turns a forged one off"
+        )
+    return wanted, reasons
 
 
 def forging_of(module: torch.nn.Module) -> Forging | None:
@@ -429,10 +441,10 @@ def _source(node: fx.Node) -> Origin:
     return Origin.DATA if node.op == "placeholder" else Origin.CONSTANT
 
 
-def _places(stats: Stats, where: Globs) -> list[str]:
+def _places(stats: Stats, where: str | list[str]) -> list[str]:
     """The names of the sites that are in question."""
-    if where not in (LAYERS, ACTIVATIONS):
-        return match_sites(_globs(where), list(stats.sites), "where")
+    if isinstance(where, list):
+        return match_sites(where, list(stats.sites), "where")
     found = [name for name in stats.sites if is_activation(name) == (where == ACTIVATIONS)]
     if not found and where == ACTIVATIONS:
         raise ValueError(
@@ -443,5 +455,8 @@ def _places(stats: Stats, where: Globs) -> list[str]:
     return found
 
 
-def _globs(globs: Globs) -> list[str]:
-    return [globs] if isinstance(globs, str) else list(globs)
+def _globs(given: Globs, name: str) -> list[str]:
+    """As a list, which can be gone through twice. name: of the argument."""
+    if not isinstance(given, str | Iterable):
+        raise TypeError(f"{name}={given!r}: a glob over site names, or several, such as ['conv*', 'head']")
+    return [given] if isinstance(given, str) else list(given)
