@@ -17,7 +17,7 @@ import torch.fx as fx
 import torch.nn.attention
 
 from forged_fx import torch_internals
-from forged_fx.modes import copied, kept_buffers, kept_randomness
+from forged_fx.modes import copied, generator_state, kept_buffers, kept_randomness
 from forged_fx.sites import module_of
 
 Traced = tuple[fx.Graph, dict[str, torch.Tensor]]  # a graph, and the tensors that were made for it, by name
@@ -78,8 +78,9 @@ def capture(model: torch.nn.Module, opened: set[str], given: set[str], contexts:
 
     before = _state(twin, opened)
     traced = trace(twin, False, grad)
+    again = trace(twin, True, not grad)
     after = _state(twin, opened)
-    if not _alike(traced, trace(twin, True, not grad)):
+    if not _alike(traced, again):
         another = "another thing when it runs again"
         reasons = {
             (False, grad): another,
@@ -113,13 +114,16 @@ def _trains_otherwise(module: torch.nn.Module) -> bool:
 
 
 def _state(model: torch.nn.Module, opened: set[str]) -> dict[tuple, Any]:
-    """What a forward may count with: numbers and text among the modules' attributes, and how often tensors were written
-    to. One that is replaced (what a run computed, to be looked at later) is left out."""
+    """What a forward may count with: numbers and text among the modules' attributes, what their random generators would
+    draw next, and how often tensors were written to. One that is replaced (what a run computed, to be looked at later)
+    is left out."""
     found: dict[tuple, Any] = {}
     for path in opened:
         for name, value in vars(model.get_submodule(path)).items():
             if isinstance(value, bool | int | float | str) and name != "training":
                 found[path, name] = str(value)
+            elif (state := generator_state(value)) is not None:
+                found[path, name] = state
             elif isinstance(value, torch.Tensor) and not value.is_inference():
                 found[path, name, id(value)] = value._version
     return found

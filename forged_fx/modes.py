@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import json
 import random
 import sys
 import threading
@@ -57,6 +58,25 @@ def kept_randomness() -> Iterator[Callable[[], bool]]:
             random.setstate(python)
             if numpy:
                 numpy.set_state(of_numpy)
+
+
+def generator_state(value: Any) -> Any:
+    """Where a random generator of someone's own is, in a form that can be compared; None of anything else."""
+    numpy = sys.modules.get("numpy.random")
+    rows: list[tuple[Any, Callable]] = [
+        (random.Random, lambda own: own.getstate()),
+        (torch.Generator, lambda own: own.get_state().tolist()),
+    ]
+    if numpy:
+        rows += [
+            (numpy.Generator, lambda own: _listed(own.bit_generator.state)),
+            (numpy.RandomState, lambda own: _listed(own.get_state(legacy=False))),
+        ]
+    return next((state(value) for kind, state in rows if isinstance(value, kind)), None)
+
+
+def _listed(state: dict) -> str:
+    return json.dumps(state, default=lambda array: array.tolist())
 
 
 def seed(value: int) -> None:

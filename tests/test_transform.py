@@ -3,10 +3,12 @@
 import copy
 import functools
 import io
+import random
 import sys
 import threading
 import types
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -171,6 +173,38 @@ def test_copies_are_complete(model, stats, x, how):
     forged_fx.set_ratio(twin, 0)
     assert torch.equal(twin(x)["logits"], model(x)["logits"])
     assert not torch.equal(forged(x)["logits"], model(x)["logits"])
+
+
+class Sometimes(nn.Module):
+    """Stochastic depth by a generator of its own, or a count, in train mode."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.a, self.b, self.draw, self.steps = nn.Linear(4, 4), nn.Linear(4, 4), draw, 0
+
+    def forward(self, x):
+        if self.training and self.chance() < 0.5:
+            return self.b(x)
+        return self.b(x + self.a(x))
+
+    def chance(self):
+        if self.draw is None:
+            self.steps += 1
+            return 1
+        draw = getattr(self.draw, "random", None)
+        return draw() if draw else torch.rand(1, generator=self.draw).item()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "make", [random.Random, np.random.default_rng, np.random.RandomState, torch.Generator().manual_seed, lambda _: None]
+)
+def test_what_a_module_draws_or_counts_in_training_alone_is_in_no_graph(make, seed):
+    model, x = Sometimes(make(seed)).eval(), torch.randn(8, 4)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0).train()
+    assert not isinstance(forged, torch.fx.GraphModule)
+    results = {forged(x)[0, 0].item() for _ in range(30)}
+    assert (len(results), forged.steps) == ((1, 30) if model.draw is None else (2, 0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
