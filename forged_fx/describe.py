@@ -117,7 +117,7 @@ def describe(model: torch.nn.Module, *, cost: bool = False, example: tuple[tuple
         if unseen := _unseen(owner, record):
             whole += f"; left as they are, as calibration saw no call of them: {_some(unseen)}"
         rows.elsewhere += _in_no_product(owner, record)
-        rows.notes.append(whole + ("" if record.audited else "; not audited: there was no batch to run it on"))
+        rows.notes.append(whole + ("" if record.audited else f"; not audited: {record.not_audited}"))
     return rows
 
 
@@ -203,7 +203,7 @@ def _ratio(site: SiteStats, values: tuple[Any, ...], statistic: str) -> float | 
     if not size:
         return None
     ratio = values[0] / size
-    power = 2.0 ** round(math.log2(ratio)) if ratio else 0.0
+    power = 2.0 ** round(math.log2(ratio)) if 0 < ratio < math.inf else 0.0
     return power if math.isclose(ratio, power, rel_tol=1e-6) else float(f"{ratio:.6g}")
 
 

@@ -31,6 +31,7 @@ from torch import Tensor
 from forged_fx import cpu, ops, torch_internals
 from forged_fx.effects import writes
 from forged_fx.share_traced import share
+from forged_fx.thresholds import lost
 from forged_fx.torch_internals import dispatch_keys
 
 THRESHOLD = torch.ops.forged_fx.threshold.default
@@ -42,9 +43,16 @@ def offer(forged: fx.GraphModule) -> None:
     as_written, unrecorded = type(forged).forward, _unrecorded(forged)
 
     def forward(self: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch_internals.watched():
+        if torch.compiler.is_compiling():
             return as_written(self, *args, **kwargs)
-        return unrecorded(self, *args, **kwargs)
+        try:
+            if torch.is_grad_enabled() or torch_internals.watched():
+                return as_written(self, *args, **kwargs)
+            return unrecorded(self, *args, **kwargs)
+        except AttributeError as error:
+            if gone := lost(self, self.threshold_buffers):
+                raise AttributeError(f"{gone} ({error})") from error
+            raise
 
     forward.__code__ = forward.__code__.replace()  # its own: Dynamo counts how often it has compiled a code
     type(forged).forward = functools.wraps(as_written)(forward)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch import Tensor
 
 from forged_fx.kinds import Kind, Value
 from forged_fx.ops import THRESHOLD_OPS
@@ -22,27 +23,41 @@ class HoldsThresholds(torch.nn.Module):
     """A module with thresholds among its buffers, for its own sites and its submodules'.
 
     They stay float32 under `.half()` and its like, as the comparison is made in float32. A checkpoint of the plain
-    model loads, with `strict=True` too: thresholds that it does not name keep their values.
+    model loads, with `strict=True` too: thresholds that it does not name keep their values, `to_empty` and the meta
+    device notwithstanding.
     """
 
     threshold_buffers: dict[str, tuple[str, ...]]  # site name -> its buffers' names, relative to this module
 
     def _apply(self, fn: Any, recurse: bool = True) -> "HoldsThresholds":
-        before = {name: self.get_buffer(name) for names in self.threshold_buffers.values() for name in names}
+        before = {name: valued(self.get_buffer(name)) for names in self.threshold_buffers.values() for name in names}
         super()._apply(fn, recurse)
         for name, value in before.items():
             after = self.get_buffer(name)
-            if after.dtype != value.dtype:
+            if after is not value:
                 owner, _, leaf = name.rpartition(".")
-                self.get_submodule(owner)._buffers[leaf] = value.to(after.device)
+                self.get_submodule(owner)._buffers[leaf] = moved(value, after.device)
         return self
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         leaves = {name.rpartition(".")[2] for names in self.threshold_buffers.values() for name in names}
-        for name, value in self.state_dict().items():  # a module with two names has its threshold under both
+        for name in self.state_dict():  # a module with two names has its threshold under both
             if name.rpartition(".")[2] in leaves:
-                state_dict.setdefault(prefix + name, value)
+                state_dict.setdefault(prefix + name, valued(self.get_buffer(name)).detach())
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def moved(value: Tensor, device: torch.device | None) -> Tensor:
+    """A threshold's buffer on another device. On the meta device, where it has no value, it keeps the one that had."""
+    new = value.to(device)
+    if new.is_meta and not value.is_meta:
+        new.forged_value = value
+    return new
+
+
+def valued(buffer: Tensor) -> Tensor:
+    """The buffer; of one on the meta device, that which has its value."""
+    return getattr(buffer, "forged_value", buffer)
 
 
 def buffer_name(site: str, buffer: str = "threshold") -> str:
@@ -65,23 +80,24 @@ def qualified(site: str, names: Iterable[str]) -> tuple[str, ...]:
     return tuple(f"{module_of(site)}.{name}".removeprefix(".") for name in names)
 
 
-def tensors_beside(owner: torch.nn.Module, root: torch.nn.Module, values: Iterable[Value]) -> tuple[torch.Tensor, ...]:
+def tensors_beside(owner: torch.nn.Module, root: torch.nn.Module, values: Iterable[Value]) -> tuple[Tensor, ...]:
     """Values as float32 tensors on the device of the module that runs the site."""
     near = near_to(owner, root)
     device = None if near is None else near.device
-    return tuple(torch.tensor(value, dtype=torch.float32, device=device) for value in values)
+    made = torch.device("cpu") if near is not None and near.is_meta else device
+    return tuple(moved(torch.tensor(value, dtype=torch.float32, device=made), device) for value in values)
 
 
-def near_to(owner: torch.nn.Module, root: torch.nn.Module) -> torch.Tensor | None:
+def near_to(owner: torch.nn.Module, root: torch.nn.Module) -> Tensor | None:
     """A tensor of a module's; of the model's, where it has none itself; None where there are none."""
     return next(itertools.chain(owner.parameters(), owner.buffers(), root.parameters()), None)
 
 
-def parameters_of(model: torch.nn.Module) -> dict[str, tuple[torch.Tensor, ...]]:
+def parameters_of(model: torch.nn.Module) -> dict[str, tuple[Tensor, ...]]:
     """site name -> its buffers, for every site forged within `model`, but for those that went with a layer that was
     replaced. In a program of torch.export's, which does not say what its sites are called, buffer's name -> the
     buffer."""
-    found: dict[str, tuple[torch.Tensor, ...]] = {}
+    found: dict[str, tuple[Tensor, ...]] = {}
     for module in model.modules():
         if isinstance(module, HoldsThresholds) and module.threshold_buffers:
             buffers = dict(module.named_buffers(remove_duplicate=False))
@@ -90,7 +106,19 @@ def parameters_of(model: torch.nn.Module) -> dict[str, tuple[torch.Tensor, ...]]
     return found or _of_programs(model)
 
 
-def _of_programs(model: torch.nn.Module) -> dict[str, tuple[torch.Tensor, ...]]:
+def lost(model: torch.nn.Module, sites: Iterable[str]) -> str | None:
+    """What to say where one of these sites has its buffers no longer; None where all have them."""
+    buffers = parameters_of(model)
+    gone = next((site for site in sites if site not in buffers), None)
+    if gone is None:
+        return None
+    return (
+        f"site {gone!r} has lost its threshold: the layer that held it was replaced after the model was forged, "
+        "and the new one is not forged. Replace it in the plain model, and forge that"
+    )
+
+
+def _of_programs(model: torch.nn.Module) -> dict[str, tuple[Tensor, ...]]:
     graphs = [module.graph for module in model.modules() if isinstance(module, fx.GraphModule)]
     if not any(node.target in THRESHOLD_OPS for graph in graphs for node in graph.nodes):
         return {}
@@ -109,6 +137,6 @@ def not_forged(model: torch.nn.Module, what: str) -> str:
     return f"this {kind} is not forged: {what} takes what forged_fx.transform returned"
 
 
-def thresholds_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def thresholds_of(model: torch.nn.Module) -> dict[str, Tensor]:
     """site name -> the first of its buffers, for every site forged within `model`."""
     return {site: parameters[0] for site, parameters in parameters_of(model).items()}

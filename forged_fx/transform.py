@@ -23,7 +23,16 @@ from forged_fx.rewrite import WHOLE, Placed, find_calls, insert_thresholds, numb
 from forged_fx.sites import ACTIVATIONS as ACTIVATION_CALLS
 from forged_fx.sites import CALLS, FIXED_FILTER, UNSEEN, Origin, is_activation, mark_of, module_of
 from forged_fx.stats import Ratio, Stats, match_sites
-from forged_fx.thresholds import HoldsThresholds, not_forged, parameters_of, qualified, register, thresholds_of
+from forged_fx.thresholds import (
+    HoldsThresholds,
+    lost,
+    not_forged,
+    parameters_of,
+    qualified,
+    register,
+    thresholds_of,
+    valued,
+)
 
 Globs = str | Iterable[str]
 LAYERS, ACTIVATIONS = "linear+conv", "activations"
@@ -34,9 +43,9 @@ class Forging:
     """The record of what was done to a model.
 
     reached: site name -> how its threshold is placed. left_out: site name -> why it has none. not_whole: why the model
-    is not one graph, or None. audited: the result was compared with the model on a batch. fused: how many thresholds
-    share a call with their producer, None where that was not asked for; not_fused: why none could. choice: the kind of
-    each site.
+    is not one graph, or None. audited: the result was compared with the model on a batch; not_audited: why it was not.
+    fused: how many thresholds share a call with their producer, None where that was not asked for; not_fused: why none
+    could. choice: the kind of each site.
     """
 
     stats: Stats
@@ -45,6 +54,7 @@ class Forging:
     choice: Choice
     not_whole: str | None = None
     audited: bool = False
+    not_audited: str = "there was no batch to run it on"
     fused: int | None = None
     not_fused: str | None = None
 
@@ -229,16 +239,23 @@ def transform(
     if example:
         _check_seen(stats, ran, record, strict)
     else:
+        why, then = _NO_BATCH
+        if on_meta:
+            record.not_audited, (why, then) = "it had no weights", _ON_META
         warnings.warn(
-            "forged without an audit: statistics from a file keep no batch to run, and what a graph lost of the model "
-            "(isinstance(x, Tensor) is false as it is recorded, say) was not looked for: pass one, example=((x,), {})",
+            f"forged without an audit: {why}, and what a graph lost of the model (isinstance(x, Tensor) is false as it "
+            f"is recorded, say) was not looked for: {then}",
             stacklevel=3,
         )
-    on_gpu = any(value.is_cuda for value in (*model.parameters(), *model.buffers()))
+    on_gpu = any(tensor.is_cuda for tensor in tensors)
     if on_gpu if fuse is None else fuse:
         _fuse(model, forged, wanted, example, exact=not on_gpu)
     set_ratio(forged, ratio)
     return forged
+
+
+_NO_BATCH = "statistics from a file keep no batch to run", "pass one, example=((x,), {})"
+_ON_META = "a model on the meta device has no weights to run with", "forge it once with weights, example=((x,), {})"
 
 
 def _is_call(example: Any) -> bool:
@@ -361,14 +378,11 @@ def forging_of(module: torch.nn.Module) -> Forging | None:
 
 
 def in_force(module: torch.nn.Module, record: Forging) -> dict[str, tuple[torch.Tensor, ...]]:
-    """site name -> its buffers, of a forged model and its record; ValueError if a layer that held some was replaced."""
-    buffers = parameters_of(module)
-    if gone := [site for site in record.reached if site not in buffers]:
-        raise ValueError(
-            f"site {gone[0]!r} has lost its threshold: the layer that held it was replaced after the model was forged, "
-            "and the new one is not forged. Replace it in the plain model, and forge that"
-        )
-    return buffers
+    """site name -> its buffers' values, of a forged model and its record; ValueError if a layer that held some was
+    replaced."""
+    if gone := lost(module, record.reached):
+        raise ValueError(gone)
+    return {site: tuple(map(valued, buffers)) for site, buffers in parameters_of(module).items()}
 
 
 def set_ratio(forged: torch.nn.Module, ratio: Ratio) -> None:
@@ -385,7 +399,7 @@ def set_ratio(forged: torch.nn.Module, ratio: Ratio) -> None:
         with torch.no_grad():
             for site, values in record.choice.values(record.stats, ratio).items():
                 for buffer, value in zip(buffers[site], values, strict=True):
-                    buffer.copy_(torch.as_tensor(value))
+                    buffer.copy_(torch.as_tensor(value, device=buffer.device))
 
 
 def _forge_whole(model: torch.nn.Module, stats: Stats, wanted: list[str], choice: Choice) -> ForgedModule:

@@ -127,6 +127,79 @@ def test_a_layer_that_was_replaced_is_missed(whole):
             ask(forged)
 
 
+def test_a_graph_whose_layer_was_replaced_says_so_when_it_runs(model, stats, x):
+    forged = forged_fx.transform(model, stats)
+    forged.bn.running_mean = None  # an error that is the model's own stays what it is
+    del forged.bn.running_mean
+    with pytest.raises(AttributeError, match="running_mean"):
+        forged(x)
+    for name, path in (("fc", ""), ("0", "blocks"), ("blocks", "")):
+        for grad in (True, False):
+            forged = forged_fx.transform(model, stats)
+            forged.get_submodule(path)._modules[name] = nn.Identity()  # as torch.ao replaces them
+            with torch.set_grad_enabled(grad), pytest.raises(AttributeError, match=r"lost its threshold.* forge that"):
+                forged(x)
+
+
+def test_a_shallow_copy_is_forged(model, stats, x):
+    forged = forged_fx.transform(model, stats, 2**-3)
+    twin = copy.copy(forged)
+    assert twin.fc is forged.fc and torch.equal(twin(x)["logits"], forged(x)["logits"])
+    twin.fc = nn.Identity()
+    assert torch.equal(forged(x)["logits"], forged_fx.transform(model, stats, 2**-3)(x)["logits"])
+    twin = copy.copy(forged)
+    forged_fx.set_ratio(twin, 0)
+    assert torch.equal(twin(x)["logits"], model(x)["logits"])
+    assert twin.half().get_buffer("fc.forged_threshold").dtype == torch.float32
+
+
+@pytest.mark.parametrize("graph", [True, False], ids=["one graph", "module by module"])
+@pytest.mark.parametrize("where", ["file", "memory"])
+def test_on_the_meta_device_thresholds_have_their_values(graph, where, model, stats, x, tmp_path):
+    expected = forged_fx.transform(model, stats, 2**-3)
+    if where == "file":
+        stats.save(stats := tmp_path / "stats.safetensors")
+    with torch.device("meta"):
+        large = Net()
+        with pytest.warns(UserWarning, match="without an audit: a model on the meta device has no weights"):
+            forged = forged_fx.transform(large, stats, 0, graph=graph)
+    assert all(parameter.is_meta for parameter in forged.parameters())
+    forged_fx.set_ratio(forged, 2**-3)
+    assert "not audited: it had no weights" in str(forged_fx.describe(forged))
+    for _ in range(2):
+        forged.to_empty(device="cpu")
+        for tensor in (*forged.parameters(), forged.mean, forged.bn.running_mean):
+            tensor.data.fill_(7.0)
+        assert forged.load_state_dict(model.state_dict(), strict=True) == ([], [])
+        assert torch.equal(forged.eval()(x)["logits"], expected(x)["logits"])
+        forged.to("meta")
+    with pytest.raises(ValueError, match="only='free' runs a model with weights"):
+        forged_fx.transform(large, stats, only="free")
+
+
+def test_describe_takes_any_threshold(model, stats):
+    forged = forged_fx.transform(model, stats)
+    for value in (-1.0, float("inf"), float("nan"), 1e38):
+        forged.get_buffer("fc.forged_threshold").fill_(value)
+        assert len(forged_fx.describe(forged)) == len(SITES)
+
+
+def test_what_is_selected_may_be_an_iterator_and_is_something(model, stats):
+    def sites(**globs):
+        return list(forged_fx.transform(model, stats, **globs).forging.reached)
+
+    assert sites(include=(name for name in ["fc*"])) == sites(where=iter(["fc*"])) == ["fc", "fc#1"]
+    assert sites(exclude=(name for name in ["fc*"])) == ["conv", "blocks.0", "blocks.2", "#0"]
+    for globs in ({"exclude": "*"}, {"include": "fc", "exclude": ["fc"]}, {"where": ["conv"], "exclude": "conv"}):
+        with pytest.raises(ValueError, match=r"no site is left to forge \('\w+': in exclude\): ask for others"):
+            sites(**globs)
+    for globs in ({"include": []}, {"where": []}, {"where": iter(())}):
+        with pytest.raises(ValueError, match="names no site: leave it out"):
+            sites(**globs)
+    with pytest.raises(TypeError, match="where=None: a glob over site names, or several"):
+        sites(where=None)
+
+
 def test_include_and_exclude(model, stats):
     def forged_sites(**globs):
         forged = forged_fx.transform(model, stats, **globs)
