@@ -439,8 +439,8 @@ def _forge_whole(model: torch.nn.Module, stats: Stats, wanted: list[str], choice
     except SyntaxError as error:
         raise Untraceable(f"its graph cannot be written as Python: {error}") from error
     hold(forged, held)
-    if lost := keys - forged.state_dict().keys():
-        raise Untraceable(f"the graph cannot hold {min(lost)!r}")
+    if gone := keys - forged.state_dict().keys():
+        raise Untraceable(f"the graph cannot hold {min(gone)!r}")
     forged.meta["threshold_buffers"] = buffers
     return forged
 
