@@ -5,6 +5,8 @@ modules have to be there all the same, under the names and in the order that che
 `zip(model.parameters(), forged.parameters())` rely on.
 """
 
+import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,19 +17,27 @@ from torch import nn
 HELD = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
 
 
-def _refusing(what: str) -> Callable:
-    def refuse(self: "Container", *args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError(
-            f"{self.forged_path!r} does not run in this forged model, so that {what} would do nothing: the model is "
-            "one graph, which calls the layers within by themselves. forged_fx.transform(..., graph=False) forges it "
-            f"module by module, and then {self.forged_path!r} runs"
-        )
+def _nothing(path: str, what: str) -> str:
+    return (
+        f"{path!r} does not run in this forged model, so that {what} does nothing: the model is one graph, which calls "
+        "the layers within by themselves. forged_fx.transform(..., graph=False) forges it module by module, and then "
+        f"{path!r} runs"
+    )
 
-    return refuse
+
+def _warning(register: Callable) -> Callable:
+    """A hook may be one of many, on all modules alike: it is taken, and a warning says that nothing will call it."""
+
+    @functools.wraps(register)
+    def warned(self: "Container", *args: Any, **kwargs: Any) -> Any:
+        warnings.warn(_nothing(self.forged_path, "a hook on it"), stacklevel=2)
+        return register(self, *args, **kwargs)
+
+    return warned
 
 
 class Container(nn.Module):
-    """Stands for one of the model's modules whose code is in the graph. What would count on its running is refused.
+    """Stands for one of the model's modules whose code is in the graph. Who counts on its running is told.
 
     forged_path: its name in the model.
     """
@@ -36,15 +46,21 @@ class Container(nn.Module):
         super().__init__()
         self.forged_path = path
 
-    forward = torch.jit.unused(_refusing("calling it"))
-    register_forward_pre_hook = register_forward_hook = _refusing("a hook on it")
-    register_full_backward_pre_hook = register_full_backward_hook = register_backward_hook = register_forward_hook
+    @torch.jit.unused
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """RuntimeError: the code is the graph's."""
+        raise RuntimeError(_nothing(self.forged_path, "calling it"))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        _forward_of_its_own(self) if name == "forward" else super().__setattr__(name, value)
+        if name == "forward":
+            raise RuntimeError(_nothing(self.forged_path, "a forward of its own"))
+        super().__setattr__(name, value)
 
-
-_forward_of_its_own = _refusing("a forward of its own")
+    register_forward_pre_hook = _warning(nn.Module.register_forward_pre_hook)
+    register_forward_hook = _warning(nn.Module.register_forward_hook)
+    register_full_backward_pre_hook = _warning(nn.Module.register_full_backward_pre_hook)
+    register_full_backward_hook = _warning(nn.Module.register_full_backward_hook)
+    register_backward_hook = _warning(nn.Module.register_backward_hook)
 
 
 def skeleton(model: nn.Module, opened: set[str], tensors: set[str]) -> nn.Module:

@@ -166,7 +166,7 @@ def transform(
         only: "free" forges only the sites whose threshold costs nothing in compiled code, by `forged_fx.cost`, which
             needs an example; the others are left out, each with what it would cost.
         graph: False forges module by module also where one graph is exactly the model. In a graph the layers run, and
-            the modules around them do not: they refuse hooks and calls. Module by module all of them run, under their
+            the modules around them do not: they cannot be called. Module by module all of them run, under their
             own classes, so that hooks on a block, activation checkpointing by class and `fully_shard` block by block
             do what they do to the plain model. The results are the same, bit for bit.
 

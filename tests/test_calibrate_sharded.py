@@ -58,6 +58,6 @@ def test_models_that_are_wrapped_for_training(ran):
     for seen in ran[1:3]:
         assert seen["data parallel"] and seen["data parallel, forged"]
         assert seen["sharded"] and seen["forged, then sharded"] and seen["block by block"]
-        assert seen["a block of a graph"][0] == "RuntimeError" and "graph=False" in seen["a block of a graph"][1]
+        assert "graph=False" in seen["a block of a graph"][0]
         assert "have 3, 2 batches: give all as many" in seen["of another length"][1]
         assert "fully_shard(forged_fx.transform(model, stats))" in seen["transform"][1]

@@ -115,22 +115,19 @@ def test_a_mode_that_is_set_apart_is_kept(model, stats):
         assert [m.training for m in twin.modules()] == [m.training for m in model.modules()]
 
 
-@pytest.mark.parametrize(
-    "use",
-    [
-        lambda block, x: block.register_forward_hook(print),
-        lambda block, x: block.register_forward_pre_hook(print, with_kwargs=True),
-        lambda block, x: block.register_full_backward_hook(print),
-        lambda block, x: block.register_full_backward_pre_hook(print),
-        lambda block, x: setattr(block, "forward", print),
-        lambda block, x: block(x),
-    ],
-)
-def test_what_does_not_run_refuses_what_would_do_nothing(use, model, stats, x):
-    forged = forged_fx.transform(model, stats)
-    for twin in (forged, copy.deepcopy(forged), pickled(forged)):
-        with pytest.raises(RuntimeError, match=r"'blocks.1' does not run in this forged model.*graph=False"):
-            use(twin.get_submodule("blocks.1"), x)
+HOOKS = ["forward", "forward_pre", "full_backward", "full_backward_pre"]
+
+
+@pytest.mark.parametrize("made", [lambda m: m, copy.deepcopy, pickled])
+def test_who_counts_on_the_running_of_what_does_not_run_is_told(made, model, stats, x):
+    forged = made(forged_fx.transform(model, stats))
+    block, told = forged.get_submodule("blocks.1"), r"'blocks.1' does not run in this forged model.*graph=False"
+    for use in (lambda: block(x), lambda: setattr(block, "forward", print)):
+        with pytest.raises(RuntimeError, match=told):
+            use()
+    for kind in HOOKS:
+        with pytest.warns(UserWarning, match=told):
+            getattr(block, f"register_{kind}_hook")(pytest.fail)
     seen = []
     for name in ("", "blocks.1.first", "act"):  # the model and the layers do
         forged.get_submodule(name).register_forward_hook(lambda *_: seen.append(0))
