@@ -54,9 +54,9 @@ def calibrate(
         checkpoint: a file that keeps the statistics so far, once a minute and when the scan is stopped. Killed at any
             moment, the same call goes on from there, and ends with the same statistics. The batches must be the same,
             in the same order: they are gone through from the beginning again, and compared; of a sequence of your own
-            (`collections.abc.Sequence`, with slices) only the last one scanned and those after it are asked for. The
-            file stays, and `Stats.load` reads it; delete it when it has served. Of several processes each needs one of
-            its own.
+            (`collections.abc.Sequence`, with slices) only the first, the last one scanned and those after it are asked
+            for. The file stays, and `Stats.load` reads it; delete it when it has served. Of several processes each
+            needs one of its own.
         shard: put together what the processes have seen that torchrun started, or that torch.distributed has. Each
             scans the batches that it is given, its own part of them, and all get the statistics of the whole: equal to
             those of one process that scans every part. None: if there are any. False: this process alone.

@@ -44,9 +44,10 @@ class End:
             return self.off
         number = is_number(ratio) and not math.isnan(ratio)
         if self.off == 0:
-            most = 1 if statistic == "max" else math.inf  # c_max is the largest value; the others leave some beyond
+            # c_max is the largest value; the others leave some beyond
+            most, bounds = (1, "[0, 1]") if statistic == "max" else (math.inf, "[0, inf)")
             if not number or not 0 <= ratio <= most or math.isinf(ratio):
-                raise ValueError(f"{what} must be a number in [0, {most:g}], {self.says}; got {ratio!r}")
+                raise ValueError(f"{what} must be a number in {bounds}, {self.says}; got {ratio!r}")
         elif not number or not ratio > 0:
             raise ValueError(
                 f"{what} must be a number above 0, {self.says}; None leaves a site as it is; got {ratio!r}"
