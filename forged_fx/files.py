@@ -21,6 +21,8 @@ class Kind:
         """FileExistsError if a file of another kind is there. An empty one is of any kind; and of a link only the link
         would be lost. IsADirectoryError for a folder."""
         no_folder(path)
+        if path.exists() and not path.is_file():
+            raise FileExistsError(f"{path} is no file but a device or the like, and would be replaced: name a file")
         there = path.is_file() and not path.is_symlink() and path.stat().st_size
         if there and not any(_holds(path, mark) for mark in self.marks):
             raise FileExistsError(
@@ -44,7 +46,11 @@ def _holds(path: Path, mark: bytes) -> bool:
 STATS_KEY, FORGED_KEY, DEMO_KEY = "forged_fx.stats", "forged_fx.forged", "forged_fx.demo"
 
 STATISTICS = Kind("file of calibration statistics", (f'"{STATS_KEY}":'.encode(),))
-WEIGHTS = Kind("file of a forged model's weights", (f'"{FORGED_KEY}":'.encode(),))
+# (an older version's have no key, but the thresholds' names)
+WEIGHTS = Kind(
+    "file of a forged model's weights",
+    (f'"{FORGED_KEY}":'.encode(), b"forged_threshold", b"forged_limit", b"forged_width"),
+)
 PROGRAM = Kind("program of a forged model", (b"forged_fx",))
 DEMO = Kind("file of the demo's weights", (f'"{DEMO_KEY}":'.encode(),))
 FIGURES = Kind("file of forged_fx's figures", (b'"rows": [', b'"speeds": [', b'"sites": ['))

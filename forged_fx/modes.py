@@ -146,7 +146,8 @@ def uncompiled(model: torch.nn.Module) -> Iterator[None]:
     """The parts that torch.compile was given run as they are written: compiled while it is watched, a part would take a
     hundred times as long, and be made anew for each batch."""
     parts = [(vars(m), "_compiled_call_impl", None) for m in model.modules() if torch_internals.compiled_in_place(m)]
-    parts += [(vars(m), "forward", m._orig_mod.__call__) for m in model.modules() if "_orig_mod" in m._modules]
+    wrappers = [m for m in model.modules() if "_orig_mod" in m._modules and "forward" in vars(m)]
+    parts += [(vars(m), "forward", m._orig_mod.__call__) for m in wrappers]
     before = [(own, name, own[name]) for own, name, _ in parts]
     try:
         for own, name, value in parts:

@@ -216,14 +216,16 @@ class _OwnCalls(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         call = CALLS.get(function) or ACTIVATIONS.get(function)
+        plan = self.region.forged_activations if function in ACTIVATIONS else self.region.forged_plan
+        if not ((call and plan) or function in OPENED):
+            return function(*args, **kwargs)
         # What Dynamo records is a submodule's: of this module it records nothing.
-        if torch.compiler.is_dynamo_compiling() or not (call or function in OPENED) or not self._is_own():
+        if torch.compiler.is_dynamo_compiling() or not self._is_own():
             return function(*args, **kwargs)
         if function in OPENED:
             with self:
                 return OPENED[function](*args, **kwargs)
-        plan = self.region.forged_activations if function in ACTIVATIONS else self.region.forged_plan
-        if plan is not None:
+        if call and plan:
             for forge in plan.next(self.own if plan.once else self.region.forged_pass.so_far()):
                 x = get(args, kwargs, forge.key) if call.kind == forge.kind else None
                 if x is None or isinstance(x, torch.nn.Parameter):
@@ -236,8 +238,10 @@ class _OwnCalls(TorchFunctionMode):
     def _is_own(self) -> bool:
         """Whether none of the submodules makes the call that is running. The stack tells; hooks around all modules
         would, too, but Dynamo would compile a submodule anew in each pass, as hooks are others each time."""
-        running = (module for module in torch_internals.modules_on_stack() if id(module) in self.inside)
-        return next(running, self.region) is self.region
+        for module in torch_internals.modules_on_stack(in_hooks=False):  # (to calibration a hook's are its caller's)
+            if id(module) in self.inside:
+                return module is self.region
+        return True
 
 
 _classes: dict[tuple[type, ...], type] = {}

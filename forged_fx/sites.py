@@ -350,7 +350,7 @@ def unseen_call(module: str, k: int, most: int) -> RuntimeError:
     return RuntimeError(
         f"{module or 'the model'!r} makes its call number {k} (counted from 0) of linear, convolution or "
         f"product, and calibration saw {most} at most: calibrate on data that reaches it, or forge "
-        f"without this module (exclude={module + '*'!r})"
+        f"without this module (exclude={(module or '#') + '*'!r})"
     )
 
 
@@ -359,7 +359,7 @@ def other_call(module: str, seen: str, made: str) -> RuntimeError:
     how = f"{made} in the place of {seen}" if made != seen else f"{made} with its data where a parameter was, or none"
     return RuntimeError(
         f"{module or 'the model'!r} calls {how}, on a path that calibration did not see: calibrate on data that takes "
-        f"both, or forge without this module (exclude={module + '*'!r})"
+        f"both, or forge without this module (exclude={(module or '#') + '*'!r})"
     )
 
 

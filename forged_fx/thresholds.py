@@ -41,9 +41,10 @@ class HoldsThresholds(torch.nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         leaves = {name.rpartition(".")[2] for names in self.threshold_buffers.values() for name in names}
-        for name in self.state_dict():  # a module with two names has its threshold under both
+        for name, value in self.state_dict().items():  # a module with two names has its threshold under both
             if name.rpartition(".")[2] in leaves:
-                state_dict.setdefault(prefix + name, valued(self.get_buffer(name)).detach())
+                value = valued(self.get_buffer(name)).detach() if value.is_meta else value
+                state_dict.setdefault(prefix + name, value)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

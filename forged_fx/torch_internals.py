@@ -240,14 +240,18 @@ def checkpoints() -> tuple[list[dict], dict | None]:
     return first, None
 
 
-def modules_on_stack() -> Iterator[torch.nn.Module]:
-    """The modules whose forward is running now, innermost first. Dynamo compiles a frame while it waits to run."""
+def modules_on_stack(in_hooks: bool = True) -> Iterator[torch.nn.Module]:
+    """The modules whose forward is running now, innermost first. Dynamo compiles a frame while it waits to run.
+
+    in_hooks: those too whose forward is through, and whose own forward hooks run.
+    """
     for frame in _frames():
         called = frame.f_code is MODULE_CALL
         # What went through `Module.compile` may have no frame of its own beyond this one: its call is what is compiled.
         if called or (frame.f_code is WRAPPED_CALL and compiled_in_place(frame.f_locals["self"])):
-            module = frame.f_locals["self"]
-            yield getattr(module, "_orig_mod", module)
+            held = frame.f_locals
+            if in_hooks or held.get("result") is None:
+                yield getattr(held["self"], "_orig_mod", held["self"])
 
 
 def at_end_of_call() -> list[Callable[[], None]] | None:

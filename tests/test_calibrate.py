@@ -358,6 +358,12 @@ class Residual(nn.Module):
         return x + self.inner(x)
 
 
+def test_a_child_that_is_called_like_torch_compiles_is_no_compiled_part():
+    model = Residual(nn.Linear(4, 4)).eval()
+    model._orig_mod = nn.Identity()
+    assert list(forged_fx.calibrate(nn.Sequential(model), [torch.randn(3, 4)]).sites) == ["0.inner"]
+
+
 @pytest.mark.parametrize("name", ["", "inner"])
 def test_parts_that_are_compiled_in_place_are_watched_as_they_are_written(name):
     model = Residual(Residual(nn.Linear(4, 4))).eval()

@@ -1,6 +1,7 @@
 """The terminal: every command's example runs, and errors, interruptions and exit codes are what they are said to be."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -21,6 +22,7 @@ from forged_fx import demo, digits
 from forged_fx.cli import given, main, options, output
 from forged_fx.cli.main import COMMANDS, EXIT_NOTE
 from forged_fx.evaluate.verdict import EXIT_CODES
+from forged_fx.files import STATISTICS, WEIGHTS
 
 MODEL = ["forged_fx.digits:cnn", "--weights", "demo/model.safetensors", "--data", "digits"]
 
@@ -438,3 +440,24 @@ def test_a_rank_without_a_world_is_alone(monkeypatch, capsys):
     assert len(given.share(batches)) == len(batches) > 2
     output.show({}, "text", as_json=False)
     assert capsys.readouterr().out == "text\n"
+
+
+def test_a_folder_that_is_called_like_a_source_is_no_input(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("digits", "forged_fx.digits"):
+        (tmp_path / name).mkdir()
+        output.apart({"model": "forged_fx.digits:cnn", "data": "digits", "folder": Path(name)})
+
+
+def test_a_device_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileExistsError, match="pipe is no file but a device"):
+        STATISTICS.check(tmp_path / "pipe")
+
+
+def test_weights_of_an_older_version_may_be_written_over(tmp_path):
+    save_file({"0.weight": torch.ones(2), "0.forged_limit": torch.ones(())}, tmp_path / "older")
+    WEIGHTS.check(tmp_path / "older")
+    save_file({"0.weight": torch.ones(2)}, tmp_path / "other")
+    with pytest.raises(FileExistsError, match="other is there already"):
+        WEIGHTS.check(tmp_path / "other")

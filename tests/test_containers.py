@@ -154,3 +154,11 @@ def test_module_by_module_on_request(kind, model, stats, x):
     assert torch.equal(modules(x), graph(x)) and len(seen) == 1
     with pytest.raises(ValueError, match=r"graph='no': True for one graph"):
         forged_fx.transform(model, stats, graph="no")
+
+
+def test_a_layer_that_was_wrapped_since_does_not_hinder_loading(model, stats, x):
+    forged = forged_fx.transform(model, stats, 2**-4)
+    expected = forged(x)
+    forged.head = checkpoint_wrapper.checkpoint_wrapper(forged.head)
+    forged.load_state_dict(forged.state_dict())
+    assert torch.equal(forged(x), expected)

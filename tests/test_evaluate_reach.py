@@ -1,5 +1,6 @@
 """Where no gradient sees through what was made of the base, nothing is said in its favour: in every form of a model."""
 
+import copy
 import threading
 import warnings
 
@@ -124,6 +125,22 @@ def test_thresholds_that_do_nothing_are_not_held_against_a_model(made, monkeypat
     planted.hurry(monkeypatch)
     result = judged(made, traced(made[3](ratio=0), made[1]))
     assert raised(result) == {"base and model identical"} and result.verdict == "no measurable gain"
+
+
+def test_thresholds_that_are_turned_off_are_not_held_against_a_model(made, monkeypatch):
+    planted.hurry(monkeypatch)
+    base, x, y, forge = made
+    other = Changed(base, after=lambda logits: 1.01 * logits)
+    result = forged_fx.evaluate(traced(forge(ratio=None), x), other, x=x, y=y, eps=EPS, attacks="quick")
+    assert not raised(result)
+
+
+def test_rounding_to_half_precision_is_no_hidden_jump(made, monkeypatch):
+    planted.hurry(monkeypatch)
+    base, x, y, _ = made
+    half = Changed(copy.deepcopy(base).bfloat16(), before=lambda x: x.bfloat16(), after=lambda logits: logits.float())
+    result = forged_fx.evaluate(half, base, x=x, y=y, eps=1 / 255, attacks=["apgd-ce"])
+    assert ADDS not in raised(result)
 
 
 def test_of_data_parallel_the_module_within_is_attacked(made, monkeypatch):

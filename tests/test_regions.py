@@ -272,6 +272,17 @@ def test_a_part_is_compiled_once(compiled_in_place, x):
     assert graphs[0] >= 1 and graphs == 3 * graphs[:1]
 
 
+def test_what_a_hook_multiplies_is_a_call_of_who_called_the_module(x):
+    model = CallsAround().eval()
+    model.part.register_forward_hook(lambda module, args, output: output + F.linear(args[0], model.weight))
+    stats = forged_fx.calibrate(model, [x])
+    assert [site for site in stats.sites if site.startswith("#")] == ["#0", "#1", "#2"]
+    forged = forged_fx.transform(model, stats, 2**-3)
+    assert not _equal(forged(x), model(x))
+    forged_fx.set_ratio(forged, 0)
+    assert _equal(forged(x), model(x))
+
+
 def test_checkpointing_repeats_the_forward(x):
     model = FunctionalCall()
     forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-3)

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +41,33 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# arguments that name what a command reads, by a path, SOURCE:PATH or PATH:KEY; and what it writes
-READ = ("model", "weights", "base", "base_weights", "stats", "data", "calibrate", "classes")
+def _file(given: str) -> list[str]:
+    return [given]
+
+
+def _of_source(given: str) -> list[str]:
+    """SOURCE:PATH, or a file: a name without a colon is the source's own, and no folder's that is called like it."""
+    return [given.partition(":")[2] if ":" in given else given if os.path.isfile(given) else ""]
+
+
+def _with_key(given: str) -> list[str]:
+    return [given, given.rpartition(":")[0]]
+
+
+# arguments that name what a command reads: the paths that may be meant; and those that name what it writes
+READ: dict[str, Callable[[str], list[str]]] = {
+    **dict.fromkeys(("model", "base", "data", "calibrate"), _of_source),
+    **dict.fromkeys(("weights", "base_weights"), _with_key),
+    **dict.fromkeys(("stats", "classes"), _file),
+}
 WRITTEN = ("out", "save", "folder")
 
 
 def apart(arguments: Mapping[str, Any]) -> None:
     """typer.BadParameter if a command is to write over what it reads, whatever links lead there."""
-    for written, read in itertools.product(WRITTEN, READ):
+    for written, (read, paths) in itertools.product(WRITTEN, READ.items()):
         target, source = (str(arguments.get(name) or "") for name in (written, read))
-        for path in (source, source.partition(":")[2], source.rpartition(":")[0]):
+        for path in paths(source):
             if os.path.exists(path) and os.path.exists(target) and os.path.samefile(path, target):
                 named = "MODEL" if read == "model" else f"--{read.replace('_', '-')}"
                 raise typer.BadParameter(

@@ -25,11 +25,14 @@ JUMPS = 0.05  # share that may not add up: 0.003 to 0.014 on plain networks, 0.0
 
 
 def held(model: nn.Module) -> int:
-    """How many thresholds the model is seen to hold, by the names of their buffers or the operators of its graphs."""
+    """How many thresholds the model is seen to hold: by the names of buffers, those in force; where nothing has such a
+    name, by the operators of its graphs."""
     from forged_fx.ops import THRESHOLD_OPS  # late: evaluate serves models of any make
     from forged_fx.thresholds import PREFIX
 
-    names = [name for name, _ in model.named_buffers() if name.rpartition(".")[2].startswith(PREFIX)]
+    leaves = [(name.rpartition(".")[2], buffer) for name, buffer in model.named_buffers()]
+    if ends := [end for leaf, end in leaves if leaf.startswith(PREFIX) and not leaf.startswith(f"{PREFIX}mean")]:
+        return sum(bool((end.isfinite() & (end != 0)).any()) for end in ends)
     calls = 0
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -37,7 +40,7 @@ def held(model: nn.Module) -> int:
                 calls += str(module.graph).count("forged_fx::")
         elif isinstance(module, fx.GraphModule):
             calls += sum(node.target in THRESHOLD_OPS for node in module.graph.nodes if node.op == "call_function")
-    return max(len(names), calls)
+    return calls
 
 
 def apart(side: Subject, other: Subject, *logits: Tensor) -> float:
@@ -94,8 +97,14 @@ def jumps(side: Subject, base: Subject | None, alike: bool) -> Measured:
         return "the model is its base, to rounding"
     if any(side.changes.values()):
         return "BPDA sees through the model"
+    if _is_coarse(side.model) and not _is_coarse(base.model):
+        return "its arithmetic is coarser than its base's, and jumps of itself"
     share = _missing(side)
     return share, JUMPS if share <= JUMPS else max(JUMPS, 2 * _missing(base))
+
+
+def _is_coarse(model: nn.Module) -> bool:
+    return any(p.is_floating_point() and torch.finfo(p.dtype).bits < 32 for p in model.parameters())
 
 
 def _missing(side: Subject) -> float:

@@ -87,12 +87,14 @@ def _sets(path: str | os.PathLike[str]) -> tuple[Path, dict[str, dict[str, Tenso
 
 def _within(found: Any, place: str = "", depth: int = DEPTH) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """The state dicts within what was read, and where they stand: "model_ema", "state.model"."""
-    if not isinstance(found, Mapping) or not found or not all(isinstance(name, str) for name in found):
+    if not isinstance(found, Mapping) or not found:
         return
+    named = {name: value for name, value in found.items() if isinstance(name, str)}
     if all(isinstance(value, Tensor) for value in found.values()):
-        yield place, dict(found)
+        if len(named) == len(found):
+            yield place, named
     elif depth:
-        for name, value in found.items():
+        for name, value in named.items():
             yield from _within(value, f"{place}.{name}".removeprefix("."), depth - 1)
 
 
