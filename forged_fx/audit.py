@@ -13,7 +13,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from forged_fx.capture import in_a_line
-from forged_fx.modes import eval_mode, fast_path_off, kept_buffers, kept_randomness, seed
+from forged_fx.modes import eval_mode, fast_path_off, kept_buffers, kept_randomness, seed, uncompiled
 from forged_fx.observe import Observer, Sighting
 from forged_fx.ops import THRESHOLD_OPS
 from forged_fx.sites import is_activation
@@ -75,7 +75,7 @@ def audit(
                 raise AuditFailed(f"audit: the graph does not take the input, {in_a_line(error)}") from error
 
     with torch.no_grad(), kept_randomness(), eval_mode(model), eval_mode(forged):
-        with kept_buffers(model):
+        with kept_buffers(model), uncompiled(model):
             try:
                 expected = _repeatably(observer.run, args, kwargs)
             except Exception as error:

@@ -19,7 +19,7 @@ from forged_fx import channels, checked, histogram, ops, torch_internals
 from forged_fx.capture import in_a_line
 from forged_fx.channels import ChannelCounts
 from forged_fx.memory import in_halves
-from forged_fx.modes import as_found, is_sharded, unwrapped
+from forged_fx.modes import as_found, is_sharded, uncompiled, unwrapped
 from forged_fx.observe import Observer, Sighting
 from forged_fx.processes import Processes, attempt, joined, result
 from forged_fx.progress import track
@@ -131,7 +131,7 @@ def scan(
     run = _Scan(model, where == "activations", channels)
     example, n = None, 0
     given: set[str] = set()
-    with as_found(model), torch.no_grad():
+    with as_found(model), uncompiled(model), torch.no_grad():
         for n, batch in enumerate(batches, start=1):
             args, kwargs = model_inputs(batch, model)
             example = example or (args, kwargs)

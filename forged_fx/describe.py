@@ -16,7 +16,7 @@ from forged_fx.evaluate import checks, fingerprint
 from forged_fx.kinds import Kind
 from forged_fx.sites import is_activation, module_of
 from forged_fx.stats import SiteStats
-from forged_fx.thresholds import not_forged
+from forged_fx.thresholds import not_forged, numbers
 from forged_fx.transform import Forging, forging_of, in_force
 
 
@@ -145,9 +145,8 @@ def _in_no_product(owner: torch.nn.Module, record: Forging) -> list[str]:
         if made_of or isinstance(module, _LAYERS + _LOOKED_UP):
             continue
         weight = getattr(module, "weight", None)
-        if callable(weight) and not isinstance(
-            weight, torch.nn.Module
-        ):  # of torch.ao's quantized layers it is a method
+        # of torch.ao's quantized layers it is a method
+        if callable(weight) and not isinstance(weight, torch.nn.Module):
             found.append(path or "(root)")
         for name, value in module.named_parameters(recurse=False):
             if id(value) not in known and sum(size > 1 for size in value.shape) > 1:
@@ -173,7 +172,7 @@ def _forged(
     cost: Cost | None,
     statistic: str,
 ) -> Row:
-    values = tuple(b.numpy(force=True) if b.dim() else float(b) for b in buffers)
+    values = numbers(buffers)
     named = {name: float(np.mean(value)) for name, value in zip(kind.buffers, values, strict=True)}
     named = {name: value for name, value in named.items() if value < np.inf}  # a limit at infinity is none
     return Row(

@@ -31,7 +31,7 @@ from torch import Tensor
 from forged_fx import cpu, ops, torch_internals
 from forged_fx.effects import writes
 from forged_fx.share_traced import share
-from forged_fx.thresholds import lost
+from forged_fx.thresholds import lost, parameters_of
 from forged_fx.torch_internals import dispatch_keys
 
 THRESHOLD = torch.ops.forged_fx.threshold.default
@@ -50,7 +50,7 @@ def offer(forged: fx.GraphModule) -> None:
                 return as_written(self, *args, **kwargs)
             return unrecorded(self, *args, **kwargs)
         except AttributeError as error:
-            if gone := lost(self, self.threshold_buffers):
+            if gone := lost(parameters_of(self), self.threshold_buffers):
                 raise AttributeError(f"{gone} ({error})") from error
             raise
 

@@ -21,7 +21,7 @@ from forged_fx.progress import track
 from forged_fx.rows import Rows, text
 from forged_fx.stats import is_number
 from forged_fx.thresholds import parameters_of
-from forged_fx.within import thresholds_within, warn_of_scale
+from forged_fx.within import thresholds_within
 
 EXACT = 64  # outputs: up to so many, the Jacobian is made row by row; beyond, its norms are estimated
 PROBES = 32  # random vectors of the Frobenius norm's estimate
@@ -143,7 +143,7 @@ def lipschitz(
             for part in x.split(batch_size):
                 for one, who in ((model, "plain model"), (forged, "forged model")):
                     checks.output(checks.ask(one, part, who), who)
-            warn_of_scale(scale.of(forged, x, batch_size), "lipschitz")
+            scale.warn(scale.of(forged, x, batch_size), "lipschitz")
         _check_pair(model, forged)
         seed_all(seed)
         for i, part in enumerate(track(list(x.split(batch_size)), "measuring")):

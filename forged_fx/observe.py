@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from forged_fx import torch_internals
-from forged_fx.modes import fast_path_off, module_hooks, uncompiled
+from forged_fx.modes import fast_path_off, module_hooks
 from forged_fx.sites import (
     ACTIVATIONS,
     CALLS,
@@ -263,7 +263,7 @@ class Observer:
         self.numbering = Numbering()
         self.runs: Counter[str] = Counter()
         self.frames: list[_Frame] = []
-        with uncompiled(self.model), self._follow_modules(), fast_path_off(), _SeeCalls(self):
+        with self._follow_modules(), fast_path_off(), _SeeCalls(self):
             return self.model(*args, **kwargs)
 
     def saw(self, function: Callable, call: Call, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

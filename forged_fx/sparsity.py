@@ -7,20 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from forged_fx import checked, ops
 from forged_fx.calibrate import check_batches, model_inputs
-from forged_fx.evaluate import checks, fingerprint
+from forged_fx.evaluate import checks, fingerprint, scale
 from forged_fx.modes import as_found
 from forged_fx.progress import track
 from forged_fx.rows import Rows, share, text
 from forged_fx.sites import is_activation, module_of
 from forged_fx.stats import SiteStats
-from forged_fx.thresholds import not_forged
+from forged_fx.thresholds import not_forged, numbers
 from forged_fx.torch_internals import TorchDispatchMode
 from forged_fx.transform import forging_of
-from forged_fx.within import sites_within, thresholds_within, warn_of_scale
+from forged_fx.within import sites_within, thresholds_within
 
 STEM = "stem"
 
@@ -146,7 +145,7 @@ def sparsity(forged: torch.nn.Module, batches: Iterable[Any], *, max_batches: in
     if counts.first is not None:
         of_first = sites[counts.first]
         c_max = of_first.record.stats.sites[of_first.site].c_max
-        warn_of_scale((float(counts.largest), c_max), "sparsity")
+        scale.warn((float(counts.largest), c_max), "sparsity")
     found = Sparsity()
     found.forging = fingerprint.of_forging(forged)
     for name, within in sites.items():
@@ -154,7 +153,7 @@ def sparsity(forged: torch.nn.Module, batches: Iterable[Any], *, max_batches: in
         place = STEM if site == next(iter(of_site)) else place_of(site, of_site[site])
         elements, before, after, changed = (int(number) for number in counts.seen.get(name, (0, 0, 0, 0)))
         shares = [number / max(elements, 1) for number in (before, after, after - before, changed)]
-        kind, values = within.record.choice[site], tuple(_value(b) for b in within.buffers)
+        kind, values = within.record.choice[site], numbers(within.buffers)
         found.append(SiteSparsity(name, place, kind.name, elements, *shares, kind.net_zeroed(of_site[site], values)))
     return found
 
@@ -204,10 +203,6 @@ class _Count(TorchDispatchMode):
             before = self.seen.get(site, [0] * len(numbers))
             self.seen[site] = [a + b for a, b in zip(before, numbers, strict=True)]
         return y
-
-
-def _value(buffer: Tensor) -> Any:
-    return buffer.numpy(force=True) if buffer.dim() else float(buffer)
 
 
 def _together(rows: list[SiteSparsity], name: str) -> SiteSparsity:

@@ -61,6 +61,11 @@ def valued(buffer: Tensor) -> Tensor:
     return getattr(buffer, "forged_value", buffer)
 
 
+def numbers(buffers: Iterable[Tensor]) -> tuple[Any, ...]:
+    """A site's buffers off their device: a float each, or an array with an element per channel."""
+    return tuple(buffer.numpy(force=True) if buffer.dim() else float(buffer) for buffer in buffers)
+
+
 def buffer_name(site: str, buffer: str = "threshold") -> str:
     """A buffer's name beside its module's own parameters: `forged_threshold`, `forged_threshold_1`, ..."""
     k, operand = call_of(site), operand_of(site)
@@ -107,9 +112,8 @@ def parameters_of(model: torch.nn.Module) -> dict[str, tuple[Tensor, ...]]:
     return found or _of_programs(model)
 
 
-def lost(model: torch.nn.Module, sites: Iterable[str]) -> str | None:
-    """What to say where one of these sites has its buffers no longer; None where all have them."""
-    buffers = parameters_of(model)
+def lost(buffers: dict[str, tuple[Tensor, ...]], sites: Iterable[str]) -> str | None:
+    """What to say where one of these sites is no longer among `parameters_of` a model; None where all are."""
     gone = next((site for site in sites if site not in buffers), None)
     if gone is None:
         return None

@@ -166,9 +166,9 @@ def transform(
         only: "free" forges only the sites whose threshold costs nothing in compiled code, by `forged_fx.cost`, which
             needs an example; the others are left out, each with what it would cost.
         graph: False forges module by module also where one graph is exactly the model. In a graph the layers run, and
-            the modules around them do not: they cannot be called. Module by module all of them run, under their
-            own classes, so that hooks on a block, activation checkpointing by class and `fully_shard` block by block
-            do what they do to the plain model. The results are the same, bit for bit.
+            the modules around them do not: they cannot be called. Module by module all of them run, under their own
+            classes, so that hooks on a block, activation checkpointing by class and `fully_shard` block by block do
+            what they do to the plain model. The results are the same, bit for bit.
 
     Raises:
         ValueError: the statistics are another model's, or lack what a kind needs; a glob or ratio matches no site;
@@ -380,9 +380,10 @@ def forging_of(module: torch.nn.Module) -> Forging | None:
 def in_force(module: torch.nn.Module, record: Forging) -> dict[str, tuple[torch.Tensor, ...]]:
     """site name -> its buffers' values, of a forged model and its record; ValueError if a layer that held some was
     replaced."""
-    if gone := lost(module, record.reached):
+    found = parameters_of(module)
+    if gone := lost(found, record.reached):
         raise ValueError(gone)
-    return {site: tuple(map(valued, buffers)) for site, buffers in parameters_of(module).items()}
+    return {site: tuple(map(valued, buffers)) for site, buffers in found.items()}
 
 
 def set_ratio(forged: torch.nn.Module, ratio: Ratio) -> None:

@@ -54,6 +54,15 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def single_thread():
+    """Networks as small as some tests' only lose by more threads."""
+    from forged_fx.digits import one_thread
+
+    with one_thread():
+        yield
+
+
 @pytest.fixture(scope="session")
 def assets():
     """load(name) -> a real model in eval mode; images(name, n) -> float NCHW in [0, 1] and int64 labels."""

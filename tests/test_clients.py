@@ -11,15 +11,11 @@ import torch
 from torch import nn
 
 import forged_fx
-from forged_fx.digits import one_thread
 
 EPS = 0.1
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("single_thread")
 
 
 @pytest.fixture(scope="module")

@@ -12,15 +12,12 @@ import torch
 from torch import nn
 
 import forged_fx
-from forged_fx.digits import EPS, one_thread, train_digits
+from forged_fx.digits import EPS, train_digits
 
 RATIO = 2**-7
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with one_thread():  # networks this small only lose by more
-        yield
+pytestmark = pytest.mark.usefixtures("single_thread")
 
 
 class _Cut(torch.autograd.Function):

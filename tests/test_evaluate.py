@@ -12,7 +12,7 @@ import torch
 from planted import Cut, Hidden, evaluate, inputs, linear, straight_through
 from pyautoattack import AutoAttack, checks
 
-from forged_fx.digits import EPS, one_thread
+from forged_fx.digits import EPS
 from forged_fx.evaluate import attacks as table
 from forged_fx.evaluate import blocks
 from forged_fx.evaluate.attacks import Attack, Setting
@@ -23,10 +23,7 @@ from forged_fx.evaluate.threat import Threat
 GRADIENT = ["apgd-ce", "apgd-t", "fab-t"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with one_thread():  # networks this small only lose by more
-        yield
+pytestmark = pytest.mark.usefixtures("single_thread")
 
 
 @pytest.fixture

@@ -6,14 +6,9 @@ from planted import evaluate, inputs, linear
 from torch import nn
 
 import forged_fx
-from forged_fx.digits import one_thread
 from forged_fx.evaluate.compiled import is_compiled
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with one_thread():  # networks this small only lose by more
-        yield
+pytestmark = pytest.mark.usefixtures("single_thread")
 
 
 def case(n=30):

@@ -10,7 +10,7 @@ import torch
 from planted import Changed, Cut, Hidden, evaluate
 
 import forged_fx
-from forged_fx.digits import EPS, one_thread
+from forged_fx.digits import EPS
 from forged_fx.evaluate import further, scale
 from forged_fx.evaluate.attacks import ATTACKS
 from forged_fx.evaluate.findings import CHECKS, Case, examine
@@ -20,10 +20,7 @@ from forged_fx.evaluate.result import STANDING, Row, Side
 MASKING = {check.name for check in CHECKS if check.masking}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with one_thread():  # networks this small only lose by more
-        yield
+pytestmark = pytest.mark.usefixtures("single_thread")
 
 
 @pytest.fixture

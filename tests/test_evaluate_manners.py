@@ -13,14 +13,9 @@ from pyautoattack import checks
 from torch import nn
 
 import forged_fx
-from forged_fx.digits import one_thread
 from forged_fx.evaluate import scale
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with one_thread():  # networks this small only lose by more
-        yield
+pytestmark = pytest.mark.usefixtures("single_thread")
 
 
 @pytest.fixture

@@ -11,14 +11,10 @@ from planted import Changed
 from torch import nn
 
 import forged_fx
-from forged_fx.digits import EPS, one_thread
+from forged_fx.digits import EPS
 from forged_fx.evaluate.result import LEFT_OUT
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("single_thread")
 
 
 @pytest.fixture(scope="module")

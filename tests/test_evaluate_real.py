@@ -9,16 +9,12 @@ from dataclasses import replace
 import pytest
 
 import forged_fx
-from forged_fx.digits import one_thread
 from forged_fx.evaluate import attacks
 
 APGD = ("apgd-ce",)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with one_thread():  # networks this small only lose by more
-        yield
+pytestmark = pytest.mark.usefixtures("single_thread")
 
 
 @pytest.mark.parametrize(

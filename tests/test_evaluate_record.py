@@ -15,17 +15,12 @@ from planted import Hidden, inputs, linear, straight_through
 from safetensors.torch import load_file, save_file
 
 import forged_fx
-from forged_fx.digits import one_thread
 from forged_fx.evaluate import Result, fingerprint, gallery, record, report
 from forged_fx.evaluate.harness import Subject
 from forged_fx.evaluate.result import Row, Side
 from forged_fx.evaluate.threat import Threat
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with one_thread():  # networks this small only lose by more
-        yield
+pytestmark = pytest.mark.usefixtures("single_thread")
 
 
 @pytest.fixture(scope="module")

@@ -5,17 +5,13 @@ import pytest
 import torch
 from planted import Cut, evaluate, inputs, linear
 
-from forged_fx.digits import EPS, one_thread
+from forged_fx.digits import EPS
 from forged_fx.evaluate import attacks, further
 from forged_fx.evaluate.attacks import ATTACKS, Attack, Plan
 from forged_fx.evaluate.gradients import Borrowed
 from forged_fx.evaluate.statistics import holm
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with one_thread():  # networks this small only lose by more
-        yield
+pytestmark = pytest.mark.usefixtures("single_thread")
 
 
 def test_a_borrowed_gradient_sees_through_what_has_none(monkeypatch):

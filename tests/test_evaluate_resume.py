@@ -15,17 +15,12 @@ from planted import Hidden, inputs, linear
 from safetensors.torch import load_file
 
 from forged_fx import calibrate, transform
-from forged_fx.digits import one_thread
 from forged_fx.evaluate import Result, blocks
 from forged_fx.evaluate.harness import Subject
 from forged_fx.evaluate.journal import Journal, pack
 from forged_fx.sources.classifier import Classifier
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with one_thread():  # networks this small only lose by more
-        yield
+pytestmark = pytest.mark.usefixtures("single_thread")
 
 
 def test_killed_at_any_moment_the_same_call_ends_with_the_same_result(tmp_path):

@@ -11,17 +11,13 @@ from pyautoattack.autopgd_base import APGDAttack
 from torch import nn
 
 import forged_fx
-from forged_fx.digits import EPS, one_thread
+from forged_fx.digits import EPS
 from forged_fx.evaluate import attacks, further, surrogate, transfer
 from forged_fx.evaluate.gradients import Logits
 from forged_fx.evaluate.result import KINDS
 from forged_fx.evaluate.threat import Threat
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with one_thread():  # networks this small only lose by more
-        yield
+pytestmark = pytest.mark.usefixtures("single_thread")
 
 
 def tools(model, norm, eps, seed=0):

@@ -6,15 +6,10 @@ import torch
 from planted import Hidden, evaluate, inputs, straight_through
 from torch import nn
 
-from forged_fx.digits import one_thread
 from forged_fx.evaluate import blocks
 from forged_fx.evaluate.gradients import Logits
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with one_thread():  # networks this small only lose by more
-        yield
+pytestmark = pytest.mark.usefixtures("single_thread")
 
 
 class Rowwise(nn.Module):

@@ -17,7 +17,6 @@ from planted import Hidden, evaluate, inputs, linear
 
 import forged_fx
 from forged_fx import Stats, checkpoint
-from forged_fx.digits import one_thread
 from forged_fx.evaluate import blocks, probes
 from forged_fx.evaluate.attacks import ATTACKS
 from forged_fx.evaluate.journal import Journal
@@ -25,10 +24,7 @@ from forged_fx.evaluate.journal import Journal
 HERE = Path(__file__).parent
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("single_thread")
 
 
 @pytest.fixture

@@ -32,10 +32,7 @@ CASES = {"weights": 120, "statistics": 250, "result": 40, "unfinished run": 120,
 CASES |= {"sweep": 20, "search": 20, "unfinished evaluation": 20, "unfinished sweep": 5, "unfinished search": 10}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("single_thread")
 
 
 @pytest.fixture(scope="module")

@@ -38,10 +38,7 @@ def cases(normal: int) -> settings:
     return settings(max_examples=normal * TIMES)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("single_thread")
 
 
 # ---- tensors: every forged function, in every way to run it, is its specification bit for bit

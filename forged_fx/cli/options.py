@@ -20,8 +20,7 @@ Weights = Annotated[
     typer.Option(
         metavar="FILE",
         help="safetensors, or what torch.save wrote (read with weights_only), FILE:KEY where it holds several sets; "
-        "random: as initialised. "
-        "Without it: the source's own.",
+        "random: as initialised. Without it: the source's own.",
     ),
 ]
 Normalize = Annotated[

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from forged_fx.evaluate import scale
 from forged_fx.evaluate.attacks import ATTACKS
 from forged_fx.evaluate.further import round_of
 from forged_fx.evaluate.probes import RADII, STEPS, Probes
@@ -140,11 +141,10 @@ def foreign(plain: Side, classes: int) -> tuple[float, float]:
 
 
 def _scale(case: Case) -> Measured:
-    """How often the larger of the two sizes holds the smaller."""
     if case.scale is None:
         return "no site that forged_fx.transform has forged is seen to run"
-    small, large = sorted(case.scale)
-    return (large / small, 4) if small > 0 else "nothing but zeros enters the first forged site"
+    apart = scale.times_apart(case.scale)
+    return "nothing but zeros enters the first forged site" if apart is None else (apart, scale.APART)
 
 
 @dataclass(frozen=True)

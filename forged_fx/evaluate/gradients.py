@@ -160,5 +160,5 @@ def differ(model: nn.Module, x: Tensor, threat: Threat, bpda: Context, batch_siz
     uphill = gradient(true, x)
     if not torch.equal(uphill, gradient(through, x)):  # NaN differs from itself: then the rows are run
         return True
-    moved = (threat.step(x, uphill), threat.step(x, -uphill))
+    moved = threat.steps(x, uphill)
     return any(not torch.equal(gradient(true, point), gradient(through, point)) for point in moved)

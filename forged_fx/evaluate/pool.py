@@ -79,12 +79,12 @@ def judge(
     contest(sides, plan, settings, bpda)
     base = sides[0].side()
     found = {base.name: Judged(base)}
+    wrong, bound = foreign(base, logits[0].shape[1])
+    strange = [FOREIGN] if wrong > bound else []
     base_drift = functools.cache(lambda: drift(sides[0]))
     for side, mine in zip(sides[1:], logits[1:], strict=True):
         same = torch.equal(mine, logits[0])
         outcome = side.side()
-        wrong, bound = foreign(base, mine.shape[1])
-        strange = [FOREIGN] if wrong > bound else []
         verdict = judged(outcome, base, complete=plan.complete, same=same, doubts=strange)
         if verdict[0] == "gain":  # else no finding changes it, and the probes are spared
             probes = probe(side, settings[side.name], bpda)

@@ -50,7 +50,7 @@ def apart(side: Subject, other: Subject, *logits: Tensor) -> float:
     far = float((logits[0] - logits[1]).abs().max())
     if far > ROUNDING * largest:
         return far / largest
-    for x in [one.examples[one.broken_by >= 0] for one in (side, other)] + _moved(other):
+    for x in (*(one.examples[one.broken_by >= 0] for one in (side, other)), *_moved(other)):
         for part in x.split(side.batch_size) if len(x) else ():
             answers = [Logits(one.model, one.batch_size)(part.to(one.device)).cpu() for one in (side, other)]
             far = max(far, float((answers[0] - answers[1]).abs().max()))
@@ -59,12 +59,11 @@ def apart(side: Subject, other: Subject, *logits: Tensor) -> float:
 
 def _moved(side: Subject) -> list[Tensor]:
     """The inputs, a step of the ball up and down the side's gradient."""
-    parts = side.x.split(min(side.batch_size, unit.BLOCK))  # a graph holds no more inputs than an attack's does
-    uphill = [gradient(Logits(side.attacked, side.batch_size), part.to(side.device)).to(part.device) for part in parts]
-    return [
-        torch.cat([side.threat.step(part, sign * way) for part, way in zip(parts, uphill, strict=True)])
-        for sign in (1, -1)
-    ]
+    moved: list[Tensor] = []
+    for part in side.x.split(min(side.batch_size, unit.BLOCK)):  # a graph holds no more inputs than an attack's does
+        uphill = gradient(Logits(side.attacked, side.batch_size), part.to(side.device))
+        moved += side.threat.steps(part, uphill.to(part.device))
+    return moved
 
 
 def unreached(side: Subject, own: bool) -> bool:

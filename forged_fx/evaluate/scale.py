@@ -1,10 +1,13 @@
 """Whether a forged model is given inputs of the size that it was calibrated on: pixels in [0, 1], or in [0, 255]."""
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+APART = 4  # times larger or smaller: no more than other inputs of one scale make of it
 
 
 class _First(TorchFunctionMode):
@@ -48,3 +51,20 @@ def of(model: nn.Module, x: Tensor, batch_size: int) -> tuple[float, float] | No
             model(part.clone())
         seen += [first.seen] if first.seen else []
     return max(seen, default=None)
+
+
+def times_apart(seen: tuple[float, float]) -> float | None:
+    """How often the larger of the two sizes holds the smaller; None where that is 0."""
+    small, large = sorted(seen)
+    return large / small if small > 0 else None
+
+
+def warn(seen: tuple[float, float] | None, what: str) -> None:
+    """Warn where the two of `of` are too far apart for inputs of one scale. what: the call that shows figures."""
+    if seen is not None and (times_apart(seen) or 0) > APART:
+        warnings.warn(
+            f"{what}: the first forged site is given values of up to {seen[0]:.4g} here, and calibration saw "
+            f"{seen[1]:.4g} there at most. Are these inputs scaled as those of calibration were (to [0, 1], "
+            "normalised)? If not, the figures are not of what was calibrated",
+            stacklevel=3,
+        )

@@ -44,6 +44,10 @@ class Threat:
         length = _NORMS[self.norm][0](flat).clamp_min(1e-30)
         return (x + self.eps * (flat / length[:, None]).view_as(x)).clamp(0, 1)
 
+    def steps(self, x: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+        """`step` along the direction, and against it."""
+        return self.step(x, direction), self.step(x, -direction)
+
     def allows(self, x: Tensor, adv: Tensor) -> Tensor:
         """(n,) bool: inside the ball (to `tolerance`) and inside the box (exactly). NaN is inside neither."""
         flat = adv.flatten(1)

@@ -33,8 +33,8 @@ class Images(Dataset):
     items: whatever `decode` makes an image of, uint8 (channels, height, width), or float32 in [0, 1]. labels: (n,)
     int64, or None where there are none. resize: (short side, side of the square cut from the middle), of an image as
     it comes; None: as it is. mixed: the first of them are like the others; else they lie sorted by class, and a part
-    is taken evenly. slow: decoding is work. classes: what they are called, by
-    number, where that is known. unsure: why the labels may be other numbers than the model's classes, and what to do.
+    is taken evenly. slow: decoding is work. classes: what they are called, by number, where that is known. unsure: why
+    the labels may be other numbers than the model's classes, and what to do.
     """
 
     name: str
