@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from forged_fx import ops
 from forged_fx.modes import as_found, fast_path_off
-from forged_fx.sites import CALLS, Key, replace
+from forged_fx.sites import CALLS, Key, get, replace
 from forged_fx.torch_internals import tree_map
 from forged_fx.within import thresholds_within
 
@@ -69,16 +69,14 @@ class _Watch(TorchFunctionMode):
                 return ops.DECOMPOSITIONS[op](*args, **kwargs)
         y = function(*args, **kwargs)
         if (site := self.sites.get(id(args[1]))) is not None:
-            row = ops.FUNCTIONS[op._schema.name.partition("::")[2]]
+            row = ops.BY_OPERATOR[function]
             kept = row.backward(torch.ones_like(args[0]), *args[: 1 + row.arguments]) != 0
             nonzero = args[0] != 0
             self.pending[id(y)] = (site, y, kept & nonzero, nonzero)
         return y
 
     def _measure(self, function: Any, args: tuple, kwargs: dict, key: Key) -> None:
-        value = args[key[0]] if isinstance(key[0], int) else kwargs[key[0]]
-        value = value if len(key) == 1 else value[key[1]]
-        site, y, kept, nonzero = self.pending.pop(id(value))
+        site, y, kept, nonzero = self.pending.pop(id(get(args, kwargs, key)))
         # In float64, so that a bias does not drown what it is subtracted from.
         args, kwargs = tree_map(lambda v: v.double() if isinstance(v, Tensor) else v, (args, kwargs))
 

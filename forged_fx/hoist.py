@@ -27,11 +27,10 @@ import torch.fx as fx
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from forged_fx import ops, torch_internals
+from forged_fx import torch_internals
+from forged_fx.ops import BY_OPERATOR
 
 aten = torch.ops.aten
-THRESHOLD = torch.ops.forged_fx.threshold.default
-FORGED = {f.op: f for f in ops.FUNCTIONS.values()}  # what a pass takes for a threshold
 
 Demand = tuple[Callable, tuple]  # what all readers of a value apply to it: the operator, and its arguments besides x
 
@@ -96,7 +95,7 @@ RENAMINGS = {
 
 def thresholds(graph: fx.Graph) -> list[fx.Node]:
     """The forged functions in a graph of ATen calls, in its order."""
-    return [node for node in graph.nodes if node.op == "call_function" and node.target in FORGED]
+    return [node for node in graph.nodes if node.op == "call_function" and node.target in BY_OPERATOR]
 
 
 def hoist(graph: fx.Graph) -> None:
@@ -167,7 +166,7 @@ def _dtype(node: fx.Node) -> torch.dtype:
 
 def _wants(reader: fx.Node, x: fx.Node, demands: dict[fx.Node, Demand], passable: set[fx.Node]) -> Demand | None:
     """What the reader, or everything behind it, does to `x` first."""
-    if reader.target in FORGED and reader.args[0] is x:
+    if reader.target in BY_OPERATOR and reader.args[0] is x:
         return _demand_of(reader)
     return demands.get(reader) if reader in passable and x in _data(reader) else None
 
@@ -182,7 +181,7 @@ def written_by_inductor(node: fx.Node) -> bool:
 
 
 def _demand_of(node: fx.Node) -> Demand | None:
-    function = FORGED.get(node.target)
+    function = BY_OPERATOR.get(node.target)
     if function is None or not function.moves:
         return None
     _, *parameters = node.args[: 1 + function.arguments]

@@ -106,12 +106,13 @@ for _function in FUNCTIONS.values():
     for _name, _schema in _function.schemas().items():
         _library.define(_name + _schema, tags=(torch.Tag.pointwise, *TAGS))
 
+# operator, as overload and as packet -> the forged function that it applies
+BY_OPERATOR: dict[Callable, Function] = {op: f for f in FUNCTIONS.values() for op in (f.op, f.op.overloadpacket)}
+
 # Every operator that applies a forged function, its parameters from the second argument on, and takes
 # `straight_through`; as overload and as packet. The value: how many arguments may come ahead of `straight_through`
 # (None: it is a keyword). Other files add theirs.
-THRESHOLD_OPS: dict[Callable, int | None] = {
-    op: 1 + f.arguments for f in FUNCTIONS.values() for op in (f.op, getattr(torch.ops.forged_fx, f.name))
-}
+THRESHOLD_OPS: dict[Callable, int | None] = {op: 1 + f.arguments for op, f in BY_OPERATOR.items()}
 
 
 # ---- what a caller may pass

@@ -38,8 +38,7 @@ def share(graph: fx.Graph) -> None:
 
 def thresholds_in(graph: fx.Graph) -> list[fx.Node]:
     """The thresholds in one of Dynamo's graphs: those that a graph calls, and those that Python code does."""
-    targets = {op for f in ops.FUNCTIONS.values() for op in (f.op, f.op.overloadpacket)}
-    return [node for node in graph.nodes if node.op == "call_function" and node.target in targets]
+    return [node for node in graph.nodes if node.op == "call_function" and node.target in ops.BY_OPERATOR]
 
 
 def _equal(a: fx.Node, b: fx.Node) -> bool:

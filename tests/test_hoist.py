@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from forged_fx.hoist import MOVES, RENAMINGS, THRESHOLD, hoist
+from forged_fx.hoist import MOVES, RENAMINGS, hoist
+from forged_fx.in_place import THRESHOLD
 
 threshold = torch.ops.forged_fx.threshold
 X = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))

@@ -1,9 +1,9 @@
 """Whether a forged model is given inputs of the size that it was calibrated on: pixels in [0, 1], or in [0, 255]."""
 
 import warnings
+from collections.abc import Container
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -16,7 +16,7 @@ class _First(TorchFunctionMode):
     operators: those of forged functions. sizes: id of a site's buffer -> the site's c_max.
     """
 
-    def __init__(self, operators: set[Any], sizes: dict[int, float]) -> None:
+    def __init__(self, operators: Container[Any], sizes: dict[int, float]) -> None:
         super().__init__()
         self.operators, self.sizes = operators, sizes
         self.seen: tuple[float, float] | None = None  # largest magnitude, c_max
@@ -31,7 +31,7 @@ def of(model: nn.Module, x: Tensor, batch_size: int) -> tuple[float, float] | No
     """The largest magnitude at the first forged site on these inputs, and the one that calibration saw there; None
     where no site of forged_fx.transform's is seen to run (compiled ones are not). x: (n, ...), fed in such batches."""
     # late: evaluate serves models of any make
-    from forged_fx.ops import FUNCTIONS
+    from forged_fx.ops import BY_OPERATOR
     from forged_fx.thresholds import parameters_of
     from forged_fx.transform import forging_of
 
@@ -44,10 +44,9 @@ def of(model: nn.Module, x: Tensor, batch_size: int) -> tuple[float, float] | No
     }
     if not sizes:
         return None
-    operators = {op for f in FUNCTIONS.values() for op in (f.op, getattr(torch.ops.forged_fx, f.name))}
     seen = []
     for part in x.split(batch_size):
-        with _First(operators, sizes) as first:
+        with _First(BY_OPERATOR, sizes) as first:
             model(part.clone())
         seen += [first.seen] if first.seen else []
     return max(seen, default=None)

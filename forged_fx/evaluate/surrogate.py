@@ -84,7 +84,7 @@ class smooth(Backward):
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        from forged_fx.ops import DECOMPOSITIONS, FUNCTIONS, THRESHOLD_OPS
+        from forged_fx.ops import BY_OPERATOR, DECOMPOSITIONS, THRESHOLD_OPS
 
         kwargs = kwargs or {}
         if func not in THRESHOLD_OPS:
@@ -93,5 +93,5 @@ class smooth(Backward):
         if op in DECOMPOSITIONS:  # a producer and its threshold: their chain, which comes here for the threshold
             with self:
                 return DECOMPOSITIONS[op](*args, **kwargs)
-        function = FUNCTIONS[op._schema.name.partition("::")[2]]
+        function = BY_OPERATOR[op]
         return _Gate.apply(args[0], function.name, self.temperature, *args[1 : 1 + function.arguments])
