@@ -35,7 +35,7 @@ BEGUN: Fields = MARGINS | RIGHT | {"examples": (torch.float32, None)}
 
 
 class Spent(Exception):
-    """The budget is."""
+    """The budget is spent."""
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,5 @@ class Trials:
 
 
 def _lead(logits: Tensor, y: Tensor) -> Tensor:
-    """Of the right class over the best other, (n,) float64 on the CPU; above 0: it is classified rightly."""
-    logits = logits.double()
-    own = logits.gather(1, y[:, None]).squeeze(1)
-    return (own - logits.scatter(1, y[:, None], -math.inf).amax(1)).cpu()
+    """`gradients.lead`, in float64 on the CPU."""
+    return gradients.lead(logits.double(), y).cpu()

@@ -49,15 +49,10 @@ class Case:
 
     def taken(self, rows: Callable[[Row], bool]) -> tuple[float, float]:
         """How many examples these rows took from the model alone, and the most that chance explains."""
-        lost = _broken(self.model, rows)
-        others = _broken(self.base, rows) if self.base else torch.zeros_like(lost)
+        lost = self.model.broken_in(rows)
+        others = self.base.broken_in(rows) if self.base else torch.zeros_like(lost)
         taken, spared = int((lost & ~others).sum()), int((others & ~lost).sum())
         return taken, next((k for k in range(self.n) if beyond_chance(k + 1, spared, self.n)), self.n)
-
-
-def _broken(side: Side, rows: Callable[[Row], bool]) -> Tensor:
-    chosen = [i for i, row in enumerate(side.rows) if rows(row)]
-    return torch.isin(side.broken_by, torch.tensor(chosen, dtype=torch.int64))
 
 
 def _black_box(row: Row) -> bool:

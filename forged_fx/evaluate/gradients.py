@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from forged_fx.evaluate.threat import Threat
 
@@ -144,11 +145,24 @@ def combined(out: Tensor) -> Tensor:
 
 
 def gradient(logits: Logits, x: Tensor) -> Tensor:
-    """Of `combined`, in x."""
+    """The gradient of `combined` in x, in x's shape."""
     leaf = x.detach().clone().requires_grad_()
     with torch.enable_grad():
         out = combined(logits(leaf))
         return torch.autograd.grad(out, leaf, torch.ones_like(out))[0]
+
+
+def loss_gradient(logits: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """Of each input's cross-entropy, in x."""
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        return torch.autograd.grad(F.cross_entropy(logits(leaf), y, reduction="sum"), leaf)[0]
+
+
+def lead(logits: Tensor, y: Tensor) -> Tensor:
+    """How far the logit of the right class lies above the best other, (n,); above 0: it is classified rightly."""
+    of_class = logits.gather(1, y[:, None]).squeeze(1)
+    return of_class - logits.scatter(1, y[:, None], -torch.inf).amax(1)
 
 
 def differ(model: nn.Module, x: Tensor, threat: Threat, bpda: Context, batch_size: int) -> bool:

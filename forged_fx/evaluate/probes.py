@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from forged_fx.evaluate import further
 from forged_fx.evaluate.attacks import Setting, toolbox
 from forged_fx.evaluate.blocks import Outcome
-from forged_fx.evaluate.gradients import Context, Logits
+from forged_fx.evaluate.gradients import Context, Logits, loss_gradient
 from forged_fx.evaluate.harness import Subject
 
 PROBED = 64  # inputs, the first that are right unattacked
@@ -50,7 +49,7 @@ def probe(side: Subject, setting: Setting, bpda: Context) -> Probes:
     def ask(indices: Tensor) -> Outcome:
         x, y = side.inputs(indices)
         logits = Logits(side.attacked, side.batch_size)
-        gradient = _gradient(logits, x, y)
+        gradient = loss_gradient(logits, x, y)
         together, drifted = _asked_again(logits, x)
         smaller = Logits(side.attacked, max(1, min(side.batch_size, len(x)) // 2))
         watched = _Watched(Logits(side.attacked, side.batch_size, bpda))
@@ -101,12 +100,6 @@ class _Watched:
         out = self.logits(x)
         self.sick += int((~torch.isfinite(out.detach())).any(1).sum())
         return out
-
-
-def _gradient(logits: Logits, x: Tensor, y: Tensor) -> Tensor:
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        return torch.autograd.grad(F.cross_entropy(logits(x), y, reduction="sum"), x)[0]
 
 
 def _scaled(logits: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from forged_fx import checked
 from forged_fx.evaluate import checks, fingerprint, journal
 from forged_fx.evaluate.gallery import SHOWN, Gallery
+from forged_fx.evaluate.gradients import lead
 from forged_fx.evaluate.journal import UNFINISHED, Call, Journal
 from forged_fx.evaluate.result import KINDS, STANDING, Finding, Result, Row, Side
 from forged_fx.evaluate.threat import Threat
@@ -310,9 +311,7 @@ def _complete(where: str) -> Iterator[None]:
 def _right(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     """Per input: whether it is classified rightly, and whether that is a matter of rounding."""
     logits, classes = logits.float().cpu(), classes.cpu()
-    of_class = logits.gather(1, classes[:, None]).squeeze(1)
-    lead = of_class - logits.scatter(1, classes[:, None], -torch.inf).amax(1)
-    return logits.max(1)[1] == classes, lead.abs() <= BOUNDARY * logits.abs().amax(1)
+    return logits.max(1)[1] == classes, lead(logits, classes).abs() <= BOUNDARY * logits.abs().amax(1)
 
 
 def verify(result: Result, model: nn.Module, x: Tensor, y: Tensor, base: nn.Module | None) -> int:

@@ -1,7 +1,7 @@
 """What an evaluation found: rows, outcome by example, adversarial examples, and the figures that follow."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
@@ -107,11 +107,14 @@ class Side:
         """Indices of the broken inputs, (k,) int64, ascending."""
         return (self.broken_by != STANDING).nonzero().flatten()
 
+    def broken_in(self, rows: Callable[[Row], bool]) -> Tensor:
+        """(n,) bool: broken by one of these rows."""
+        chosen = [i for i, row in enumerate(self.rows) if rows(row)]
+        return torch.isin(self.broken_by, torch.tensor(chosen, dtype=torch.int64))
+
     def right(self, under: str = KINDS[-1]) -> Tensor:
         """(n,) bool: classified rightly under rows of kind `under` and of the kinds before it."""
-        reach = KINDS.index(under)
-        wrong = [i for i, row in enumerate(self.rows) if KINDS.index(row.kind) <= reach]
-        return ~torch.isin(self.broken_by, torch.tensor(wrong, dtype=torch.int64))
+        return ~self.broken_in(lambda row: KINDS.index(row.kind) <= KINDS.index(under))
 
     def accuracy(self, under: str = KINDS[-1]) -> float:
         return float(self.right(under).double().mean())
@@ -124,8 +127,7 @@ class Side:
     @property
     def over_again(self) -> Tensor:
         """(n,) bool: broken by further attacks along the true gradient."""
-        chosen = [i for i, row in enumerate(self.rows) if row.over_again]
-        return torch.isin(self.broken_by, torch.tensor(chosen, dtype=torch.int64))
+        return self.broken_in(lambda row: row.over_again)
 
 
 def judged(

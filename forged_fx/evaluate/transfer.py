@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from forged_fx.evaluate.gradients import loss_gradient
+
 MOMENTUM_STEPS = 10  # Dong et al.: 10 steps of eps / 10, decay 1
 DIVERSE_STEPS = 20  # Xie et al.: 1.25 eps in all, in steps of 1/255 (18 at eps = 15/255)
 SHRINK = 0.9  # a diverse input has at least this share of each side; the rest is zeros
@@ -21,7 +23,7 @@ def mi_fgsm(tools: Any, x: Tensor, y: Tensor) -> Tensor:
     (Linf) and 3.3 (L2)."""
     step, adv, velocity = tools.epsilon / MOMENTUM_STEPS, x, torch.zeros_like(x)
     for _ in range(MOMENTUM_STEPS):
-        grad = _gradient(tools.model, adv, y)
+        grad = loss_gradient(tools.model, adv, y)
         velocity = velocity + grad / _length(grad, 1)
         adv = _climb(tools, x, adv, velocity, step)
     return adv
@@ -33,7 +35,7 @@ def di_fgsm(tools: Any, x: Tensor, y: Tensor) -> Tensor:
     torch.manual_seed(tools.get_seed())
     step, adv = 1.25 * tools.epsilon / DIVERSE_STEPS, x
     for _ in range(DIVERSE_STEPS):
-        adv = _climb(tools, x, adv, _gradient(lambda at: tools.model(_diverse(at)), adv, y), step)
+        adv = _climb(tools, x, adv, loss_gradient(lambda at: tools.model(_diverse(at)), adv, y), step)
     return adv
 
 
@@ -47,13 +49,6 @@ def _diverse(x: Tensor) -> Tensor:
     top, left = (int(torch.randint(whole - part + 1, ())) for whole, part in zip((height, width), small, strict=True))
     inner = F.interpolate(x, size=small, mode="nearest")
     return F.pad(inner, (left, width - small[1] - left, top, height - small[0] - top))
-
-
-def _gradient(model: Any, x: Tensor, y: Tensor) -> Tensor:
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        loss = F.cross_entropy(model(x), y, reduction="sum")
-        return torch.autograd.grad(loss, x)[0]
 
 
 def _length(delta: Tensor, p: int) -> Tensor:
