@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from forged_fx import checked, moves, trials
 from forged_fx.configuration import Configuration
 from forged_fx.evaluate import blocks as unit
-from forged_fx.evaluate import checks, evaluate, fingerprint, pool
+from forged_fx.evaluate import checks, evaluate, fingerprint
 from forged_fx.evaluate.attacks import choose
 from forged_fx.evaluate.result import Result
 from forged_fx.evaluate.statistics import LEVEL, holm
@@ -299,7 +299,7 @@ def search(
     with running(Search, call, seed=seed, folder=folder, progress=progress, shard=shard) as run:
         if run.finished:
             return run.again(model, x, batch_size)
-        with pool.at_peace({"model": model}), run.shown:
+        with checks.at_peace({"model": model}), run.shown:
             few = kept_x[:8].to(checks.device_of(model, x.device))
             checks.logits(checks.ask(model, few, "model"), few, kept_y, "model")  # now, and not when the search is done
             tried = Trials(

@@ -261,7 +261,7 @@ def sweep(
         "plan": {kind: list(names) for kind, names in asdict(plan).items()},
         "seed": seed,
         "block": unit.BLOCK,
-        "data": {"x_sha256": fingerprint.of_tensors([("x", x)]), "y_sha256": fingerprint.of_tensors([("y", y)])},
+        "data": fingerprint.of_data(x, y),
         "class": type(model).__name__,
         "models": {name: fingerprint.of_model(one) for name, one in models.items()},
         "rounds": rounds,
@@ -272,7 +272,7 @@ def sweep(
             return run.again(model, x, batch_size)
         if folder is not None:
             run.processes.first(lambda: stats.save(Path(folder) / STATISTICS))
-        stack.enter_context(pool.at_peace(models))
+        stack.enter_context(checks.at_peace(models))
         stack.enter_context(run.shown)
         judged = pool.judge(
             models, x, y, threat, plan, bpda=gradients.straight_through(), blocks=run.blocks, batch_size=batch_size,

@@ -76,7 +76,7 @@ class Trials:
 
     near: indices of the inputs nearest to the boundary, (k,) int64: those that are right unattacked and whose class
     leads or lags least where the short attack on the base ends. budget: how many configurations; seconds: of computing,
-    those of an earlier attempt included. To be used within `pool.at_peace`, of the model.
+    those of an earlier attempt included. To be used within `checks.at_peace`, of the model.
     """
 
     def __init__(

@@ -1,18 +1,19 @@
 """What is asked of the caller's input; and the caller's models, handed back as they were found."""
 
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from forged_fx import checked
+from forged_fx.bpda import callers_gradient_off
 from forged_fx.capture import in_a_line
 from forged_fx.evaluate.threat import NORMS, Threat
 from forged_fx.memory import ran_out
-from forged_fx.modes import as_found
+from forged_fx.modes import as_found, kept_randomness
 from forged_fx.stats import is_number
 
 
@@ -62,14 +63,15 @@ def inputs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x.detach().contiguous(), y.detach().long()  # attacks take views
 
 
-def context(bpda: Any, entered: bool = False) -> None:
-    """TypeError unless this makes context managers. entered: it is what was made."""
-    manager = isinstance(bpda, AbstractContextManager)
-    if manager is entered and (entered or callable(bpda)):
-        return
-    makes = "makes " if entered else "is "
+def context(bpda: Any) -> None:
+    """TypeError unless this makes context managers."""
+    verb, found = "is", bpda
+    if callable(bpda) and not isinstance(bpda, AbstractContextManager):
+        verb, found = "makes", bpda()
+        if isinstance(found, AbstractContextManager):
+            return
     raise TypeError(
-        f"bpda {makes}{checked.short(bpda)}; pass what makes a context manager, uncalled: forged_fx.straight_through"
+        f"bpda {verb} {checked.short(found)}; pass what makes a context manager, uncalled: forged_fx.straight_through"
     )
 
 
@@ -144,6 +146,18 @@ def device_of(model: nn.Module, default: torch.device) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return default
+
+
+@contextmanager
+def at_peace(models: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]:
+    """The models as `borrowed` has them, with their own gradient for attacks, the caller's modes and random numbers
+    kept; afterwards all is as it was. Yields for each name how many of the model's modules were in train mode."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(callers_gradient_off())
+        stack.enter_context(kept_randomness())
+        yield {name: stack.enter_context(borrowed(model, name)) for name, model in models.items()}
 
 
 @contextmanager

@@ -27,6 +27,11 @@ def of_tensors(named: Iterable[tuple[str, Any]]) -> str:
     return digest.hexdigest()
 
 
+def of_data(x: Tensor, y: Tensor) -> dict[str, str]:
+    """Of inputs and classes, under the names that records have for them."""
+    return {"x_sha256": of_tensors([("x", x)]), "y_sha256": of_tensors([("y", y)])}
+
+
 def of_model(model: nn.Module) -> str:
     """Of everything in `state_dict()`, of the buffers that are not in it, of the forging, and of programs.
 

@@ -72,6 +72,11 @@ class Subject:
     def identity(self) -> dict[str, str]:
         return identity(self.description, self.fingerprint, self.forging)
 
+    def setting(self, classes: int) -> Setting:
+        """What attacks on this side have to know."""
+        shape = tuple(self.x.shape[1:])
+        return Setting(self.threat, classes, shape, self.blocks.seed, self.batch_size, self.device)
+
     def standing(self) -> Tensor:
         return (self.broken_by == STANDING).nonzero().flatten()
 

@@ -5,16 +5,13 @@ better than another for having been attacked less.
 """
 
 import functools
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from forged_fx.bpda import callers_gradient_off
-from forged_fx.evaluate import checks
-from forged_fx.evaluate.attacks import Plan, Setting
+from forged_fx.evaluate.attacks import Plan
 from forged_fx.evaluate.blocks import Blocks
 from forged_fx.evaluate.findings import Case, examine, foreign
 from forged_fx.evaluate.gradients import Context
@@ -25,7 +22,6 @@ from forged_fx.evaluate.report import Progress
 from forged_fx.evaluate.result import Side, doubts, judged
 from forged_fx.evaluate.threat import Threat
 from forged_fx.evaluate.verdict import FOREIGN
-from forged_fx.modes import kept_randomness
 
 
 @dataclass(frozen=True)
@@ -35,20 +31,6 @@ class Judged:
     side: Side
     verdict: str = ""
     sentence: str = ""
-
-
-@contextmanager
-def at_peace(models: Mapping[str, nn.Module]) -> Iterator[None]:
-    """The models in eval mode and without gradients of their parameters, with their own gradient for attacks, the
-    caller's modes and random numbers kept; afterwards all is as it was."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(callers_gradient_off())
-        stack.enter_context(kept_randomness())
-        for name, model in models.items():
-            stack.enter_context(checks.borrowed(model, name))
-        yield
 
 
 def judge(
@@ -63,7 +45,7 @@ def judge(
     batch_size: int,
     progress: Progress,
 ) -> dict[str, Judged]:
-    """Name -> outcome of every model; the first is the base. To be called within `at_peace`.
+    """Name -> outcome of every model; the first is the base. To be called within `checks.at_peace`.
 
     x (n, ...) float32 and y (n,) int64, as `checks.inputs` returns them. The rows are those of `evaluate`.
     """
@@ -72,10 +54,7 @@ def judge(
     for side in sides:
         logits.append(side.natural(classes))
         classes = logits[0].shape[1]
-    settings = {
-        side.name: Setting(threat, classes or 0, tuple(x.shape[1:]), blocks.seed, batch_size, side.device)
-        for side in sides
-    }
+    settings = {side.name: side.setting(classes) for side in sides}
     contest(sides, plan, settings, bpda)
     base = sides[0].side()
     found = {base.name: Judged(base)}

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from forged_fx import checked, modes
-from forged_fx.bpda import callers_gradient_off
 from forged_fx.evaluate import blocks as unit
 from forged_fx.evaluate import checks, fingerprint, further, gallery, gradients, reach, scale, surrogate
 from forged_fx.evaluate.attacks import ATTACKS, STRONGEST, Attack, Plan, Setting, choose
@@ -128,16 +127,11 @@ def evaluate(
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    data = {
-        "x_shape": list(x.shape),
-        "x_sha256": fingerprint.of_tensors([("x", x)]),
-        "y_sha256": fingerprint.of_tensors([("y", y)]),
-    }
+    data = {"x_shape": list(x.shape), **fingerprint.of_data(x, y)}
     if folder is not None:
         checked.folder(folder, "evaluate")
     bpda = bpda or gradients.straight_through()
     checks.context(bpda)
-    checks.context(bpda(), entered=True)
     bpda_name, told = gradients.name_of(bpda)
     if folder is not None and not told:
         raise ValueError(
@@ -147,12 +141,7 @@ def evaluate(
 
     with ExitStack() as stack:
         enter = stack.enter_context
-        enter(torch.inference_mode(False))
-        enter(torch.no_grad())
-        enter(callers_gradient_off())
-        enter(modes.kept_randomness())
-        both = {"model": model} if base is None else {"model": model, "base": base}
-        training = {who: enter(checks.borrowed(one, who)) for who, one in both.items()}
+        training = enter(checks.at_peace({"model": model} if base is None else {"model": model, "base": base}))
         notes = [f"the {who} was in train mode; judged in eval mode" for who, modules in training.items() if modules]
         processes = enter(joined(shard, "evaluate"))
         for note in notes if processes.rank == 0 else ():
@@ -186,9 +175,7 @@ def evaluate(
         classes = logits.shape[1]
         base_logits = rival.natural(classes) if rival else None
         sides = [side for side in (rival, subject) if side]
-        settings = {
-            side.name: Setting(threat, classes, tuple(x.shape[1:]), seed, batch_size, side.device) for side in sides
-        }
+        settings = {side.name: side.setting(classes) for side in sides}
         contest(sides, plan, settings, bpda)
 
         apart = reach.apart(subject, rival, logits, base_logits) if rival else math.inf
