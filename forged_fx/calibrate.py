@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import itertools
 import math
 import os
 import tempfile
@@ -19,7 +18,7 @@ from forged_fx import channels, checked, histogram, ops, torch_internals
 from forged_fx.capture import in_a_line
 from forged_fx.channels import ChannelCounts
 from forged_fx.memory import in_halves
-from forged_fx.modes import as_found, is_sharded, uncompiled, unwrapped
+from forged_fx.modes import as_found, device_of, is_sharded, uncompiled, unwrapped
 from forged_fx.observe import Observer, Sighting
 from forged_fx.processes import Processes, attempt, joined, result
 from forged_fx.progress import track
@@ -358,6 +357,5 @@ def model_inputs(batch: Any, model: torch.nn.Module) -> tuple[tuple, dict]:
             f"a batch must be a tensor, a tuple or list whose first item is the input tensor, or a dict of keyword "
             f"arguments; got {type(batch).__name__}"
         )
-    tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
-    device = None if tensor is None else tensor.device
+    device = device_of(model, None)
     return tree_map(lambda v: v.to(device, copy=True) if isinstance(v, Tensor) else v, (args, kwargs))

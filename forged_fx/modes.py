@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 import json
 import random
 import sys
@@ -16,6 +17,7 @@ from torch.nn.parameter import is_lazy
 from forged_fx import torch_internals
 
 F = TypeVar("F", bound=Callable)
+CPU = torch.device("cpu")
 
 
 @contextlib.contextmanager
@@ -244,6 +246,11 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
             "which leaves them what they are, or calibrate and forge the model before it is wrapped"
         )
     return model
+
+
+def device_of(model: torch.nn.Module, default: torch.device | None = CPU) -> torch.device | None:
+    """Where its first parameter or buffer is; `default` if it has none."""
+    return next((tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())), default)
 
 
 def is_sharded(model: torch.nn.Module) -> bool:

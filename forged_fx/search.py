@@ -30,6 +30,7 @@ from forged_fx.evaluate.attacks import choose
 from forged_fx.evaluate.result import Result
 from forged_fx.evaluate.statistics import LEVEL, holm
 from forged_fx.evaluate.threat import Threat
+from forged_fx.modes import device_of
 from forged_fx.recorded import LIMIT, Recorded, answers, running, within
 from forged_fx.rows import Table
 from forged_fx.stats import Stats, is_number
@@ -300,7 +301,7 @@ def search(
         if run.finished:
             return run.again(model, x, batch_size)
         with checks.at_peace({"model": model}), run.shown:
-            few = kept_x[:8].to(checks.device_of(model, x.device))
+            few = kept_x[:8].to(device_of(model, x.device))
             checks.logits(checks.ask(model, few, "model"), few, kept_y, "model")  # now, and not when the search is done
             tried = Trials(
                 model,

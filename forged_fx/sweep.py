@@ -31,6 +31,7 @@ from forged_fx.evaluate.verdict import VERDICTS
 from forged_fx.extras import need
 from forged_fx.files import whole
 from forged_fx.kinds import KINDS
+from forged_fx.modes import device_of
 from forged_fx.recorded import LIMIT, Recorded, answers, running, within
 from forged_fx.rows import Table, share
 from forged_fx.stats import Ends, Stats, is_number
@@ -250,7 +251,7 @@ def sweep(
     mean = any(kind == "mean" for kind, _ in grid)
     stats = batches if isinstance(batches, Stats) else calibrate(model, batches, channels=mean, shard=shard)
     sites, _ = select(stats, include, exclude)
-    example: tuple[tuple, dict] = (x[:8].to(checks.device_of(model, x.device)),), {}
+    example: tuple[tuple, dict] = (x[:8].to(device_of(model, x.device)),), {}
     forged = {
         f"{kind} {written(ratio)}": Configuration.uniform(sites, kind, ratio).forge(model, stats, example)
         for kind, ratio in grid
@@ -385,7 +386,7 @@ def _speeds(models: Mapping[str, nn.Module], x: Tensor, rounds: int) -> dict[str
     rounds."""
     if not rounds:
         return {}
-    device = checks.device_of(models[BASE], x.device)
+    device = device_of(models[BASE], x.device)
     batch = x.clone().to(device)  # a model may write into it
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     calls = {("eager", name): lambda one=one: one(batch) for name, one in models.items()}

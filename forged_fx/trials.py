@@ -22,7 +22,7 @@ from forged_fx.evaluate.blocks import Blocks, Fields, Job, Outcome
 from forged_fx.evaluate.gradients import Context, Logits
 from forged_fx.evaluate.report import Progress
 from forged_fx.evaluate.threat import Threat
-from forged_fx.modes import seed
+from forged_fx.modes import device_of, seed
 from forged_fx.stats import Stats
 
 NEAR = 100  # inputs nearest to the boundary
@@ -97,7 +97,7 @@ class Trials:
         self.model, self.stats, self.x, self.y, self.threat = model, stats, x, y, threat
         self.budget, self.seconds = budget, math.inf if seconds is None else seconds
         self.blocks, self.batch_size, self.progress = blocks, batch_size, progress
-        self.device = checks.device_of(model, x.device)
+        self.device = device_of(model, x.device)
         self.example: tuple[tuple, dict] = ((x[:8].to(self.device),), {})
         self.classes = checks.logits(checks.ask(model, self.example[0][0], "model"), x[:8], y, "model").shape[1]
         self.made: dict[Configuration, Trial] = {}

@@ -36,8 +36,8 @@ def run(
     from forged_fx import throughput
     from forged_fx.cli import given, output
     from forged_fx.evaluate.fingerprint import of_forging
+    from forged_fx.modes import device_of
     from forged_fx.report.run import save_speeds
-    from forged_fx.sources.classifier import device_of
 
     chosen = [mode.strip() for mode in modes.split(",")]
     if unknown := [mode for mode in chosen if mode not in throughput.MODES]:

@@ -65,9 +65,9 @@ def run(
     import forged_fx
     from forged_fx.cli import given, output
     from forged_fx.evaluate.record import headline
+    from forged_fx.modes import device_of
     from forged_fx.report.run import save_sites
     from forged_fx.sources import load_model
-    from forged_fx.sources.classifier import device_of
 
     if stats is None:
         options.refuse(context, FORGING, "says how to forge, and needs --stats, the file that calibrate wrote")

@@ -42,8 +42,8 @@ def run(
     import forged_fx
     from forged_fx.cli import given, output
     from forged_fx.lipschitz import Lipschitz
+    from forged_fx.modes import device_of
     from forged_fx.report.run import LIPSCHITZ
-    from forged_fx.sources.classifier import device_of
 
     output.check(Lipschitz, save, folder and folder / LIPSCHITZ)
     found = given.model(model, weights, normalize, device)

@@ -13,7 +13,7 @@ from forged_fx.bpda import callers_gradient_off
 from forged_fx.capture import in_a_line
 from forged_fx.evaluate.threat import NORMS, Threat
 from forged_fx.memory import ran_out
-from forged_fx.modes import as_found, kept_randomness
+from forged_fx.modes import as_found, device_of, kept_randomness
 from forged_fx.stats import is_number
 
 
@@ -140,12 +140,6 @@ def logits(given: object, x: Tensor, y: Tensor, who: str, classes: int | None = 
     if int(y.min()) < 0 or int(y.max()) >= out.shape[1]:
         raise ValueError(f"y spans [{int(y.min())}, {int(y.max())}], and the {who} has {out.shape[1]} classes")
     return out
-
-
-def device_of(model: nn.Module, default: torch.device) -> torch.device:
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return default
 
 
 @contextmanager

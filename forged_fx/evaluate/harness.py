@@ -17,6 +17,7 @@ from forged_fx.evaluate.gradients import Borrowed, Context, Logits, differ
 from forged_fx.evaluate.report import Progress
 from forged_fx.evaluate.result import LEFT_OUT, STANDING, Row, Side, identity
 from forged_fx.evaluate.threat import Threat
+from forged_fx.modes import device_of
 
 FOUND: Fields = {"broken": (torch.int64, 1), "examples": (torch.float32, None), "rejected": (torch.int64, 0)}
 UNRELIABLE = 0.002  # share of n that Square may take after the others; auto-attack's check_square_sr
@@ -24,7 +25,7 @@ UNRELIABLE = 0.002  # share of n that Square may take after the others; auto-att
 
 def predict(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
     """Predicted classes, (n,) int64, on the CPU; x may be empty, and is copied to the model's device in batches."""
-    device = checks.device_of(model, x.device)
+    device = device_of(model, x.device)
     with torch.no_grad():
         parts = [model(batch.clone().to(device)).max(1)[1].cpu() for batch in x.split(batch_size) if len(batch)]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
@@ -61,7 +62,7 @@ class Subject:
         threads = f"the {name} is a DataParallel; attacked without its threads, and what breaks it breaks it with them"
         self.notes = [threads] if self.attacked is not model else []
         self.changes: dict[str, bool] = {}  # what `sees_through` found
-        self.device = checks.device_of(model, x.device)
+        self.device = device_of(model, x.device)
         self.description, self.fingerprint = type(model).__name__, fingerprint.of_model(model)
         self.forging = fingerprint.of_forging(model)
         self.rows: list[Row] = []

@@ -28,7 +28,7 @@ from forged_fx.evaluate.result import KINDS, STANDING, Finding, Result, Row, Sid
 from forged_fx.evaluate.threat import Threat
 from forged_fx.extras import need
 from forged_fx.files import whole
-from forged_fx.modes import kept_randomness
+from forged_fx.modes import device_of, kept_randomness
 from forged_fx.processes import Processes
 
 FORMAT = 2
@@ -331,7 +331,7 @@ def verify(result: Result, model: nn.Module, x: Tensor, y: Tensor, base: nn.Modu
             continue
         right, close, astray, changed = 0, 0, 0, 0
         natural = side.broken_by == 0  # row 0: wrong without attack
-        device = checks.device_of(module, x.device)
+        device = device_of(module, x.device)
         with checks.borrowed(module, side.name), torch.no_grad(), kept_randomness() as drawn:
             for part, examples in zip(
                 side.broken.split(result.batch_size), side.examples.split(result.batch_size), strict=True

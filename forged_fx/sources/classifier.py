@@ -67,8 +67,3 @@ class Classifier(nn.Module):
         given = self.inputs(x)
         out = self.model(**given) if self.keyword else self.model(given)
         return getattr(out, "logits", out)
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """Where its first parameter or buffer is; the CPU if it has none."""
-    return next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from forged_fx.extras import need
+from forged_fx.modes import device_of
 from forged_fx.sources import robustbench
-from forged_fx.sources.classifier import Classifier, Normalization, device_of, normalization
+from forged_fx.sources.classifier import Classifier, Normalization, normalization
 from forged_fx.sources.exported import load_program
 from forged_fx.sources.weights import load_weights
 
