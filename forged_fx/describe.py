@@ -13,7 +13,6 @@ from forged_fx.configuration import written
 from forged_fx.cost import Cost
 from forged_fx.cost import cost as site_costs
 from forged_fx.evaluate import checks, fingerprint
-from forged_fx.kinds import Kind
 from forged_fx.sites import is_activation, module_of
 from forged_fx.stats import SiteStats
 from forged_fx.thresholds import not_forged, numbers
@@ -106,8 +105,7 @@ def describe(model: torch.nn.Module, *, cost: bool = False, example: tuple[tuple
         costs = site_costs(owner, *input) if cost else {}
         for name, site in record.stats.sites.items():
             if name in record.reached:
-                kind, placed = record.choice[name], (record.reached[name], costs.get(name))
-                rows.append(_forged(name, site, kind, parameters[name], *placed, record.choice.statistic))
+                rows.append(_forged(name, site, record, parameters[name], costs.get(name)))
             elif name in record.left_out:
                 rows.append(Row(name, site.kind, site.shape, site.c_max, None, None, record.left_out[name], None))
         whole = "one graph" if record.not_whole is None else f"module by module ({record.not_whole})"
@@ -163,16 +161,8 @@ _CONVOLUTIONS = [getattr(torch.nn, f"Conv{kind}{n}d") for kind in ("", "Transpos
 _LAYERS = (torch.nn.Linear, torch.nn.Bilinear, *_CONVOLUTIONS)
 
 
-def _forged(
-    name: str,
-    site: SiteStats,
-    kind: Kind,
-    buffers: tuple[Tensor, ...],
-    reached: str,
-    cost: Cost | None,
-    statistic: str,
-) -> Row:
-    values = numbers(buffers)
+def _forged(name: str, site: SiteStats, record: Forging, buffers: tuple[Tensor, ...], cost: Cost | None) -> Row:
+    kind, values = record.choice[name], numbers(buffers)
     named = {name: float(np.mean(value)) for name, value in zip(kind.buffers, values, strict=True)}
     named = {name: value for name, value in named.items() if value < np.inf}  # a limit at infinity is none
     return Row(
@@ -183,14 +173,14 @@ def _forged(
         threshold=named.get("threshold"),
         share_zeroed=kind.share_zeroed(site, values),
         left_out=None,
-        reached=reached,
+        reached=record.reached[name],
         cost=cost,
         forging=kind.name,
         limit=named.get("limit"),
         width=named.get("width"),
         share_limited=kind.share_limited(site, values),
         net_zeroed=kind.net_zeroed(site, values),
-        ratio=_ratio(site, values, statistic),
+        ratio=_ratio(site, values, record.choice.statistic),
     )
 
 

@@ -167,7 +167,8 @@ def lipschitz(
     for (what, where), pairs in sorted(found.items(), key=lambda item: (SPECTRAL, FROBENIUS, STEP).index(item[0][0])):
         one, other = (torch.cat(values) for values in zip(*pairs, strict=True))
         result.append(_figure(what, where, one, other))
-        steps_of |= {where: (one, other)} if what == STEP else {}
+        if what == STEP:
+            steps_of[where] = one, other
     for where, (one, other) in steps_of.items():
         largest = _figure(LARGEST, where, one.max()[None], other.max()[None])
         result.append(replace(largest, low=None, high=None, n=len(one)))

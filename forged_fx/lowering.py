@@ -81,10 +81,7 @@ def register_lowerings() -> None:
             found = result(index, dropped, instead, given if kept is value else converted(kept, o.dtype, dtype))
             return converted(found, dtype, dtype)
 
-        return inductor.Pointwise.create(device=x.get_device(), dtype=x.get_dtype(), inner_fn=at, ranges=x.get_size())
-
-    def forged(f: Function, x: Any, arguments: tuple) -> Any:
-        return pointwise(f, x, arguments, lambda index, *three: inner.where(*three))
+        return inductor.Pointwise.create(device=x.get_device(), dtype=dtype, inner_fn=at, ranges=x.get_size())
 
     def write(x: Any) -> None:
         """Have the input written, laid out as in eager mode: as its reader would without the threshold. So others that
@@ -122,7 +119,7 @@ def register_lowerings() -> None:
         offered = own_products(x) and config.prologue_fusion and meta.get("prologue")
         if offered or (meta.get("raw") and has_several_sources(x)):
             write(x)
-        result = forged(f, x, arguments)
+        result = pointwise(f, x, arguments, lambda index, *three: inner.where(*three))
         if not offered:
             return result
         result.realize()

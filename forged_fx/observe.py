@@ -274,8 +274,7 @@ class Observer:
         for i, operand in enumerate(data_operands(call, args, kwargs, self.origins.of)):
             reads_input = operand.value is frame.first_input and i == 0  # (a second one would be another argument's)
             first_run = self.runs[frame.name] <= 1
-            layouts = self.layouts
-            channel = call.channel_of(operand.value) if call.mark == "#" else layouts.channel(operand.value)
+            channel = call.channel_of(operand.value) if call.mark == "#" else self.layouts.channel(operand.value)
             site = operand_name(name, i)
             in_place = call.mark == "@" and works_in_place(function, args, kwargs)
             new = self.on_call(

@@ -225,14 +225,13 @@ class _OwnCalls(TorchFunctionMode):
         if function in OPENED:
             with self:
                 return OPENED[function](*args, **kwargs)
-        if call and plan:
-            for forge in plan.next(self.own if plan.once else self.region.forged_pass.so_far()):
-                x = get(args, kwargs, forge.key) if call.kind == forge.kind else None
-                if x is None or isinstance(x, torch.nn.Parameter):
-                    raise other_call(plan.module, forge.kind, call.kind)
-                new = forge(self.region, x)
-                x = x.copy_(new) if function in ACTIVATIONS and works_in_place(function, args, kwargs) else new
-                args, kwargs = replace(args, kwargs, forge.key, x)
+        for forge in plan.next(self.own if plan.once else self.region.forged_pass.so_far()):
+            x = get(args, kwargs, forge.key) if call.kind == forge.kind else None
+            if x is None or isinstance(x, torch.nn.Parameter):
+                raise other_call(plan.module, forge.kind, call.kind)
+            new = forge(self.region, x)
+            x = x.copy_(new) if function in ACTIVATIONS and works_in_place(function, args, kwargs) else new
+            args, kwargs = replace(args, kwargs, forge.key, x)
         return function(*args, **kwargs)
 
     def _is_own(self) -> bool:

@@ -259,7 +259,11 @@ class Stats:
                 match_sites([name], list(self.sites), "sites")
                 raise ValueError(f"sites: {name!r} is a glob, and names belong there; without sites= all are taken")
         for pattern, value in ratio.items() if isinstance(ratio, Mapping) else [(None, ratio)]:
-            check_ratio(value, "ratio" if pattern is None else f"ratio for {pattern!r}")
+            if not is_number(value) or not math.isfinite(value) or not 0 <= value <= 1:
+                what = "ratio" if pattern is None else f"ratio for {pattern!r}"
+                raise ValueError(
+                    f"{what} must be a number in [0, 1], inputs below that share of c_max become 0; got {value!r}"
+                )
         return {name: float(value) for name, value in self.per_site(ratio, names, "ratio").items()}
 
     def per_site(self, given: Any, names: list[str], what: str) -> dict[str, Any]:
@@ -330,10 +334,8 @@ class Stats:
                     )
                 n = len(header["sites"])
                 c_max = _array(file, "c_max", (n,), "F32")
-                counts, bins = (
-                    _array(file, "counts", (n, len(_COUNTS)), "I64"),
-                    _array(file, "histogram", (n, BINS), "I64"),
-                )
+                counts = _array(file, "counts", (n, len(_COUNTS)), "I64")
+                bins = _array(file, "histogram", (n, BINS), "I64")
                 known = "lowest" in file.keys()
                 lowest = _array(file, "lowest", (n,), "F32") if known else np.full(n, -np.inf, np.float32)
                 of_channels = checked.fit(header.get("channel_counts", {}), dict[str, int], "channel_counts")
@@ -463,12 +465,6 @@ def threshold(c_max: float, ratio: float) -> float:
 def is_number(value: Any) -> bool:
     """Whether it is a real number, one of numpy's included; a truth value is none, nor is a tensor."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_)
-
-
-def check_ratio(ratio: Any, what: str = "ratio") -> float:
-    if not is_number(ratio) or not math.isfinite(ratio) or not 0 <= ratio <= 1:
-        raise ValueError(f"{what} must be a number in [0, 1], inputs below that share of c_max become 0; got {ratio!r}")
-    return float(ratio)
 
 
 def match_sites(patterns: list[str], names: list[str], what: str) -> list[str]:

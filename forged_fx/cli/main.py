@@ -22,7 +22,7 @@ COMMANDS = (
     *("sparsity", "lipschitz", "sweep", "search", "bench", "report", "demo"),
 )
 
-ERROR, USAGE, INTERRUPTED = 1, 2, 130
+ERROR, INTERRUPTED = 1, 130
 EXIT_NOTE = (
     "Exit codes: 0 done; 1 an error, said in one line; 2 a command line that was not understood; 130 interrupted. "
     "evaluate, compare and search: 0 gain, 3 no measurable gain, 4 loss, 5 masking, 6 cannot say."

@@ -9,8 +9,8 @@ from torch import Tensor
 # norm -> (length of each row of a (n, d) tensor, length of a (d,) vector of ones)
 _NORMS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[int], float]]] = {
     "Linf": (lambda delta: delta.abs().amax(1), lambda d: 1.0),
-    "L2": (lambda delta: delta.square().sum(1).sqrt(), lambda d: math.sqrt(d)),
-    "L1": (lambda delta: delta.abs().sum(1), lambda d: float(d)),
+    "L2": (lambda delta: delta.square().sum(1).sqrt(), math.sqrt),
+    "L1": (lambda delta: delta.abs().sum(1), float),
 }
 NORMS = tuple(_NORMS)
 

@@ -8,7 +8,7 @@ import functools
 import gzip
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +160,7 @@ def load_data(name: str, split: str | None = None, resize: str | None = None) ->
     images = source.make(rest, split or SPLITS[0])
     if not len(images):
         raise ValueError(f"{name} holds no image")
-    return Images(**{**vars(images), "name": name, "resize": None if resize is None else _sides(resize)})
+    return replace(images, name=name, resize=None if resize is None else _sides(resize))
 
 
 def _sides(text: str) -> tuple[int, int]:

@@ -126,8 +126,11 @@ def _source(name: str) -> tuple[Source, str]:
         return PROGRAM, name
     if colon and rest and all(part.isidentifier() for part in prefix.split(".")):
         return FUNCTION, name
-    forms = ", ".join(source.form for source in (*MODELS.values(), PROGRAM, FUNCTION))
-    raise ValueError(f"{name!r} names no model: write one of {forms}")
+    raise ValueError(f"{name!r} names no model: write one of {_forms()}")
+
+
+def _forms() -> str:
+    return ", ".join(source.form for source in (*MODELS.values(), PROGRAM, FUNCTION))
 
 
 def _fetch(source: Source, name: str, rest: str) -> Model:
@@ -239,8 +242,7 @@ def _function(name: str, trained: bool) -> Model:
         for part in what.split("."):
             function = getattr(function, part)
     except (ImportError, AttributeError) as error:
-        forms = ", ".join(source.form for source in (*MODELS.values(), PROGRAM, FUNCTION))
-        raise ValueError(f"{name}: {error}. A model is named as one of {forms}") from error
+        raise ValueError(f"{name}: {error}. A model is named as one of {_forms()}") from error
     module = function() if callable(function) and not isinstance(function, nn.Module) else function
     if not isinstance(module, nn.Module):
         raise ValueError(f"{name} gives {type(module).__name__}: it must be a function that returns an nn.Module")
