@@ -15,7 +15,7 @@ import torch
 import torch.fx as fx
 
 from forged_fx import torch_internals
-from forged_fx.hoist import COPIES, MOVES, hoist, written_by_inductor
+from forged_fx.hoist import COPIES, VIEWS, hoist, written_by_inductor
 from forged_fx.lowering import register_lowerings
 from forged_fx.modes import as_found
 from forged_fx.share import share, thresholds_in
@@ -122,7 +122,7 @@ def _read_by_products(node: fx.Node) -> bool:
     if node.meta["val"].device.type == "cpu" or len(node.users) != 1:
         return False
     (reader,) = node.users
-    if reader.target in MOVES and reader.target not in COPIES:
+    if reader.target in VIEWS:
         return _read_by_products(reader)
     if reader.target is aten.convolution.default and reader.args[0] is node:
         _, weight, _, stride, padding, dilation, transposed, _, groups = reader.args
@@ -132,7 +132,7 @@ def _read_by_products(node: fx.Node) -> bool:
 
 
 def _maker(x: fx.Node) -> str:
-    while x.target in MOVES and x.target not in COPIES:
+    while x.target in VIEWS:
         x = x.args[0]
     return "the network's input" if x.op == "placeholder" else _name(x)
 
@@ -149,7 +149,7 @@ def _needs_memory(reader: fx.Node) -> bool:
     """Whether the reader cannot be in the kernel that makes the value."""
     if reader.op == "output":
         return True
-    if reader.target in MOVES and reader.target not in COPIES:
+    if reader.target in VIEWS:
         return any(_needs_memory(next_reader) for next_reader in reader.users)
     return torch_internals.is_library_call(reader)
 

@@ -24,7 +24,6 @@ tests/test_fused_kernels.py counts them.
 """
 
 import functools
-import importlib
 import inspect
 import math
 import sys
@@ -317,11 +316,8 @@ def _learn(case: tuple, op: Any, arguments: dict[str, Any]) -> None:
         _known[case] = file, getattr(file, f"{name}_kernel")
 
 
-@functools.cache
 def _kernels(name: str) -> Any:
-    # Late: Triton takes long to import, and not every machine has it.
-    files = {"elementwise_threshold": "fused", "norm_threshold": "norm"}
-    return importlib.import_module(f"forged_fx.kernels.{files[name]}")
+    return ops.kernels({"elementwise_threshold": "fused", "norm_threshold": "norm"}[name])
 
 
 # ---- gradients, and Inductor

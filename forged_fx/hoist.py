@@ -85,6 +85,8 @@ COPIES = {
     aten.index_select.default, aten.constant_pad_nd.default, aten.cat.default, aten.stack.default,
 }  # fmt: skip
 
+VIEWS = MOVES.keys() - COPIES  # those that do not
+
 # And those that only name the dimensions anew: Inductor looks through them, so that nothing is gained by passing them,
 # and a convolution's input had better be known by the convolution's own order.
 RENAMINGS = {

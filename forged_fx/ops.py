@@ -153,7 +153,8 @@ def _check_backward(f: Function, grad: Tensor, x: Tensor, *arguments: Any) -> No
 
 
 @functools.cache
-def _kernels(name: str) -> ModuleType:
+def kernels(name: str) -> ModuleType:
+    """A file of kernels/."""
     # Late: Triton takes long to import, and not every machine has it.
     return importlib.import_module(f"forged_fx.kernels.{name}")
 
@@ -162,10 +163,10 @@ def _kernels(name: str) -> ModuleType:
 def launchers(f: Function) -> tuple[Callable, Callable]:
     """The Triton kernels of a function: forward and backward."""
     if f.name == "threshold":
-        kernels = _kernels("threshold")
-        return kernels.launch_threshold, kernels.launch_threshold_backward
-    kernels = _kernels("kinds")
-    return functools.partial(kernels.launch, f.name), functools.partial(kernels.launch_backward, f.name)
+        file = kernels("threshold")
+        return file.launch_threshold, file.launch_threshold_backward
+    file = kernels("kinds")
+    return functools.partial(file.launch, f.name), functools.partial(file.launch_backward, f.name)
 
 
 def _implementations(f: Function) -> dict[str, dict[str, Callable]]:
