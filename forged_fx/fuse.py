@@ -246,7 +246,7 @@ def _data(node: fx.Node, root: nn.Module, role: str) -> int | None:
 
 
 def _adds(node: fx.Node) -> bool:
-    """(One that is not asked what it adds to what: sums of sums of sums have no end.)"""
+    """Whether the node is an addition: `_data` does not ask `_step` about one, which would ask about its operands."""
     name = NAMES.get(function_of(node))
     return name is not None and FUNCTIONS[name][1].role == "add"
 

@@ -194,6 +194,6 @@ def _demand_of(node: fx.Node) -> Demand | None:
 
 
 def _data(move: fx.Node) -> list[fx.Node]:
-    """What the move moves."""
+    """The values that the move is given: several for a cat or a stack."""
     data = move.args[0]
     return list(data) if isinstance(data, list | tuple) else [data]

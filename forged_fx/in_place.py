@@ -30,7 +30,6 @@ from torch import Tensor
 
 from forged_fx import cpu, ops, torch_internals
 from forged_fx.effects import writes
-from forged_fx.share_traced import share
 from forged_fx.thresholds import lost, parameters_of
 from forged_fx.torch_internals import dispatch_keys
 
@@ -65,7 +64,7 @@ def _unrecorded(forged: fx.GraphModule) -> Callable:
     calls = [n for n in graph.nodes if n.target in IN_PLACE and len(n.args) == 2 and not n.kwargs]
     # A layer that writes into its input gets a tensor of its own. Writes through `.data` are not counted.
     if not any(n.target is getattr and n.args[1] == "data" for n in graph.nodes):
-        share([n for n in calls if n.target is THRESHOLD and not any(writes(m, forged) for m in n.users)], note, again)
+        _share([n for n in calls if n.target is THRESHOLD and not any(writes(m, forged) for m in n.users)])
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         node.target = UNRECORDED.get(node.target, node.target)
@@ -79,6 +78,25 @@ def _unrecorded(forged: fx.GraphModule) -> Callable:
                 references = graph.call_function(sys.getrefcount, (x,))
             node.target, node.args = overwriting, (*node.args, references)
     return _with_modules(graph)
+
+
+def _share(thresholds: list[fx.Node]) -> None:
+    """Let thresholds that read the same tensor know of the first of them.
+
+        x ─ threshold(·, t1) ─ conv             becomes             x ─ threshold(·, t1) ─ y ─ conv
+        └── threshold(·, t2) ─ shortcut                             └── again(·, t2, note of y) ─ shortcut
+
+    `forged_fx/share.py` does this for compilers, in their graph, on what is equal when the code is compiled.
+    """
+    by_value: dict[fx.Node, list[fx.Node]] = {}
+    for node in thresholds:
+        by_value.setdefault(node.args[0], []).append(node)
+    for first, *others in by_value.values():
+        if others:
+            with first.graph.inserting_after(first):
+                noted = first.graph.call_function(note, (*first.args, first))
+        for node in others:
+            node.target, node.args = again, (*node.args, noted)
 
 
 def _with_modules(graph: fx.Graph) -> Callable:

@@ -82,7 +82,7 @@ def _listed(state: dict) -> str:
 
 
 def seed(value: int) -> None:
-    """All of them."""
+    """Seed the random generators of PyTorch, Python and numpy."""
     torch.manual_seed(value)
     random.seed(value)
     if numpy := sys.modules.get("numpy.random"):

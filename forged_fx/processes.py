@@ -142,7 +142,8 @@ def _tensor(data: bytes) -> torch.Tensor:
 
 
 def attempt(act: Callable[[], bytes | None]) -> tuple[Exception | None, bytes]:
-    """(the error that `act` raised or None, what `result` turns into its result or such an error elsewhere)"""
+    """Run `act`: (the error that it raised, or None; bytes from which `result`, in another process, returns what `act`
+    returned or raises such an error)."""
     try:
         return None, b"+" + (act() or b"")
     except Exception as error:
@@ -161,7 +162,10 @@ def result(answer: bytes, who: str) -> bytes:
 
 
 def place() -> tuple[int, int]:
-    """(which this is, how many there are) of the processes that torchrun started; a rank by itself says nothing."""
+    """(rank of this process, number of them) among those that torchrun started, (0, 1) where it started none.
+
+    RANK alone, without WORLD_SIZE, says nothing.
+    """
     found = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE")]
     return (0, 1) if None in found else (int(found[0]), int(found[1]))
 

@@ -102,7 +102,10 @@ class ForgedModule(HoldsThresholds, fx.GraphModule):
 
 
 def _rebuild(body: dict, imports: str, class_name: str, meta: dict, *_: Any) -> ForgedModule:
-    """(Older versions wrote one thing more.)"""
+    """What a pickle calls. It has the parameters, buffers and modules of what was pickled, and no others.
+
+    _: an older version's pickle holds one thing more.
+    """
     from torch.fx.graph_module import reduce_graph_module
 
     pickled = torch.nn.Module()
@@ -452,7 +455,7 @@ def _module_of_node(node: fx.Node) -> str:
 
 
 def _source(node: fx.Node) -> Origin:
-    """(What is a parameter and what a buffer, calibration has asked.)"""
+    """Calibration has told parameters from buffers; here it is enough to know what is data."""
     return Origin.DATA if node.op == "placeholder" else Origin.CONSTANT
 
 
