@@ -216,28 +216,8 @@ def transform(
         costly = _costly(model, stats, wanted, choice, strict, example, only, graph)
         wanted, left_out = [site for site in wanted if site not in costly], left_out | costly
         choice = choice.of(wanted)
-    try:
-        if not graph:
-            raise Untraceable("as graph=False asked for")
-        forged = _forge_whole(model, stats, wanted, choice)
-        forged.meta["forged_fx"] = record = Forging(stats, dict.fromkeys(wanted, "in the graph"), left_out, choice)
-        if example:
-            missed, ran = audit(model, forged, wanted, *example)
-            if missed:
-                raise Untraceable(f"the graph does not run the sites {', '.join(missed)}")
-    except (Untraceable, AuditFailed) as error:
-        forged = copied(model)
-        reached = forge_regions(forged, stats, wanted, choice)
-        forged.forging = record = Forging(stats, reached, left_out, choice, not_whole=str(error))
-        missed, ran = audit(model, forged, wanted, *example) if example else ([], set())
-        if missed and strict:
-            raise RuntimeError(
-                f"sites {', '.join(map(repr, missed))} cannot be reached: the audit did not see their thresholds run. "
-                f"Leave them out with exclude={missed!r}, or accept it with strict=False{_hint(model, missed)}"
-            ) from error
-        for site in missed:
-            del record.reached[site], choice.kinds[site]
-            record.left_out[site] = "the audit did not see its threshold run"
+    forged, ran = _forge(model, stats, wanted, left_out, choice, example, strict, graph)
+    record = forging_of(forged)
     record.audited = example is not None
     if example:
         _check_seen(stats, ran, record, strict)
@@ -268,6 +248,45 @@ def _is_call(example: Any) -> bool:
         and isinstance(example[0], tuple | list)
         and isinstance(example[1], Mapping)
     )
+
+
+def _forge(
+    model: torch.nn.Module,
+    stats: Stats,
+    wanted: list[str],
+    left_out: dict[str, str],
+    choice: Choice,
+    example: Any,
+    strict: bool,
+    graph: bool,
+) -> tuple[torch.nn.Module, set[str]]:
+    """The forged model, its thresholds off, and the sites that the audit saw `model` run.
+
+    As one graph, else, where that is not exactly the model or not asked for, module by module.
+    """
+    forged: torch.nn.Module
+    try:
+        if not graph:
+            raise Untraceable("as graph=False asked for")
+        forged = _forge_whole(model, stats, wanted, choice)
+        forged.meta["forged_fx"] = Forging(stats, dict.fromkeys(wanted, "in the graph"), left_out, choice)
+        missed, ran = audit(model, forged, wanted, *example) if example else ([], set())
+        if missed:
+            raise Untraceable(f"the graph does not run the sites {', '.join(missed)}")
+    except (Untraceable, AuditFailed) as error:
+        forged = copied(model)
+        reached = forge_regions(forged, stats, wanted, choice)
+        forged.forging = record = Forging(stats, reached, left_out, choice, not_whole=str(error))
+        missed, ran = audit(model, forged, wanted, *example) if example else ([], set())
+        if missed and strict:
+            raise RuntimeError(
+                f"sites {', '.join(map(repr, missed))} cannot be reached: the audit did not see their thresholds run. "
+                f"Leave them out with exclude={missed!r}, or accept it with strict=False{_hint(model, missed)}"
+            ) from error
+        for site in missed:
+            del record.reached[site], choice.kinds[site]
+            record.left_out[site] = "the audit did not see its threshold run"
+    return forged, ran
 
 
 def _check_seen(stats: Stats, ran: set[str], record: Forging, strict: bool) -> None:
