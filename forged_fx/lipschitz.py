@@ -58,6 +58,12 @@ class Figure:
         """The ratio as text."""
         return "none" if self.ratio is None else f"{self.ratio:.4f}"
 
+    def cells(self) -> list[str]:
+        """As a table shows it: what, where, base, forged, ratio, interval, n."""
+        interval = "" if self.low is None or self.high is None else f"{self.low:.4f} to {self.high:.4f}"
+        values = (f"{self.base:.4g}", f"{self.forged:.4g}", self.shown, interval, str(self.n))
+        return [self.what, self.where or "(root)", *values]
+
 
 class Lipschitz(Rows[Figure]):
     """The figures: of the sites, of the Jacobians, of steps. not_seen: sites whose layer could not be measured."""
@@ -72,11 +78,7 @@ class Lipschitz(Rows[Figure]):
         return super().more() | {"not_seen": self.not_seen}
 
     def __str__(self) -> str:
-        cells = [
-            [r.what, r.where or "(root)", f"{r.base:.4g}", f"{r.forged:.4g}", r.shown, _interval(r), str(r.n)]
-            for r in self
-        ]
-        shown = text(["", "", "base", "forged", "ratio", "95 %", "inputs"], cells)
+        shown = text(["", "", "base", "forged", "ratio", "95 %", "inputs"], [row.cells() for row in self])
         seen = f"\nnot measured: {', '.join(self.not_seen)}" if self.not_seen else ""
         return f"{shown}{seen}\nMeasured on these inputs; none of it bounds what happens elsewhere."
 
@@ -296,7 +298,3 @@ def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     draws = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
     low, high = np.quantile(values[draws].mean(1), [0.025, 0.975])
     return float(low), float(high)
-
-
-def _interval(row: Figure) -> str:
-    return "" if row.low is None else f"{row.low:.4f} to {row.high:.4f}"

@@ -248,7 +248,8 @@ class Stats:
         matches; every site must be covered and every key must match something, else ValueError.
         The rule is section 3 of arXiv 2406.19622.
         """
-        return {name: threshold(self.sites[name].c_max, r) for name, r in self.ratios(ratio, sites).items()}
+        found = self.ratios(ratio, sites)
+        return {name: float(np.float32(r * self.sites[name].c_max)) for name, r in found.items()}  # rounded once
 
     def ratios(self, ratio: float | Mapping[str, float], sites: list[str] | None = None) -> dict[str, float]:
         """Site name -> ratio: what `thresholds` multiplies c_max by."""
@@ -455,11 +456,6 @@ def parse_statistic(name: Any) -> float | None:
     if name == "max":
         return None
     raise ValueError(f"statistic={name!r}: it is 'max', or 'quantile(q)' with q in [0, 1], such as 'quantile(0.999)'")
-
-
-def threshold(c_max: float, ratio: float) -> float:
-    """c_r * c_max, rounded once to float32."""
-    return float(np.float32(float(ratio) * c_max))
 
 
 def is_number(value: Any) -> bool:

@@ -288,13 +288,7 @@ def _sites(run: Run) -> str:
 def _reactions(run: Run) -> str:
     """The figures of `lipschitz`."""
     headings = ["", "", "base", "forged", "forged / base", "95 % interval", "inputs"]
-
-    def cells(row: Figure) -> list[object]:
-        interval = "" if row.low is None or row.high is None else f"{row.low:.4f} to {row.high:.4f}"
-        figures = (f"{row.base:.4g}", f"{row.forged:.4g}", row.shown)
-        return [row.what, row.where or "(root)", *figures, interval, row.n]
-
-    ends, sites = ([cells(row) for row in run.lipschitz if _of_site(row) is so] for so in (False, True))
+    ends, sites = ([row.cells() for row in run.lipschitz if _of_site(row) is so] for so in (False, True))
     if not ends and not sites:
         return ""
     note = "Measured on these inputs; none of it bounds what happens elsewhere."
