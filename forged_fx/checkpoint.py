@@ -42,11 +42,11 @@ def resumed(
     Batch by batch, and merged, so that what is kept is always the statistics of whole batches. BlockingIOError if
     another process works on the file.
     """
-    source: Gone | Made
+    source: Replayed | Indexed
     if isinstance(batches, Sequence) and not isinstance(batches, list | tuple):
-        source = Made(model, batches, max_batches)
+        source = Indexed(model, batches, max_batches)
     else:
-        source = Gone(model, batches, max_batches)
+        source = Replayed(model, batches, max_batches)
     no_folder(path)
     with contextlib.suppress(OSError):  # the next line says it better
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ def _lock(path: Path) -> Path:
     return path.with_name(f".{path.name}.lock")
 
 
-class Gone:
+class Replayed:
     """Batches that are gone through from the beginning, and known by a sum over all so far."""
 
     def __init__(self, model: torch.nn.Module, batches: Iterable[Any], most: int | None) -> None:
@@ -95,7 +95,7 @@ class Gone:
         return self._digests[count]
 
 
-class Made:
+class Indexed:
     """A sequence of batches that are made when they are asked for: the rest is, and those before it are known by the
     last of them."""
 
@@ -122,7 +122,7 @@ def _sum(inputs: Any) -> str:
     return fingerprint.of_tensors((str(i), leaf) for i, leaf in enumerate(tree_leaves(inputs)))
 
 
-def _resumed(model: torch.nn.Module, source: Gone | Made, path: Path, where: str, channels: bool) -> Stats:
+def _resumed(model: torch.nn.Module, source: Replayed | Indexed, path: Path, where: str, channels: bool) -> Stats:
     asked = {"model": fingerprint.of_model(model), "where": where, "channels": channels}
     stats, there = _read(path)
     different = [key for key, value in asked.items() if there.get(key, value) != value]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Kind:
+class FileKind:
     """What a file holds, in words, and bytes that stand in every such file and in no other: they tell whether a file
     that is there already may be written over."""
 
@@ -45,26 +45,26 @@ def _holds(path: Path, mark: bytes) -> bool:
 # the keys of the headers of safetensors files
 STATS_KEY, FORGED_KEY, DEMO_KEY = "forged_fx.stats", "forged_fx.forged", "forged_fx.demo"
 
-STATISTICS = Kind("file of calibration statistics", (f'"{STATS_KEY}":'.encode(),))
+STATISTICS = FileKind("file of calibration statistics", (f'"{STATS_KEY}":'.encode(),))
 # (an older version's have no key, but the thresholds' names)
-WEIGHTS = Kind(
+WEIGHTS = FileKind(
     "file of a forged model's weights",
     (f'"{FORGED_KEY}":'.encode(), b"forged_threshold", b"forged_limit", b"forged_width"),
 )
-PROGRAM = Kind("program of a forged model", (b"forged_fx",))
-DEMO = Kind("file of the demo's weights", (f'"{DEMO_KEY}":'.encode(),))
-FIGURES = Kind("file of forged_fx's figures", (b'"rows": [', b'"speeds": [', b'"sites": ['))
-PAGE = Kind("report of forged_fx", (b"forged_fx",))
-PICTURE = Kind("picture that Matplotlib drew", (b"atplotlib",))
+PROGRAM = FileKind("program of a forged model", (b"forged_fx",))
+DEMO = FileKind("file of the demo's weights", (f'"{DEMO_KEY}":'.encode(),))
+FIGURES = FileKind("file of forged_fx's figures", (b'"rows": [', b'"speeds": [', b'"sites": ['))
+PAGE = FileKind("report of forged_fx", (b"forged_fx",))
+PICTURE = FileKind("picture that Matplotlib drew", (b"atplotlib",))
 
 
-def table(columns: Iterable[str]) -> Kind:
+def table(columns: Iterable[str]) -> FileKind:
     """A CSV file of these columns."""
-    return Kind("table of these figures", (",".join(columns).encode(),))
+    return FileKind("table of these figures", (",".join(columns).encode(),))
 
 
 @contextmanager
-def whole(path: Path, kind: Kind | None = None) -> Iterator[Path]:
+def whole(path: Path, kind: FileKind | None = None) -> Iterator[Path]:
     """A temporary path to write to. When the block ends it takes the name `path`, with its content on the disk.
 
     A reader, or whoever comes after a crash, finds the old file or the new one, never a part. kind: the path may be

@@ -27,8 +27,11 @@ FOREVER = timedelta(days=30)  # for the others to finish a block: attacks on lar
 WORD = timedelta(minutes=1)  # between two words of whoever waits
 
 
-class Roll:
-    """Who has come how often to where all processes meet. call: what they do together, for messages."""
+class Barrier:
+    """Where all processes meet, again and again: the store counts how often each has come.
+
+    call: what they do together, for messages.
+    """
 
     def __init__(self, store: Any, rank: int, size: int, call: str) -> None:
         self.store, self.rank, self.size, self.call = store, rank, size, call
@@ -64,7 +67,7 @@ class Roll:
         """Those that have not come so often."""
         return [rank for rank in range(self.size) if self.store.add(str(rank), 0) < number]
 
-    def call_over(self) -> int:
+    def wait(self) -> int:
         """Wait for all, and return how often they have met. RuntimeError names those that do not come in time."""
         began = time.monotonic()
         with self.waiting() as number:
@@ -93,8 +96,8 @@ def _lasting(time: timedelta) -> str:
 class Processes:
     """One of `size` processes. Every method must be called by all of them, in the same order."""
 
-    def __init__(self, rank: int = 0, size: int = 1, group: Any = None, roll: Roll | None = None) -> None:
-        self.rank, self.size, self._group, self._roll = rank, size, group, roll
+    def __init__(self, rank: int = 0, size: int = 1, group: Any = None, barrier: Barrier | None = None) -> None:
+        self.rank, self.size, self._group, self._barrier = rank, size, group, barrier
 
     def gather(self, data: bytes, what: str = "") -> list[bytes]:
         """What each process passed, by rank; the same list everywhere. what: that is, for whoever waits."""
@@ -128,12 +131,12 @@ class Processes:
     def _exchange(self, what: str = "") -> Iterator[None]:
         """An exchange that fails says why: the others are gone."""
         try:
-            with self._roll.waiting(what):
+            with self._barrier.waiting(what):
                 yield
         except RuntimeError as error:
             raise ConnectionError(
-                f"another process of this call of {self._roll.call} has ended or cannot be reached: its own error, if "
-                "any, says why"
+                f"another process of this call of {self._barrier.call} has ended or cannot be reached: its own error, "
+                "if any, says why"
             ) from error
 
 
@@ -200,14 +203,14 @@ def joined(shard: bool | None, call: str) -> Iterator[Processes]:
                 f"other ({error}): start all of them, or pass shard=False"
             ) from error
     # A group waits for all of its processes as long as it lives, so they meet before there is one.
-    number = Roll(dist.PrefixStore("forged_fx", store), rank, size, call).call_over()
+    number = Barrier(dist.PrefixStore("forged_fx", store), rank, size, call).wait()
     # The store outlives groups, and has the addresses of each that this program has made. Ours keep theirs under a
     # name for each call: they find no other's, and no later group of the caller's finds ours.
     own = dist.PrefixStore(f"forged_fx {number}", store)
     if not initialised:
         dist.init_process_group("gloo", store=own, rank=rank, world_size=size, timeout=FOREVER)
     try:
-        yield Processes(rank, size, dist.new_group(backend="gloo", timeout=FOREVER), Roll(own, rank, size, call))
+        yield Processes(rank, size, dist.new_group(backend="gloo", timeout=FOREVER), Barrier(own, rank, size, call))
     finally:
         if not initialised:
             dist.destroy_process_group()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from forged_fx import checked
-from forged_fx.files import FIGURES, PICTURE, Kind, table, whole
+from forged_fx.files import FIGURES, PICTURE, FileKind, table, whole
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Rows(list[Row], Generic[Row]):
         return [field.name for field in fields(cls.row)]
 
     @classmethod
-    def file(cls, path: Path) -> Kind:
+    def file(cls, path: Path) -> FileKind:
         """What kind of file the rows become under that name; a picture, where they are not saved but drawn."""
         return {".json": FIGURES, ".csv": table(cls._columns())}.get(path.suffix, PICTURE)
 

@@ -48,7 +48,7 @@ def run(
         str, typer.Option(help="standard, quick, thorough, adaptive, relentless, or names of attacks: apgd-ce,square")
     ] = "standard",
     seed: Annotated[int, typer.Option(help="Of all attacks.")] = 0,
-    batch: options.Fed = 250,
+    batch: options.BatchSize = 250,
     weights: options.Weights = None,
     normalize: options.Normalize = None,
     split: options.Split = None,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import forged_fx
 from forged_fx.evaluate.fingerprint import of_forging
 from forged_fx.extras import need
-from forged_fx.files import FORGED_KEY, PROGRAM, WEIGHTS, Kind, whole
+from forged_fx.files import FORGED_KEY, PROGRAM, WEIGHTS, FileKind, whole
 
 Batch: TypeAlias = Tensor | dict[str, Tensor]
 
@@ -31,7 +31,7 @@ class Format:
     """What writes the file, and what kind of file that is."""
 
     write: Callable[[nn.Module, Batch, Path], None]
-    kind: Kind
+    kind: FileKind
 
 
 def _pt2(forged: nn.Module, batch: Batch, out: Path) -> None:

@@ -24,7 +24,7 @@ def run(
     statistic: options.Statistic = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
-    batch: options.Fed = 32,
+    batch: options.BatchSize = 32,
     save: options.Save = None,
     folder: options.Beside = None,
     weights: options.Weights = None,

@@ -79,7 +79,7 @@ Eps = Annotated[str, typer.Option(help="Radius of the attacker's ball, of pixels
 Calibrate = Annotated[
     str | None, typer.Option(metavar="DATA", help="What to calibrate on. Without it: --data, its training images.")
 ]
-Fed = Annotated[int, typer.Option(min=1, help="Images that the models are fed at a time.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images that the models are fed at a time.")]
 
 
 def _folder(given: str) -> Path:

@@ -28,7 +28,7 @@ def run(
     calibrate_limit: options.Limit = None,
     attacks: Annotated[str, typer.Option(help="Of the confirmation, as for evaluate.")] = "adaptive",
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
-    batch: options.Fed = 250,
+    batch: options.BatchSize = 250,
     include: options.Include = None,
     exclude: options.Exclude = None,
     folder: options.Folder = None,

@@ -31,7 +31,7 @@ def run(
     attacks: Annotated[str, typer.Option(help="As for evaluate.")] = "standard",
     seed: Annotated[int, typer.Option(help="Of all attacks.")] = 0,
     rounds: Annotated[int, typer.Option(min=0, help="Of timing; 0: none.")] = 15,
-    batch: options.Fed = 250,
+    batch: options.BatchSize = 250,
     include: options.Include = None,
     exclude: options.Exclude = None,
     folder: options.Folder = None,

@@ -64,12 +64,12 @@ def _draw(shape: tuple[int, ...], norm: str, generator: torch.Generator) -> Tens
 
 def lengthen(tools: Any) -> None:
     """`LONGER` times as many steps or queries for every attack in the toolbox."""
-    take(tools, LONGER)
+    more_steps(tools, LONGER)
     tools.fab.n_iter *= LONGER
     tools.square.n_queries *= LONGER
 
 
-def take(tools: Any, times: int) -> None:
+def more_steps(tools: Any, times: int) -> None:
     """So many times as many steps of APGD."""
     for apgd in (tools.apgd, tools.apgd_targeted):
         set_steps(apgd, times * apgd.n_iter)

@@ -299,7 +299,7 @@ def in_rounds(side: Subject, other: Subject | None, plan: Plan, setting: Setting
         number += 1
         before, again = len(side.standing()), replace(setting, seed=setting.seed + number)
         for name in plan.rounds:
-            attack = replace(ATTACKS[name], prepare=partial(further.take, times=number))
+            attack = replace(ATTACKS[name], prepare=partial(further.more_steps, times=number))
             for way, context in ({"": bpda} if attack.borrows else ways).items():
                 label = further.in_round(f"{name}, {way}" if way else name, number)
                 side.attack(replace(attack, name=label), "further", again, context, other=other)
