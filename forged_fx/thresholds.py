@@ -66,7 +66,7 @@ def numbers(buffers: Iterable[Tensor]) -> tuple[Any, ...]:
     return tuple(buffer.numpy(force=True) if buffer.dim() else float(buffer) for buffer in buffers)
 
 
-def buffer_name(site: str, buffer: str = "threshold") -> str:
+def buffer_name(site: str, buffer: str) -> str:
     """A buffer's name beside its module's own parameters: `forged_threshold`, `forged_threshold_1`, ..."""
     k, operand = call_of(site), operand_of(site)
     activation = "_activation" if is_activation(site) else ""

@@ -52,6 +52,5 @@ def run(
     pair = (found.classifier(), found.classifier(forged))
     radius = options.number(eps, "eps")
     rows = forged_fx.lipschitz(*pair, x.to(device_of(forged)), eps=radius, steps=steps, batch_size=batch)
-    output.keep(rows, save)
-    output.keep(rows, folder and folder / LIPSCHITZ)
+    output.keep(rows, save, folder and folder / LIPSCHITZ)
     output.show({"rows": rows.records(), **rows.more()}, str(rows), json)

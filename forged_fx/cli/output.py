@@ -82,12 +82,12 @@ def check(rows: type[Any], *paths: Path | None) -> None:
             rows.file(path).check(path)
 
 
-def keep(rows: Any, path: Path | None) -> None:
-    """Write rows (see `forged_fx.rows`) as the path's ending says: .json and .csv as text, all others as a picture."""
-    if path is None or not first():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows.save(path) if path.suffix in (".json", ".csv") else rows.plot(path)
+def keep(rows: Any, *paths: Path | None) -> None:
+    """Write rows (see `forged_fx.rows`) as each path's ending says: .json and .csv as text, others as a picture."""
+    for path in paths:
+        if path is not None and first():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows.save(path) if path.suffix in (".json", ".csv") else rows.plot(path)
 
 
 @contextlib.contextmanager

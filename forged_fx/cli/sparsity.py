@@ -47,6 +47,5 @@ def run(
     batches = given.images(data, split, resize, usual="test").batches(batch, limit)
     forged = given.forged(found, stats, ratio, kind, where, statistic, include, exclude, batches[0][0][:2])
     rows = forged_fx.sparsity(forged, (found.inputs(x) for x, _ in batches))
-    output.keep(rows, save)
-    output.keep(rows, folder and folder / SPARSITY)
+    output.keep(rows, save, folder and folder / SPARSITY)
     output.show({"rows": rows.records(), **rows.more()}, str(rows), json)

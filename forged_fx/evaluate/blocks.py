@@ -66,8 +66,9 @@ class Task:
 class Blocks:
     """journal: where finished blocks are kept, in process 0 if at all."""
 
-    def __init__(self, seed: int, processes: Processes | None = None, journal: Journal | None = None) -> None:
-        self.seed, self.processes, self.journal = seed, processes or Processes(), journal
+    def __init__(self, seed: int, processes: Processes | None = None) -> None:
+        self.seed, self.processes = seed, processes or Processes()
+        self.journal: Journal | None = None
 
     def run(
         self, name: str, indices: Tensor, work: Callable[[Tensor], Outcome], fields: Fields | None

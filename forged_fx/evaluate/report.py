@@ -116,7 +116,7 @@ class Progress:
     log: is told, in a line, of each row that ended.
     """
 
-    def __init__(self, shown: bool | None = None) -> None:
+    def __init__(self, shown: bool | None) -> None:
         self._bar: Any = None
         self._task: Any = None
         self.log: Callable[[str], object] = lambda line: None

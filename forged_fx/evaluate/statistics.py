@@ -42,7 +42,7 @@ def mcnemar(model_only: int, base_only: int) -> float:
     return min(1.0, 2 * sign_tail(max(model_only, base_only), min(model_only, base_only)))
 
 
-def tango(model_only: float, base_only: float, n: int, level: float = LEVEL) -> tuple[float, float]:
+def tango(model_only: float, base_only: float, n: int) -> tuple[float, float]:
     """Score interval of the difference of two paired proportions, (model_only - base_only) / n.
 
     All differences that a score test does not reject. It keeps its level at small n and rare disagreement, where
@@ -50,7 +50,7 @@ def tango(model_only: float, base_only: float, n: int, level: float = LEVEL) -> 
     T. Tango, Statistics in Medicine 17 (1998) 891-908; recommended by Fagerland, Lydersen and Laake, Statistics in
     Medicine 33 (2014) 2850-2875.
     """
-    z = NormalDist().inv_cdf((1 + level) / 2)
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
 
     def score(d: float) -> float:
         # q: the most likely share of base_only, if the difference were d

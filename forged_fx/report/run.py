@@ -157,7 +157,7 @@ def save_sites(folder: str | os.PathLike[str], sites: Description, stats: Stats)
     _write(Path(folder) / SITES, {"forging": sites.forging, "notes": sites.notes, "sites": rows, "zeros": zeros})
 
 
-def save_speeds(folder: str | os.PathLike[str], speeds: Sequence[Speed], forging: str | None = None) -> None:
+def save_speeds(folder: str | os.PathLike[str], speeds: Sequence[Speed], forging: str | None) -> None:
     """Write speeds.json. forging: which was timed, see `fingerprint.of_forging`."""
     _write(Path(folder) / SPEEDS, {"forging": forging, "speeds": [asdict(speed) for speed in speeds]})
 
