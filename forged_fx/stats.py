@@ -322,68 +322,69 @@ class Stats:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Stats":
         """Read what `save` wrote. Raises ValueError, naming the file and the fault, for anything else."""
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
         checked.path(path, "Stats.load")
         try:
-            checked.regular(Path(path))
-            with safe_open(path, framework="np") as file:
-                header = checked.parse((file.metadata() or {}).get(STATS_KEY) or _none_in(file))
-                if header["format"] != FORMAT:
-                    raise ValueError(
-                        f"its format is {checked.short(header['format'])}, and this version reads {FORMAT}"
-                    )
-                n = len(header["sites"])
-                c_max = _array(file, "c_max", (n,), "F32")
-                counts = _array(file, "counts", (n, len(_COUNTS)), "I64")
-                bins = _array(file, "histogram", (n, BINS), "I64")
-                known = "lowest" in file.keys()
-                lowest = _array(file, "lowest", (n,), "F32") if known else np.full(n, -np.inf, np.float32)
-                of_channels = checked.fit(header.get("channel_counts", {}), dict[str, int], "channel_counts")
-                channels = {i: _channel_counts(file, i, count) for i, count in of_channels.items()}
-            if not np.isfinite(c_max).all() or any((a < 0).any() for a in (c_max, counts, bins)):
-                raise ValueError("a maximum or a count is negative or not finite")
-            seen = counts[:, _COUNTS.index("elements")] > 0
-            if not (lowest[seen] <= c_max[seen]).all():
-                raise ValueError("a minimum lies above its maximum, or is not a number")
-            if max(counts.max(initial=0), bins.max(initial=0)) >= _MOST:
-                raise ValueError(f"a count is {_MOST} or larger")
-            sites = {}
-            for i, (name, text) in enumerate(header["sites"].items()):
-                where = f"site {checked.short(name)}"
-                values = {
-                    key: checked.fit(text[key], _HINTS[key], f"{where}: {key}")
-                    for key in _TEXT_FIELDS
-                    if key in text or key in _ALWAYS
-                }
-                values |= {key: int(counts[i, k]) for k, key in enumerate(_COUNTS)}
-                sites[name] = SiteStats(
-                    **values,
-                    c_max=float(c_max[i]),
-                    lowest=float(lowest[i]),
-                    histogram=bins[i],
-                    channel_counts=channels.get(str(i)),
-                )
-            modules = checked.fit(header["modules"], dict[str, dict[str, tuple[int, ...]]], "modules")
-            for name, site in sites.items():
-                _check_site(name, site, modules)
-            contexts, given = (set(checked.fit(header[key], list[str], key)) for key in ("contexts", "given"))
-            return cls(sites, modules, checked.fit(header["batches"], int, "batches"), contexts, given)
+            return cls._read(Path(path))
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"there are no calibration statistics at {os.fspath(path)}: write them with "
                 "forged_fx.calibrate(model, batches).save(path)"
             ) from None
-        except KeyError as error:
+        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, OverflowError, OSError) as error:
+            fault = f"it lacks {error}" if isinstance(error, KeyError) else error
             raise ValueError(
-                f"{os.fspath(path)} is not a file of calibration statistics (it lacks {error}): write one with "
+                f"{os.fspath(path)} is not a file of calibration statistics ({fault}): write one with "
                 "forged_fx.calibrate(model, batches).save(path)"
             ) from error
-        except (SafetensorError, ValueError, TypeError, AttributeError, OverflowError, OSError) as error:
-            raise ValueError(
-                f"{os.fspath(path)} is not a file of calibration statistics ({error}): write one with "
-                "forged_fx.calibrate(model, batches).save(path)"
-            ) from error
+
+    @classmethod
+    def _read(cls, path: Path) -> "Stats":
+        """`load`, raising whatever a damaged or hostile file makes fail."""
+        from safetensors import safe_open
+
+        checked.regular(path)
+        with safe_open(path, framework="np") as file:
+            header = checked.parse((file.metadata() or {}).get(STATS_KEY) or _none_in(file))
+            if header["format"] != FORMAT:
+                raise ValueError(f"its format is {checked.short(header['format'])}, and this version reads {FORMAT}")
+            n = len(header["sites"])
+            c_max = _array(file, "c_max", (n,), "F32")
+            counts = _array(file, "counts", (n, len(_COUNTS)), "I64")
+            bins = _array(file, "histogram", (n, BINS), "I64")
+            known = "lowest" in file.keys()
+            lowest = _array(file, "lowest", (n,), "F32") if known else np.full(n, -np.inf, np.float32)
+            of_channels = checked.fit(header.get("channel_counts", {}), dict[str, int], "channel_counts")
+            channels = {i: _channel_counts(file, i, count) for i, count in of_channels.items()}
+        if not np.isfinite(c_max).all() or any((a < 0).any() for a in (c_max, counts, bins)):
+            raise ValueError("a maximum or a count is negative or not finite")
+        seen = counts[:, _COUNTS.index("elements")] > 0
+        if not (lowest[seen] <= c_max[seen]).all():
+            raise ValueError("a minimum lies above its maximum, or is not a number")
+        if max(counts.max(initial=0), bins.max(initial=0)) >= _MOST:
+            raise ValueError(f"a count is {_MOST} or larger")
+        sites = {}
+        for i, (name, text) in enumerate(header["sites"].items()):
+            where = f"site {checked.short(name)}"
+            values = {
+                key: checked.fit(text[key], _HINTS[key], f"{where}: {key}")
+                for key in _TEXT_FIELDS
+                if key in text or key in _ALWAYS
+            }
+            values |= {key: int(counts[i, k]) for k, key in enumerate(_COUNTS)}
+            sites[name] = SiteStats(
+                **values,
+                c_max=float(c_max[i]),
+                lowest=float(lowest[i]),
+                histogram=bins[i],
+                channel_counts=channels.get(str(i)),
+            )
+        modules = checked.fit(header["modules"], dict[str, dict[str, tuple[int, ...]]], "modules")
+        for name, site in sites.items():
+            _check_site(name, site, modules)
+        contexts, given = (set(checked.fit(header[key], list[str], key)) for key in ("contexts", "given"))
+        return cls(sites, modules, checked.fit(header["batches"], int, "batches"), contexts, given)
 
 
 def _none_in(file: Any) -> Any:
