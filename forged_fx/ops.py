@@ -327,8 +327,9 @@ def _ordinary_on_cuda() -> list:
 
 
 def direct(op: Callable, x: Tensor, *others: Tensor) -> Callable | None:
-    """What the dispatcher would come to, without another round of it, a third of the call; None where it must decide,
-    or something else is to see the call. That nothing has to be recorded for a backward is for the caller to know."""
+    """The implementation that the dispatcher would choose for these tensors: to call it directly saves a third of the
+    call. None where the dispatcher must decide, or a mode or transform is to see the call. The caller must know that
+    no gradient has to be recorded."""
     ordinary, implementations = (_ordinary_on_cuda(), CUDA) if x.is_cuda else (PLAIN, _CPU)
     for tensor in (x, *others):
         if dispatch_keys(tensor) not in ordinary:

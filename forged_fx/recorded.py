@@ -149,8 +149,8 @@ class Run:
 
 
 def answers(model: nn.Module, x: Tensor, batch_size: int) -> list[float]:
-    """The means of the model's logits, unattacked, for each class, and of their sizes. By these a finished run, in
-    facts, knows its code."""
+    """Per class, the mean of the model's unattacked logits and that of their magnitudes. A finished run keeps them in
+    its facts, to tell whether the model's code is still what it was."""
     with kept_randomness():
         seed(0)  # a model may draw
         logits = checks.answers(model, x, batch_size, "model").double()

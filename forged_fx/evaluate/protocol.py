@@ -179,22 +179,7 @@ def evaluate(
         contest(sides, plan, settings, bpda)
 
         apart = reach.apart(subject, rival, logits, base_logits) if rival else math.inf
-        same, alike, own = apart == 0, apart <= ROUNDING, bpda is gradients.straight_through()
-        probes = probe(subject, settings["model"], bpda)
-        modes.seed(seed)  # what follows is in no block
-        case = Case(
-            model=subject.side(),
-            base=rival.side() if rival is not None else None,
-            same=same,
-            logits=logits,
-            probes=probes,
-            training=training["model"],
-            outside=int(((x < 0) | (x > 1)).sum()),
-            scale=scale.of(subject.attacked, x[:PROBED].to(subject.device), batch_size),
-            base_drift=drift(rival) if rival is not None else 0.0,
-            thresholds=reach.thresholds(subject, own, alike),
-            jumps=reach.jumps(subject, rival, alike),
-        )
+        case = _case(subject, rival, logits, apart, training["model"], settings["model"], bpda)
         result = Result(
             n=len(x),
             threat=threat,
@@ -203,7 +188,7 @@ def evaluate(
             batch_size=batch_size,
             model=case.model,
             base=case.base,
-            same=same,
+            same=case.same,
             command=command,
             machine={
                 "device": _device(subject.device),
@@ -304,6 +289,28 @@ def in_rounds(side: Subject, other: Subject | None, plan: Plan, setting: Setting
                 label = further.in_round(f"{name}, {way}" if way else name, number)
                 side.attack(replace(attack, name=label), "further", again, context, other=other)
         quiet = 0 if len(side.standing()) < before else quiet + 1
+
+
+def _case(
+    side: Subject, base: Subject | None, logits: Tensor, apart: float, training: int, setting: Setting, bpda: Context
+) -> Case:
+    """What the checks look at, measured after all rows. apart: see `reach.apart`; infinite where there is no base."""
+    alike, own = apart <= ROUNDING, bpda is gradients.straight_through()
+    probes = probe(side, setting, bpda)
+    modes.seed(setting.seed)  # what follows is in no block
+    return Case(
+        model=side.side(),
+        base=base.side() if base is not None else None,
+        same=apart == 0,
+        logits=logits,
+        probes=probes,
+        training=training,
+        outside=int(((side.x < 0) | (side.x > 1)).sum()),
+        scale=scale.of(side.attacked, side.x[:PROBED].to(side.device), side.batch_size),
+        base_drift=drift(base) if base is not None else 0.0,
+        thresholds=reach.thresholds(side, own, alike),
+        jumps=reach.jumps(side, base, alike),
+    )
 
 
 def _device(device: torch.device) -> str:
