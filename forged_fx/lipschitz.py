@@ -2,8 +2,8 @@
 
 import math
 import os
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from forged_fx import checked
 from forged_fx.bpda import callers_gradient_off, straight_through
 from forged_fx.evaluate import checks, fingerprint, scale
+from forged_fx.evaluate.gradients import Context
 from forged_fx.gains import Gains, gains
 from forged_fx.modes import as_found, fast_path_off, kept_randomness
 from forged_fx.modes import seed as seed_all
@@ -191,9 +192,6 @@ def _check_pair(model: torch.nn.Module, forged: torch.nn.Module) -> None:
             f"the forged model was not made from this plain one ({what}): pass the model that transform was given, in "
             "the dtype and with the weights that the forged one has"
         )
-
-
-Context = Callable[[], AbstractContextManager]
 
 
 def jacobian_norms(

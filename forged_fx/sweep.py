@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from forged_fx import checked
+from forged_fx.bpda import straight_through
 from forged_fx.calibrate import calibrate
 from forged_fx.configuration import Configuration, written
 from forged_fx.describe import describe
 from forged_fx.evaluate import blocks as unit
-from forged_fx.evaluate import checks, fingerprint, gradients, pool
+from forged_fx.evaluate import checks, fingerprint, pool
 from forged_fx.evaluate.attacks import choose
 from forged_fx.evaluate.journal import Journal
 from forged_fx.evaluate.pool import Judged
@@ -276,7 +277,7 @@ def sweep(
         stack.enter_context(checks.at_peace(models))
         stack.enter_context(run.shown)
         judged = pool.judge(
-            models, x, y, threat, plan, bpda=gradients.straight_through(), blocks=run.blocks, batch_size=batch_size,
+            models, x, y, threat, plan, bpda=straight_through, blocks=run.blocks, batch_size=batch_size,
             progress=run.shown,
         )  # fmt: skip
         sides = {name: one.side for name, one in judged.items()}

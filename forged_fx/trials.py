@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from forged_fx import checked
+from forged_fx.bpda import straight_through
 from forged_fx.configuration import Configuration
 from forged_fx.evaluate import checks, fingerprint, further, gradients, surrogate
 from forged_fx.evaluate.attacks import Setting, toolbox
@@ -153,7 +154,7 @@ class Trials:
         def attack(configuration: Configuration, indices: Tensor) -> Outcome:
             (x, y), module = self._inputs(indices), forged(configuration)
             shown = _lead(module(self.examples[indices].to(self.device)), y)  # the base's: transfer
-            along: list[Context] = [nullcontext, gradients.straight_through(), partial(surrogate.smooth, SMOOTH)]
+            along: list[Context] = [nullcontext, straight_through, partial(surrogate.smooth, SMOOTH)]
             margins, _ = self._attack(module, x, y, along)
             return {"margins": margins.minimum(shown)}
 

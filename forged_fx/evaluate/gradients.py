@@ -21,13 +21,6 @@ from forged_fx.evaluate.threat import Threat
 Context = Callable[[], AbstractContextManager]
 
 
-def straight_through() -> Context:
-    """The library's own context: BPDA for every threshold op in any model."""
-    from forged_fx.bpda import straight_through
-
-    return straight_through
-
-
 def name_of(context: Context) -> tuple[str, bool]:
     """By what a context is known in a record; and whether that tells it from all others: a lambda's name does not, nor
     that of a function or method with values of its own, nor an address."""

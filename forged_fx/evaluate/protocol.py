@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from forged_fx import checked, modes
+from forged_fx.bpda import straight_through
 from forged_fx.evaluate import blocks as unit
 from forged_fx.evaluate import checks, fingerprint, further, gallery, gradients, reach, scale, surrogate
 from forged_fx.evaluate.attacks import ATTACKS, STRONGEST, Attack, Plan, Setting, choose
@@ -130,7 +131,7 @@ def evaluate(
     data = {"x_shape": list(x.shape), **fingerprint.of_data(x, y)}
     if folder is not None:
         checked.folder(folder, "evaluate")
-    bpda = bpda or gradients.straight_through()
+    bpda = bpda or straight_through
     checks.context(bpda)
     bpda_name, told = gradients.name_of(bpda)
     if folder is not None and not told:
@@ -295,7 +296,7 @@ def _case(
     side: Subject, base: Subject | None, logits: Tensor, apart: float, training: int, setting: Setting, bpda: Context
 ) -> Case:
     """What the checks look at, measured after all rows. apart: see `reach.apart`; infinite where there is no base."""
-    alike, own = apart <= ROUNDING, bpda is gradients.straight_through()
+    alike, own = apart <= ROUNDING, bpda is straight_through
     probes = probe(side, setting, bpda)
     modes.seed(setting.seed)  # what follows is in no block
     return Case(

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from forged_fx.bpda import Backward
+from forged_fx.kernels.reference import per_channel
+from forged_fx.ops import BY_OPERATOR, DECOMPOSITIONS, FUNCTIONS, THRESHOLD_OPS
 
 TEMPERATURES = (1.0, 0.3, 0.1)
 
@@ -55,9 +57,6 @@ SLOPES: dict[str, Callable[..., Tensor]] = {
 class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, name: str, temperature: float, *arguments: Any) -> Tensor:
-        from forged_fx.kernels.reference import per_channel
-        from forged_fx.ops import FUNCTIONS
-
         parameters = [p for p in arguments if isinstance(p, Tensor)]
         if FUNCTIONS[name].channels:
             parameters = [per_channel(p, x, arguments[-1]) for p in parameters]
@@ -84,8 +83,6 @@ class smooth(Backward):
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        from forged_fx.ops import BY_OPERATOR, DECOMPOSITIONS, THRESHOLD_OPS
-
         kwargs = kwargs or {}
         if func not in THRESHOLD_OPS:
             return func(*args, **kwargs)
