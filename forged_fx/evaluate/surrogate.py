@@ -15,7 +15,7 @@ from torch import Tensor
 
 from forged_fx.bpda import Backward
 from forged_fx.kernels.reference import per_channel
-from forged_fx.ops import BY_OPERATOR, DECOMPOSITIONS, FUNCTIONS, THRESHOLD_OPS
+from forged_fx.ops import BY_OPERATOR, DECOMPOSITIONS, THRESHOLD_OPS, Function
 
 TEMPERATURES = (1.0, 0.3, 0.1)
 
@@ -56,13 +56,13 @@ SLOPES: dict[str, Callable[..., Tensor]] = {
 
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, name: str, temperature: float, *arguments: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, function: Function, temperature: float, *arguments: Any) -> Tensor:
         parameters = [p for p in arguments if isinstance(p, Tensor)]
-        if FUNCTIONS[name].channels:
+        if function.channels:
             parameters = [per_channel(p, x, arguments[-1]) for p in parameters]
         ctx.save_for_backward(x, *parameters)
-        ctx.name, ctx.temperature = name, temperature
-        return FUNCTIONS[name].op(x, *arguments)
+        ctx.name, ctx.temperature = function.name, temperature
+        return function.op(x, *arguments)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
@@ -91,4 +91,4 @@ class smooth(Backward):
             with self:
                 return DECOMPOSITIONS[op](*args, **kwargs)
         function = BY_OPERATOR[op]
-        return _Gate.apply(args[0], function.name, self.temperature, *args[1 : 1 + function.arguments])
+        return _Gate.apply(args[0], function, self.temperature, *args[1 : 1 + function.arguments])
