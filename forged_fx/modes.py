@@ -1,4 +1,4 @@
-"""Context managers that set a state for a while and put it back; and models out of what others wrapped them in."""
+"""Context managers that set a state for a while and put it back; and models: copied, unwrapped, and where they are."""
 
 import contextlib
 import copy
