@@ -29,6 +29,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from forged_fx import torch_internals
 from forged_fx.ops import BY_OPERATOR
+from forged_fx.share import thresholds_in
 
 aten = torch.ops.aten
 
@@ -95,11 +96,6 @@ RENAMINGS = {
 }  # fmt: skip
 
 
-def thresholds(graph: fx.Graph) -> list[fx.Node]:
-    """The forged functions in a graph of ATen calls, in its order."""
-    return [node for node in graph.nodes if node.op == "call_function" and node.target in BY_OPERATOR]
-
-
 def hoist(graph: fx.Graph) -> None:
     """Move every threshold of the graph as far up as the rule lets it, and merge those that do the same."""
     _merge(graph)
@@ -129,7 +125,7 @@ def hoist(graph: fx.Graph) -> None:
 def _merge(graph: fx.Graph) -> None:
     """Thresholds of one value by one t are one."""
     made: dict[tuple, fx.Node] = {}
-    for node in thresholds(graph):
+    for node in thresholds_in(graph):
         same = made.setdefault((node.target, node.args), node)
         if same is not node:
             node.replace_all_uses_with(same)

@@ -17,14 +17,14 @@ from typing import Any
 import torch.fx as fx
 
 from forged_fx.cost import WRITE, price
-from forged_fx.hoist import thresholds
 from forged_fx.ops import BY_OPERATOR
+from forged_fx.share import thresholds_in
 from forged_fx.torch_internals import offered_as_prologue
 
 
 def offer(graph: fx.Graph) -> None:
     """Mark the thresholds of a graph of ATen calls that a product may apply, and those whose input is read raw too."""
-    for node in thresholds(graph):
+    for node in thresholds_in(graph):
         cost = price(node)
         node.meta["prologue"] = BY_OPERATOR[node.target].moves and cost.prologue
         node.meta["raw"] = cost.kind == WRITE

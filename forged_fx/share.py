@@ -37,7 +37,7 @@ def share(graph: fx.Graph) -> None:
 
 
 def thresholds_in(graph: fx.Graph) -> list[fx.Node]:
-    """The thresholds in one of Dynamo's graphs: those that a graph calls, and those that Python code does."""
+    """The forged functions that a graph calls, in its order: as an overload, or, as Python code does, as a packet."""
     return [node for node in graph.nodes if node.op == "call_function" and node.target in ops.BY_OPERATOR]
 
 
