@@ -7,7 +7,7 @@ modules have to be there all the same, under the names and in the order that che
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -63,6 +63,42 @@ class Container(nn.Module):
     register_backward_hook = _warning(nn.Module.register_backward_hook)
 
 
+class ListContainer(Container):
+    """Of a Sequential or a ModuleList. A slice is a list, as nothing in it runs."""
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __iter__(self) -> Iterator[nn.Module | None]:
+        return iter(self._modules.values())
+
+    def __getitem__(self, index: int | slice) -> Any:
+        return list(self._modules.values())[index]
+
+
+class DictContainer(Container):
+    """Of a ModuleDict."""
+
+    __len__ = nn.ModuleDict.__len__
+    __iter__ = nn.ModuleDict.__iter__
+    __contains__ = nn.ModuleDict.__contains__
+    __getitem__ = nn.ModuleDict.__getitem__
+    keys = nn.ModuleDict.keys
+    items = nn.ModuleDict.items
+    values = nn.ModuleDict.values
+
+
+# What is indexed in the model is indexed here: to freeze some blocks, say.
+INDEXED: dict[tuple[type[nn.Module], ...], type[Container]] = {
+    (nn.Sequential, nn.ModuleList): ListContainer,
+    (nn.ModuleDict,): DictContainer,
+}
+
+
+def container_for(module: nn.Module) -> type[Container]:
+    return next((container for kinds, container in INDEXED.items() if isinstance(module, kinds)), Container)
+
+
 def skeleton(model: nn.Module, opened: set[str], tensors: set[str]) -> nn.Module:
     """What a graph of the model is to hold: each opened module is a Container, all others are themselves.
 
@@ -73,7 +109,7 @@ def skeleton(model: nn.Module, opened: set[str], tensors: set[str]) -> nn.Module
     def stand_in(module: nn.Module, path: str) -> nn.Module:
         if id(module) in made or path not in opened:  # (a module with two names is opened under the first)
             return made.get(id(module), module)
-        container = made[id(module)] = Container(path)
+        container = made[id(module)] = container_for(module)(path)
         hold(container, module)
         container.training = module.training
         for name, child in container._modules.items():

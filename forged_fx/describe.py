@@ -15,8 +15,9 @@ from forged_fx.cost import cost as site_costs
 from forged_fx.evaluate import checks, fingerprint
 from forged_fx.sites import is_activation, module_of
 from forged_fx.stats import SiteStats
-from forged_fx.thresholds import not_forged, numbers
-from forged_fx.transform import Forging, forging_of, in_force
+from forged_fx.thresholds import PREFIX, not_forged, numbers
+from forged_fx.transform import Forging, in_force
+from forged_fx.within import forged_within
 
 
 @dataclass(frozen=True)
@@ -82,22 +83,23 @@ class Description(list[Row]):
 def describe(model: torch.nn.Module, *, cost: bool = False, example: tuple[tuple, dict] | None = None) -> Description:
     """Every site of a forged model, in the order in which they run.
 
-    A row holds the site's name, its kind of call, the shape of its input as seen in calibration (-1, printed `*`: it
-    varied), c_max, the threshold in force now, the share of its inputs that this threshold would have zeroed in
-    calibration, beyond those that were 0 already, or why it was left out. Below stands the ratio, where all sites have
-    the same. With `cost`, also what the threshold costs in compiled code (see `forged_fx.cost`), for `example` =
-    (args, kwargs) or the first calibration batch, where it is at hand.
+    A row holds the site's name (with the path to its forged model, where several are within `model`), its kind of call,
+    the shape of its input as seen in calibration (-1, printed `*`: it varied), c_max, the threshold in force now, the
+    share of its inputs that this threshold would have zeroed in calibration, beyond those that were 0 already, or why
+    it was left out. Below stands the ratio, where all sites have the same. With `cost`, also what the threshold costs
+    in compiled code (see `forged_fx.cost`), for `example` = (args, kwargs) or the first calibration batch, where it is
+    at hand.
 
     Raises ValueError for a model that is not forged, or whose layers were replaced since, or where `cost` has no
     example.
     """
     checks.module(model, "model", "describe takes")
-    found = [(module, record) for module in model.modules() if (record := forging_of(module))]
+    found = forged_within(model)
     if not found:
         raise ValueError(not_forged(model, "describe"))
     rows = Description()
     rows.forging = fingerprint.of_forging(model)
-    for owner, record in found:
+    for prefix, owner, record in found:
         parameters = in_force(owner, record)
         input = example or record.stats.example
         if cost and input is None:
@@ -105,16 +107,18 @@ def describe(model: torch.nn.Module, *, cost: bool = False, example: tuple[tuple
         costs = site_costs(owner, *input) if cost else {}
         for name, site in record.stats.sites.items():
             if name in record.reached:
-                rows.append(_forged(name, site, record, parameters[name], costs.get(name)))
+                rows.append(_forged(prefix + name, site, record, parameters[name], costs.get(name)))
             elif name in record.left_out:
-                rows.append(Row(name, site.kind, site.shape, site.c_max, None, None, record.left_out[name], None))
+                rows.append(
+                    Row(prefix + name, site.kind, site.shape, site.c_max, None, None, record.left_out[name], None)
+                )
         whole = "one graph" if record.not_whole is None else f"module by module ({record.not_whole})"
         if record.fused is not None:
             why = f" ({record.not_fused})" if record.not_fused else ""
             whole += f"; {record.fused or 'no'} thresholds fused with what produces their inputs{why}"
-        if unseen := _unseen(owner, record):
+        if unseen := [prefix + name for name in _unseen(owner, record)]:
             whole += f"; left as they are, as calibration saw no call of them: {_some(unseen)}"
-        rows.elsewhere += _in_no_product(owner, record)
+        rows.elsewhere += (prefix + name for name in _in_no_product(owner, record))
         rows.notes.append(whole + ("" if record.audited else f"; not audited: {record.not_audited}"))
     return rows
 
@@ -125,7 +129,12 @@ def _unseen(owner: torch.nn.Module, record: Forging) -> list[str]:
     names = {module_of(site) for site in sites} | {(site.weight or "").rpartition(".")[0] for site in sites.values()}
     modules = dict(owner.named_modules(remove_duplicate=False))
     seen = {id(modules[name]) for name in names if name in modules}  # (one that is registered twice has two names)
-    layers = [name for name, m in owner.named_modules() if isinstance(m, _LAYERS) and id(m) not in seen]
+    layers = [
+        name
+        for name, m in owner.named_modules()
+        # (one that holds a threshold was seen, and has been wrapped since, by torch.compile or checkpoint_wrapper)
+        if isinstance(m, _LAYERS) and id(m) not in seen and not any(held.startswith(PREFIX) for held in m._buffers)
+    ]
     return [*dict.fromkeys([*(site for site in record.left_out if site not in sites), *layers])]
 
 

@@ -56,6 +56,13 @@ DEMO = FileKind("file of the demo's weights", (f'"{DEMO_KEY}":'.encode(),))
 FIGURES = FileKind("file of forged_fx's figures", (b'"rows": [', b'"speeds": [', b'"sites": ['))
 PAGE = FileKind("report of forged_fx", (b"forged_fx",))
 PICTURE = FileKind("picture that Matplotlib drew", (b"atplotlib",))
+PICTURES = (".svg", ".png", ".pdf")  # the formats in which Matplotlib says that it drew them
+
+
+def ends_with(path: Path, *suffixes: str) -> None:
+    """ValueError if the path has another suffix."""
+    if path.suffix not in suffixes:
+        raise ValueError(f"{path}: the name has to end with {', '.join(suffixes[:-1])} or {suffixes[-1]}")
 
 
 def table(columns: Iterable[str]) -> FileKind:

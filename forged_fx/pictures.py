@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forged_fx.extras import need
-from forged_fx.files import PICTURE, whole
+from forged_fx.files import PICTURE, PICTURES, ends_with, whole
 
 if TYPE_CHECKING:
     from forged_fx.search import Search
@@ -75,13 +75,14 @@ class Picture:
         return _embeddable(file.getvalue(), self.name)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """A file, whole or not at all, of the format that its suffix names: .svg, .png or .pdf. FileExistsError if a
-        file is there that Matplotlib did not draw."""
+        """A file, whole or not at all, of the format that its suffix names: .svg, .png or .pdf, ValueError for others.
+        FileExistsError if a file is there that Matplotlib did not draw."""
         path, style = Path(path), {**_STYLE, **self.style}
+        ends_with(path, *PICTURES)
         with need("matplotlib", "report").rc_context({key: _PAPER.get(value, value) for key, value in style.items()}):
             figure = self._figure(_PAPER)
             with whole(path, PICTURE) as part:
-                figure.savefig(part, format=path.suffix[1:] or "svg", facecolor="white", dpi=150)
+                figure.savefig(part, format=path.suffix[1:], facecolor="white", dpi=150)
 
     def _figure(self, paint: Paint) -> Any:
         from matplotlib.figure import Figure

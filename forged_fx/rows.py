@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from forged_fx import checked
-from forged_fx.files import FIGURES, PICTURE, FileKind, table, whole
+from forged_fx.files import FIGURES, PICTURE, PICTURES, FileKind, ends_with, table, whole
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,7 @@ class Rows(list[Row], Generic[Row]):
         """
         checked.path(path, f"{type(self).__name__}.save")
         path = Path(path)
-        if path.suffix not in (".json", ".csv"):
-            raise ValueError(f"{path}: the name has to end with .json or .csv")
+        ends_with(path, ".json", ".csv")
         if path.suffix == ".csv":
             self.file(path).check(path)
             write_csv(path, self._columns(), self.records())
@@ -63,8 +62,10 @@ class Rows(list[Row], Generic[Row]):
 
     @classmethod
     def file(cls, path: Path) -> FileKind:
-        """What kind of file the rows become under that name; a picture, where they are not saved but drawn."""
-        return {".json": FIGURES, ".csv": table(cls._columns())}.get(path.suffix, PICTURE)
+        """What kind of file the rows become under that name: saved, or drawn. ValueError for another suffix."""
+        kinds = {".json": FIGURES, ".csv": table(cls._columns()), **dict.fromkeys(PICTURES, PICTURE)}
+        ends_with(path, *kinds)
+        return kinds[path.suffix]
 
     def records(self) -> list[dict[str, Any]]:
         """As a file has them: a number that JSON does not have is text, "inf" or "nan"."""

@@ -4,6 +4,7 @@ A kind of forging (forged_fx/kinds.py) has one or two for each site: scalars, or
 """
 
 import itertools
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,22 +31,24 @@ class HoldsThresholds(torch.nn.Module):
     threshold_buffers: dict[str, tuple[str, ...]]  # site name -> its buffers' names, relative to this module
 
     def _apply(self, fn: Any, recurse: bool = True) -> "HoldsThresholds":
-        before = {name: valued(self.get_buffer(name)) for names in self.threshold_buffers.values() for name in names}
+        leaves = self._leaves()  # (the modules that hold them may have been wrapped since, and have other names)
+        held = [(m, leaf, valued(m._buffers[leaf])) for m in self.modules() for leaf in leaves & m._buffers.keys()]
         super()._apply(fn, recurse)
-        for name, value in before.items():
-            after = self.get_buffer(name)
+        for module, leaf, value in held:
+            after = module._buffers[leaf]
             if after is not value:
-                owner, _, leaf = name.rpartition(".")
-                self.get_submodule(owner)._buffers[leaf] = moved(value, after.device)
+                module._buffers[leaf] = moved(value, after.device)
         return self
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        leaves = {name.rpartition(".")[2] for names in self.threshold_buffers.values() for name in names}
-        for name, value in self.state_dict().items():  # a module with two names has its threshold under both
+        leaves = self._leaves()
+        for name, value in self.state_dict(keep_vars=True).items():  # a module with two names has it under both
             if name.rpartition(".")[2] in leaves:
-                value = valued(self.get_buffer(name)).detach() if value.is_meta else value
-                state_dict.setdefault(prefix + name, value)
+                state_dict.setdefault(prefix + name, valued(value).detach())
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _leaves(self) -> set[str]:
+        return {name.rpartition(".")[2] for names in self.threshold_buffers.values() for name in names}
 
 
 def moved(value: Tensor, device: torch.device | None) -> Tensor:
@@ -105,10 +108,12 @@ def parameters_of(model: torch.nn.Module) -> dict[str, tuple[Tensor, ...]]:
     buffer."""
     found: dict[str, tuple[Tensor, ...]] = {}
     for module in model.modules():
-        if isinstance(module, HoldsThresholds) and module.threshold_buffers:
-            buffers = dict(module.named_buffers(remove_duplicate=False))
-            of_sites = module.threshold_buffers.items()
-            found |= {site: tuple(buffers[n] for n in names) for site, names in of_sites if buffers.keys() >= {*names}}
+        if isinstance(module, HoldsThresholds):
+            for site, names in module.threshold_buffers.items():
+                try:  # a wrapper (torch.compile's, checkpoint_wrapper) passes on what it wraps has
+                    found[site] = tuple(operator.attrgetter(name)(module) for name in names)
+                except AttributeError:
+                    continue
     return found or _of_programs(model)
 
 

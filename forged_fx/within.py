@@ -18,16 +18,21 @@ class Within:
     buffers: tuple[torch.Tensor, ...]
 
 
+def forged_within(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module, Forging]]:
+    """Every forged model within `model` and its record; ahead of them what its sites' names begin with: the path to it
+    where there are several, else nothing."""
+    found = [(path, module, record) for path, module in model.named_modules() if (record := forging_of(module))]
+    return [(f"{path}." if path and len(found) > 1 else "", module, record) for path, module, record in found]
+
+
 def sites_within(model: torch.nn.Module) -> dict[str, Within]:
     """Name -> every site that is forged within `model`. The name is the site's; where several forged models are within
     `model`, the path to its own comes ahead of it. ValueError if a layer that held a threshold was replaced."""
-    found = [(path, module, record) for path, module in model.named_modules() if (record := forging_of(module))]
     sites = {}
-    for path, module, record in found:
+    for prefix, module, record in forged_within(model):
         buffers = in_force(module, record)
         for site in record.reached:
-            name = site if len(found) == 1 else ".".join(filter(None, (path, site)))
-            sites[name] = Within(module, record, site, buffers[site])
+            sites[f"{prefix}{site}"] = Within(module, record, site, buffers[site])
     return sites
 
 

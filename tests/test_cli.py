@@ -126,6 +126,10 @@ LOST = {  # command line -> which file it would write over, and what is said of 
     "somebody's table": (["sparsity", *KEPT, *STATS, "--save", "kept/t.csv"], "no table of these figures"),
     "somebody's figures": (["sparsity", *KEPT, *STATS, "--save", "kept/t.json"], "no file of forged_fx's figures"),
     "somebody's picture": (["lipschitz", *KEPT, *STATS, "--save", "kept/t.svg"], "no picture that Matplotlib drew"),
+    "no picture that says who drew it": (
+        ["sparsity", *KEPT, *STATS, "--save", "a.jpg"],
+        "has to end with .json, .csv,",
+    ),
     "somebody's page": (["report", "demo", "--out", "kept/t.html"], "no report of forged_fx"),
     "its folder of images": (
         ["sweep", KEPT[0], "--data", "imagefolder:kept", "--folder", "kept", "--eps", "0.1"],

@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
 
 import forged_fx
+from forged_fx.thresholds import thresholds_of
 from forged_fx.transform import ForgedModule, forging_of
 
 
@@ -41,6 +42,16 @@ class Net(nn.Module):
         for block in reversed(self.blocks):
             x = x + block(x) * self.constant
         return self.head(self.act(x))
+
+
+class Indexed(nn.Module):
+    def __init__(self, named):
+        super().__init__()
+        self.named = named
+
+    def forward(self, x):
+        x = self.named["body"](x)
+        return sum(head(x) for head in self.named["heads"])
 
 
 @pytest.fixture
@@ -156,9 +167,38 @@ def test_module_by_module_on_request(kind, model, stats, x):
         forged_fx.transform(model, stats, graph="no")
 
 
-def test_a_layer_that_was_wrapped_since_does_not_hinder_loading(model, stats, x):
+@pytest.mark.parametrize("wrap", [checkpoint_wrapper.checkpoint_wrapper, torch.compile])
+def test_a_layer_that_was_wrapped_since_keeps_its_threshold(wrap, model, stats, x):
     forged = forged_fx.transform(model, stats, 2**-4)
-    expected = forged(x)
-    forged.head = checkpoint_wrapper.checkpoint_wrapper(forged.head)
-    forged.load_state_dict(forged.state_dict())
-    assert torch.equal(forged(x), expected)
+    expected, coarse = forged(x), forged_fx.transform(model, stats, 0.5)(x)
+    forged.head = wrap(forged.head)
+    if wrap is not torch.compile:  # (which puts its own name into those of the weights)
+        forged.load_state_dict(forged.state_dict())
+    assert forged.double() is forged and {b.dtype for b in thresholds_of(forged).values()} == {torch.float32}
+    assert torch.equal(forged.float()(x), expected)
+    forged_fx.set_ratio(forged, 0.5)
+    assert torch.equal(forged(x), coarse) and not torch.equal(coarse, expected)
+    described = forged_fx.describe(forged)
+    assert [row.threshold for row in described] == [float(t) for t in thresholds_of(forged).values()]
+    assert "saw no call of them: unused" in (said := str(described)) and "head." not in said
+
+
+def test_what_can_be_indexed_in_the_model_can_be_in_its_graph(x):
+    torch.manual_seed(0)
+    parts = nn.Sequential(nn.Sequential(nn.Linear(6, 6), nn.ReLU()), Block())
+    named = nn.ModuleDict({"body": parts, "heads": nn.ModuleList([Block(), Block()])})
+    model = Indexed(named).eval()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-4)
+    for twin in (forged, copy.deepcopy(forged), pickled(forged)):
+        body, heads = twin.named["body"], twin.named["heads"]
+        assert (
+            list(twin.named) == ["body", "heads"] and "body" in twin.named and dict(twin.named.items())["body"] is body
+        )
+        assert (len(body), len(heads), len(twin.named)) == (2, 2, 2) and heads[-1] is twin.get_submodule(
+            "named.heads.1"
+        )
+        assert list(heads) == [heads[0], heads[1]] == heads[:2] and isinstance(body[0][0], nn.Linear)
+        assert list(twin.named.keys()) == ["body", "heads"] and list(twin.named.values()) == [body, heads]
+        assert torch.equal(twin(x), forged(x))
+    with pytest.raises(TypeError, match="not subscriptable"):
+        heads[0][0]

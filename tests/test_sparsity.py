@@ -134,6 +134,9 @@ def test_each_of_several_forged_models_within_one_is_counted():
     assert [row.site for row in found] == ["members.0.0", "members.0.2", "members.1.0", "members.1.2"]
     for row, each in zip(found, [*alone[0], *alone[1]], strict=True):
         assert row == dataclasses.replace(each, site=row.site)
+    described = forged_fx.describe(Mean(*pair))
+    assert [row.site for row in described] == [row.site for row in found]
+    assert described[2].threshold == forged_fx.describe(pair[1])[0].threshold != described[0].threshold
     assert alone[0][0].net < alone[1][0].net and [row.site for row in forged_fx.sparsity(Mean(pair[0]), [x])] == [
         "0",
         "2",
