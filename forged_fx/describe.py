@@ -1,7 +1,7 @@
 """What was done to a model, site by site, and what was left out, and why."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -107,11 +107,12 @@ def describe(model: torch.nn.Module, *, cost: bool = False, example: tuple[tuple
         costs = site_costs(owner, *input) if cost else {}
         for name, site in record.stats.sites.items():
             if name in record.reached:
-                rows.append(_forged(prefix + name, site, record, parameters[name], costs.get(name)))
+                row = _forged(name, site, record, parameters[name], costs.get(name))
             elif name in record.left_out:
-                rows.append(
-                    Row(prefix + name, site.kind, site.shape, site.c_max, None, None, record.left_out[name], None)
-                )
+                row = Row(name, site.kind, site.shape, site.c_max, None, None, record.left_out[name], None)
+            else:
+                continue
+            rows.append(replace(row, site=prefix + name))
         whole = "one graph" if record.not_whole is None else f"module by module ({record.not_whole})"
         if record.fused is not None:
             why = f" ({record.not_fused})" if record.not_fused else ""
