@@ -13,12 +13,12 @@ import torch.fx as fx
 from torch import Tensor
 
 from forged_fx.capture import in_a_line
-from forged_fx.modes import eval_mode, fast_path_off, kept_buffers, kept_randomness, seed, uncompiled
+from forged_fx.modes import copies, eval_mode, fast_path_off, kept_buffers, kept_randomness, seed, uncompiled
 from forged_fx.observe import Observer, Sighting
 from forged_fx.ops import THRESHOLD_OPS
 from forged_fx.sites import is_activation
 from forged_fx.thresholds import thresholds_of
-from forged_fx.torch_internals import TorchDispatchMode, tree_leaves, tree_map
+from forged_fx.torch_internals import TorchDispatchMode, tree_leaves
 
 
 class AuditFailed(RuntimeError):
@@ -129,9 +129,9 @@ def densely(x: Tensor) -> Tensor | None:
 
 
 def _repeatably(run: Callable, args: tuple, kwargs: dict) -> Any:
-    """A run from a fixed seed, on copies of the input: a model may write into what it is given."""
+    """A run from a fixed seed, on copies of the input."""
     seed(0)
-    args, kwargs = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, (args, kwargs))
+    args, kwargs = copies((args, kwargs))
     return run(*args, **kwargs)
 
 

@@ -17,7 +17,7 @@ import torch.fx as fx
 from forged_fx import torch_internals
 from forged_fx.hoist import COPIES, VIEWS, hoist, written_by_inductor
 from forged_fx.lowering import register_lowerings
-from forged_fx.modes import as_found
+from forged_fx.modes import as_found, copies
 from forged_fx.share import share, thresholds_in
 from forged_fx.thresholds import not_forged, thresholds_of
 
@@ -32,17 +32,20 @@ class Cost:
 
     kind: `FREE`, `SHARED` (another site's threshold on the same tensor serves it too), `WRITE` or `LAUNCH`. bytes: what
     is read and written beyond the plain model's. why: what makes the site's input, and who else reads it. prologue: a
-    matrix product on a GPU can apply the threshold as it loads: under mode="max-autotune" it may cost nothing.
+    matrix product on a GPU can apply the threshold as it loads: under mode="max-autotune" it may cost nothing. alone:
+    what it would cost without the site that it shares with.
     """
 
     kind: str
     bytes: int
     why: str
     prologue: bool = False
+    alone: "Cost | None" = None
 
     @property
     def free(self) -> bool:
-        return self.kind in (FREE, SHARED)
+        """Whether it costs nothing, whichever sites that are not free are left out."""
+        return self.kind == FREE or (self.alone is not None and self.alone.free)
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.why}" + (f" ({self.bytes / 1e6:.3g} MB)" if self.bytes else "")
@@ -67,8 +70,9 @@ def cost(forged: torch.nn.Module, args: tuple, kwargs: dict[str, Any] | None = N
     register_lowerings()
     tensors = {id(tensor): tensor for tensor in (*forged.parameters(), *forged.buffers())}
     twin = copy.deepcopy(forged, tensors)  # what is compiled here must not count against the user's own compilations
+    args, kwargs = copies((args, kwargs or {}))
     with torch.no_grad(), as_found(twin):
-        torch.compile(twin, backend=backend)(*args, **(kwargs or {}))
+        torch.compile(twin, backend=backend)(*args, **kwargs)
     unseen = Cost(LAUNCH, 0, "it runs uncompiled")
     return {site: found.get(site, unseen) for site in sites.values()}
 
@@ -93,7 +97,7 @@ def _reader(gm: fx.GraphModule, sites: dict[int, str], found: dict[str, Cost]) -
             made = (node for node in parameters[0].users if node.target is op)
             costs = [price(node) for node in made if [*node.args[1 : 1 + len(parameters)]] == parameters]
             found[first] = max(costs, key=lambda c: c.bytes, default=Cost(FREE, 0, "no one reads it"))
-            found.update(dict.fromkeys(others, Cost(SHARED, 0, f"with {first}")))
+            found.update(dict.fromkeys(others, Cost(SHARED, 0, f"with {first}", alone=found[first])))
 
     return read
 

@@ -40,6 +40,11 @@ def _eval(module: torch.nn.Module) -> None:
             _eval(child)
 
 
+def copies(inputs: Any) -> Any:
+    """The same with copies of all tensors: a model may write into what it is given."""
+    return torch_internals.tree_map(lambda value: value.clone() if isinstance(value, torch.Tensor) else value, inputs)
+
+
 @contextlib.contextmanager
 def kept_randomness() -> Iterator[Callable[[], bool]]:
     """Afterwards the random generators of PyTorch, Python and numpy are where they were. Yields a function that tells

@@ -94,6 +94,34 @@ def test_only_what_is_free(made, tmp_path):
         forged_fx.transform(model, tmp_path / "s", only="free")
 
 
+def test_what_is_free_beside_a_site_that_is_left_out_is_not_free():
+    """The network's input, which two layers read: without the first, the second pays for the kernel."""
+
+    class Fork(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x):
+            return self.last((self.a(x) + self.b(x)).relu())
+
+    model, x = Fork().eval(), torch.randn(2, 3, 8, 8)
+    stats = forged_fx.calibrate(model, [x])
+    forged = forged_fx.transform(model, stats, only="free")
+    assert [row.site for row in forged_fx.describe(forged) if row.left_out is None] == ["last"]
+
+
+def test_a_model_may_write_into_its_input():
+    class Centred(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x.sub_(0.5))
+
+    model, x = Centred(3, 4, 3).eval(), torch.ones(2, 3, 8, 8)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x.clone()]))
+    forged_fx.cost(forged, (x,))
+    assert torch.equal(x, torch.ones_like(x))
+
+
 def test_it_leaves_no_trace_in_the_model(made):
     model, stats, x = made
     forged = forged_fx.transform(model, stats).train()
