@@ -26,9 +26,9 @@ from forged_fx import fused_ops, in_place
 from forged_fx.capture import has_hooks, is_as_its_class
 from forged_fx.effects import draws, is_fresh, modules_of, writes
 from forged_fx.fused_ops import FORGED
-from forged_fx.hoist_traced import lift, readers, reads_facts, top
+from forged_fx.hoist_traced import lift, readers, top
 from forged_fx.producers import FUNCTIONS, MAPS, MODULES, NAMES, ROLES, Arguments, Producer, name_of, row_of
-from forged_fx.rewrite import function_of, is_call
+from forged_fx.rewrite import fact_of, function_of, is_call
 from forged_fx.torch_internals import has_any_global_hook
 
 THRESHOLDS = {function.op: name for name, function in FORGED.items()}
@@ -155,7 +155,7 @@ def fuse(forged: fx.GraphModule) -> dict[str, str]:
     for threshold in thresholds:
         node, reader = threshold.args[0], threshold
         if FORGED[THRESHOLDS[threshold.target]].moves:
-            node, reader = top(threshold, forged)
+            node, reader = top(threshold)
         steps, keep = _chain(node, reader, forged)
         # Past moves, which are no steps: where it stands now it has no chain. Nobody else may read what it moves up to,
         # now or later: a move may be a copy, which keeps what is written there from the threshold's gradient.
@@ -191,7 +191,7 @@ def _chain(last: fx.Node, reader: fx.Node, root: nn.Module) -> tuple[list[_Found
         if any(order[other] < order[last] for other in others):
             break  # it would have to be there before the call that makes it, which stands where the last step does
         if not roles:  # what is behind this step has its shape, too
-            others = {other for other in others if not reads_facts(other)}
+            others = {other for other in others if fact_of(other) is None}
         if others and (shared is not None or (roles and role != "first")):
             break
         if not _may_move([step, *steps], reader, order, root):

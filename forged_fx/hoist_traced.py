@@ -14,9 +14,8 @@ from typing import Any
 import torch
 import torch.fx as fx
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from forged_fx.effects import writes
 from forged_fx.rewrite import fact_of, function_of, is_call
 
 
@@ -40,18 +39,15 @@ MOVES: dict[Any, Callable[[fx.Node], bool]] = {
 }
 
 
-def top(threshold: fx.Node, root: nn.Module) -> tuple[fx.Node, fx.Node]:
+def top(threshold: fx.Node) -> tuple[fx.Node, fx.Node]:
     """The node that the threshold may move up to, and who reads it there: a move, or the threshold itself.
 
-    Nothing else may read what is moved on the way, and nothing may write, as it is often the same memory.
+    Nothing else may read what is moved on the way, or write there: it is often the same memory.
     """
     below, node = threshold, threshold.args[0]
     while _moves(node) and readers(node) == {below}:
         below, node = node, node.args[0]
-    above = threshold.prev
-    while above is not node and not writes(above, root):
-        above = above.prev
-    return (node, below) if above is node else (threshold.args[0], threshold)
+    return node, below
 
 
 def lift(threshold: fx.Node, node: fx.Node, below: fx.Node) -> None:
@@ -65,12 +61,7 @@ def lift(threshold: fx.Node, node: fx.Node, below: fx.Node) -> None:
 
 def readers(node: fx.Node) -> set[fx.Node]:
     """Who reads the node's values, and not only its shape and the like."""
-    return {user for user in node.users if not reads_facts(user)}
-
-
-def reads_facts(user: fx.Node) -> bool:
-    """Whether it asks for no more than a threshold leaves as it is: strides it does not, where there are gaps."""
-    return fact_of(user) not in (None, "stride")
+    return {user for user in node.users if fact_of(user) is None}
 
 
 def _moves(node: Any) -> bool:

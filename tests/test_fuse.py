@@ -273,7 +273,8 @@ LOOKALIKES: dict[str, Callable] = {
     "moved, then written": written_where_it_moved_from,
     "of another layout": of_another_layout,
     "many sums": many_sums,
-    "other bits": lambda m, x, last: last(torch.relu(x.double()).view(torch.float32)[..., ::2]),
+    "other bits": lambda m, x, last: last(torch.relu(x.double()).view(torch.float32)),
+    "other bits, as another's": lambda m, x, last: last(torch.relu(x.double()).view(x.dtype)),
 }
 
 
