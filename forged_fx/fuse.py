@@ -26,7 +26,7 @@ from forged_fx import fused_ops, in_place
 from forged_fx.capture import has_hooks, is_as_its_class
 from forged_fx.effects import draws, is_fresh, modules_of, writes
 from forged_fx.fused_ops import FORGED
-from forged_fx.hoist_traced import lift, readers, top
+from forged_fx.hoist_traced import lift, top
 from forged_fx.producers import FUNCTIONS, MAPS, MODULES, NAMES, ROLES, Arguments, Producer, name_of, row_of
 from forged_fx.rewrite import fact_of, function_of, is_call
 from forged_fx.torch_internals import has_any_global_hook
@@ -296,8 +296,8 @@ def _replace(threshold: fx.Node, steps: list[_Found], keep: int | None) -> None:
         new = graph.call_function(producer_threshold, (steps[0].x, parameters, written, keep, function))
         new.meta = dict(threshold.meta)
         y = new if keep is None else graph.call_function(operator.getitem, (new, 0))
-        kept = None if keep is None else graph.call_function(operator.getitem, (new, 1))
+        kept = y if keep is None else graph.call_function(operator.getitem, (new, 1))
     threshold.replace_all_uses_with(y)
     for node in (threshold, *(step.node for step in reversed(steps))):
-        node.replace_all_uses_with(kept if readers(node) else y)
+        node.replace_all_uses_with(kept)
         graph.erase_node(node)

@@ -58,6 +58,12 @@ def pre_activation(m: Net, x: Tensor, last: nn.Module) -> Tensor:
     return last(torch.relu(m.bn(s))) + s
 
 
+def sum_and_stream(m: Net, x: Tensor, last: nn.Module) -> Tensor:
+    s = x + x.flip(0)
+    y = torch.relu(m.bn(s))
+    return last(y) + y + s
+
+
 def two_readers(m: Net, x: Tensor, last: nn.Module) -> Tensor:
     y = m.bn(x)
     return last(F.relu(y)) + y
@@ -78,6 +84,19 @@ def written_in_between(m: Net, x: Tensor, last: nn.Module) -> Tensor:
 def written_into_x(m: Net, x: Tensor, last: nn.Module) -> Tensor:
     view = x.view(-1)
     return last(m.relu_(x)) + view.view_as(x)
+
+
+def written_into_a_view_of_x(m: Net, x: Tensor, last: nn.Module) -> Tensor:
+    return last(m.relu_(x.view_as(x))) + x
+
+
+def written_into_the_same_as_x(m: Net, x: Tensor, last: nn.Module) -> Tensor:
+    return last(m.relu_(m.same(x))) + x
+
+
+def the_other_is_read(m: Net, x: Tensor, last: nn.Module) -> Tensor:
+    y = m.bn(x)
+    return last(y + m.gamma * x.flip(0)) + y
 
 
 def in_place_sum(m: Net, x: Tensor, last: nn.Module) -> Tensor:
@@ -224,9 +243,13 @@ CASES: dict[str, tuple[Callable, str | None]] = {
     "gelu": (lambda m, x, last: last(F.gelu(m.gelu(x))), "gelu"),
     "residual": (lambda m, x, last: last(m.gelu(x + m.bn(x))), "BatchNorm2d + add + GELU"),
     "residual in place": (in_place_sum, "BatchNorm2d + add + ReLU"),
+    "residual in place, of a norm": (lambda m, x, last: last(m.relu(m.ln(x).add_(m.bn(x)))), "add + ReLU"),
     "residual stream": (residual_stream, "BatchNorm2d + add + ReLU"),
+    "sum that is read": (lambda m, x, last: last(s := m.bn(x) + x) + s, "BatchNorm2d + add"),
     "pre-activation": (pre_activation, "add + BatchNorm2d + relu"),
+    "sum and stream": (sum_and_stream, "BatchNorm2d + relu"),
     "layer scale": (lambda m, x, last: last(m.gamma * x + x.flip(0)), "mul + add"),
+    "scaled, the other operand read": (the_other_is_read, "mul + add"),
     "reshaped scale": (lambda m, x, last: last(F.silu(x.mul(m.gamma.reshape(1, -1, 1, 1)))), "mul + silu"),
     "bias": (lambda m, x, last: last(F.relu6(x + m.gamma)), "add + relu6"),
     "layer norm": (lambda m, x, last: last(m.ln(x)), "LayerNorm"),
@@ -263,6 +286,17 @@ CASES: dict[str, tuple[Callable, str | None]] = {
 LOOKALIKES: dict[str, Callable] = {
     "a sum with a number": lambda m, x, last: last(m.relu(x + x.shape[1])),
     "a number with a sum": lambda m, x, last: last(x.shape[1] + x),
+    "a sum with itself": lambda m, x, last: last((y := m.bn(x)) + y),
+    "a bias behind a BatchNorm": lambda m, x, last: last(m.bn(x) + m.gamma),
+    "a bias ahead of a scale": lambda m, x, last: last((x + m.gamma) * m.gamma),
+    "a bias ahead of a BatchNorm": lambda m, x, last: last(m.bn(x + m.gamma)),
+    "a bias ahead of an RMSNorm": lambda m, x, last: last(m.rms(x + m.gamma)),
+    "along two dimensions": lambda m, x, last: last(x * m.gamma + m.ln.weight),
+    "written into a view": written_into_a_view_of_x,
+    "written into the same": written_into_the_same_as_x,
+    "of two dtypes": lambda m, x, last: last(x + x.flip(0).half()),
+    "stretched": lambda m, x, last: last(x[:, :1] + m.gamma),
+    "times a number": lambda m, x, last: last(torch.add(x, x.flip(0), alpha=2)),
     "drawn in between": drawn_in_between,
     "its shape is read ahead of a sum": shape_read_ahead_of_a_sum,
     "written with an operator": written_with_an_operator,
@@ -463,6 +497,9 @@ def test_a_hook_runs_and_so_prevents_fusion(resnet) -> None:
         "in the graph",
         "in the graph, in one call with add + ReLU",
     }
+    model = Net(lambda m, x, last: last(m.relu(x))).eval()
+    model.relu.register_forward_hook(lambda *_: None)
+    assert forged_fx.transform(model, forged_fx.calibrate(model, [x]), RATIO, fuse=True).forging.fused == 0
 
 
 def test_a_module_that_is_replaced_runs(resnet) -> None:
@@ -486,6 +523,26 @@ def test_a_module_of_another_place_in_the_chain(between: Callable, name: str, ot
 def test_an_operand_of_more_dimensions() -> None:
     plain, fused, x = pair(lambda m, x, last: last(m.relu(x + m.gamma[None])))
     assert fused(x[0]).shape == plain(x[0]).shape == (1, 6, 8, 8)
+
+
+def test_a_sum_in_place_of_a_buffer_stays_in_it() -> None:
+    class Sums(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.register_buffer("state", torch.zeros(1, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.state.add_(self.first(x)))
+
+    torch.manual_seed(0)
+    model, x = Sums().eval(), torch.randn(1, 8)
+    stats = forged_fx.calibrate(model, [x])
+    plain, fused = (forged_fx.transform(model, stats, RATIO, fuse=fuse) for fuse in (False, True))
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(fused(x), plain(x))
+    assert fused.state.any() and torch.equal(fused.state, plain.state)
 
 
 def test_without_values() -> None:
