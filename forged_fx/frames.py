@@ -151,7 +151,7 @@ class Frame:
     """One of Dynamo's graphs: names for its calls, and a way to run it with the thresholds of whatever it runs as."""
 
     def __init__(self, gm: fx.GraphModule, calls: list[CallNode], compilation: Compilation, shared: bool) -> None:
-        """shared: other modules of the same class may run this graph too."""
+        """shared: other modules of the same class may run this graph too, and each of their weights tells which."""
         self.gm, self.compilation = gm, compilation
         self.buffers: dict[str, tuple[str, ...]] = {}  # site that is known at compile time -> its buffers
         # per site whose thresholds are inputs: which counted call, which operand, a site of the same kind

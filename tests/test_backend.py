@@ -335,6 +335,11 @@ def test_sites_that_cannot_be_reached_raise():
     for _ in range(2):  # not only where it is compiled
         with pytest.raises(ValueError, match=r"'b' did not run in any graph.*exclude"):
             fast(x)
+    try:
+        raise KeyError
+    except KeyError:  # the caller's, which it handles
+        with pytest.raises(ValueError, match="'b' did not run in any graph"):
+            fast(x)
     with torch.no_grad():
         expected = forged_fx.transform(model, stats, 2**-3, exclude="b")(x)
         assert torch.allclose(compiled(model, stats, exclude="b")(x), expected, atol=1e-6)
@@ -562,6 +567,18 @@ def test_parameters_may_be_exchanged(x):
             assert torch.allclose(fast(x), forged_fx.transform(model, stats, 2**-2)(x), atol=1e-4)
 
 
+def test_a_weight_of_two_modules_tells_neither():
+    torch.manual_seed(0)
+    model, x = Halves().eval(), torch.randn(8, 6)
+    model.blocks[0].layer.weight = model.blocks[-1].layer.weight
+    stats = forged_fx.calibrate(model, [x])
+    fast = compiled(model, stats, 2**-2)
+    with torch.no_grad():
+        expected = forged_fx.transform(model, stats, 2**-2)(x)
+        for _ in range(2):
+            assert torch.allclose(fast(x), expected, atol=1e-4)
+
+
 def test_thresholds_are_where_their_layers_are(monkeypatch):
     """On the device that the model was moved to, and, where its layers lie on several, on that of each."""
     monkeypatch.setattr(torch_internals.inductor(), "compile_fx", lambda gm, inputs, config_patches: gm.forward)
@@ -628,6 +645,25 @@ def test_a_wrapper_around_the_calibrated_model(model, stats, x):
 
         expected += forged_fx.transform(model, stats, 2**-3)(x)
         assert torch.allclose(compiled(Twice(), stats)(x), expected, atol=1e-6)
+
+
+def test_a_wrapper_that_runs_a_model_of_several_graphs_twice():
+    class Twice(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return self.model(x * 2) + self.model(x)
+
+    torch.manual_seed(0)
+    for model in (Halves().eval(), OnBothSides().eval()):
+        x = torch.randn(8, next(model.parameters()).shape[0])
+        stats = forged_fx.calibrate(model, [x * 2, x])
+        forged, fast = forged_fx.transform(model, stats, 2**-2), compiled(Twice(model), stats, 2**-2)
+        with torch.no_grad():
+            for _ in range(2):
+                assert torch.allclose(fast(x), Twice(forged)(x), atol=1e-4)
 
 
 CHILD = """

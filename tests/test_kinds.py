@@ -195,18 +195,19 @@ def test_shared_code_of_several_kinds():
     """Blocks of one class share Dynamo's graph, unless their kinds differ."""
 
     class Block(nn.Module):
-        def __init__(self):
+        def __init__(self, channels):
             super().__init__()
-            self.fc = nn.Linear(8, 8)
+            self.fc = nn.Linear(channels, 8)
 
         def forward(self, x):
             torch._dynamo.graph_break()
             return self.fc(x).relu()
 
     torch.manual_seed(0)
-    model, x = nn.Sequential(Block(), Block(), Block()).eval(), torch.randn(4, 8)
+    model, x = nn.Sequential(*map(Block, (6, 8, 8, 8))).eval(), torch.randn(4, 6)
     stats = forged_fx.calibrate(model, [x], channels=True)
-    for kind, ratio in (("soft", 0.2), ({"0.fc": "mean", "1.fc": "clamp", "2.fc": "hard"}, 0.2), ("mean", 0.2)):
+    scalar = {"0.fc": "hard", "1.fc": "soft", "2.fc": "clamp", "3.fc": "hard"}
+    for kind, ratio in (("soft", 0.2), (scalar, 0.2), ({**scalar, "1.fc": "mean"}, 0.2), ("mean", 0.2)):
         torch._dynamo.reset()
         fast = torch.compile(model, backend="forged", options={"stats": stats, "ratio": ratio, "kind": kind})
         with torch.no_grad():
