@@ -567,6 +567,24 @@ def test_parameters_may_be_exchanged(x):
             assert torch.allclose(fast(x), forged_fx.transform(model, stats, 2**-2)(x), atol=1e-4)
 
 
+def test_a_weight_that_is_computed_tells_no_module():
+    class Doubled(Half):
+        def forward(self, x):
+            x = F.linear(x, self.layer.weight * 2)
+            torch._dynamo.graph_break()
+            return x * 1.0
+
+    torch.manual_seed(0)
+    model, x = Halves().eval(), torch.randn(8, 6)
+    model.blocks = nn.ModuleList(Doubled() for _ in range(4))
+    stats = forged_fx.calibrate(model, [x])
+    fast = compiled(model, stats, 2**-2)
+    with torch.no_grad():
+        expected = forged_fx.transform(model, stats, 2**-2)(x)
+        for _ in range(2):
+            assert torch.allclose(fast(x), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_weight_of_two_modules_tells_neither():
     torch.manual_seed(0)
     model, x = Halves().eval(), torch.randn(8, 6)
