@@ -690,10 +690,21 @@ def test_an_input_that_the_norm_refuses_is_refused() -> None:
             fused(x[0])
 
 
-def test_an_eps_that_is_a_tensor() -> None:
-    model = nn.Sequential(nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 2, 1)).eval()
+def test_a_norm_that_has_no_statistics() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(6, track_running_stats=False), nn.ReLU(), nn.Conv2d(6, 2, 1)).eval()
+    x = 3 * torch.randn(2, 6, 6, 5) + 1
+    stats = forged_fx.calibrate(model, [x])
+    stats.example = None  # no audit
+    fused, plain = (forged_fx.transform(model, stats, 2**-3, fuse=fuse) for fuse in (True, False))
+    assert torch.equal(fused(x), plain(x))
+
+
+@pytest.mark.parametrize("made", [lambda: nn.BatchNorm2d(6), lambda: nn.LayerNorm(5)], ids=["BatchNorm", "LayerNorm"])
+def test_an_eps_that_is_a_tensor(made: Callable) -> None:
+    """It may be written to, and a kernel is given a number."""
+    model = nn.Sequential(made(), nn.Conv2d(6, 2, 1)).eval()
     x = torch.randn(2, 6, 6, 5)
     fused = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0, fuse=True)
     for network in (model, fused):
         network.get_submodule("0").eps = torch.tensor(0.5)
-    assert torch.equal(fused(x), model(x))
+    assert ran(fused, x) == {"threshold": 1} and torch.equal(fused(x), model(x))
