@@ -313,7 +313,9 @@ def test_what_no_kernel_takes_as_it_is_is_never_known(asked: list[Callable]) -> 
     for _ in range(2):
         found = fused_ops.unrecorded(elementwise.default, X, (T,), {"residual": negated, "function": "threshold"})
         assert same(found, threshold(X - R, T))
-        scale = {"weight": torch._neg_view(BN["weight"]), "channel": 1, "function": "threshold"}
+        scale = {"weight": BN["weight"], "channel": 1, "function": "threshold"}
+        fused_ops.unrecorded(elementwise.default, X, (T,), scale)  # is known, and is another case
+        scale["weight"] = torch._neg_view(BN["weight"])
         found = fused_ops.unrecorded(elementwise.default, X, (T,), scale)
         torch.testing.assert_close(found, threshold(X * -BN["weight"][:, None, None], T))
 
@@ -322,6 +324,7 @@ def test_arguments_are_told_apart_by_their_names(asked: list[Callable]) -> None:
     for name, expected in (("weight", X * W), ("bias", X + W)):
         found = fused_ops.unrecorded(elementwise.default, X, (T,), {name: W, "channel": 3, "function": "threshold"})
         assert same(found, threshold(expected, T))
+    assert len(asked) == 2
 
 
 def test_a_case_may_be_forgotten_while_another_thread_looks(asked: list[Callable], monkeypatch) -> None:
@@ -372,7 +375,12 @@ def test_cuda_runs_the_chain_for_what_the_kernel_lays_out_otherwise(on_cuda: lis
         assert same(cuda(x, T, activation="relu"), elementwise(x, T, activation="relu"))
     last = torch.empty_like(R, memory_format=torch.channels_last).copy_(R)
     assert same(cuda(X, T, last), elementwise(X, T, last))
+    moved = X.movedim(1, 3).contiguous()
+    assert same(cuda(moved, T, **BN, channel=3), elementwise(moved, T, **BN, channel=3))
     assert not on_cuda
+    moved = X.transpose(0, 1)
+    assert same(fused_ops._cuda("norm_threshold", moved, T, [4]), norm(moved, T, [4]))
+    assert on_cuda == ["norm_threshold"]  # (it is asked for the longest row)
     with pytest.raises(ValueError, match="no activation"):
         cuda(X, T, activation="tanh")
 
