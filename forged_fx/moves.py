@@ -55,7 +55,7 @@ def _steps(kind: str, ratio: Ends) -> list[tuple[str, Ends]]:
     """The same kind with one of its ends a rung up or down."""
     ends, found = _ends(ratio), []
     for i, (ladder, end) in enumerate(zip(LADDERS[kind], ends, strict=True)):
-        rung = min(range(len(ladder)), key=lambda k, ladder=ladder, end=end: abs(ladder[k] - end))
+        rung = ladder.index(end)
         for other in (rung - 1, rung + 1):
             if 0 <= other < len(ladder):
                 found.append((kind, _ratio((*ends[:i], ladder[other], *ends[i + 1 :]))))

@@ -98,6 +98,13 @@ def test_the_row_that_finds_a_weakness_is_named(defence, base, kind, attack, fin
         assert result.verdict == "masking" and attack in result.sentence and result.exit_code == 5
 
 
+def test_without_a_gradient_nothing_was_missed_by_one(monkeypatch):
+    monkeypatch.setattr(further, "QUERIES", 200)
+    model, x, y = planted.small()
+    *_, noise, square = evaluate(model, x=x, y=y, eps=EPS, attacks=["noise", "square-20000"]).model.rows
+    assert noise.attacked and square.broken > 5 and square.note == ""
+
+
 # --- what is wrong with an output ---
 
 

@@ -2,6 +2,10 @@
 
 import csv
 import json
+import random
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import planted
 import pytest
@@ -13,7 +17,8 @@ from forged_fx import moves, trials
 from forged_fx.configuration import Configuration
 from forged_fx.digits import EPS, one_thread
 from forged_fx.evaluate import Result, fingerprint, surrogate
-from forged_fx.search import Search, split
+from forged_fx.search import Search, _confirmed, split, walk
+from forged_fx.trials import Spent, Trial
 
 QUICK = {"eps": 0.1, "budget": 20, "finalists": 1, "attacks": "standard"}
 
@@ -67,6 +72,59 @@ def test_starts_are_all_sites_the_first_and_the_inner_ones():
     assert {tuple(place[0] for place in start.places) for start in starts} == {("a", "b", "c"), ("a",), ("b",)}
     assert len(list(moves.starts(["a"], ("soft",)))) == len(moves.LOW)
     assert len(list(moves.starts(["a", "b"], ("soft",)))) == 3 * len(moves.LOW)
+
+
+# --- where moves lead ---
+
+
+class Scored:
+    """Trials of which it is known how many inputs each leaves standing; the base leaves 5."""
+
+    def __init__(self, standing, budget=10_000):
+        self.standing, self.budget, self.made = standing, budget, {}
+        self.base = Trial(Configuration(), 5, 0.0, 10, True, 0.0)
+
+    def try_out(self, configurations):
+        for one in configurations:
+            if one.places and one not in self.made:
+                if len(self.made) == self.budget:
+                    raise Spent
+                self.made[one] = Trial(one, *self.standing(one), 10, True, 0.0)
+            yield self.made.get(one, self.base)
+
+
+SITES = ["a", "b", "c"]
+
+
+def walked(standing, budget=10_000, seed=0):
+    tried = Scored(standing, budget)
+    return *walk(tried, SITES, ("hard", "clamp"), random.Random(seed)), list(tried.made)
+
+
+def test_moves_lead_to_the_best_from_the_three_best_starts():
+    """A trap is the best start of all: nothing that lies beside it is better."""
+    trap, start = (Configuration.uniform("a", "clamp", ratio) for ratio in (0.9, 0.4))
+    goal = Configuration((*start.places, ("c", "hard", 2**-6)))
+    known = {trap: 8, start: 7, goal: 9}
+    ends, stopped, _ = walked(lambda one: (known.get(one, 3), 0.0))
+    assert [end.configuration for end in ends] == [goal, trap] and stopped == "no move helps"
+
+
+def test_a_better_margin_alone_is_no_finalist():
+    ends, _, tried = walked(lambda one: (5, 0.9))
+    assert tried and ends == []
+
+
+def test_a_budget_that_ends_among_the_starts_leaves_the_best_of_them():
+    best, worse = (Configuration.uniform(SITES, "hard", ratio) for ratio in moves.LOW[2:4])
+    ends, stopped, tried = walked(lambda one: ({best: 9, worse: 8}.get(one, 4), 0.0), budget=4)
+    assert [end.configuration for end in ends] == [best, worse] and stopped == "the budget is spent" and len(tried) == 4
+
+
+def test_the_order_of_sites_follows_from_the_seed():
+    score = lambda one: (len(one.places), 0.0)  # noqa: E731
+    once, again, *others = (walked(score, seed=seed)[2] for seed in (0, 0, 1, 2))
+    assert once == again and once not in others
 
 
 # --- the search ---
@@ -124,6 +182,66 @@ def test_what_looks_better_to_the_search_alone_is_not_reported(monkeypatch):
     assert finalist.worst <= finalist.base_worst + 1 and finalist.reason and found.best is None
     assert max(t.standing for t in found.trials if t.fit) > found.base.standing
     assert "nothing beats the base" in found.sentence and finalist.reason in found.sentence
+
+
+def test_finalists_are_judged_as_was_asked(toy, tmp_path, monkeypatch):
+    model, stats, x, y = toy
+    few = [Configuration.uniform(["3"], "clamp", ratio) for ratio in (0.7, 0.8, 0.9)]
+    ends = lambda tried, *_: (list(tried.try_out(few)), "")  # noqa: E731
+    monkeypatch.setattr(sys.modules["forged_fx.search"], "walk", ends)
+    call = {"eps": 0.5, "norm": "L2", "attacks": ["noise"], "seed": 3, "finalists": 2, "budget": 3}
+    found = forged_fx.search(model, stats, x, y, **call, include="3", folder=tmp_path)
+    assert found.facts["call"]["sites"] == ["3"] and len(found.finalists) == 2
+    assert {finalist.configuration for finalist in found.finalists} == set(few[:2])
+    _, (kept_x, _) = split(x, y, 0.5, 3)
+    for finalist in found.finalists:
+        result = Result.load(tmp_path / finalist.folder)
+        assert (result.threat, result.attacks, result.seed) == (found.threat, ["noise"], 3)
+        assert found.threat.norm == "L2" and result.data["x_sha256"] == fingerprint.of_tensors([("x", kept_x)])
+        assert result.base.fingerprint == fingerprint.of_model(model)
+        forged = finalist.configuration.forge(model, stats)
+        assert result.model.fingerprint == fingerprint.of_model(forged)
+
+
+def confirmed(*judged):
+    """Finalists of (verdict, p, natural, worst); the base is right on 90 of 100, in the worst case on 50."""
+    right = lambda natural, worst: lambda kind: torch.arange(100) < {"natural": natural, "further": worst}[kind]  # noqa: E731
+    results = [
+        SimpleNamespace(
+            n=100,
+            verdict=verdict,
+            kinds=["natural", "further"],
+            compared=lambda p=p: SimpleNamespace(p=p, low=0.0, high=0.2),
+            model=SimpleNamespace(right=right(natural, worst), undefined=[]),
+            base=SimpleNamespace(right=right(90, 50)),
+        )
+        for verdict, p, natural, worst in judged
+    ]
+    named = [(Configuration.uniform(["a"], "hard", 0.1 * k), None, one) for k, one in enumerate(results, start=1)]
+    return _confirmed(named, max_natural_loss=0.01)
+
+
+def test_a_finalist_stands_after_holms_correction_and_within_the_bound_on_natural_accuracy():
+    (one,) = confirmed(("gain", 0.03, 89, 60))
+    assert one.stands and (one.natural, one.worst, one.base_natural, one.base_worst) == (89, 60, 90, 50)
+    two = confirmed(("gain", 0.03, 90, 58), ("gain", 0.03, 90, 60))
+    assert [(f.worst, f.p, f.p_holm, f.stands, f.reason) for f in two] == [
+        (60, 0.03, 0.06, False, "p = 0.06 for 2 finalists"),  # the best worst case first
+        (58, 0.03, 0.06, False, "p = 0.06 for 2 finalists"),
+    ]
+    (harsh,) = confirmed(("gain", 0.01, 88, 60))
+    assert not harsh.stands and harsh.reason == "loses 2.0 points of natural accuracy"
+    (none,) = confirmed(("no measurable gain", 0.5, 90, 51))
+    assert not none.stands and none.reason == "evaluate: no measurable gain"
+
+
+def test_of_several_that_stand_the_one_with_the_best_worst_case_is_best(toy):
+    model, stats, x, y = toy
+    found = forged_fx.search(model, stats, x, y, eps=0.1, budget=1, seconds=0)
+    found.finalists = confirmed(("gain", 0.01, 90, 58), ("gain", 0.01, 90, 60))
+    assert found.best.worst == 60 and "in the worst case it is right on 60 of" in found.sentence
+    found.finalists = [replace(finalist, stands=False, reason="why") for finalist in found.finalists]
+    assert found.best is None and "the least bad, hard 0.2 at a, is right on 60 in the worst case" in found.sentence
 
 
 def test_natural_accuracy_is_bounded_in_the_search(toy):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +19,7 @@ from forged_fx.digits import one_thread
 from forged_fx.evaluate import attacks, findings
 from forged_fx.evaluate.attacks import ATTACKS, Attack
 from forged_fx.evaluate.findings import CHECKS
-from forged_fx.sweep import Sweep
+from forged_fx.sweep import Sweep, shares_changed
 
 RATIOS = {"hard": [0.0, 0.25], "clamp": [0.9]}
 OPTIONS = {"eps": 0.1, "ratios": RATIOS, "kinds": ("hard", "clamp"), "attacks": ["apgd-ce"], "rounds": 0}
@@ -120,6 +121,30 @@ def test_masking_shows_no_gain(toy):
     assert ", 1 masking" in found.sentence and found.sentence.endswith("verdict on it is masking: it hides examples")
 
 
+def test_what_is_above_or_below_is_so_after_holms_correction_too(toy):
+    """A point of many is not called above the base, nor below it, for what chance finds in so many."""
+    model, x, y = toy
+    found = forged_fx.sweep(model, [x], x, y, **OPTIONS | {"ratios": {"clamp": [0.9]}, "kinds": None})
+    clear = replace(found.points[0], worst=24, low=0.1, high=0.3, p_holm=0.04, verdict="gain")
+    below = replace(clear, worst=2, low=-0.3, high=-0.1, verdict="loss")
+    found.points = [clear, replace(clear, worst=20, low=-0.1), below]
+    assert found.better and found.best is clear and not below.above
+    assert found.sentence.startswith("of 3 points clamp 0.9 is measurably above the base, 1 measurably below:")
+    assert ", 2 (clamp 0.9) to 24 (clamp 0.9), Holm p = 0.04" in found.sentence
+    found.points = [replace(point, p_holm=0.06) for point in found.points]
+    assert not found.better and found.sentence.startswith("of 3 points none is measurably above the base: ")
+    found.points = [below]  # a loss is beyond chance, too
+    assert found.sentence.startswith("of 1 points none is measurably above the base, 1 measurably below: ")
+
+
+def test_a_point_that_stands_is_better_than_one_that_does_not(toy):
+    model, x, y = toy
+    found = forged_fx.sweep(model, [x], x, y, **OPTIONS | {"ratios": {"clamp": [0.9]}, "kinds": None})
+    stands = replace(found.points[0], worst=20, natural=20, low=0.1, high=0.3, p_holm=0.04, verdict="gain")
+    found.points = [replace(stands, worst=24, verdict="masking"), stands, replace(stands, natural=19)]
+    assert found.best is stands and found.better
+
+
 def test_a_sweep_of_an_earlier_version_says_that_it_did_not_ask(toy, tmp_path):
     model, x, y = toy
     forged_fx.sweep(model, [x], x, y, **OPTIONS | {"attacks": "standard"}).save(tmp_path)
@@ -213,6 +238,53 @@ def test_kinds_are_those_that_ratios_are_by(toy):
     assert [point.name for point in found.points] == ["hard 0", "hard 0.25", "clamp 0.9"]
     found = forged_fx.sweep(model, [x], x, y, **OPTIONS | quick | {"ratios": [0.25]})
     assert [point.name for point in found.points] == ["hard 0.25"]
+
+
+def test_what_is_asked_for_is_what_is_swept(toy):
+    model, x, y = toy
+    call = OPTIONS | {"attacks": ["noise"], "eps": 2.0, "norm": "L2"}
+    found = forged_fx.sweep(model, [x], x, y, **call, include="3", seed=1)
+    same, other = (forged_fx.sweep(model, [x], x, y, **call, exclude="1", seed=seed) for seed in (1, 2))
+    assert found.sites == same.sites == ["3"] and found.threat.norm == "L2"
+    assert found.points == same.points
+    assert (found.worst, found.points) != (other.worst, other.points)  # noise is drawn from the seed
+    table = found.tables()[0].rows
+    assert table[0][1] == str(found.worst)
+    assert [row[2] for row in table[1:]] == [f"{100 * (p.worst - found.worst) / 24:+.1f}" for p in found.points]
+
+
+def test_batches_are_calibrated_by_channel_where_the_kind_asks(toy):
+    model, x, y = toy
+    call = OPTIONS | {"attacks": ["noise"], "kinds": None, "ratios": {"mean": [0.1]}}
+    assert [point.name for point in forged_fx.sweep(model, [x], x, y, **call).points] == ["mean 0.1"]
+
+
+def test_throughput_is_a_share_of_the_bases(toy, monkeypatch):
+    model, x, y = toy
+    times = {"base": [2.0, 2.0, 2.0], "hard 0.25": [1.0, 2.0, 8.0]}
+    monkeypatch.setattr(
+        sys.modules["forged_fx.sweep"],
+        "interleave",
+        lambda calls, rounds, wait: {call: np.array(times[call[1]]) for call in calls},
+    )
+    call = OPTIONS | {"attacks": ["noise"], "kinds": None, "ratios": [0.25], "rounds": 3}
+    (point,) = forged_fx.sweep(model, [x], x, y, **call).points
+    assert (point.speed, point.speed_low, point.speed_high) == (1.0, 0.625, 1.5)
+
+
+def test_shares_are_of_all_elements_that_enter_forged_sites():
+    """What is zero already was not zeroed, and a site counts by its elements."""
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(torch.nn.Linear(40, 9), torch.nn.ReLU(), torch.nn.Linear(9, 3)), torch.randn(200, 40)
+    stats = forged_fx.calibrate(model, [x])
+    zeroed, limited = shares_changed(forged_fx.transform(model, stats, (2**-5, 0.3), kind="band"), stats)
+    entering = [x, model[:2](x)]
+    low, high = (sum(int(part.sum()) for part in parts) for parts in zip(*(
+        ((v.abs() < 2**-5 * v.abs().max()) & (v != 0), v.abs() > 0.3 * v.abs().max()) for v in entering
+    ), strict=True))  # fmt: skip
+    elements = sum(v.numel() for v in entering)
+    assert zeroed == pytest.approx(low / elements, rel=0.02) and limited == pytest.approx(high / elements, rel=0.02)
+    assert shares_changed(forged_fx.transform(model, stats, 0.1, kind="one_sided"), stats)[0] is None
 
 
 def test_the_audit_has_its_example_on_the_models_device(toy, monkeypatch):

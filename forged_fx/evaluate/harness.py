@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from forged_fx.evaluate import checks, fingerprint
-from forged_fx.evaluate.attacks import Attack, Setting, toolbox
+from forged_fx.evaluate.attacks import Attack, Setting, follows, toolbox
 from forged_fx.evaluate.blocks import Blocks, Fields, Outcome
 from forged_fx.evaluate.compiled import Eager, agree, is_compiled
 from forged_fx.evaluate.gallery import Gallery
@@ -192,7 +192,7 @@ class Subject:
         for _, found in self._run(row, todo, search, FOUND, attack.passes(tools)):
             self._take(row, found["broken"], found["examples"])
             row.rejected += int(found["rejected"])
-        gradients_tried = any(r.attacked for r in self.rows if r.kind == kind and r is not row)
+        gradients_tried = any(r.attacked and follows(r.attack) for r in self.rows if r.kind == kind)
         missed = not attack.gradient and gradients_tried and row.broken > UNRELIABLE * len(self.x)
         row.note = _note(reason, row.rejected, missed)
         self.progress.end(row)
