@@ -392,8 +392,8 @@ def walk(tried: Trials, sites: Sequence[str], kinds: Sequence[str], chance: rand
         while ascents:
             ascents = [ascent for ascent in ascents if next(ascent, ascents) is not ascents]
         stopped = "no move helps"
-    except Spent:
-        stopped = "the budget is spent"
+    except Spent as spent:
+        stopped = str(spent)
     here = here or sorted(tried.made.values(), key=lambda trial: trial.score, reverse=True)[:STARTS]
     better = {trial.configuration: trial for trial in here if trial.score[:2] > tried.base.score[:2]}
     return sorted(better.values(), key=lambda trial: trial.score, reverse=True), stopped

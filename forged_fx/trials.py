@@ -36,7 +36,7 @@ BEGUN: Fields = MARGINS | RIGHT | {"examples": (torch.float32, None)}
 
 
 class Spent(Exception):
-    """The budget is spent."""
+    """What was allowed is; the message says of what."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,10 @@ class Trials:
             if configuration.places and configuration not in self.made:
                 new = [one for one in dict.fromkeys(wanted) if one.places and one not in self.made]
                 team = new[: min(self.blocks.processes.size, self.budget - len(self.made))]
-                if not team or self.spent >= self.seconds:
-                    raise Spent
+                if self.spent >= self.seconds:
+                    raise Spent("the time is spent")
+                if not team:
+                    raise Spent("the budget is spent")
                 self._make(team)
             yield self.made[configuration] if configuration.places else self.base
 

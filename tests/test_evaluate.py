@@ -4,12 +4,13 @@ import json
 import logging
 import sys
 from contextlib import contextmanager
-from itertools import product
+from itertools import count, product
+from types import SimpleNamespace
 
 import planted
 import pytest
 import torch
-from planted import Cut, Hidden, evaluate, inputs, linear, straight_through
+from planted import Cut, Hidden, _Hide, evaluate, inputs, linear, straight_through
 from pyautoattack import AutoAttack, checks
 
 from forged_fx.digits import EPS
@@ -209,6 +210,29 @@ def test_rows_add_up(small, hurried, monkeypatch):
     ]  # fmt: skip
     assert result.rows == [*result.model.rows, *result.base.rows]
     result.verify(Hidden(model), x, y, model)
+
+
+def test_a_rows_seconds_are_those_of_all_its_blocks(monkeypatch):
+    clock = count()
+    monkeypatch.setattr(blocks, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    monkeypatch.setattr(blocks, "BLOCK", 10)
+    model, x = linear(classes=4), inputs(24)
+    rows = evaluate(model, x=x, y=model(x).argmax(1), attacks=["apgd-ce"], eps=1e-4).rows
+    assert [row.seconds for row in rows[:2]] == [3, 3]
+
+
+class HiddenWhereBright(Hidden):
+    def forward(self, x):
+        return self.inner(torch.where(x[:, :, :1, :1] > 0.5, _Hide.apply(x), x))
+
+
+def test_bpda_is_run_on_all_where_it_changes_the_gradient_of_one_block(monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK", 10)
+    model, x = linear(classes=4), inputs(20)
+    x[:10, :, 0, 0], x[10:, :, 0, 0] = 0.7, 0.3
+    result = evaluate(HiddenWhereBright(model), x=x, y=model(x).argmax(1), attacks=["apgd-ce"], eps=0.15)
+    bpda = next(row for row in result.model.rows if row.kind == "BPDA")
+    assert not bpda.note and bpda.broken and result.worst_case < result.model.accuracy("true gradient")
 
 
 def test_bpda_rows_are_left_out_where_they_would_repeat(small, hurried):

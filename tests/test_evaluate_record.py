@@ -176,6 +176,11 @@ def swap(folder):
         (lambda f: edit(f, lambda r: r["sides"][0]["broken_by"].pop()), "do not agree"),
         (lambda f: edit(f, lambda r: r["sides"][0]["broken_by"].__setitem__(0, 99)), "do not agree"),
         (lambda f: edit(f, lambda r: r["sides"][1]["broken_by"].__setitem__(0, -1)), "do not agree"),
+        (lambda f: edit(f, lambda r: r["sides"][0]["rows"][1].update(broken=1)), "row 1 and its outcomes"),
+        (
+            lambda f: edit(f, lambda r: r["sides"][0]["rows"][1].update(standing=30)),
+            "row 1 and its outcomes do not agree",
+        ),
         (lambda f: edit(f, lambda r: r.pop("seed")), "no complete result"),
         (lambda f: edit(f, lambda r: r["sides"][0]["rows"][0].pop("kind")), "no complete result"),
         (lambda f: edit(f, lambda r: r["data"].update(x_shape=[30, 1, 7, 7])), "do not agree"),
@@ -262,7 +267,8 @@ def test_robustbench_writes_grey_levels_as_fractions(judged):
         changed = dataclasses.replace(result, threat=Threat(eps, norm), complete=True)
         fields = record.robustbench(changed)
         assert fields["eps"] == written
-        assert float(fields["external"]) <= float(fields["autoattack_acc"]) <= float(fields["clean_acc"]) == 90
+        assert fields["autoattack_acc"] == f"{100 * result.model.accuracy('true gradient'):.2f}"
+        assert float(fields["external"]) < float(fields["autoattack_acc"]) <= float(fields["clean_acc"]) == 90
 
 
 def test_importing_needs_torch_only():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
@@ -179,6 +180,12 @@ def test_another_version_is_refused(unfinished, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "9.9")
     with pytest.raises(FileExistsError, match=r"versions.torch: 2.* there, 9.9 here"):
         planted.evaluate(**unfinished)
+
+
+def test_another_python_goes_on(unfinished, monkeypatch):
+    monkeypatch.setattr(platform, "python_version", lambda: "9.9")
+    assert planted.evaluate(**unfinished).n == 30 == planted.evaluate(**unfinished).n
+    assert "5 blocks are finished" in (unfinished["folder"] / "log.txt").read_text()
 
 
 def test_other_memory_goes_on_where_it_was(unfinished):

@@ -4,6 +4,7 @@ import csv
 import json
 import random
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,6 +18,9 @@ from forged_fx import moves, trials
 from forged_fx.configuration import Configuration
 from forged_fx.digits import EPS, one_thread
 from forged_fx.evaluate import Result, fingerprint, surrogate
+from forged_fx.evaluate.blocks import Blocks
+from forged_fx.evaluate.report import Progress
+from forged_fx.evaluate.threat import Threat
 from forged_fx.search import Search, _confirmed, split, walk
 from forged_fx.trials import Spent, Trial
 
@@ -88,7 +92,7 @@ class Scored:
         for one in configurations:
             if one.places and one not in self.made:
                 if len(self.made) == self.budget:
-                    raise Spent
+                    raise Spent("the budget is spent")
                 self.made[one] = Trial(one, *self.standing(one), 10, True, 0.0)
             yield self.made.get(one, self.base)
 
@@ -280,6 +284,82 @@ def test_what_was_not_attacked_has_no_figures_of_an_attack(toy, tmp_path, monkey
         Search.load(tmp_path)
 
 
+# --- trials ---
+
+
+class Signed(torch.nn.Module):
+    """The lead of class 0 is twice the input."""
+
+    def forward(self, x):
+        return torch.cat([x, -x], 1)
+
+
+def trying(monkeypatch, margins, y=(0, 0, 0, 0, 0, 1), near=3, **options):
+    """Trials of inputs at 0.5, where an attack ends at so large a lead. The last is of the other class."""
+    monkeypatch.setattr(trials, "NEAR", near)
+    least = torch.tensor(margins, dtype=torch.float64)
+    monkeypatch.setattr(trials.Trials, "_attack", lambda self, module, x, y, along: (least[: len(x)], x.clone()))
+    x = torch.full((len(y), 1), 0.5)
+    options = {"max_natural_loss": 1 / 6, "budget": 9, "seconds": None, "batch_size": 4} | options
+    asked = {"blocks": Blocks(0), "progress": Progress(False)}
+    return trials.Trials(Signed(), None, x, torch.tensor(y), Threat(0.1, "Linf"), **asked, **options)
+
+
+def test_inputs_near_the_boundary_are_right_unattacked_and_lead_or_lag_least(monkeypatch):
+    tried = trying(monkeypatch, [-0.9, 0.3, -0.2, 0.8, -0.4, 0.01])
+    assert tried.near.tolist() == [1, 2, 4] and (tried.base.standing, tried.base.natural) == (1, 5)
+    assert tried.base.margin == pytest.approx((1 - 2 / 3 - 1) / 3)  # in units of 0.3, cut at 1
+    level = trying(monkeypatch, [0.0, 0.2, 0.4, 0.9, 0.9, 0.9])
+    assert level.near.tolist() == [0, 1, 2] and level.base.standing == 2  # a lead of 0 is none
+
+
+@pytest.mark.parametrize(("bound", "fit"), [(1 / 6, True), (0.1, False)])
+def test_a_trial_may_lose_as_many_as_was_said(monkeypatch, bound, fit):
+    tried = trying(monkeypatch, [0.1] * 6, max_natural_loss=bound)
+    costly = planted.Changed(Signed(), after=lambda out: torch.cat([-out[:1], out[1:]]))  # the first of each batch
+    monkeypatch.setattr(Configuration, "forge", lambda *_: costly)
+    tried.batch_size = 250
+    with torch.no_grad():
+        (trial,) = tried.try_out([Configuration.uniform(["a"], "hard", 0.1)])
+    assert (trial.natural, trial.fit) == (4, fit)
+
+
+def test_an_attack_ends_where_the_lead_was_smallest(monkeypatch):
+    points = [torch.tensor([row]).T for row in ((0.2, 0.6, 0.4), (0.3, 0.1, 0.9))]
+
+    class Apgd:
+        init_hyperparam = staticmethod(lambda x: None)
+        attack_single_run = staticmethod(lambda x, y: (points[0], None, None, points[1]))
+
+    monkeypatch.setattr(trials, "toolbox", lambda *_: SimpleNamespace(apgd=Apgd()))
+    model, x = Signed(), torch.full((3, 1), 0.5)
+    this = SimpleNamespace(threat=None, classes=2, blocks=Blocks(0), batch_size=9, device=x.device)
+    least, at = trials.Trials._attack(this, model, x, torch.zeros(3, dtype=torch.int64), [None])
+    assert at.flatten().tolist() == pytest.approx([0.2, 0.1, 0.4])
+    assert least.tolist() == pytest.approx([0.4, 0.2, 0.8])
+
+
+def test_a_trial_is_attacked_along_each_gradient_and_shown_the_bases_examples(toy, monkeypatch):
+    model, stats, x, y = toy
+    made, toolbox = [], trials.toolbox
+    monkeypatch.setattr(
+        trials, "toolbox", lambda *given: made.append((given[0].context, toolbox(*given))) or made[-1][1]
+    )
+    monkeypatch.setattr(trials, "STEPS", 5)
+    call = {"eps": 0.1, "budget": 1, "attacks": ["noise"], "kinds": ("hard",)}
+    found = forged_fx.search(model, stats, x, y, **call)
+    of_base, true, through, smooth = (context for context, _ in made)
+    assert of_base is true is nullcontext and through is forged_fx.straight_through
+    assert smooth.func is surrogate.smooth and smooth.args == (trials.SMOOTH,)
+    assert {(tools.apgd.n_iter, tools.apgd.loss) for _, tools in made} == {(5, "ce")}
+    # its own attack made blind, it stands no better than the base where it is the same function
+    attack = trials.Trials._attack
+    blind = lambda self, module, x, y, along: attack(self, module, x, y, along if module is self.model else [])  # noqa: E731
+    monkeypatch.setattr(trials.Trials, "_attack", blind)
+    found = forged_fx.search(model, stats, x, y, **call)
+    assert found.trials[0].standing == found.base.standing < found.near
+
+
 def test_trials_are_attacked_along_the_smooth_surrogate_too(toy, monkeypatch):
     model, stats, x, y = toy
     kept, used = surrogate._Gate.backward, []
@@ -302,6 +382,7 @@ def test_the_budget_counts_configurations_and_seconds(toy):
     assert without_seconds(more)[:6] == without_seconds(five)  # the same, further on
     none = forged_fx.search(model, stats, x, y, **few, seconds=0)
     assert not none.trials and none.best is None and "0 configurations tried" in none.sentence
+    assert none.facts["stopped"] == "the time is spent" and "the time is spent" in none.small_print
 
 
 def test_stopped_anywhere_it_goes_on_and_ends_alike(toy, tmp_path, monkeypatch):
