@@ -86,6 +86,17 @@ def test_no_gain_is_shown_that_evaluate_would_not_show(toy, tmp_path, monkeypatc
         assert ">none above the base<" in page and words in page and "cannot say" in page
 
 
+def test_a_point_that_differs_only_where_attacks_go_is_not_taken_for_the_base(toy):
+    """At a limit of all that calibration saw the logits are the same, bit for bit, on unattacked inputs alone."""
+    model, x, y = toy
+    call = {"eps": 0.02, "attacks": ["apgd-ce"]}
+    (point,) = forged_fx.sweep(model, [x], x, y, **call, ratios={"clamp": [1.0]}, rounds=0).points
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 1.0, kind="clamp")
+    result = forged_fx.evaluate(forged, model, x=x, y=y, **call)
+    assert torch.equal(forged(x), model(x)) and point.worst == 24
+    assert (point.verdict, point.sentence) == (result.verdict, result.sentence) and "about 73 would" in point.sentence
+
+
 def test_inputs_for_which_autoattack_is_not_defined_show_no_gain_after_a_part_of_it(toy):
     model, x, y = toy
     call = OPTIONS | {"ratios": {"clamp": [0.9]}, "kinds": None, "attacks": "standard"}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from forged_fx.evaluate import reach
 from forged_fx.evaluate.attacks import Plan
 from forged_fx.evaluate.blocks import Blocks
 from forged_fx.evaluate.findings import Case, examine, foreign
@@ -62,7 +63,7 @@ def judge(
     strange = [FOREIGN] if wrong > bound else []
     base_drift = functools.cache(lambda: drift(sides[0]))
     for side, mine in zip(sides[1:], logits[1:], strict=True):
-        same = torch.equal(mine, logits[0])
+        same = reach.apart(side, sides[0], mine, logits[0]) == 0
         outcome = side.side()
         verdict = judged(outcome, base, complete=plan.complete, same=same, doubts=strange)
         if verdict[0] == "gain":  # else no finding changes it, and the probes are spared
