@@ -253,6 +253,21 @@ def test_saturated_logits_do_not_pass_for_a_model_without_thresholds():
     assert not any(row.note for row in result.rows if row.kind == "BPDA")
 
 
+@pytest.mark.parametrize("labels", ["the model's", "the base's"])
+def test_transfer_is_of_what_both_get_right_unattacked(labels):
+    model, base, x = linear(classes=4), linear(classes=4, seed=1), inputs(30)
+    y = (model if labels == "the model's" else base)(x).argmax(1)
+    result = evaluate(model, base, x=x, y=y, eps=0.02, attacks=["apgd-ce"])
+    (natural, *_, shown), found = result.model.rows, result.base
+    assert 0 < natural.broken + int((found.broken_by == 0).sum()) < 30 and shown.attack == "examples of the base"
+    stood = (result.model.broken_by < 0) | (result.model.broken_by == len(result.model.rows) - 1)
+    assert 0 < shown.attacked == int((stood & (found.broken_by > 0)).sum())
+    examples = x.clone()
+    examples[found.broken] = found.examples
+    right = (model(examples).argmax(1) == y) & (model(x).argmax(1) == y)
+    assert shown.alone == pytest.approx(float(right.double().mean()))
+
+
 def test_both_sides_face_the_same_examples(small, hurried):
     """A base that hides its gradient is found out by the model's examples."""
     model, x, y = small

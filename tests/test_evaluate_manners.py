@@ -242,6 +242,15 @@ def test_a_model_that_draws_random_numbers_is_judged_from_the_seed_and_its_resul
         evaluate(model, **call, folder=tmp_path)
 
 
+def test_a_model_that_draws_now_and_did_not_is_of_other_code(small, tmp_path):
+    trained, x, y = small
+    model, call = Noisy(trained, lambda shape: torch.zeros(shape)).eval(), {"x": x[:20], "y": y[:20]}
+    evaluate(model, **call, attacks=["apgd-ce"], folder=tmp_path)
+    model.draw = DRAWS["torch"]
+    with pytest.raises(ValueError, match=r"are classified (rightly|otherwise)"):
+        evaluate(model, **call, attacks=["apgd-ce"], folder=tmp_path)
+
+
 @pytest.mark.parametrize("source", DRAWS)
 def test_so_are_a_sweeps_and_a_searchs(small, tmp_path, source):
     trained, x, y = small

@@ -207,6 +207,20 @@ def test_verify_finds_what_does_not_hold(judged, tmp_path):
         loaded.verify(model, x, y)
 
 
+def test_what_falls_to_the_right_side_of_a_boundary_by_rounding_is_counted(judged, tmp_path):
+    result, model, _, x, y = judged
+    result.save(tmp_path)
+    k = int(result.model.broken[-1])
+    right, wrong = x[k], result.model.examples[-1]
+    for _ in range(10):  # nearer to each other than is told from rounding
+        middle = (right + wrong) / 2
+        right, wrong = (middle, wrong) if model(middle[None]).argmax() == y[k] else (right, middle)
+    for example, boundary in ((right, 1), (wrong, 0)):
+        loaded = Result.load(tmp_path)
+        loaded.model.examples[-1] = example
+        assert loaded.verify(model, x, y) == boundary
+
+
 def test_the_table(judged):
     result = judged[0]
     shown = str(result)

@@ -324,6 +324,12 @@ def test_a_trial_may_lose_as_many_as_was_said(monkeypatch, bound, fit):
     assert (trial.natural, trial.fit) == (4, fit)
 
 
+def test_of_trials_that_do_as_well_the_one_with_fewer_sites_is_better():
+    one, two = (Trial(Configuration.uniform(sites, "hard", 0.1), 5, 0.2, 9, True, 0.0) for sites in ("a", "ab"))
+    assert replace(two, margin=0.3).score > one.score > two.score > replace(one, standing=4, margin=0.9).score
+    assert replace(one, standing=0, margin=-1.0).score > replace(one, standing=None, margin=None, fit=False).score
+
+
 def test_an_attack_ends_where_the_lead_was_smallest(monkeypatch):
     points = [torch.tensor([row]).T for row in ((0.2, 0.6, 0.4), (0.3, 0.1, 0.9))]
 
