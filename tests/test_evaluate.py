@@ -148,6 +148,14 @@ def test_hidden_gradient_is_masking(small, hurried):
     assert evaluate(Hidden(model), x=x, y=y, eps=EPS, attacks="quick").verdict == "masking"
 
 
+@pytest.mark.parametrize("attacks", [["noise"], ["noise", "apgd-random"]])
+def test_where_the_true_gradient_was_not_followed_first_it_hides_nothing(small, attacks):
+    model, x, y = small
+    result = evaluate(model, x=x, y=y, eps=0.3, attacks=attacks)
+    assert result.model.rows[1].broken > 10 and result.model.accuracy("true gradient") == result.model.rows[0].alone
+    assert result.verdict == "cannot say" and "takes the model that it was made from" in result.sentence
+
+
 def test_what_only_transfer_sees_is_masking(small, hurried):
     model, x, y = small
     result = evaluate(Cut(model), model, x=x, y=y, eps=EPS, attacks="quick")

@@ -120,6 +120,64 @@ def test_tokens_and_windows_belong_to_their_input():
     assert gains_of.gains(forged, x)["fc"].kept.tolist() == pytest.approx(expected, rel=1e-3)
 
 
+def test_rows_that_belong_to_no_input_count_by_the_largest():
+    class Loose(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.fc(x.reshape(-1, 4)[1:])
+
+    torch.manual_seed(0)
+    model, x = Loose().eval(), torch.randn(3, 6, 4)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0.3)
+    kept = x.reshape(-1, 4)[1:].abs() >= forged.get_buffer("fc.forged_threshold")
+    found = gains_of.gains(forged, x)["fc"]
+    assert found.kept.tolist() == pytest.approx([max(norm(model.fc.weight * m) for m in kept)], rel=1e-3)
+    assert found.whole.tolist() == pytest.approx([norm(model.fc.weight)], rel=1e-3)
+
+
+def test_a_site_that_runs_twice_counts_by_the_larger(x):
+    model = linear()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0.4)
+
+    class Twice(nn.Module):
+        def __init__(self, *shifts):
+            super().__init__()
+            self.forged, self.shifts = forged, shifts
+
+        def forward(self, x):
+            return sum(self.forged(x.roll(shift, 0)) for shift in self.shifts)
+
+    once, other = (gains_of.gains(Twice(shift), x)["0"].kept for shift in (0, 1))
+    both = gains_of.gains(Twice(0, 1), x)["0"]
+    assert both.kept.tolist() == pytest.approx(torch.maximum(once, other).tolist(), rel=1e-3)
+    assert not torch.allclose(once, other) and not torch.allclose(both.kept, other, rtol=1e-2)
+
+
+def test_what_a_part_amplifies_the_whole_does_however_early_the_iteration_ends(x, monkeypatch):
+    monkeypatch.setattr(gains_of, "ITERATIONS", 1)
+    model = linear()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0.1)
+    for seed in range(5):
+        found = gains_of.gains(forged, x, seed)["0"]
+        assert (found.whole >= found.nonzero).all() and (found.nonzero >= found.kept).all()
+
+
+def test_fused_sites_have_the_gains_of_their_chain():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3)).eval(), torch.randn(5, 6)
+    stats = forged_fx.calibrate(model, [x])
+    plain, fused = (forged_fx.transform(model, stats, 0.2, fuse=fuse) for fuse in (False, True))
+    assert fused.forging.fused
+    one, other = (gains_of.gains(forged, x) for forged in (plain, fused))
+    assert one.keys() == other.keys() == {"0", "2"}
+    for site in one:
+        for name in ("whole", "nonzero", "kept"):
+            torch.testing.assert_close(getattr(one[site], name), getattr(other[site], name), rtol=1e-3, atol=0)
+
+
 def test_steps_see_the_jump():
     """x lies just above the threshold: the derivative is 1 there, and the step down is as high as the threshold."""
     model = nn.Sequential(nn.Linear(1, 1, bias=False)).eval()
