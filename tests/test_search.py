@@ -21,6 +21,8 @@ from forged_fx.evaluate import Result, fingerprint, surrogate
 from forged_fx.evaluate.blocks import Blocks
 from forged_fx.evaluate.report import Progress
 from forged_fx.evaluate.threat import Threat
+from forged_fx.processes import Processes
+from forged_fx.recorded import Run, answers
 from forged_fx.search import Search, _confirmed, split, walk
 from forged_fx.trials import Spent, Trial
 
@@ -511,6 +513,19 @@ def test_code_that_changed_is_noticed(toy, tmp_path, monkeypatch):
                 work(after, folder)
         with pytest.raises(FileExistsError, match="class: Scaled there, Sub here"):
             work(type("Sub", (Scaled,), {})(model, 1.0).eval(), whole)
+
+
+def test_code_that_changed_is_noticed_where_the_logits_of_a_class_cancel():
+    """Of x and of 1 - x they are opposite, and so are they at any scale."""
+    model = planted.Changed(planted.linear(classes=4), before=lambda x: x - 0.5)
+    model.inner[1].bias.data.zero_()
+    x = planted.inputs(6)
+    both = torch.cat([x, 1 - x])
+    finished = SimpleNamespace(facts={"logits": answers(model, both, 12)})
+    run = Run(Processes(), Blocks(0), Progress(False), finished=finished)
+    assert run.again(model, both, 5) is finished
+    with pytest.raises(ValueError, match="its code has changed"):
+        run.again(planted.Changed(model, after=lambda out: 2 * out), both, 12)
 
 
 def test_what_was_found_is_forged_from_what_it_was_found_of(toy):
