@@ -195,8 +195,9 @@ def test_a_spoilt_record_is_refused(judged, tmp_path, spoil, words):
 
 def test_verify_finds_what_does_not_hold(judged, tmp_path):
     result, model, _, x, y = judged
-    with pytest.raises(ValueError, match="not the data"):
-        result.verify(model, x.flip(0), y)
+    for other in ((x.flip(0), y), (x, (y + 1) % 4)):
+        with pytest.raises(ValueError, match="not the data"):
+            result.verify(model, *other)
     result.save(tmp_path)
     loaded = Result.load(tmp_path)
     loaded.model.examples[-1] = x[loaded.model.broken[-1]]
@@ -238,6 +239,13 @@ def test_the_table(judged):
     assert shown.index("worst case") < shown.index("no attack")  # the least flattering leads
     assert "\x1b" not in shown
     assert repr(result).startswith("<Result: ")
+
+
+def test_rows_are_listed_as_one_where_they_were_left_out_for_one_reason():
+    out, odd = "left out: no gradient changes", "1 examples outside the ball or the box do not count"
+    rows = [Row("model", "BPDA", name, note=note) for name, note in zip("abcde", (out, out, odd, odd, ""), strict=True)]
+    side = Side("model", "", "", rows, torch.zeros(0), torch.zeros(0))
+    assert [row.attack for row in side.listed] == ["a, b", "c", "d", "e"]
 
 
 def test_progress_is_silent_unless_on_a_terminal(judged, monkeypatch):

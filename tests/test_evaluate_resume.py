@@ -314,6 +314,16 @@ def test_a_finished_folder_is_verified_before_it_is_returned(call, monkeypatch):
         planted.evaluate(**call)
 
 
+def test_a_finished_folder_of_a_model_that_errs_elsewhere_now_is_refused(call, monkeypatch):
+    """What broke it breaks it still."""
+    planted.evaluate(**call)
+    y = call["y"]
+    wrong = lambda self, x: torch.eye(4)[(y[: len(x)] + 1) % 4] if len(x) == 30 else self.inner(x)  # noqa: E731
+    monkeypatch.setattr(Hidden, "forward", wrong)
+    with pytest.raises(ValueError, match="inputs are classified otherwise without attack"):
+        planted.evaluate(**call)
+
+
 def test_the_journal_keeps_what_is_written_whole(tmp_path):
     with Journal(tmp_path, {"command": []}) as journal:
         assert journal.resumed == 0 and journal.recall("a b", 3) == {}

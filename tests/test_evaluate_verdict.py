@@ -6,6 +6,7 @@ from itertools import product
 import pytest
 import torch
 
+from forged_fx.evaluate.result import Row, Side, judged
 from forged_fx.evaluate.statistics import paired
 from forged_fx.evaluate.verdict import EXIT_CODES, RULES, VERDICTS, Evidence, judge, weigh
 
@@ -54,6 +55,37 @@ def test_truth_table(few, base, seems, masked, differs, complete):
     verdict, sentence = judge(case)
     assert verdict == expected(few, base, seems, masked, differs, complete)
     assert sentence and "None" not in sentence
+
+
+def side(*rows):
+    """Of 100 inputs: each row breaks so many of those that stand."""
+    made, left = [], 100
+    for kind, attack, broken in rows:
+        made.append(Row("model", kind, attack, left, broken, left - broken))
+        left -= broken
+    broken_by = torch.tensor([i for i, row in enumerate(made) for _ in range(row.broken)] + [-1] * left)
+    return Side("model", "", "", made, broken_by, torch.zeros(0))
+
+
+def test_masking_names_the_rows_that_do_not_follow_the_true_gradient():
+    model = side(
+        ("natural", "none", 5),
+        ("true gradient", "apgd-ce", 10),
+        ("BPDA", "apgd-ce", 20),
+        ("transfer", "examples of the base", 0),
+        ("further", "apgd-random, true gradient, round 1", 2),
+        ("further", "apgd-random, BPDA, round 1", 3),
+    )
+    verdict, sentence = judged(model, None, complete=True, same=False)
+    assert verdict == "masking"
+    assert sentence.endswith("found by apgd-ce under BPDA (20), apgd-random, BPDA, round 1 (3)")
+
+
+def test_where_nothing_is_right_unattacked_that_is_a_loss_and_no_want_of_attacks():
+    nothing = side(("natural", "none", 100))
+    assert judged(nothing, side(("natural", "none", 5)), complete=True, same=False)[0] == "loss"
+    verdict, sentence = judged(side(("natural", "none", 5)), side(("natural", "none", 100)), complete=True, same=False)
+    assert verdict == "cannot say" and sentence.startswith("no attack was run")
 
 
 def test_every_verdict_can_be_given():
