@@ -181,6 +181,7 @@ def swap(folder):
             lambda f: edit(f, lambda r: r["sides"][0]["rows"][1].update(standing=30)),
             "row 1 and its outcomes do not agree",
         ),
+        (lambda f: edit(f, lambda r: r["findings"][0].update(raised=True, value=None)), "raised without a value"),
         (lambda f: edit(f, lambda r: r.pop("seed")), "no complete result"),
         (lambda f: edit(f, lambda r: r["sides"][0]["rows"][0].pop("kind")), "no complete result"),
         (lambda f: edit(f, lambda r: r["data"].update(x_shape=[30, 1, 7, 7])), "do not agree"),
