@@ -18,6 +18,7 @@ from forged_fx.evaluate import attacks as table
 from forged_fx.evaluate import blocks
 from forged_fx.evaluate.attacks import Attack, Setting
 from forged_fx.evaluate.gradients import Logits
+from forged_fx.evaluate.protocol import COSTLY
 from forged_fx.evaluate.result import KINDS
 from forged_fx.evaluate.threat import Threat
 
@@ -77,7 +78,8 @@ def test_rows_equal_pyautoattacks_own(small, caplog, hurried, monkeypatch):
     assert [round(share, 2) for share in ours] == by_them
     assert torch.equal(examples(result.base)[result.base.broken_by < 5], theirs[result.base.broken_by < 5])
 
-    # the model: AutoAttack with the true gradient, then its gradient attacks under BPDA on what stands
+    # the model: AutoAttack with the true gradient, then its gradient attacks under BPDA on what stands, but for FAB
+    assert [row.note for row in result.model.rows if row.kind == "BPDA"][:3] == ["", "", f"left out: {COSTLY}"]
     stands = own_loop(hidden, x, y, EPS, 20)
     with torch.no_grad():
         stands = (hidden(stands).argmax(1) == y).nonzero().flatten()
@@ -375,6 +377,9 @@ def test_no_gain_after_all_of_autoattack_where_it_cannot_all_be_run(hurried, tmp
         assert evaluate(strong, weak, **call, attacks=less).verdict == "cannot say"
     whole = evaluate(strong, weak, **call, attacks="relentless", folder=tmp_path)
     assert (whole.complete, whole.verdict) == (False, "gain")
+    rounds = {row.attack for row in whole.model.rows if row.attack.endswith("round 1") and "borrowed" not in row.attack}
+    assert {attack.split(", ")[1] for attack in rounds} == {"true gradient"}  # no other one differs from it
+    assert next(row.attacked for row in whole.model.rows if row.attack == "apgd-borrowed, round 1") == 24
     assert "not all of AutoAttack can be run here (square: needs images" in whole.sentence
     assert "autoattack_acc" not in json.loads((tmp_path / "result.json").read_text())["robustbench"]
     assert evaluate(strong, weak, x=x, y=y).verdict == "gain"

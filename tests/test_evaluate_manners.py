@@ -13,7 +13,8 @@ from pyautoattack import checks
 from torch import nn
 
 import forged_fx
-from forged_fx.evaluate import scale
+from forged_fx.evaluate import protocol, scale
+from forged_fx.evaluate.gradients import Logits
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -240,6 +241,34 @@ def test_a_model_that_draws_random_numbers_is_judged_from_the_seed_and_its_resul
     model.draw = lambda shape: torch.tensor(1.0)  # the state is as it was, and the code another: it draws nothing
     with pytest.raises(ValueError, match=r"are classified (rightly|otherwise)"):
         evaluate(model, **call, folder=tmp_path)
+
+
+def test_the_gradient_in_batches_is_that_of_the_numbers_drawn(small):
+    """The backward runs the forward again, and draws what that drew; what is drawn afterwards is not moved."""
+    trained, x, y = small
+    model, gradients = Noisy(trained, DRAWS["torch"]).eval(), []
+    for logits in (Logits(model, 8), lambda x: torch.cat([model(part) for part in x.split(8)])):
+        torch.manual_seed(0)
+        leaf = x[:20].clone().requires_grad_()
+        loss = nn.functional.cross_entropy(logits(leaf), y[:20])
+        before = torch.get_rng_state()
+        gradients += torch.autograd.grad(loss, leaf)
+        assert torch.equal(torch.get_rng_state(), before)
+    torch.testing.assert_close(*gradients)
+
+
+def test_findings_do_not_depend_on_where_a_run_was_stopped(small, tmp_path, monkeypatch):
+    """Nor does what is drawn when all blocks are done."""
+    trained, x, y = small
+    model, base = (Noisy(trained, DRAWS["torch"]).eval() for _ in range(2))
+    call = {"x": x[:20], "y": y[:20], "attacks": ["apgd-ce"], "folder": tmp_path}
+    first = evaluate(model, base, **call | {"folder": None})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(protocol, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        evaluate(model, base, **call)
+    torch.manual_seed(5)
+    again = evaluate(model, base, **call)
+    assert again.findings == first.findings and torch.equal(again.gallery.predicted, first.gallery.predicted)
 
 
 def test_a_model_that_draws_now_and_did_not_is_of_other_code(small, tmp_path):

@@ -18,7 +18,7 @@ from safetensors.torch import load
 from forged_fx import calibrate, transform
 from forged_fx.evaluate import Result, blocks
 from forged_fx.evaluate.harness import Subject
-from forged_fx.evaluate.journal import Journal, pack
+from forged_fx.evaluate.journal import Journal, differences, pack
 from forged_fx.sources.classifier import Classifier
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -174,6 +174,12 @@ def test_another_normalisation_is_refused(call):
     planted.evaluate(**call | {"model": there})
     with pytest.raises(FileExistsError, match=r"model.fingerprint: \w{12}... there"):
         planted.evaluate(**call | {"model": here})
+
+
+def test_what_only_one_call_says_is_a_difference():
+    there, here = {"a": 1, "b": {"c": 2}, "command": ["x"]}, {"a": 1, "b": {"c": 2, "d": 3}, "command": ["y"]}
+    assert list(differences(there, here)) == [("b.d", "none", "3")]
+    assert list(differences(here, there)) == [("b.d", "3", "none")]
 
 
 def test_another_version_is_refused(unfinished, monkeypatch):

@@ -185,6 +185,9 @@ def test_the_thorough_plan(monkeypatch):
     last = [row.attack for row in rows if row.kind == "further"]
     assert last[:3] == ["apgd-restart", "square-20000", "noise"] and last[-1] == "examples of the base"
     assert last[3].startswith("apgd-ce (true gradient), 2 times as long")
+    found = [row for row in rows if row.kind in KINDS[1:3] and row.broken]
+    again = [row for row in found if row is found[-1] or row is max(found, key=lambda row: row.broken)]
+    assert last[3:-1] == [f"{row.attack} ({row.kind}), 2 times as long" for row in again] and len(again) == 2
     assert not any(row.note for row in rows if row.kind == "BPDA")
     assert all(row.note for row in result.base.rows if row.kind == "BPDA")
     for side in result.sides:

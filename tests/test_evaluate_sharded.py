@@ -84,6 +84,7 @@ def test_a_failure_in_one_process_is_raised_in_all_and_what_was_done_is_kept(ran
     assert name == "MemoryError" and text.startswith("process 1 of 2, ") and text.endswith(": no memory left")
     log = (folder / "failed" / "log.txt").read_text()
     assert "stopped by MemoryError: process 1 of 2" in log and "blocks are finished" in log
+    assert "is damaged" not in log  # what failed is not kept
     assert first["resumed"] == second["resumed"] == first["result"] == first["finished"] == second["finished"]
     assert first["done"] < first["blocks"]
 

@@ -179,6 +179,7 @@ def evaluate(
         settings = {side.name: side.setting(classes) for side in sides}
         contest(sides, plan, settings, bpda)
 
+        modes.seed(seed)  # a model may draw, and the last block may have come from an unfinished run
         apart = reach.apart(subject, rival, logits, base_logits) if rival else math.inf
         case = _case(subject, rival, logits, apart, training["model"], settings["model"], bpda)
         result = Result(
@@ -298,6 +299,8 @@ def _case(
     """What the checks look at, measured after all rows. apart: see `reach.apart`; infinite where there is no base."""
     alike, own = apart <= ROUNDING, bpda is straight_through
     probes = probe(side, setting, bpda)
+    base_drift = drift(base) if base is not None else 0.0
+    jumps = reach.jumps(side, base, alike)
     modes.seed(setting.seed)  # what follows is in no block
     return Case(
         model=side.side(),
@@ -308,9 +311,9 @@ def _case(
         training=training,
         outside=int(((side.x < 0) | (side.x > 1)).sum()),
         scale=scale.of(side.attacked, side.x[:PROBED].to(side.device), side.batch_size),
-        base_drift=drift(base) if base is not None else 0.0,
+        base_drift=base_drift,
         thresholds=reach.thresholds(side, own, alike),
-        jumps=reach.jumps(side, base, alike),
+        jumps=jumps,
     )
 
 
