@@ -10,6 +10,7 @@ import pytest
 import torch
 from planted import Hidden, evaluate, inputs, linear
 from pyautoattack import checks
+from stopped import stop_after
 from torch import nn
 
 import forged_fx
@@ -251,6 +252,7 @@ def test_the_gradient_in_batches_is_that_of_the_numbers_drawn(small):
         torch.manual_seed(0)
         leaf = x[:20].clone().requires_grad_()
         loss = nn.functional.cross_entropy(logits(leaf), y[:20])
+        torch.rand(1)
         before = torch.get_rng_state()
         gradients += torch.autograd.grad(loss, leaf)
         assert torch.equal(torch.get_rng_state(), before)
@@ -291,6 +293,19 @@ def test_so_are_a_sweeps_and_a_searchs(small, tmp_path, source):
     searched = [forged_fx.search(*given, **call, budget=2, folder=folder) for folder in folders]
     margins = [[trial.margin for trial in found.trials] for found in searched]
     assert margins[0] == margins[1] == margins[2]
+
+
+def test_so_is_a_search_that_was_stopped(small, tmp_path, monkeypatch):
+    trained, x, y = small
+    model, call = Noisy(trained, DRAWS["torch"]).eval(), {"eps": 0.1, "attacks": ["apgd-ce"], "budget": 2}
+    given = model, forged_fx.calibrate(model, [x]), x[:20], y[:20]
+    whole = forged_fx.search(*given, **call)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(3, patch)
+        forged_fx.search(*given, **call, folder=tmp_path)
+    torch.manual_seed(5)
+    again = forged_fx.search(*given, **call, folder=tmp_path)
+    assert [trial.margin for trial in again.trials] == [trial.margin for trial in whole.trials]
 
 
 def test_an_exported_program_is_judged_as_the_model_it_was(small, hurried):

@@ -311,6 +311,7 @@ def test_inputs_near_the_boundary_are_right_unattacked_and_lead_or_lag_least(mon
     tried = trying(monkeypatch, [-0.9, 0.3, -0.2, 0.8, -0.4, 0.01])
     assert tried.near.tolist() == [1, 2, 4] and (tried.base.standing, tried.base.natural) == (1, 5)
     assert tried.base.margin == pytest.approx((1 - 2 / 3 - 1) / 3)  # in units of 0.3, cut at 1
+    assert tried._trial(Configuration(), torch.tensor([torch.nan, 0.6]), 5, 0.0).margin == 0  # the one -1, the other 1
     level = trying(monkeypatch, [0.0, 0.2, 0.4, 0.9, 0.9, 0.9])
     assert level.near.tolist() == [0, 1, 2] and level.base.standing == 2  # a lead of 0 is none
 
@@ -524,6 +525,7 @@ def test_code_that_changed_is_noticed_where_the_logits_of_a_class_cancel():
     finished = SimpleNamespace(facts={"logits": answers(model, both, 12)})
     run = Run(Processes(), Blocks(0), Progress(False), finished=finished)
     assert run.again(model, both, 5) is finished
+    assert run.again(planted.Changed(model, after=lambda out: out + 1e-7), both, 12) is finished  # rounding
     with pytest.raises(ValueError, match="its code has changed"):
         run.again(planted.Changed(model, after=lambda out: 2 * out), both, 12)
 
