@@ -68,6 +68,8 @@ def test_moves_change_one_site_by_one_step():
         (here.places[0], ("b", kind, ratio), here.places[1])
         for kind, ratio in (("hard", 2**-6), ("clamp", 0.6), ("band", (2**-6, 0.6)))
     }
+    one_below_the_last = moves.at(Configuration.uniform("a", "hard", moves.LOW[-2]), "a", sites, ("hard",))
+    assert [str(move) for move in one_below_the_last] == ["nothing forged", "hard 1/64 at a", "hard 1/16 at a"]
     at_the_end = [str(move) for move in moves.at(here, "c", sites, ("hard",))]
     assert at_the_end == ["band 1/64 to 0.7 at a", "band 1/64 to 0.7 at a; hard 1/128 at c"]
 
