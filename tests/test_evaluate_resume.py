@@ -340,3 +340,26 @@ def test_the_journal_keeps_what_is_written_whole(tmp_path):
     with Journal(tmp_path, {"command": []}) as journal:
         assert journal.resumed == 1 and journal.recall("a b", 3) == {1: data}
         assert not list(journal.folder.glob(".*.part"))
+
+
+@pytest.mark.parametrize("removed", range(4))
+def test_killed_while_it_is_cleared_away_a_run_says_to_the_last_whose_it_is(tmp_path, monkeypatch, removed):
+    unlink, left = Path.unlink, removed
+
+    def limited(path):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        unlink(path)
+
+    with pytest.raises(KeyboardInterrupt), Journal(tmp_path, {"command": []}) as journal:
+        for number in range(3):
+            journal.keep("a", number, b"found")
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", limited)
+            journal.finish()
+    assert len(list(journal.folder.iterdir())) == 5 - removed
+    with Journal(tmp_path, {"command": []}) as again:
+        again.finish()
+    assert not again.folder.exists()

@@ -204,6 +204,24 @@ def test_stopped_anywhere_it_goes_on_and_a_finished_one_is_returned(toy, tmp_pat
         forged_fx.sweep(model, [x], x, y, **options, folder=tmp_path / "parts", seed=1)
 
 
+def test_other_points_and_figures_that_cannot_be_are_refused(toy, tmp_path):
+    model, x, y = toy
+    call = OPTIONS | {"attacks": ["noise"], "kinds": None, "ratios": [0.25], "folder": tmp_path}
+    forged_fx.sweep(model, [x], x, y, **call)
+    with pytest.raises(FileExistsError, match=r"models.hard 0.25: \w{12}... there, none here; models.hard 0.3: none"):
+        forged_fx.sweep(model, [x], x, y, **call | {"ratios": [0.3]})
+    other = planted.copy.deepcopy(model)
+    other[1].bias.data += 1
+    with pytest.raises(FileExistsError, match=r"models.base: \w{12}... there"):
+        forged_fx.sweep(other, [x], x, y, **call)
+    record = json.loads((tmp_path / "sweep.json").read_text())
+    for name, figure in (("worst", 25), ("natural", -1), ("p_holm", 1.5)):
+        point = record["points"][0] | {name: figure}
+        (tmp_path / "sweep.json").write_text(json.dumps(record | {"points": [point]}))
+        with pytest.raises(ValueError, match=f": {figure} is not in "):
+            Sweep.load(tmp_path)
+
+
 def test_a_result_and_a_sweep_may_lie_in_one_folder(toy, tmp_path):
     model, x, y = toy
     (tmp_path / "stats.safetensors").write_text("the caller's")
