@@ -148,6 +148,16 @@ def test_what_is_above_or_below_is_so_after_holms_correction_too(toy):
     assert found.sentence.startswith("of 1 points none is measurably above the base, 1 measurably below: ")
 
 
+def test_the_true_gradients_figure_counts_its_rows_alone(toy):
+    model, x, y = toy
+    call = {"eps": 0.1, "attacks": ["apgd-ce"]}
+    stats = forged_fx.calibrate(model, [x])
+    (point,) = forged_fx.sweep(model, stats, x, y, **call, ratios=[0.25], rounds=0).points
+    side = forged_fx.evaluate(forged_fx.transform(model, stats, 0.25), model, x=x, y=y, **call).model
+    figures = [int(side.right(kind).sum()) for kind in ("natural", "true gradient", "BPDA")]
+    assert (point.natural, point.true) == tuple(figures[:2]) and point.true > figures[2] >= point.worst
+
+
 def test_a_point_that_stands_is_better_than_one_that_does_not(toy):
     model, x, y = toy
     found = forged_fx.sweep(model, [x], x, y, **OPTIONS | {"ratios": {"clamp": [0.9]}, "kinds": None})
