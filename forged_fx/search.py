@@ -35,7 +35,7 @@ from forged_fx.recorded import LIMIT, Recorded, answers, running, within
 from forged_fx.rows import Table
 from forged_fx.stats import Stats, is_number
 from forged_fx.transform import select
-from forged_fx.trials import Spent, Trial, Trials
+from forged_fx.trials import Spent, Trial, Trials, loses_too_much
 
 KINDS = ("hard", "soft", "clamp", "band")
 LISTED = 10  # trials in the printed table
@@ -452,7 +452,9 @@ def _confirmed(results: Sequence[tuple[Configuration, Path | None, Result]], max
                 result.verdict == "cannot say" and bool(result.model.undefined)
             ),
             f"p = {p_holm:.2g} for {len(results)} finalists": result.verdict == "gain" and p_holm > 1 - LEVEL,
-            f"loses {100 * lost / result.n:.1f} points of natural accuracy": lost > max_natural_loss * result.n,
+            f"loses {100 * lost / result.n:.1f} points of natural accuracy": loses_too_much(
+                lost, result.n, max_natural_loss
+            ),
         }
         reason = "; ".join(text for text, holds in reasons.items() if holds)
         finalist = Finalist(

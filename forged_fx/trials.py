@@ -35,6 +35,11 @@ RIGHT: Fields = {"right": (torch.bool, 1)}
 BEGUN: Fields = MARGINS | RIGHT | {"examples": (torch.float32, None)}
 
 
+def loses_too_much(lost: int, n: int, most: float) -> bool:
+    """Whether more than the share `most` of n is lost. (Of 100, 29 are 0.29, which times 100 is less than 29.)"""
+    return lost / n > most
+
+
 class Spent(Exception):
     """What was allowed is; the message says of what."""
 
@@ -96,6 +101,7 @@ class Trials:
         progress: Progress,
     ) -> None:
         self.model, self.stats, self.x, self.y, self.threat = model, stats, x, y, threat
+        self.max_natural_loss = max_natural_loss
         self.budget, self.seconds = budget, math.inf if seconds is None else seconds
         self.blocks, self.batch_size, self.progress = blocks, batch_size, progress
         self.device = device_of(model, x.device)
@@ -103,10 +109,10 @@ class Trials:
         self.classes = checks.logits(checks.ask(model, self.example[0][0], "model"), x[:8], y, "model").shape[1]
         self.made: dict[Configuration, Trial] = {}
         self.spent = 0.0
-        self._find_near(max_natural_loss)
+        self._find_near()
         progress.begin("trying configurations", budget)
 
-    def _find_near(self, max_natural_loss: float) -> None:
+    def _find_near(self) -> None:
         seed(self.blocks.seed)  # a model may draw
         logits = checks.answers(self.model, self.x, self.batch_size, "model")
         checks.same_code(self.blocks.unchanged("base logits", logits), "model", "the unfinished run began")
@@ -123,7 +129,6 @@ class Trials:
         if not len(self.near):
             raise ValueError("the model is wrong on every input of the search: there is nothing to make robust")
         self.scale = max(float(margins[self.near].abs().mean()), 1e-12)
-        self.least = int(right.sum()) - max_natural_loss * len(self.x)
         self.base = self._trial(Configuration(), margins[self.near], int(right.sum()), seconds)
 
     def try_out(self, configurations: Iterable[Configuration]) -> Iterator[Trial]:
@@ -170,7 +175,8 @@ class Trials:
 
         asked = all_of(team, "natural", torch.arange(len(self.x)), ask, RIGHT)
         natural = {one: int(outcome["right"].sum()) for one, (outcome, _) in asked.items()}
-        fit = [one for one in team if natural[one] >= self.least]
+        before, n = self.base.natural, len(self.x)
+        fit = [one for one in team if not loses_too_much(before - natural[one], n, self.max_natural_loss)]
         attacked = all_of(fit, "attacked", self.near, attack, MARGINS)
         for one in team:
             seconds = asked[one][1]

@@ -8,7 +8,6 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from forged_fx.evaluate import reach
