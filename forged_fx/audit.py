@@ -13,9 +13,11 @@ import torch.fx as fx
 from torch import Tensor
 
 from forged_fx.capture import in_a_line
-from forged_fx.modes import copies, eval_mode, fast_path_off, kept_buffers, kept_randomness, seed, uncompiled
+from forged_fx.models import copies
+from forged_fx.modes import eval_mode, fast_path_off, kept_buffers, uncompiled
 from forged_fx.observe import Observer, Sighting
 from forged_fx.ops import THRESHOLD_OPS
+from forged_fx.randomness import kept_randomness, seed
 from forged_fx.sites import is_activation
 from forged_fx.thresholds import thresholds_of
 from forged_fx.torch_internals import TorchDispatchMode, tree_leaves

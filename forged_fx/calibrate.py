@@ -18,7 +18,8 @@ from forged_fx import channels, checked, histogram, ops, torch_internals
 from forged_fx.capture import in_a_line
 from forged_fx.channels import ChannelCounts
 from forged_fx.memory import in_halves
-from forged_fx.modes import as_found, device_of, is_sharded, uncompiled, unwrapped
+from forged_fx.models import device_of, is_sharded, unwrapped
+from forged_fx.modes import as_found, uncompiled
 from forged_fx.observe import Observer, Sighting
 from forged_fx.processes import Processes, attempt, joined, result
 from forged_fx.progress import track

@@ -17,7 +17,9 @@ import torch.fx as fx
 import torch.nn.attention
 
 from forged_fx import torch_internals
-from forged_fx.modes import copied, generator_state, kept_buffers, kept_randomness
+from forged_fx.models import copied
+from forged_fx.modes import kept_buffers
+from forged_fx.randomness import generator_state, kept_randomness
 from forged_fx.sites import module_of
 
 Traced = tuple[fx.Graph, dict[str, torch.Tensor]]  # a graph, and the tensors that were made for it, by name

@@ -17,7 +17,8 @@ import torch.fx as fx
 from forged_fx import torch_internals
 from forged_fx.hoist import COPIES, VIEWS, hoist, written_by_inductor
 from forged_fx.lowering import register_lowerings
-from forged_fx.modes import as_found, copies
+from forged_fx.models import copies
+from forged_fx.modes import as_found
 from forged_fx.share import share, thresholds_in
 from forged_fx.thresholds import not_forged, thresholds_of
 

@@ -16,9 +16,10 @@ from forged_fx.bpda import callers_gradient_off, straight_through
 from forged_fx.evaluate import checks, fingerprint, scale
 from forged_fx.evaluate.gradients import Context
 from forged_fx.gains import Gains, gains
-from forged_fx.modes import as_found, fast_path_off, kept_randomness
-from forged_fx.modes import seed as seed_all
+from forged_fx.modes import as_found, fast_path_off
 from forged_fx.progress import track
+from forged_fx.randomness import kept_randomness
+from forged_fx.randomness import seed as seed_all
 from forged_fx.rows import Rows, text
 from forged_fx.stats import is_number
 from forged_fx.thresholds import parameters_of

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from forged_fx import checked
-from forged_fx.evaluate import checks, report
+from forged_fx.evaluate import checks, terminal
 from forged_fx.evaluate.blocks import ROUNDING, Blocks
 from forged_fx.evaluate.journal import Call, Journal, agree, begin
 from forged_fx.evaluate.threat import Threat
 from forged_fx.extras import need
 from forged_fx.files import whole
-from forged_fx.modes import kept_randomness, seed
 from forged_fx.processes import Processes, joined
+from forged_fx.randomness import kept_randomness, seed
 from forged_fx.rows import Table, write_csv
 
 FORMAT = 1
@@ -117,11 +117,15 @@ class Recorded:
             raise ValueError(f"{Path(where) / name} holds no {cls.NAME}: {error}") from error
 
     def __rich__(self) -> Any:
-        parts = report.plain(self.sentence, "bold"), *map(report.table, self.tables()), report.plain(self.small_print)
+        parts = (
+            terminal.plain(self.sentence, "bold"),
+            *map(terminal.table, self.tables()),
+            terminal.plain(self.small_print),
+        )
         return need("rich.console").Group(*parts)
 
     def __str__(self) -> str:
-        return report.text(self)
+        return terminal.text(self)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {checked.visible(self.sentence)}>"
@@ -134,7 +138,7 @@ class Run:
 
     processes: Processes
     blocks: Blocks
-    shown: report.Progress
+    shown: terminal.Progress
     journal: Journal | None = None
     finished: Any = None
 
@@ -173,7 +177,7 @@ def running(
     with ExitStack() as stack:
         processes = stack.enter_context(joined(shard, kind.NAME))
         agree(processes, call)
-        blocks, shown = Blocks(seed, processes), report.Progress(progress if processes.rank == 0 else False)
+        blocks, shown = Blocks(seed, processes), terminal.Progress(progress if processes.rank == 0 else False)
         journal = finished = None
         if folder is not None:
             asked = call | {"command": list(sys.argv)}

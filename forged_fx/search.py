@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from forged_fx import checked, moves, trials
+from forged_fx import checked, search_moves, trials
 from forged_fx.configuration import Configuration
 from forged_fx.evaluate import blocks as unit
 from forged_fx.evaluate import checks, evaluate, fingerprint
@@ -30,7 +30,7 @@ from forged_fx.evaluate.attacks import choose
 from forged_fx.evaluate.result import Result
 from forged_fx.evaluate.statistics import LEVEL, holm
 from forged_fx.evaluate.threat import Threat
-from forged_fx.modes import device_of
+from forged_fx.models import device_of
 from forged_fx.recorded import LIMIT, Recorded, answers, running, within
 from forged_fx.rows import Table
 from forged_fx.stats import Stats, is_number
@@ -233,7 +233,7 @@ def search(
         stats: what `calibrate(model, ...)` returned, or the path it was saved to.
         x, y, eps, norm, batch_size, progress, shard: as in `forged_fx.evaluate`. Processes that share a search try as
             many configurations at once as they are.
-        kinds: which kinds may be used, of `moves.LADDERS`. "mean" needs statistics by channel.
+        kinds: which kinds may be used, of `search_moves.LADDERS`. "mean" needs statistics by channel.
         max_natural_loss: how much natural accuracy may be lost, a share of all inputs: in the search, and again in the
             confirmation.
         budget: how many configurations are tried, at most.
@@ -265,8 +265,8 @@ def search(
     threat, (x, y) = checks.threat(eps, norm), checks.inputs(x, y)
     choose(attacks)
     kinds = checked.several(kinds, "kinds", "names")
-    if unknown := [kind for kind in kinds if kind not in moves.LADDERS]:
-        raise ValueError(f"search does not know kind {unknown[0]!r}; choose from {', '.join(moves.LADDERS)}")
+    if unknown := [kind for kind in kinds if kind not in search_moves.LADDERS]:
+        raise ValueError(f"search does not know kind {unknown[0]!r}; choose from {', '.join(search_moves.LADDERS)}")
     if not kinds or budget < 1 or finalists < 1:
         raise ValueError(f"kinds={kinds}, budget={budget}, finalists={finalists}: at least one of each")
     if not is_number(max_natural_loss) or not 0 <= max_natural_loss <= 1:
@@ -369,8 +369,8 @@ def _made_from(model: nn.Module, stats: Stats, sites: Iterable[str]) -> dict[str
 def walk(tried: Trials, sites: Sequence[str], kinds: Sequence[str], chance: random.Random) -> tuple[list[Trial], str]:
     """Where the moves end that look better than the base, the best first; and why they ended.
 
-    They begin at the `STARTS` best of `moves.starts` and the base. The walks take turns, a site at a time, so that a
-    budget that runs out ends all of them and not the last.
+    They begin at the `STARTS` best of `search_moves.starts` and the base. The walks take turns, a site at a time, so
+    that a budget that runs out ends all of them and not the last.
     """
     here: list[Trial] = []
 
@@ -380,12 +380,12 @@ def walk(tried: Trials, sites: Sequence[str], kinds: Sequence[str], chance: rand
         while here[k] is not before:
             before = here[k]
             for site in chance.sample(sites, len(sites)):
-                for trial in tried.try_out(moves.at(here[k].configuration, site, sites, kinds)):
+                for trial in tried.try_out(search_moves.at(here[k].configuration, site, sites, kinds)):
                     here[k] = max(here[k], trial, key=lambda trial: trial.score)
                 yield
 
     try:
-        for _ in tried.try_out(moves.starts(sites, kinds)):
+        for _ in tried.try_out(search_moves.starts(sites, kinds)):
             pass
         here += sorted((tried.base, *tried.made.values()), key=lambda trial: trial.score, reverse=True)[:STARTS]
         ascents = [ascend(k) for k in range(len(here))]

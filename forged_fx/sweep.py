@@ -32,7 +32,7 @@ from forged_fx.evaluate.verdict import VERDICTS
 from forged_fx.extras import need
 from forged_fx.files import whole
 from forged_fx.kinds import KINDS
-from forged_fx.modes import device_of
+from forged_fx.models import device_of
 from forged_fx.recorded import LIMIT, Recorded, answers, running, within
 from forged_fx.rows import Table, share
 from forged_fx.stats import Ends, Stats, is_number

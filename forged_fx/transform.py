@@ -17,7 +17,8 @@ from forged_fx.capture import Untraceable, capture, opened_modules
 from forged_fx.containers import HELD, hold, skeleton
 from forged_fx.fuse import fuse as fuse_producers
 from forged_fx.kinds import OWN, Choice, choose
-from forged_fx.modes import copied, is_sharded, of_ordinary_tensors, unwrapped
+from forged_fx.models import copied, is_sharded, unwrapped
+from forged_fx.modes import of_ordinary_tensors
 from forged_fx.regions import forge_regions
 from forged_fx.rewrite import WHOLE, Placed, find_calls, insert_thresholds, number
 from forged_fx.sites import ACTIVATIONS as ACTIVATION_CALLS

@@ -21,9 +21,10 @@ from forged_fx.evaluate import checks, fingerprint, further, gradients, surrogat
 from forged_fx.evaluate.attacks import Setting, toolbox
 from forged_fx.evaluate.blocks import Blocks, Fields, Job, Outcome
 from forged_fx.evaluate.gradients import Context, Logits
-from forged_fx.evaluate.report import Progress
+from forged_fx.evaluate.terminal import Progress
 from forged_fx.evaluate.threat import Threat
-from forged_fx.modes import device_of, seed
+from forged_fx.models import device_of
+from forged_fx.randomness import seed
 from forged_fx.stats import Stats
 
 NEAR = 100  # inputs nearest to the boundary

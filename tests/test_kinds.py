@@ -352,7 +352,7 @@ triton.knobs.runtime.interpret = True
 import forged_fx
 from forged_fx.evaluate.surrogate import smooth
 from forged_fx.kernels import kinds, reference
-from forged_fx.moves import LADDERS
+from forged_fx.search_moves import LADDERS
 
 x, t = torch.linspace(-2, 2, 401), torch.tensor(0.3)
 y = torch.where(x.abs() < t, 0, x + t * x.sign())
@@ -390,7 +390,7 @@ def test_a_kind_that_is_added_as_the_docs_say_works_everywhere(tmp_path):
         "ops.py": [('        Function("mean", (', f"        {function}\n")],
         "kinds.py": [('        Kind("mean", "mean"', f"        {kind}\n")],
         "evaluate/surrogate.py": [('    "mean": lambda x, mean', f"    {slope}\n")],
-        "moves.py": [('    "mean": (WIDTH,),\n', f"    {ladder}\n")],
+        "search_moves.py": [('    "mean": (WIDTH,),\n', f"    {ladder}\n")],
     }
     done = scratch.run(tmp_path, ADDED, added)
     assert done.stdout == "apart True\n", done.stderr

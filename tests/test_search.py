@@ -14,12 +14,12 @@ import torch
 from stopped import stop_after
 
 import forged_fx
-from forged_fx import moves, trials
+from forged_fx import search_moves, trials
 from forged_fx.configuration import Configuration
 from forged_fx.digits import EPS, one_thread
 from forged_fx.evaluate import Result, fingerprint, surrogate
 from forged_fx.evaluate.blocks import Blocks
-from forged_fx.evaluate.report import Progress
+from forged_fx.evaluate.terminal import Progress
 from forged_fx.evaluate.threat import Threat
 from forged_fx.processes import Processes
 from forged_fx.recorded import Run, answers
@@ -54,7 +54,7 @@ def test_moves_change_one_site_by_one_step():
     sites = ["a", "b", "c"]
     kinds = ("hard", "clamp", "band")
     here = Configuration((("a", "band", (2**-6, 0.7)), ("c", "hard", 2**-8)))
-    found = {str(move) for move in moves.at(here, "a", sites, kinds)}
+    found = {str(move) for move in search_moves.at(here, "a", sites, kinds)}
     rest = "; hard 1/256 at c"
     assert found == {"hard 1/256 at c"} | {
         text + rest for text in (
@@ -63,23 +63,27 @@ def test_moves_change_one_site_by_one_step():
         )
     } | {"hard 1/64 at a; hard 1/256 at c", "hard 1/256 at c; hard 1/64 at a"} & found  # fmt: skip
     assert len(found) == 7
-    grown = {move.places for move in moves.at(here, "b", sites, kinds)}  # nothing stands there yet: the middle rungs
+    grown = {
+        move.places for move in search_moves.at(here, "b", sites, kinds)
+    }  # nothing stands there yet: the middle rungs
     assert grown == {
         (here.places[0], ("b", kind, ratio), here.places[1])
         for kind, ratio in (("hard", 2**-6), ("clamp", 0.6), ("band", (2**-6, 0.6)))
     }
-    one_below_the_last = moves.at(Configuration.uniform("a", "hard", moves.LOW[-2]), "a", sites, ("hard",))
+    one_below_the_last = search_moves.at(
+        Configuration.uniform("a", "hard", search_moves.LOW[-2]), "a", sites, ("hard",)
+    )
     assert [str(move) for move in one_below_the_last] == ["nothing forged", "hard 1/64 at a", "hard 1/16 at a"]
-    at_the_end = [str(move) for move in moves.at(here, "c", sites, ("hard",))]
+    at_the_end = [str(move) for move in search_moves.at(here, "c", sites, ("hard",))]
     assert at_the_end == ["band 1/64 to 0.7 at a", "band 1/64 to 0.7 at a; hard 1/128 at c"]
 
 
 def test_starts_are_all_sites_the_first_and_the_inner_ones():
-    starts = list(moves.starts(["a", "b", "c"], ("clamp", "band")))
-    assert len(starts) == 3 * len(moves.HIGH) == len(set(starts))
+    starts = list(search_moves.starts(["a", "b", "c"], ("clamp", "band")))
+    assert len(starts) == 3 * len(search_moves.HIGH) == len(set(starts))
     assert {tuple(place[0] for place in start.places) for start in starts} == {("a", "b", "c"), ("a",), ("b",)}
-    assert len(list(moves.starts(["a"], ("soft",)))) == len(moves.LOW)
-    assert len(list(moves.starts(["a", "b"], ("soft",)))) == 3 * len(moves.LOW)
+    assert len(list(search_moves.starts(["a"], ("soft",)))) == len(search_moves.LOW)
+    assert len(list(search_moves.starts(["a", "b"], ("soft",)))) == 3 * len(search_moves.LOW)
 
 
 # --- where moves lead ---
@@ -124,7 +128,7 @@ def test_a_better_margin_alone_is_no_finalist():
 
 
 def test_a_budget_that_ends_among_the_starts_leaves_the_best_of_them():
-    best, worse = (Configuration.uniform(SITES, "hard", ratio) for ratio in moves.LOW[2:4])
+    best, worse = (Configuration.uniform(SITES, "hard", ratio) for ratio in search_moves.LOW[2:4])
     ends, stopped, tried = walked(lambda one: ({best: 9, worse: 8}.get(one, 4), 0.0), budget=4)
     assert [end.configuration for end in ends] == [best, worse] and stopped == "the budget is spent" and len(tried) == 4
 
@@ -257,7 +261,7 @@ def test_natural_accuracy_is_bounded_in_the_search(toy):
     model, stats, x, y = toy
     harsh = {"kinds": ("clamp",), "attacks": ["noise"], "max_natural_loss": 0.0, "budget": 3}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(moves.LADDERS, "clamp", ((0.01,),))  # no pixel is brighter than another
+        patch.setitem(search_moves.LADDERS, "clamp", ((0.01,),))  # no pixel is brighter than another
         found = forged_fx.search(model, stats, x, y, **QUICK | harsh)
     lost = [trial for trial in found.trials if trial.natural < found.base.natural]
     assert lost and not any(trial.fit for trial in lost) and found.best is None
@@ -266,7 +270,7 @@ def test_natural_accuracy_is_bounded_in_the_search(toy):
 def test_what_was_not_attacked_has_no_figures_of_an_attack(toy, tmp_path, monkeypatch):
     model, stats, x, y = toy
     harsh = {"kinds": ("clamp",), "attacks": ["noise"], "max_natural_loss": 0.0, "budget": 3}
-    monkeypatch.setitem(moves.LADDERS, "clamp", ((0.01,),))
+    monkeypatch.setitem(search_moves.LADDERS, "clamp", ((0.01,),))
     found = forged_fx.search(model, stats, x, y, **QUICK | harsh, folder=tmp_path)
     out = [trial for trial in found.trials if not trial.fit]
     assert out and {(trial.standing, trial.margin) for trial in out} == {(None, None)}

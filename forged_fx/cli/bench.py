@@ -36,7 +36,7 @@ def run(
     from forged_fx import throughput
     from forged_fx.cli import given, output
     from forged_fx.evaluate.fingerprint import of_forging
-    from forged_fx.modes import device_of
+    from forged_fx.models import device_of
     from forged_fx.report.run import save_speeds
 
     chosen = [mode.strip() for mode in modes.split(",")]

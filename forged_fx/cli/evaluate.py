@@ -65,7 +65,7 @@ def run(
     import forged_fx
     from forged_fx.cli import given, output
     from forged_fx.evaluate.record import headline
-    from forged_fx.modes import device_of
+    from forged_fx.models import device_of
     from forged_fx.report.run import save_sites
     from forged_fx.sources import load_model
 

@@ -10,7 +10,7 @@ from torch import nn
 import forged_fx
 from forged_fx.cli import options
 from forged_fx.cli.output import note
-from forged_fx.modes import device_of
+from forged_fx.models import device_of
 from forged_fx.processes import place
 from forged_fx.sources import DATA, Batches, Images, Model, load_data, load_model
 

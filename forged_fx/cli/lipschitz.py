@@ -42,7 +42,7 @@ def run(
     import forged_fx
     from forged_fx.cli import given, output
     from forged_fx.lipschitz import Lipschitz
-    from forged_fx.modes import device_of
+    from forged_fx.models import device_of
     from forged_fx.report.run import LIPSCHITZ
 
     output.check(Lipschitz, save, folder and folder / LIPSCHITZ)

@@ -41,7 +41,7 @@ def run(
     """
     from forged_fx.cli import given, output
     from forged_fx.cli.formats import FORMATS
-    from forged_fx.modes import device_of
+    from forged_fx.models import device_of
     from forged_fx.thresholds import parameters_of
 
     if out.suffix not in FORMATS:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from forged_fx.evaluate.journal import Journal, pack
 from forged_fx.extras import need
-from forged_fx.modes import seed
 from forged_fx.processes import Processes, attempt, result
+from forged_fx.randomness import seed
 
 BLOCK = 250  # inputs; pyautoattack's own batch size, so that a row equals its figure
 ROUNDING = 1e-3  # share of the largest logit by which two runs of one model may differ: TF32 keeps 10 bits

@@ -13,7 +13,9 @@ from forged_fx.bpda import callers_gradient_off
 from forged_fx.capture import in_a_line
 from forged_fx.evaluate.threat import NORMS, Threat
 from forged_fx.memory import ran_out
-from forged_fx.modes import as_found, device_of, kept_randomness
+from forged_fx.models import device_of
+from forged_fx.modes import as_found
+from forged_fx.randomness import kept_randomness
 from forged_fx.stats import is_number
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from forged_fx import checked
-from forged_fx.evaluate import report, statistics
+from forged_fx.evaluate import statistics, terminal
 from forged_fx.evaluate.journal import differences
 from forged_fx.evaluate.record import call_of
 from forged_fx.evaluate.result import FIGURES, KINDS, Result, Side
@@ -72,11 +72,13 @@ class Comparison:
         return found
 
     def __str__(self) -> str:
-        return report.text(self)
+        return terminal.text(self)
 
     def __rich__(self) -> Any:
-        cautions = report.plain("\n".join(self.cautions))
-        return need("rich.console").Group(report.plain(_sentence(self), "bold"), _table(self), *_listed(self), cautions)
+        cautions = terminal.plain("\n".join(self.cautions))
+        return need("rich.console").Group(
+            terminal.plain(_sentence(self), "bold"), _table(self), *_listed(self), cautions
+        )
 
     def __repr__(self) -> str:
         return f"<Comparison: {_sentence(self)}>"
@@ -157,7 +159,7 @@ def _table(c: Comparison) -> Any:
     table = need("rich.table").Table(title=f"right, of {c.a.n} inputs", title_justify="left")
     headings = ("", *c.names, "points", "95 % interval", "McNemar p", f"{c.names[0]} alone", f"{c.names[1]} alone")
     for heading in headings:
-        table.add_column(report.plain(heading), justify="left" if not heading else "right")
+        table.add_column(terminal.plain(heading), justify="left" if not heading else "right")
     for side in ("model", "base"):
         for name, kind in c.figures.items():
             p = c.paired(kind, side)
@@ -167,7 +169,7 @@ def _table(c: Comparison) -> Any:
             shares = [f"{100 * one.accuracy(kind):.2f} % ({int(one.right(kind).sum())})" for one in sides]
             difference = (f"{100 * p.difference:+.2f}", f"{100 * p.low:+.2f} {100 * p.high:+.2f}", f"{p.p:.2g}")
             cells = (f"{side}: {name}", *shares, *difference, str(p.base_only), str(p.model_only))
-            table.add_row(*map(report.plain, cells), style="bold" if (side, kind) == ("model", WORST) else "")
+            table.add_row(*map(terminal.plain, cells), style="bold" if (side, kind) == ("model", WORST) else "")
         table.add_section()
     return table
 
@@ -180,5 +182,5 @@ def _listed(c: Comparison) -> list[Any]:
     for heading in ("input", "right in", "broken in the other by"):
         table.add_column(heading)
     for flip in flips[:LISTED]:
-        table.add_row(*map(report.plain, (str(flip.index), flip.right_in, flip.broken)))
+        table.add_row(*map(terminal.plain, (str(flip.index), flip.right_in, flip.broken)))
     return [table, *([f"and {len(flips) - LISTED} more: .flips"] if len(flips) > LISTED else [])]

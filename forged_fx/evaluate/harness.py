@@ -14,10 +14,10 @@ from forged_fx.evaluate.blocks import Blocks, Fields, Outcome
 from forged_fx.evaluate.compiled import Eager, agree, is_compiled
 from forged_fx.evaluate.gallery import Gallery
 from forged_fx.evaluate.gradients import Borrowed, Context, Logits, differ
-from forged_fx.evaluate.report import Progress
 from forged_fx.evaluate.result import LEFT_OUT, STANDING, Row, Side, identity
+from forged_fx.evaluate.terminal import Progress
 from forged_fx.evaluate.threat import Threat
-from forged_fx.modes import device_of
+from forged_fx.models import device_of
 
 FOUND: Fields = {"broken": (torch.int64, 1), "examples": (torch.float32, None), "rejected": (torch.int64, 0)}
 UNRELIABLE = 0.002  # share of n that Square may take after the others; auto-attack's check_square_sr

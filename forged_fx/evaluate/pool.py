@@ -18,8 +18,8 @@ from forged_fx.evaluate.gradients import Context
 from forged_fx.evaluate.harness import Subject
 from forged_fx.evaluate.probes import drift, probe
 from forged_fx.evaluate.protocol import contest
-from forged_fx.evaluate.report import Progress
 from forged_fx.evaluate.result import Side, doubts, judged
+from forged_fx.evaluate.terminal import Progress
 from forged_fx.evaluate.threat import Threat
 from forged_fx.evaluate.verdict import FOREIGN
 

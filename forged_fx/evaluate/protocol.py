@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forged_fx import checked, modes
+from forged_fx import checked, randomness
 from forged_fx.bpda import straight_through
 from forged_fx.evaluate import blocks as unit
 from forged_fx.evaluate import checks, fingerprint, further, gallery, gradients, reach, scale, surrogate
@@ -29,8 +29,8 @@ from forged_fx.evaluate.harness import Subject
 from forged_fx.evaluate.journal import agree
 from forged_fx.evaluate.probes import PROBED, drift, probe
 from forged_fx.evaluate.record import begin, call, finish
-from forged_fx.evaluate.report import Progress
 from forged_fx.evaluate.result import Result, Row
+from forged_fx.evaluate.terminal import Progress
 from forged_fx.extras import need
 from forged_fx.memory import at_half_the_batch
 from forged_fx.processes import joined
@@ -179,7 +179,7 @@ def evaluate(
         settings = {side.name: side.setting(classes) for side in sides}
         contest(sides, plan, settings, bpda)
 
-        modes.seed(seed)  # a model may draw, and the last block may have come from an unfinished run
+        randomness.seed(seed)  # a model may draw, and the last block may have come from an unfinished run
         apart = reach.apart(subject, rival, logits, base_logits) if rival else math.inf
         case = _case(subject, rival, logits, apart, training["model"], settings["model"], bpda)
         result = Result(
@@ -301,7 +301,7 @@ def _case(
     probes = probe(side, setting, bpda)
     base_drift = drift(base) if base is not None else 0.0
     jumps = reach.jumps(side, base, alike)
-    modes.seed(setting.seed)  # what follows is in no block
+    randomness.seed(setting.seed)  # what follows is in no block
     return Case(
         model=side.side(),
         base=base.side() if base is not None else None,

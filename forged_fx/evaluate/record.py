@@ -28,8 +28,9 @@ from forged_fx.evaluate.result import KINDS, STANDING, Finding, Result, Row, Sid
 from forged_fx.evaluate.threat import Threat
 from forged_fx.extras import need
 from forged_fx.files import whole
-from forged_fx.modes import device_of, kept_randomness
+from forged_fx.models import device_of
 from forged_fx.processes import Processes
+from forged_fx.randomness import kept_randomness
 
 FORMAT = 2
 RECORD, EXAMPLES, TIMING = "result.json", "examples.safetensors", "timing.json"

@@ -297,12 +297,12 @@ class Result:
         return load(folder)
 
     def __str__(self) -> str:
-        from forged_fx.evaluate.report import text
+        from forged_fx.evaluate.terminal import text
 
         return text(self)
 
     def __rich__(self) -> Any:
-        from forged_fx.evaluate.report import render
+        from forged_fx.evaluate.terminal import render
 
         return render(self)
 

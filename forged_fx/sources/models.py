@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from forged_fx.extras import need
-from forged_fx.modes import device_of
+from forged_fx.models import device_of
 from forged_fx.sources import robustbench
 from forged_fx.sources.classifier import Classifier, Normalization, normalization
 from forged_fx.sources.exported import load_program

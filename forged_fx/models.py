@@ -1,0 +1,84 @@
+"""What is asked of models of any make: a copy, what others wrapped them in, where they are."""
+
+import copy
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from forged_fx import torch_internals
+
+CPU = torch.device("cpu")
+
+
+def copies(inputs: Any) -> Any:
+    """The same with copies of all tensors: a model may write into what it is given."""
+    return torch_internals.tree_map(lambda value: value.clone() if isinstance(value, torch.Tensor) else value, inputs)
+
+
+def copied(model: torch.nn.Module, shared: Iterable[torch.Tensor] = ()) -> torch.nn.Module:
+    """A deep copy, which shares these tensors. Of what a run has left in the modules (a weight that hooks compute, a
+    cache), which PyTorch does not copy, it has the values.
+
+    Raises RuntimeError where something else cannot be copied; it names what.
+    """
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
+    for module in model.modules():
+        for value in (*vars(module).values(), *module.buffers(recurse=False)):
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        for path, module in model.named_modules():
+            for name, value in vars(module).items():
+                try:
+                    copy.deepcopy(value, dict(memo)) if name not in _HELD else None
+                except Exception as reason:
+                    raise RuntimeError(
+                        f"the model cannot be copied, and is not changed in place: {f'{path}.{name}'.lstrip('.')!r} is "
+                        f"a {type(value).__name__}, of which there is no copy ({reason}); take it off the model, or "
+                        "give its class a __deepcopy__"
+                    ) from error
+        raise
+
+
+_HELD = ("_parameters", "_buffers", "_modules")
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model that torch.compile, DistributedDataParallel or DataParallel was given: they hide its calls or rename
+    its modules, and do nothing that a pass without gradients needs.
+
+    ValueError for FullyShardedDataParallel, which gives a module other parameters than it had.
+    """
+    from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+    while True:
+        if isinstance(model, DataParallel | DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            break
+    if type(model).__name__ == "FullyShardedDataParallel":
+        raise ValueError(
+            "FullyShardedDataParallel flattens its modules' parameters: shard with torch.distributed.fsdp.fully_shard, "
+            "which leaves them what they are, or calibrate and forge the model before it is wrapped"
+        )
+    return model
+
+
+def device_of(model: torch.nn.Module, default: torch.device | None = CPU) -> torch.device | None:
+    """Where its first parameter or buffer is; `default` if it has none."""
+    return next((tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())), default)
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether torch.distributed.fsdp.fully_shard has spread the model's parameters over processes."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())
