@@ -28,6 +28,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -36,14 +37,6 @@ from torch import Tensor
 
 from forged_fx import ops, torch_internals
 
-SCHEMAS = {
-    "elementwise_threshold": "Tensor x, Tensor t, Tensor? residual=None, bool add_first=False, Tensor? mean=None, "
-    "Tensor? var=None, Tensor? weight=None, Tensor? bias=None, float eps=1e-05, int channel=1, str activation='none', "
-    "str function='threshold', Tensor? limit=None",
-    "norm_threshold": "Tensor x, Tensor t, int[] shape, Tensor? residual=None, Tensor? weight=None, "
-    "Tensor? bias=None, float? eps=1e-05, bool rms=False, str function='threshold', Tensor? limit=None, "
-    "bool channels_first=False",
-}
 OVERLOADS = {
     "default": "*, bool straight_through=False) -> Tensor",
     "keep": "*, str keep, bool straight_through=False) -> (Tensor, Tensor)",
@@ -132,12 +125,6 @@ def _with_kept(y: Tensor, kept: Tensor | None) -> Result:
     return y if kept is None else (y, kept)
 
 
-CHAINS: dict[str, Callable[..., Result]] = {
-    "elementwise_threshold": elementwise_threshold,
-    "norm_threshold": norm_threshold,
-}
-
-
 # ---- what a caller may pass
 
 
@@ -207,40 +194,7 @@ def _check_kept(name: str, a: dict[str, Any], sum_is: bool) -> None:
         raise ValueError(f"{name}: keep='sum' is for a residual that is added first; take keep='value'")
 
 
-CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
-    "elementwise_threshold": _check_elementwise,
-    "norm_threshold": _check_norm,
-}
-
-
-# ---- one implementation per device
-
-
-def _arguments(name: str, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by name, checked. (The dispatcher leaves out those that have their default.)"""
-    arguments = {**_DEFAULTS[name], **dict(zip(_DEFAULTS[name], args, strict=False)), **kwargs}
-    _check_function(name, arguments)
-    CHECKS[name](arguments)
-    return arguments
-
-
-_DEFAULTS = {
-    name: {key: p.default for key, p in inspect.signature(chain).parameters.items()} for name, chain in CHAINS.items()
-}
-
-
-def _elsewhere(name: str, *args: Any, **kwargs: Any) -> Result:
-    arguments = _arguments(name, args, kwargs)
-    _decompose_if_inductor_runs()
-    return CHAINS[name](**arguments)
-
-
-def _cuda(name: str, *args: Any, **kwargs: Any) -> Result:
-    arguments = _arguments(name, args, kwargs)
-    if not _FITS[name](arguments):
-        return CHAINS[name](**arguments)
-    del arguments["straight_through"]
-    return _with_kept(*getattr(_kernels(name), f"launch_{name}")(**arguments))
+# ---- what a kernel takes
 
 
 def _elementwise_fits(a: dict[str, Any]) -> bool:
@@ -261,10 +215,74 @@ def _same_kind(x: Tensor, residual: Tensor | None) -> bool:
     return x.dtype in KERNEL_DTYPES and (residual is None or residual.stride() == x.stride())
 
 
-_FITS: dict[str, Callable[[dict[str, Any]], bool]] = {
-    "elementwise_threshold": _elementwise_fits,
-    "norm_threshold": _norm_fits,
+def _kernels(name: str) -> Any:
+    return ops.kernels(OPERATORS[name].file)
+
+
+# ---- the operators
+
+
+@dataclass(frozen=True)
+class Operator:
+    """schema: its arguments, as PyTorch writes them. chain: what it computes. check: raises where arguments, by name,
+    are not right. fits: whether the kernel takes them. file: of kernels/, which holds `NAME_kernel`, `launch_NAME`,
+    `plan` and `OTHERS`."""
+
+    schema: str
+    chain: Callable[..., Result]
+    check: Callable[[dict[str, Any]], None]
+    fits: Callable[[dict[str, Any]], bool]
+    file: str
+
+
+OPERATORS = {
+    "elementwise_threshold": Operator(
+        "Tensor x, Tensor t, Tensor? residual=None, bool add_first=False, Tensor? mean=None, Tensor? var=None, "
+        "Tensor? weight=None, Tensor? bias=None, float eps=1e-05, int channel=1, str activation='none', "
+        "str function='threshold', Tensor? limit=None",
+        elementwise_threshold,
+        _check_elementwise,
+        _elementwise_fits,
+        "fused",
+    ),
+    "norm_threshold": Operator(
+        "Tensor x, Tensor t, int[] shape, Tensor? residual=None, Tensor? weight=None, Tensor? bias=None, "
+        "float? eps=1e-05, bool rms=False, str function='threshold', Tensor? limit=None, bool channels_first=False",
+        norm_threshold,
+        _check_norm,
+        _norm_fits,
+        "norm",
+    ),
 }
+_DEFAULTS = {
+    name: {key: p.default for key, p in inspect.signature(operator.chain).parameters.items()}
+    for name, operator in OPERATORS.items()
+}
+
+
+# ---- one implementation per device
+
+
+def _arguments(name: str, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name, checked. (The dispatcher leaves out those that have their default.)"""
+    arguments = {**_DEFAULTS[name], **dict(zip(_DEFAULTS[name], args, strict=False)), **kwargs}
+    _check_function(name, arguments)
+    OPERATORS[name].check(arguments)
+    return arguments
+
+
+def _elsewhere(name: str, *args: Any, **kwargs: Any) -> Result:
+    arguments = _arguments(name, args, kwargs)
+    _decompose_if_inductor_runs()
+    return OPERATORS[name].chain(**arguments)
+
+
+def _cuda(name: str, *args: Any, **kwargs: Any) -> Result:
+    arguments = _arguments(name, args, kwargs)
+    if not OPERATORS[name].fits(arguments):
+        return OPERATORS[name].chain(**arguments)
+    del arguments["straight_through"]
+    return _with_kept(*getattr(_kernels(name), f"launch_{name}")(**arguments))
 
 
 # ---- where nothing is recorded or watched
@@ -310,14 +328,10 @@ def _learn(case: tuple, op: Any, arguments: dict[str, Any]) -> None:
     whole = {**_DEFAULTS[name], **arguments}
     file = _kernels(name)
     parameters = [whole[other] for other in file.OTHERS if other != "residual" and whole[other] is not None]
-    if whole["x"].numel() and _FITS[name](whole) and all(p.is_contiguous() for p in parameters):
+    if whole["x"].numel() and OPERATORS[name].fits(whole) and all(p.is_contiguous() for p in parameters):
         if len(_known) >= MOST:
             _known.clear()
         _known[case] = file, getattr(file, f"{name}_kernel")
-
-
-def _kernels(name: str) -> Any:
-    return ops.kernels({"elementwise_threshold": "fused", "norm_threshold": "norm"}[name])
 
 
 # ---- gradients, and Inductor
@@ -349,10 +363,10 @@ def _register_decompositions() -> None:
 
 _NAMES: dict[Callable, str] = {}
 _library = torch.library.Library("forged_fx", "FRAGMENT")
-for _name, _schema in SCHEMAS.items():
+for _name, _operator in OPERATORS.items():
     for _overload, _rest in OVERLOADS.items():
         _full = _name if _overload == "default" else f"{_name}.{_overload}"
-        _library.define(f"{_full}({_schema}, {_rest}", tags=ops.TAGS)
+        _library.define(f"{_full}({_operator.schema}, {_rest}", tags=ops.TAGS)
         _op = getattr(getattr(torch.ops.forged_fx, _name), _overload)
         _chain = functools.partial(_elsewhere, _name)
         _library.impl(_full, _chain, "CompositeExplicitAutograd")
