@@ -152,11 +152,11 @@ def alike(a: Any, b: Any) -> bool:
 def _alike_leaf(a: Any, b: Any) -> bool:
     if not isinstance(a, Tensor) or not isinstance(b, Tensor) or not a.is_floating_point():
         return _same_leaf(a, b)
-    if a.shape != b.shape or a.dtype != b.dtype or not torch.equal(a.isfinite(), b.isfinite()):
+    if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    eps = torch.finfo(a.dtype).eps
-    a, b = (torch.where(value.isfinite(), value, 0).double() for value in (a, b))
-    return not a.numel() or bool((a - b).abs().max() <= eps**0.5 * a.abs().max())
+    finite = a[a.isfinite()].double()
+    rounding = torch.finfo(a.dtype).eps ** 0.5 * float(finite.abs().max()) if finite.numel() else 0.0
+    return torch.allclose(a.double(), b.double(), rtol=0.0, atol=rounding, equal_nan=True)
 
 
 def _same_leaf(a: Any, b: Any) -> bool:
