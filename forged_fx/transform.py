@@ -217,6 +217,11 @@ def transform(
         costly = _costly(model, stats, wanted, choice, strict, example, only, graph)
         wanted, left_out = [site for site in wanted if site not in costly], left_out | costly
         choice = choice.of(wanted)
+        if costly and not wanted:
+            warnings.warn(
+                f"only='free' leaves none of {len(costly)} sites forged: forged_fx.describe says what each would cost",
+                stacklevel=3,
+            )
     forged, ran = _forge(model, stats, wanted, left_out, choice, example, strict, graph)
     record = forging_of(forged)
     record.audited = example is not None
@@ -341,7 +346,7 @@ def _costly(
     given: dict[str, Any] = {"kind": choice.kinds, "where": wanted, "statistic": choice.statistic}
     forged = transform(model, stats, None, **given, strict=strict, example=example, fuse=False, graph=graph)
     costs = cost(forged, *example)
-    return {site: f"not free: {price}" for site, price in costs.items() if not price.free}
+    return {site: f"not free: {price.alone or price}" for site, price in costs.items() if not price.free}
 
 
 def _fuse(model: torch.nn.Module, forged: torch.nn.Module, wanted: list[str], example: Any, exact: bool) -> None:

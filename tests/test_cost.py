@@ -108,7 +108,13 @@ def test_what_is_free_beside_a_site_that_is_left_out_is_not_free():
     model, x = Fork().eval(), torch.randn(2, 3, 8, 8)
     stats = forged_fx.calibrate(model, [x])
     forged = forged_fx.transform(model, stats, only="free")
-    assert [row.site for row in forged_fx.describe(forged) if row.left_out is None] == ["last"]
+    described = {row.site: row.left_out for row in forged_fx.describe(forged)}
+    assert described.pop("last") is None
+    pays = "not free: a kernel of its own: its input comes from the network's input (0.00307 MB)"
+    assert set(described.values()) == {pays}
+    with pytest.warns(UserWarning, match="only='free' leaves none of 1 sites forged"):
+        bare = forged_fx.transform(alone := nn.Conv2d(3, 8, 3).eval(), forged_fx.calibrate(alone, [x]), only="free")
+    assert torch.equal(bare(x), alone(x))
 
 
 def test_a_model_may_write_into_its_input():
