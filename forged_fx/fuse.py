@@ -297,7 +297,7 @@ def _replace(threshold: fx.Node, steps: list[_Found], keep: int | None) -> None:
         new.meta = dict(threshold.meta)
         y = new if keep is None else graph.call_function(operator.getitem, (new, 0))
         kept = y if keep is None else graph.call_function(operator.getitem, (new, 1))
-    threshold.replace_all_uses_with(y)
     for node in (threshold, *(step.node for step in reversed(steps))):
-        node.replace_all_uses_with(kept)
+        shared = keep is not None and node is steps[keep].node
+        node.replace_all_uses_with(kept if shared else y)  # (of the last one, a shape or strides may be read)
         graph.erase_node(node)

@@ -65,6 +65,12 @@ def sum_and_stream(m: Net, x: Tensor, last: nn.Module) -> Tensor:
     return last(y) + y + s
 
 
+def sum_and_strides(m: Net, x: Tensor, last: nn.Module) -> Tensor:
+    s = x.transpose(2, 3) + x.transpose(2, 3).flip(0)
+    y = m.ln(s)
+    return last(y) + s + y.stride(3)
+
+
 def two_readers(m: Net, x: Tensor, last: nn.Module) -> Tensor:
     y = m.bn(x)
     return last(F.relu(y)) + y
@@ -248,6 +254,7 @@ CASES: dict[str, tuple[Callable, str | None]] = {
     "residual stream": (residual_stream, "BatchNorm2d + add + ReLU"),
     "sum that is read": (lambda m, x, last: last(s := m.bn(x) + x) + s, "BatchNorm2d + add"),
     "pre-activation": (pre_activation, "add + BatchNorm2d + relu"),
+    "sum and strides": (sum_and_strides, "add + LayerNorm"),
     "sum and stream": (sum_and_stream, "BatchNorm2d + relu"),
     "layer scale": (lambda m, x, last: last(m.gamma * x + x.flip(0)), "mul + add"),
     "scaled, the other operand read": (the_other_is_read, "mul + add"),
