@@ -335,7 +335,8 @@ def _begin_passes(model: torch.nn.Module) -> None:
     regions = [module for module in model.modules() if isinstance(module, _Region)]
     several = {r for r in regions if not (r.forged_plan.once and (r.forged_activations or r.forged_plan).once)}
     for module in model.modules():
-        has_forward = type(module).forward is not torch.nn.Module.forward or "forward" in vars(module)
+        forward = getattr(type(module), "forward", None)  # (a class of TorchScript's has none)
+        has_forward = forward is not torch.nn.Module.forward or "forward" in vars(module)
         if not isinstance(module, _Region) and has_forward and several.intersection(module.modules()):
             _become(ForgedParent, module)
     now = Pass()

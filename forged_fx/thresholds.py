@@ -32,7 +32,8 @@ class HoldsThresholds(torch.nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "HoldsThresholds":
         leaves = self._leaves()  # (the modules that hold them may have been wrapped since, and have other names)
-        held = [(m, leaf, valued(m._buffers[leaf])) for m in self.modules() for leaf in leaves & m._buffers.keys()]
+        found = ((module, leaf) for module in self.modules() for leaf in leaves.intersection(module._buffers.keys()))
+        held = [(module, leaf, valued(module._buffers[leaf])) for module, leaf in found]
         super()._apply(fn, recurse)
         for module, leaf, value in held:
             after = module._buffers[leaf]

@@ -352,6 +352,15 @@ def test_a_scripted_model_is_an_error(x):
         forged_fx.transform(model, stats)
 
 
+@pytest.mark.parametrize("graph", [True, False], ids=["one graph", "module by module"])
+def test_a_scripted_module_within_moves_along(graph, x):
+    model = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.BatchNorm1d(5)), nn.Linear(4, 2)).eval()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-3, graph=graph)
+    expected = forged(x)
+    assert forged.double().get_buffer("2.forged_threshold").dtype == torch.float32
+    assert forged.get_buffer("1.running_mean").dtype == torch.float64 and torch.equal(forged.float()(x), expected)
+
+
 class Quoted(nn.Module):
     def __init__(self):
         super().__init__()
