@@ -89,14 +89,20 @@ class DictContainer(Container):
 
 
 # What is indexed in the model is indexed here: to freeze some blocks, say.
-INDEXED: dict[tuple[type[nn.Module], ...], type[Container]] = {
-    (nn.Sequential, nn.ModuleList): ListContainer,
-    (nn.ModuleDict,): DictContainer,
+INDEXED: dict[type[nn.Module], type[Container]] = {
+    nn.Sequential: ListContainer,
+    nn.ModuleList: ListContainer,
+    nn.ModuleDict: DictContainer,
 }
+INDEXING = ("__getitem__", "__iter__", "__len__")
 
 
 def container_for(module: nn.Module) -> type[Container]:
-    return next((container for kinds, container in INDEXED.items() if isinstance(module, kinds)), Container)
+    """One that is indexed as the module is. What its class's own methods find there, none here would."""
+    for kind, container in INDEXED.items():
+        if isinstance(module, kind) and all(getattr(type(module), name) is getattr(kind, name) for name in INDEXING):
+            return container
+    return Container
 
 
 def skeleton(model: nn.Module, opened: set[str], tensors: set[str]) -> nn.Module:

@@ -54,6 +54,11 @@ class Indexed(nn.Module):
         return sum(head(x) for head in self.named["heads"])
 
 
+class Backwards(nn.Sequential):
+    def __getitem__(self, index):
+        return super().__getitem__(-1 - index)
+
+
 @pytest.fixture
 def x():
     return torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
@@ -202,3 +207,13 @@ def test_what_can_be_indexed_in_the_model_can_be_in_its_graph(x):
         assert torch.equal(twin(x), forged(x))
     with pytest.raises(TypeError, match="not subscriptable"):
         heads[0][0]
+
+
+def test_what_is_indexed_in_a_way_of_its_own_is_not_indexed_otherwise(x):
+    model = nn.ModuleDict(
+        {"body": Backwards(nn.Linear(6, 6), nn.Linear(6, 6)), "heads": nn.ModuleList([nn.Identity()])}
+    )
+    model = Indexed(model).eval()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-4)
+    with pytest.raises(TypeError, match="not subscriptable"):
+        forged.named["body"][0]
