@@ -134,8 +134,9 @@ def _forge_graph(gm: fx.GraphModule, options: dict[str, Any]) -> Frame:
     here = next((module for module in callers if id(module) in names), root)
     calls = find_calls(gm.graph, lambda node: _module_of_node(node, names, names[id(here)]), {})
     alike = [module for module in root.modules() if type(module) is type(here)]
-    told_apart = all(compilation.owner(weight) is not None for module in alike for weight in module.parameters())
-    frame = Frame(gm, calls, compilation, shared=len(alike) > 1 and told_apart)
+    weights = (weight for module in alike for weight in module.parameters() if weight.dim() > 1)  # (a norm's tell none)
+    shared = len(alike) > 1 and all(compilation.owner(weight) is not None for weight in weights)
+    frame = Frame(gm, calls, compilation, shared)
     insert_thresholds(gm.graph, calls, frame.names, frame.place, _source(root), straight_through_enabled())
     gm.recompile()
     if frame.bound:

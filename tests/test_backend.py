@@ -597,6 +597,22 @@ def test_a_weight_of_two_modules_tells_neither():
             assert torch.allclose(fast(x), expected, atol=1e-4)
 
 
+def test_a_norm_of_all_blocks_does_not_part_their_graphs():
+    class Normed(Half):
+        def forward(self, x):
+            return super().forward(self.norm(x))
+
+    torch.manual_seed(0)
+    model, x, norm = Halves().eval(), torch.randn(8, 6), nn.LayerNorm(6)
+    model.blocks = nn.ModuleList(Normed() for _ in range(4))
+    for block in model.blocks:
+        block.norm = norm
+    fast = compiled(model, forged_fx.calibrate(model, [x]), 2**-2)
+    with torch.no_grad():
+        assert torch.allclose(fast(x), forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-2)(x), atol=1e-4)
+    assert graphs() == 3  # two of the blocks, and one between them
+
+
 def test_thresholds_are_where_their_layers_are(monkeypatch):
     """On the device that the model was moved to, and, where its layers lie on several, on that of each."""
     monkeypatch.setattr(torch_internals.inductor(), "compile_fx", lambda gm, inputs, config_patches: gm.forward)
