@@ -191,7 +191,13 @@ class Choice:
                 if value is None:
                     ends = " and ".join(end.says for end in kind.ends)
                     raise ValueError(f"kind {kind.name!r} needs a ratio ({ends}): pass ratio=")
-            found[site] = kind.values(stats.sites[site], kind.check(value, self.statistic, what), self.statistic)
+            row, ratios = stats.sites[site], kind.check(value, self.statistic, what)
+            values = found[site] = kind.values(row, ratios, self.statistic)
+            if dict(zip(kind.ends, values, strict=False)).get(HIGH) == 0 < row.c_max:
+                raise ValueError(
+                    f"{self.statistic} of {site!r} is 0: limited to a share of it, no input would be left; take a "
+                    "higher quantile, or the ratio None for such a site"
+                )
         return found
 
 

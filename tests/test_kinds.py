@@ -259,6 +259,8 @@ def test_describe_says_kind_and_ends(model, stats):
         ({"statistic": "median"}, "statistic='median': it is 'max', or 'quantile"),
         ({"statistic": "quantile(2)"}, "quantile"),
         ({"statistic": "quantile(0.9)", "ratio": float("inf")}, "ratio must be a number in"),
+        ({"statistic": "quantile(0.1)", "kind": "clamp", "ratio": 2}, r"^quantile\(0.1\) of 'b' is 0.*higher quantile"),
+        ({"statistic": "quantile(0.1)", "kind": "band", "ratio": (0, 2)}, "no input would be left"),
         ({"statistic": "mean_std"}, "is for kind 'mean'; the others take"),
         ({"kind": "mean", "statistic": "max", "ratio": 0.1}, "kind 'mean' takes 'mean_std'"),
         ({"where": "conv"}, "where: 'conv' matches no site"),
