@@ -142,7 +142,7 @@ def scan(
             except Exception as error:
                 if why := _why(error, model, batch, args, kwargs):
                     raise type(why)(f"{why} ({in_a_line(error)})") from error
-                error.add_note(f"calibrate was at {what}")
+                error.add_note(f"calibrate was at {what}{_looks(args, kwargs)}")
                 raise
     for name in _scripted(model):
         run.sites[name] = SiteStats("scripted", None, (), None, (), layer=False, left_out=SCRIPTED)
@@ -177,6 +177,12 @@ def _why(error: Exception, model: torch.nn.Module, batch: Any, args: tuple, kwar
                 "pass a dict of its arguments by name, {'first': ..., 'second': ...}"
             )
     return None
+
+
+def _looks(args: tuple, kwargs: dict) -> str:
+    """Shape and dtype of the first tensor that the model was given, for a message."""
+    first = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+    return "" if first is None else f", of shape {tuple(first.shape)}, {first.dtype}"
 
 
 def _running(error: Exception, model: torch.nn.Module) -> str:

@@ -472,6 +472,7 @@ def match_sites(patterns: list[str], names: list[str], what: str) -> list[str]:
         if not any(name == pattern or fnmatchcase(name, pattern) for name in names):
             close = difflib.get_close_matches(pattern, names, n=3)
             some = ", ".join(map(repr, close or names[:5]))
-            hint = f"did you mean {some}?" if close else f"the sites are {some}, ..."
+            more = ", ..." if len(names) > 5 else ""
+            hint = f"did you mean {some}?" if close else f"the sites are {some}{more}"
             raise ValueError(f"{what}: {pattern!r} matches no site; {hint}")
     return [name for name in names if any(name == p or fnmatchcase(name, p) for p in patterns)]

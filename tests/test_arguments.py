@@ -106,7 +106,7 @@ CASES = {
     ),
     "no share": (ValueError, "confirm=None: a", lambda m, s, f: forged_fx.search(m, s, X, Y, **WITH, confirm=None)),
     "no model to fit": (TypeError, "of an nn.Module, not of NoneType", lambda m, s, f: s.check_model(None)),
-    "no site": (ValueError, "sites: '9' matches no site; the sites are '1'", lambda m, s, f: s.thresholds(0.1, ["9"])),
+    "no site": (ValueError, "sites: '9' matches no site; the sites are '1'$", lambda m, s, f: s.thresholds(0.1, ["9"])),
     "a glob for a site": (
         ValueError,
         "sites: '\\*' is a glob, and names belong there",

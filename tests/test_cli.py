@@ -310,6 +310,11 @@ ERRORS = {
         ["describe", MODEL[0], "--stats", "demo/stats.safetensors", "--resize", "8"],
         "--resize is of images, and needs --data",
     ),
+    "another size": (
+        1,
+        ["calibrate", *MODEL, "--resize", "16"],
+        "(calibrate was at batch 0 (counted from 0), of shape (",
+    ),
     "no device": (1, ["calibrate", *MODEL, "--device", "cuda:77"], "--device cuda:77"),
     "no ending": (2, ["transform", *MODEL, "--stats", "demo/stats.safetensors", "--out", "forged"], ".pt2, .onnx"),
 }

@@ -93,7 +93,7 @@ def test_a_scan_that_stops_says_what_is_kept_and_goes_on(tmp_path, batches, who)
     assert caught.value is STOPS[who]
     said = " ".join(caught.value.__notes__)
     assert f"4 batches are kept in {path}: the same call goes on from there" in said
-    assert who == "the loader" or who == "Ctrl-C" or "at batch 4 (counted from 0)" in said
+    assert who == "the loader" or who == "Ctrl-C" or "at batch 4 (counted from 0), of shape (" in said
     assert same_state(state_of(model), before)
     assert Stats.load(path).batches == 4
     stats = forged_fx.calibrate(model, batches, checkpoint=path)

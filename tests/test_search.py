@@ -470,7 +470,7 @@ def test_the_kept_inputs_are_checked_before_the_search(toy, monkeypatch):
     monkeypatch.setattr(trials.Trials, "_attack", None)  # nothing is attacked
     for confirm, message in (
         ((x[:10], y[:10]), "confirm has 10 inputs that are in x too"),
-        ((x[:10] / 2, y[:10] + 70), r"y spans \[70, 73\], and the model has 4 classes"),
+        ((x[:10] / 2, y[:10] + 70), r"y spans \[70, 73\], and the model has 4 classes, counted from 0"),
         ((x[:10, :, :4], y[:10]), r"confirm has inputs of shape \(1, 4, 8\), and x \(1, 8, 8\)"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -56,6 +56,15 @@ def test_a_function_that_gives_no_model(name):
         load_model(name)
 
 
+def of_size(width):
+    return nn.Linear(width, 4)
+
+
+def test_a_function_that_wants_to_be_told_more():
+    with pytest.raises(TypeError, match=r"^test_sources:of_size is called without arguments.*'width'"):
+        load_model("test_sources:of_size")
+
+
 @pytest.mark.parametrize("name", ["timm:resnet10t", "torchvision:squeezenet1_1"])
 def test_a_librarys_own_weights_are_asked_of_the_network_and_the_next_step_is_named(name):
     with pytest.raises(ValueError, match=r"could not be fetched .*--weights FILE, or --weights random") as raised:
@@ -365,7 +374,7 @@ def test_npz_that_is_not(tmp_path, monkeypatch):
     (tmp_path / "text.npz").write_text("text")
     words = {
         "object": "pickle",
-        "range": "in \\[0, 1\\]",
+        "range": "in \\[0, 1\\]; it is float64, and spans \\[1.5, 1.5\\]$",
         "names": "no array x",
         "shape": "has shape",
         "labels": "y has",

@@ -95,9 +95,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _line(error: Exception) -> str:
-    """An error in one line. Those that this library did not raise on purpose come with their name."""
+    """An error in one line, with its notes. Those that this library did not raise on purpose come with their name."""
     text = " ".join(str(error).split())
     ours = isinstance(error, ValueError | TypeError | RuntimeError | ImportError | OSError) and text
+    notes = " ".join(f"({' '.join(note.split())})" for note in getattr(error, "__notes__", []))
+    text = f"{text} {notes}" if notes else text
     return text if ours else f"{type(error).__name__}: {text} ({DEBUG}=1 shows where)"
 
 

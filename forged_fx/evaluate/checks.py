@@ -140,7 +140,9 @@ def logits(given: object, x: Tensor, y: Tensor, who: str, classes: int | None = 
     if classes is not None and out.shape[1] != classes:
         raise ValueError(f"the {who} has {out.shape[1]} classes, the model {classes}: they cannot be compared")
     if int(y.min()) < 0 or int(y.max()) >= out.shape[1]:
-        raise ValueError(f"y spans [{int(y.min())}, {int(y.max())}], and the {who} has {out.shape[1]} classes")
+        raise ValueError(
+            f"y spans [{int(y.min())}, {int(y.max())}], and the {who} has {out.shape[1]} classes, counted from 0"
+        )
     return out
 
 

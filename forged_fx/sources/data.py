@@ -202,7 +202,8 @@ def _npz(file: str, _: str) -> Images:
     elif x.dtype.kind == "f" and x.size and 0 <= x.min() and x.max() <= 1:
         x = x.astype(np.float32)
     else:
-        raise ValueError(f"{file}: x must be uint8, or float in [0, 1]; it is {x.dtype}")
+        seen = f", and spans [{x.min():g}, {x.max():g}]" if x.dtype.kind in "fiu" and x.size else ""
+        raise ValueError(f"{file}: x must be uint8, or float in [0, 1]; it is {x.dtype}{seen}")
     if x.ndim == 3:
         x = x[:, None]
     first, last = (x.ndim == 4 and x.shape[i] in (1, 3, 4) for i in (1, 3))

@@ -5,6 +5,7 @@ To add a source: a function, and a row in `MODELS`.
 
 import difflib
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -243,7 +244,15 @@ def _function(name: str, trained: bool) -> Model:
             function = getattr(function, part)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{name}: {error}. A model is named as one of {_forms()}") from error
-    module = function() if callable(function) and not isinstance(function, nn.Module) else function
+    module = function
+    if callable(function) and not isinstance(function, nn.Module):
+        try:
+            inspect.signature(function).bind()
+        except TypeError as error:
+            raise TypeError(f"{name} is called without arguments, and is {error}: name a function of none") from error
+        except ValueError:  # what is not written in Python does not say what it takes
+            pass
+        module = function()
     if not isinstance(module, nn.Module):
         raise ValueError(f"{name} gives {type(module).__name__}: it must be a function that returns an nn.Module")
     return Model(name, module)
