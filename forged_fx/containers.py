@@ -36,6 +36,13 @@ def _warning(register: Callable) -> Callable:
     return warned
 
 
+def check_place(holder: nn.Module, name: str, value: Any) -> None:
+    """Warn of a module that is about to take the place of one that does not run: a wrapper of it, say."""
+    own = vars(holder).get("_modules", {}).get(name)
+    if isinstance(own, Container) and isinstance(value, nn.Module):
+        warnings.warn(_nothing(own.forged_path, "what takes its place"), stacklevel=3)
+
+
 class Container(nn.Module):
     """Stands for one of the model's modules whose code is in the graph. Who counts on its running is told.
 
@@ -54,7 +61,12 @@ class Container(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "forward":
             raise RuntimeError(_nothing(self.forged_path, "a forward of its own"))
+        check_place(self, name, value)
         super().__setattr__(name, value)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing but a warning: what does not run cannot be compiled."""
+        warnings.warn(_nothing(self.forged_path, "compiling it"), stacklevel=2)
 
     register_forward_pre_hook = _warning(nn.Module.register_forward_pre_hook)
     register_forward_hook = _warning(nn.Module.register_forward_hook)
@@ -74,6 +86,9 @@ class ListContainer(Container):
 
     def __getitem__(self, index: int | slice) -> Any:
         return list(self._modules.values())[index]
+
+    def __setitem__(self, index: int, module: nn.Module) -> None:
+        setattr(self, list(self._modules)[index], module)
 
 
 class DictContainer(Container):

@@ -14,7 +14,7 @@ import torch.fx as fx
 from forged_fx import in_place, write_back
 from forged_fx.audit import AuditFailed, alike, audit, same
 from forged_fx.capture import Untraceable, capture, opened_modules
-from forged_fx.containers import HELD, hold, skeleton
+from forged_fx.containers import HELD, ListContainer, check_place, container_for, hold, skeleton
 from forged_fx.fuse import fuse as fuse_producers
 from forged_fx.kinds import OWN, Choice, choose
 from forged_fx.models import copied, is_sharded, unwrapped
@@ -81,6 +81,22 @@ class ForgedModule(HoldsThresholds, fx.GraphModule):
     def set_ratio(self, ratio: Ratio) -> None:
         """Move the thresholds, in place and without recompiling. See `transform` for `ratio`."""
         set_ratio(self, ratio)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        check_place(self, name, value)
+        super().__setattr__(name, value)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        """Of a Sequential, as `containers.ListContainer` has it."""
+        return list(self._numbered().values())[index]
+
+    def __setitem__(self, index: int, module: torch.nn.Module) -> None:
+        setattr(self, list(self._numbered())[index], module)
+
+    def _numbered(self) -> dict[str, torch.nn.Module | None]:
+        if "numbered" not in self.meta:
+            raise TypeError(f"{type(self).__name__!r} object is not subscriptable")
+        return self._modules
 
     def __deepcopy__(self, memo: dict) -> "ForgedModule":
         twin = super().__deepcopy__(memo)
@@ -471,6 +487,8 @@ def _forge_whole(model: torch.nn.Module, stats: Stats, wanted: list[str], choice
     if gone := keys - forged.state_dict().keys():
         raise Untraceable(f"the graph cannot hold {min(gone)!r}")
     forged.meta["threshold_buffers"] = buffers
+    if container_for(model) is ListContainer:
+        forged.meta["numbered"] = True
     return forged
 
 

@@ -144,6 +144,11 @@ def test_who_counts_on_the_running_of_what_does_not_run_is_told(made, model, sta
     for kind in HOOKS:
         with pytest.warns(UserWarning, match=told):
             getattr(block, f"register_{kind}_hook")(pytest.fail)
+    with pytest.warns(UserWarning, match=told):
+        block.compile()
+    with pytest.warns(UserWarning, match=told):
+        forged.blocks[1] = wrapped = checkpoint_wrapper.checkpoint_wrapper(block)
+    assert forged.blocks[1] is wrapped and torch.equal(forged(x), forged_fx.transform(model, stats)(x))
     seen = []
     for name in ("", "blocks.1.first", "act"):  # the model and the layers do
         forged.get_submodule(name).register_forward_hook(lambda *_: seen.append(0))
@@ -170,6 +175,20 @@ def test_module_by_module_on_request(kind, model, stats, x):
     assert torch.equal(modules(x), graph(x)) and len(seen) == 1
     with pytest.raises(ValueError, match=r"graph='no': True for one graph"):
         forged_fx.transform(model, stats, graph="no")
+
+
+def test_a_layer_is_replaced_by_its_index_as_in_the_model(x):
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(), nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))).eval()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-4, exclude="1.2")
+    head = forged[1][-1] = nn.Linear(6, 5)
+    for twin in (forged, copy.deepcopy(forged), pickled(forged)):
+        assert twin[1][2] is twin.get_submodule("1.2") and twin(x).shape == (8, 5) and len(list(twin)) == 2
+    assert forged[1][2] is head and forged[:1] == [forged.get_submodule("0")]
+    with pytest.warns(UserWarning, match="'1' does not run in this forged model, so that what takes its place"):
+        forged[1] = checkpoint_wrapper.checkpoint_wrapper(forged[1])
+    with pytest.raises(TypeError, match="'ForgedBlock' object is not subscriptable"):
+        forged_fx.transform(model[0], forged_fx.calibrate(model[0], [x]))[0]
 
 
 @pytest.mark.parametrize("wrap", [checkpoint_wrapper.checkpoint_wrapper, torch.compile])
