@@ -1,5 +1,6 @@
 """Rows of a benchmark's CSV file, and what their figures were taken on."""
 
+import argparse
 import csv
 import datetime
 import platform
@@ -8,6 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+
+def csv_file(text: str) -> Path:
+    """What `--csv` names, for argparse: a folder is refused now, and not when the first row has been measured."""
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder: name the file that the rows are added to")
+    return Path(text)
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:

@@ -27,7 +27,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from csv_rows import append
+from csv_rows import append, csv_file
 from models import load
 from torch import Tensor, nn
 
@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, help="default: 32, for preact:28-10 256")
     parser.add_argument("--architecture", default="sm_90")
     parser.add_argument("--only", choices=["free"], help="forge these sites only, as in forged_fx.transform")
-    parser.add_argument("--csv", type=Path, default=Path(__file__).with_suffix(".csv"), help="default: %(default)s")
+    parser.add_argument("--csv", type=csv_file, default=Path(__file__).with_suffix(".csv"), help="default: %(default)s")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # in this process: a child's call
     args = parser.parse_args(argv)
     for name in args.models or MODELS:

@@ -27,6 +27,7 @@ from unittest import mock
 import aot
 import torch
 import triton
+from csv_rows import csv_file
 from kernel_cases import DTYPES, cases
 from torch import Tensor
 
@@ -182,7 +183,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--no-inductor", action="store_true", help="leave out Inductor's rows")
-    parser.add_argument("--csv", type=Path, default=Path(__file__).with_suffix(".csv"), help="default: %(default)s")
+    parser.add_argument("--csv", type=csv_file, default=Path(__file__).with_suffix(".csv"), help="default: %(default)s")
     return parser.parse_args(argv)
 
 

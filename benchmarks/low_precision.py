@@ -8,6 +8,8 @@ Inductor's that backend="forged" passes on, rounds as eager code does. Counted: 
 of a million inputs under 32 thresholds.
 """
 
+import argparse
+
 import torch
 import torch.nn.functional as F
 
@@ -25,6 +27,8 @@ PRODUCERS = {
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     x = torch.randn(N, N, generator=torch.Generator().manual_seed(0))
     n = N * N * len(THRESHOLDS)
     print(f"torch {torch.__version__}, of {n:,} decisions; inputs from a normal distribution, thresholds 0.01 to 0.1")

@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 import where_time_goes
-from csv_rows import append, taken_on
+from csv_rows import append, csv_file, taken_on
 from models import load
 from throughput import DTYPES
 from torch import Tensor, nn
@@ -257,7 +257,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only-ours", action="store_true", help="without the rows of what people write by hand")
     parser.add_argument("--rounds", type=int, default=15, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
-    parser.add_argument("--csv", type=Path, default=Path(__file__).with_suffix(".csv"), help="default: %(default)s")
+    parser.add_argument("--csv", type=csv_file, default=Path(__file__).with_suffix(".csv"), help="default: %(default)s")
     return parser.parse_args(argv)
 
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from csv_rows import append, taken_on
+from csv_rows import append, csv_file, taken_on
 from models import load
 
 import forged_fx
@@ -47,7 +47,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: both")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--csv", type=Path, default=Path(__file__).with_suffix(".csv"), help="default: %(default)s")
+    parser.add_argument("--csv", type=csv_file, default=Path(__file__).with_suffix(".csv"), help="default: %(default)s")
     return parser.parse_args(argv)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from csv_rows import append
+from csv_rows import append, csv_file
 from evaluate_cost import subject
 
 import forged_fx
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("-n", type=int, default=200, help="inputs (default: %(default)s)")
     parser.add_argument("--attacks", default="standard", help="a preset, or names joined by + (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--csv", type=Path, default=Path(__file__).with_suffix(".csv"), help="default: %(default)s")
+    parser.add_argument("--csv", type=csv_file, default=Path(__file__).with_suffix(".csv"), help="default: %(default)s")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     attacks = args.attacks.split("+") if "+" in args.attacks else args.attacks

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -25,6 +26,12 @@ def test_what_is_missed_is_said_and_where_the_time_goes(tmp_path: Path) -> None:
     with rows.open(newline="") as file:
         ratios = {row["variant"]: float(row["ratio"]) for row in csv.DictReader(file)}
     assert ratios["calibrate"] < ratios["watching alone"] < ratios["plain"] == 1
+
+
+def test_a_folder_is_no_file_of_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        overhead.options(["digits", "--csv", str(tmp_path)])
+    assert f"{tmp_path} is a folder: name the file" in capsys.readouterr().err
 
 
 def test_the_operator_that_one_run_has_more_of_leads() -> None:
