@@ -109,6 +109,8 @@ def _version() -> bytes:
 
 def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Our options, and Inductor's."""
+    if not isinstance(options, dict):
+        raise TypeError(f"options={options!r}: a dict, such as {{'stats': stats}}")
     known = [*OPTIONS, *torch_internals.inductor().list_options()]
     for key in options:
         if key.replace("-", "_") not in known:

@@ -184,6 +184,7 @@ def test_batch_sizes_and_moved_thresholds_do_not_recompile(model, stats, x):
         ({"stat": 1}, "no option 'stat'; did you mean 'stats'"),
         ({"ratio": 0.1}, "ratio need 'stats' too"),
         ({"max_autotun": True}, "did you mean 'max_autotune"),
+        ("freezing", "options='freezing': a dict, such as {'stats': stats}"),
     ],
 )
 def test_options_are_checked(model, x, options, message):
