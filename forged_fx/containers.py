@@ -16,6 +16,8 @@ from torch import nn
 # Where a module has what it holds; of an ordinary module's copy, each is its own.
 HELD = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
 
+TAKEN_OUT = "a graph calls its layers, and none can be taken out: take it out of the plain model, and forge that"
+
 
 def _nothing(path: str, what: str) -> str:
     return (
@@ -89,6 +91,9 @@ class ListContainer(Container):
 
     def __setitem__(self, index: int, module: nn.Module) -> None:
         setattr(self, list(self._modules)[index], module)
+
+    def __delitem__(self, index: int | slice) -> None:
+        raise TypeError(TAKEN_OUT)
 
 
 class DictContainer(Container):

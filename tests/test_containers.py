@@ -184,6 +184,9 @@ def test_a_layer_is_replaced_by_its_index_as_in_the_model(x):
     head = forged[1][-1] = nn.Linear(6, 5)
     for twin in (forged, copy.deepcopy(forged), pickled(forged)):
         assert twin[1][2] is twin.get_submodule("1.2") and twin(x).shape == (8, 5) and len(list(twin)) == 2
+    for some in (forged, forged[1]):
+        with pytest.raises(TypeError, match="none can be taken out"):
+            del some[0]
     assert forged[1][2] is head and forged[:1] == [forged.get_submodule("0")]
     with pytest.warns(UserWarning, match="'1' does not run in this forged model, so that what takes its place"):
         forged[1] = checkpoint_wrapper.checkpoint_wrapper(forged[1])
