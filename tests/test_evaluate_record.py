@@ -15,7 +15,7 @@ from planted import Hidden, inputs, linear, straight_through
 from safetensors.torch import load_file, save_file
 
 import forged_fx
-from forged_fx.evaluate import Result, fingerprint, gallery, record, report
+from forged_fx.evaluate import Result, fingerprint, gallery, record, terminal
 from forged_fx.evaluate.harness import Subject
 from forged_fx.evaluate.result import Row, Side
 from forged_fx.evaluate.threat import Threat
@@ -263,12 +263,12 @@ def test_progress_is_silent_unless_on_a_terminal(judged, monkeypatch):
         written[name] = stream.getvalue()
     assert written["file"] == "" and "apgd-ce" in written["terminal"]
     monkeypatch.setattr(sys, "stderr", Terminal())
-    assert report.Progress(False)._bar is None
+    assert terminal.Progress(False)._bar is None
 
 
 def test_progress_and_its_estimate_begin_within_the_first_block(judged, monkeypatch):
     _, model, _, x, y = judged
-    shown = report.Progress(True)
+    shown = terminal.Progress(True)
     shown.begin("a row", total=20, passes=100)
     for _ in range(50):
         shown.fed(10)  # a block of 10, half done
@@ -279,7 +279,7 @@ def test_progress_and_its_estimate_begin_within_the_first_block(judged, monkeypa
     assert shown._bar.tasks[0].completed == 20
 
     fed = []
-    monkeypatch.setattr(report.Progress, "fed", lambda self, inputs: fed.append(inputs))
+    monkeypatch.setattr(terminal.Progress, "fed", lambda self, inputs: fed.append(inputs))
     forged_fx.evaluate(model, x=x, y=y, eps=1e-4, attacks=["apgd-ce"], bpda=straight_through)
     assert sum(fed) == pytest.approx(2 * 27 * 102, rel=0.02)  # the true gradient and BPDA, 27 inputs, 102 passes
 
