@@ -96,7 +96,7 @@ class Search(Recorded):
     @property
     def sentence(self) -> str:
         tried = f"{len(self.trials)} configurations tried"
-        if not self.trials:
+        if not self.finalists and not self.trials:
             return f"nothing is known: {tried}, as {self.facts['stopped']}"
         if not self.finalists:
             return f"nothing beats the base: {tried}, and none looked better even to the search's own attack"
