@@ -77,23 +77,33 @@ class Container(nn.Module):
     register_backward_hook = _warning(nn.Module.register_backward_hook)
 
 
-class ListContainer(Container):
-    """Of a Sequential or a ModuleList. A slice is a list, as nothing in it runs."""
+class Numbered:
+    """The layers of a Sequential or a ModuleList by their place. A slice is a list, as nothing in it runs."""
+
+    _modules: dict[str, nn.Module | None]
+
+    def _numbered(self) -> dict[str, nn.Module | None]:
+        """The modules, in order; TypeError where they have no numbers."""
+        return self._modules
+
+    def __getitem__(self, index: int | slice) -> Any:
+        return list(self._numbered().values())[index]
+
+    def __setitem__(self, index: int, module: nn.Module) -> None:
+        setattr(self, list(self._numbered())[index], module)
+
+    def __delitem__(self, index: int | slice) -> None:
+        raise TypeError(TAKEN_OUT)
+
+
+class ListContainer(Numbered, Container):
+    """Of a Sequential or a ModuleList."""
 
     def __len__(self) -> int:
         return len(self._modules)
 
     def __iter__(self) -> Iterator[nn.Module | None]:
         return iter(self._modules.values())
-
-    def __getitem__(self, index: int | slice) -> Any:
-        return list(self._modules.values())[index]
-
-    def __setitem__(self, index: int, module: nn.Module) -> None:
-        setattr(self, list(self._modules)[index], module)
-
-    def __delitem__(self, index: int | slice) -> None:
-        raise TypeError(TAKEN_OUT)
 
 
 class DictContainer(Container):

@@ -14,7 +14,7 @@ import torch.fx as fx
 from forged_fx import in_place, write_back
 from forged_fx.audit import AuditFailed, alike, audit, same
 from forged_fx.capture import Untraceable, capture, opened_modules
-from forged_fx.containers import HELD, TAKEN_OUT, ListContainer, check_place, container_for, hold, skeleton
+from forged_fx.containers import HELD, ListContainer, Numbered, check_place, container_for, hold, skeleton
 from forged_fx.fuse import fuse as fuse_producers
 from forged_fx.kinds import OWN, Choice, choose
 from forged_fx.models import copied, is_sharded, unwrapped
@@ -60,7 +60,7 @@ class Forging:
     not_fused: str | None = None
 
 
-class ForgedModule(HoldsThresholds, fx.GraphModule):
+class ForgedModule(Numbered, HoldsThresholds, fx.GraphModule):
     """The whole model as one graph, with its thresholds as buffers beside the weights that they guard."""
 
     @property
@@ -85,16 +85,6 @@ class ForgedModule(HoldsThresholds, fx.GraphModule):
     def __setattr__(self, name: str, value: Any) -> None:
         check_place(self, name, value)
         super().__setattr__(name, value)
-
-    def __getitem__(self, index: int | slice) -> Any:
-        """Of a Sequential, as `containers.ListContainer` has it."""
-        return list(self._numbered().values())[index]
-
-    def __setitem__(self, index: int, module: torch.nn.Module) -> None:
-        setattr(self, list(self._numbered())[index], module)
-
-    def __delitem__(self, index: int | slice) -> None:
-        raise TypeError(TAKEN_OUT)
 
     def _numbered(self) -> dict[str, torch.nn.Module | None]:
         if "numbered" not in self.meta:
