@@ -53,6 +53,7 @@ from kernel_cases import DTYPES, Case, cases
 from models import load
 from torch import Tensor
 from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
 
 import forged_fx
 from forged_fx.capture import in_a_line
@@ -503,6 +504,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{where['device']}, torch {where['torch']}, triton {where['triton']}")
     if args.device == "cpu":
         print("a rehearsal on the CPU: the times mean nothing")
+    # As Inductor's compiling processes do. On torch 2.11 this one did not: with another assembler it finds nothing of
+    # theirs in Triton's cache, and compiles each candidate of a contest anew, one after the other.
+    _set_triton_ptxas_path()
     if args.ahead:
         # (one folder, whoever compiles first: Inductor's own is named after it)
         os.environ.setdefault("TRITON_CACHE_DIR", str(Path(cache_dir()) / "triton" / "all"))

@@ -1,7 +1,12 @@
-"""The whole path on a GPU: calibrate, transform, fuse, compile in every mode, attack. Skipped where there is none."""
+"""The whole path on a GPU: calibrate, transform, fuse, compile in every mode, attack. Skipped where there is none.
+
+Without one, a rehearsal of what needs no kernels, which tells whether the tests themselves are right:
+    FORGED_FX_TEST_DEVICE=cpu python -m pytest tests/test_device.py
+"""
 
 import copy
 import functools
+import os
 import re
 import subprocess
 import sys
@@ -28,11 +33,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import gpu
 
-DEVICE = "cuda"
+DEVICE = os.environ.get("FORGED_FX_TEST_DEVICE", "cuda")
 RATIO = 2**-4
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+KERNELS = pytest.mark.skipif(DEVICE != "cuda", reason="kernels run on a GPU alone")
 
 
 class Transformer(nn.Module):
@@ -137,6 +143,7 @@ def test_unfused_is_the_oracle_bit_for_bit(model, x, dtype, channels_last):
         assert torch.equal(forged(x), model(x))
 
 
+@KERNELS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_fused_by_default_and_in_fewer_launches(model, x, dtype):
     model, x = model.to(dtype), x.to(dtype)
@@ -151,6 +158,7 @@ def launches(call, x):
     return len(gpu.kernels(functools.partial(call, x)))
 
 
+@KERNELS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_a_case_that_is_known_gives_what_its_first_call_gave(model, x, dtype):
     """On a device, `fused_ops.unrecorded` launches at once what it has seen."""
@@ -245,6 +253,7 @@ OWN_PRODUCTS = {
 }
 
 
+@KERNELS
 @pytest.mark.parametrize("net", [nn.Linear(256, 256), Heads()], ids=["of the input", "of attention"])
 def test_a_product_applies_its_threshold_as_it_loads(net):
     """Every token looks at itself alone and the weights are the unit matrix, so the results are the values, zeroed or
@@ -278,12 +287,13 @@ def test_training_through_it_gives_eagers_gradients(model, x, straight_through):
     found = []
     for module in (fast, forged):
         forged.zero_grad()
-        with straight_through() if straight_through else torch.enable_grad():
+        with forged_fx.straight_through() if straight_through else torch.enable_grad():
             module(x).square().sum().backward()
         found.append(torch.cat([p.grad.flatten() for p in forged.parameters()]))
     assert close(*found, 1e-2)
 
 
+@KERNELS
 def test_it_costs_the_launches_that_cost_names(model, x):
     """Of the CUDA runtime, beside what the rules of `forged_fx.cost` say."""
     from forged_fx.cost import LAUNCH
@@ -349,7 +359,7 @@ def test_evaluate_and_go_on_where_it_stopped(trained, tmp_path):
     model, forged, x, y = trained
     call = {"base": model, "x": x, "y": y, "eps": digits.EPS, "attacks": ["apgd-ce"], "seed": 0}
     expected = forged_fx.evaluate(forged, **call, folder=tmp_path / "whole")
-    assert 0 < expected.worst_case <= expected.model.accuracy("natural") and x.is_cuda
+    assert 0 < expected.worst_case <= expected.model.accuracy("natural") and x.device.type == DEVICE
     again = forged_fx.evaluate(forged, **call, folder=tmp_path / "whole")
     assert [side.broken_by.tolist() for side in again.sides] == [side.broken_by.tolist() for side in expected.sides]
     expected.verify(forged, x, y, model)
