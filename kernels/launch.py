@@ -33,19 +33,21 @@ def launch(kernel: Any, tensors: tuple[Tensor | None, ...], key: Hashable, plan:
         programs, rest = plan()
         kernel[(programs,)](*tensors, **rest)
         return
-    device, addresses = tensors[0].device.index, 0
+    device, addresses, together = tensors[0].device.index, [], 0
     for tensor in tensors:
-        addresses |= 0 if tensor is None else tensor.data_ptr()
+        address = None if tensor is None else tensor.data_ptr()
+        addresses.append(address)
+        together |= address or 0
     case = (id(kernel), device, key)
-    known = None if addresses % ALIGNED else _known.get(case)
+    known = None if together % ALIGNED else _known.get(case)
     if known is not None and torch.cuda.current_device() == device:
         run, values = known
-        run(*tensors, *values)
+        run(*addresses, *values)  # of a tensor, Triton would ask for its address, and the driver whether that is right
         return
     programs, rest = plan()
     with torch.cuda.device(device):  # Triton launches on the current device
         compiled = kernel[(programs,)](*tensors, **rest)
-    if not addresses % ALIGNED:
+    if not together % ALIGNED:
         if len(_known) >= MOST:
             _known.clear()
         values = [rest[name] for name in kernel.arg_names[len(tensors) :]]

@@ -39,14 +39,17 @@ def kernel(monkeypatch):
 X, T = torch.zeros(4100), torch.tensor(0.5)
 
 
+def addresses(tensors):
+    return tuple(None if tensor is None else tensor.data_ptr() for tensor in tensors)
+
+
 def test_asked_once_and_run_with_the_same_arguments(kernel):
-    for _ in range(3):
-        threshold.launch_threshold(X, T)
+    results = [threshold.launch_threshold(X, T) for _ in range(3)]
     ((grid, tensors, rest),) = kernel.asked
     assert rest.pop("num_warps") == 4 and len(kernel.runs) == 2
-    for run_grid, args in kernel.runs:
-        assert run_grid == (*grid, 1, 1)
-        assert args[:2] == tensors[:2] == (X, T) and args[2] is not tensors[2]
+    assert tensors == (X, T, results[0])
+    for y, (run_grid, args) in zip(results[1:], kernel.runs, strict=True):
+        assert run_grid == (*grid, 1, 1) and args[:3] == addresses((X, T, y))
         assert dict(zip(kernel.arg_names[3:], args[3:], strict=True)) == rest
 
 
@@ -107,6 +110,10 @@ def test_a_fused_kernel_is_asked_again_for_what_decides(name, kernel, monkeypatc
         assert len(kernel.asked) == len(kernel.runs) == 1, given
         ((_, tensors, rest),) = kernel.asked
         ((_, args),) = kernel.runs
+        results = [kernel.arg_names.index(name) for name in kernel.arg_names if name in ("y_ptr", "raw_ptr")]
+        inputs = [i for i in range(len(tensors)) if i not in results]
+        assert [args[i] for i in inputs] == [addresses(tensors)[i] for i in inputs]
+        assert [args[i] is None for i in results] == [tensors[i] is None for i in results]
         behind = kernel.arg_names[len(tensors) :]
         assert dict(zip(behind, args[len(tensors) :], strict=True)) == {key: rest[key] for key in behind}
 
