@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from models import load
+from models import load, model_name
 from pyautoattack import AutoAttack, checks
 from torch import Tensor, nn
 
@@ -117,7 +117,7 @@ def measure(name: str, n: int, rounds: int) -> list[tuple[float, ...]]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="digits, or zoo:NAME")
+    parser.add_argument("models", nargs="+", type=model_name, metavar="MODEL", help="digits, or zoo:NAME")
     parser.add_argument("-n", type=int, default=200, help="inputs (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     args = parser.parse_args(argv)

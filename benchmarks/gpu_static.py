@@ -28,7 +28,7 @@ from unittest import mock
 
 import torch
 from csv_rows import append, csv_file
-from models import load
+from models import load, model_name
 from torch import Tensor, nn
 
 MODELS = {  # name -> batch
@@ -158,7 +158,9 @@ def beside_aim(row: dict) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", metavar="MODEL", help="see benchmarks/models.py (default: the five)")
+    parser.add_argument(
+        "models", nargs="*", type=model_name, metavar="MODEL", help="see benchmarks/models.py (default: the five)"
+    )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float16"])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["default"])
     parser.add_argument("--batch", type=int, help="default: 32, for preact:28-10 256")

@@ -5,12 +5,15 @@
     zoo:cifar_resnet2b_adv                             a trained model from the folder FORGED_FX_ASSETS
     digits                                             the demo's CNN, random weights
 
-To add a source, add a function and a row to `SOURCES`. What a forward pass costs does not depend on the weights.
+To add a source, add a function and a row to `SOURCES`, and one to `NAMES` if what it has can be listed. What a forward
+pass costs does not depend on the weights.
 """
 
+import argparse
+import difflib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -75,11 +78,15 @@ def _timm(name: str) -> tuple[nn.Module, Shape]:
     return model, tuple(model.pretrained_cfg["input_size"])
 
 
-def _zoo(name: str) -> tuple[nn.Module, Shape]:
+def _assets(name: str) -> Path:
     folder = os.environ.get("FORGED_FX_ASSETS")
     if not folder:
         raise ValueError(f"zoo:{name} is read from a folder: name it in the environment variable FORGED_FX_ASSETS")
-    spec = importlib.util.spec_from_file_location("zoo", Path(folder) / "zoo.py")
+    return Path(folder)
+
+
+def _zoo(name: str) -> tuple[nn.Module, Shape]:
+    spec = importlib.util.spec_from_file_location("zoo", _assets(name) / "zoo.py")
     zoo = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(zoo)
     return zoo.load(name), (1, 28, 28) if name.startswith("mnist") else (3, 32, 32)
@@ -105,15 +112,58 @@ SOURCES: dict[str, Callable[[str], tuple[nn.Module, Shape]]] = {
 }
 
 
+def _torchvision_names(_: str) -> Collection[str]:
+    import torchvision
+
+    return torchvision.models.list_models()
+
+
+def _timm_names(name: str) -> Collection[str]:
+    """A name may be followed by a dot and a set of weights."""
+    import timm
+
+    return [name] if timm.is_model(name) else timm.list_models()
+
+
+# All that a source has; the rest of the name is given.
+NAMES: dict[str, Callable[[str], Collection[str]]] = {
+    "torchvision": _torchvision_names,
+    "timm": _timm_names,
+    "zoo": lambda name: [folder.parent.name for folder in _assets(name).glob("models/*/config.json")],
+    "digits": lambda _: [""],
+}
+
+
+def _loader(source: str, name: str) -> Callable[[str], tuple[nn.Module, Shape]]:
+    if source not in SOURCES:
+        raise ValueError(f"{name!r}: a model's name begins with one of {', '.join(SOURCES)}; see benchmarks/models.py")
+    return SOURCES[source]
+
+
+def model_name(name: str) -> str:
+    """The name, for argparse: an error where `load` would find no such model, before anything is measured."""
+    source, colon, rest = name.partition(":")
+    try:
+        make = _loader(source, name)
+        if source not in NAMES:
+            with torch.device("meta"):
+                make(rest)
+        elif rest not in (there := NAMES[source](rest)):
+            near = "".join(f", but {source}{colon}{other}" for other in difflib.get_close_matches(rest, there, 1))
+            raise ValueError(f"{source} has no model {rest!r}{near}")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return name
+
+
 def load(name: str) -> tuple[nn.Module, Shape]:
     """The model in eval mode, and the shape of one input (channels, height, width). Random weights are seeded.
 
-    Raises ValueError for a name that this file does not know.
+    Raises ValueError for a name that begins with no row of `SOURCES`.
     """
     source, _, rest = name.partition(":")
-    if source not in SOURCES:
-        raise ValueError(f"{name!r}: a model's name begins with one of {', '.join(SOURCES)}; see benchmarks/models.py")
+    make = _loader(source, name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model, shape = SOURCES[source](rest)
+        model, shape = make(rest)
     return model.eval(), shape

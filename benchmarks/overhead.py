@@ -36,7 +36,7 @@ import numpy as np
 import torch
 import where_time_goes
 from csv_rows import append, csv_file, taken_on
-from models import load
+from models import load, model_name
 from throughput import DTYPES
 from torch import Tensor, nn
 
@@ -250,7 +250,9 @@ def held(ratio: float, aim: float | None) -> str:
 
 def options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=MODELS, metavar="MODEL", help="see benchmarks/models.py")
+    parser.add_argument(
+        "models", nargs="*", default=MODELS, type=model_name, metavar="MODEL", help="see benchmarks/models.py"
+    )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     parser.add_argument("--what", nargs="+", choices=WHAT, default=WHAT, help="default: all")

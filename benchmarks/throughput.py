@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from csv_rows import append, csv_file, taken_on
-from models import load
+from models import load, model_name
 
 import forged_fx
 from forged_fx.throughput import MODES, Speed, compare
@@ -40,7 +40,7 @@ def measure(name: str, args: argparse.Namespace) -> tuple[int, list[Speed]]:
 
 def options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="see benchmarks/models.py")
+    parser.add_argument("models", nargs="+", type=model_name, metavar="MODEL", help="see benchmarks/models.py")
     parser.add_argument("--batch", type=int, default=8, help="inputs per forward pass (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--runs", type=int, default=15, help="rounds (default: %(default)s)")

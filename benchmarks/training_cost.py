@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from csv_rows import device_name
-from models import load
+from models import load, model_name
 
 import forged_fx
 from forged_fx import digits, throughput
@@ -75,7 +75,9 @@ def measure(name: str, images: int, batch: int, rounds: int, compiled: bool) -> 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="digits, or a name of benchmarks/models.py")
+    parser.add_argument(
+        "models", nargs="+", type=model_name, metavar="MODEL", help="digits, or a name of benchmarks/models.py"
+    )
     parser.add_argument("--images", type=int, default=1597, help="to calibrate on (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=200, help="images a forward pass (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="of timing (default: %(default)s)")

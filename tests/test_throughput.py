@@ -1,6 +1,8 @@
 """Timing plain against forged, and the benchmark that prints it."""
 
+import argparse
 import csv
+import re
 import sys
 import time
 from pathlib import Path
@@ -37,12 +39,33 @@ def test_the_benchmark_prints_a_row_per_mode_and_appends_it_to_its_file(tmp_path
     assert sum(line.startswith("digits") for line in printed) == 3
 
 
-@pytest.mark.parametrize("name", ["resnet18", "preact:28", "preact:27-4", "zoo:nothing"])
-def test_a_model_that_is_not_known_is_an_error_of_one_line(name, tmp_path, capsys, monkeypatch):
+UNKNOWN = {
+    "resnet18": "begins with one of",
+    "timm:resnet_18": "timm has no model 'resnet_18', but timm:resnet18",
+    "torchvision:resnet51": "but torchvision:resnet",
+    "preact:28": "DEPTH-WIDTH",
+    "preact:27-4": "6n [+] 4 layers",
+    "zoo:nothing": "FORGED_FX_ASSETS",
+    "digits:x": "digits has no model 'x'",
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_a_model_that_is_not_known_is_an_error_ahead_of_all_work(name, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("FORGED_FX_ASSETS", raising=False)
-    assert throughput.main([name, "--csv", str(tmp_path / "none.csv")]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    with pytest.raises(SystemExit, match="2"):
+        throughput.main(["digits", name, "--csv", str(tmp_path / "none.csv")])
+    out, err = capsys.readouterr()
+    assert not out and re.search(UNKNOWN[name], err.splitlines()[-1])
     assert not (tmp_path / "none.csv").exists()
+
+
+def test_a_model_that_is_known_is_its_name(assets):
+    for name in ("timm:resnet18", "timm:resnet18.a1_in1k", "torchvision:resnet18", "preact:10-1", "digits"):
+        assert models.model_name(name) == name
+    assert models.model_name("zoo:mnist_lenet5_std") == "zoo:mnist_lenet5_std"
+    with pytest.raises(argparse.ArgumentTypeError, match="zoo has no model 'mnist_lenet', but zoo:mnist_lenet5_std"):
+        models.model_name("zoo:mnist_lenet")
 
 
 def test_a_pre_activation_wide_resnet_has_its_29_sites_and_its_size():
