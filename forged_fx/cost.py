@@ -20,7 +20,8 @@ from forged_fx.lowering import register_lowerings
 from forged_fx.models import copies
 from forged_fx.modes import as_found
 from forged_fx.share import share, thresholds_in
-from forged_fx.thresholds import not_forged, thresholds_of
+from forged_fx.thresholds import not_forged
+from forged_fx.within import thresholds_within
 
 aten = torch.ops.aten
 SELECTIONS = (aten.select.int, aten.slice.Tensor)
@@ -56,9 +57,13 @@ def cost(forged: torch.nn.Module, args: tuple, kwargs: dict[str, Any] | None = N
     """Site -> what its threshold costs in a forward pass of `torch.compile(forged, backend="forged")`, in eval mode.
 
     args, kwargs: an input, on the model's device. The pass is run once, uncompiled. It is an estimate by rule, on the
-    graph that Inductor gets; `benchmarks/gpu_static.py` holds it against what Inductor generates.
+    graph that Inductor gets; `benchmarks/gpu_static.py` holds it against what Inductor generates. Where several forged
+    models are within `forged`, a site's name begins with the path to its own.
+
+    Raises ValueError for a model that is not forged, or whose layers were replaced since, and TypeError for args that
+    are no tuple.
     """
-    sites = {id(t): site for site, t in thresholds_of(forged).items()}
+    sites = thresholds_within(forged)
     if not sites:
         raise ValueError(not_forged(forged, "cost"))
     if not isinstance(args, tuple):

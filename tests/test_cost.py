@@ -155,3 +155,22 @@ def test_behind_max_pooling_it_is_free(window):
     x = torch.randn(2, 3, 16, 16)
     forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]))
     assert forged_fx.cost(forged, (x,))["3"].kind == FREE
+
+
+def test_of_several_forged_models_each_site_has_its_own(made):
+    model, stats, x = made
+
+    class Ensemble(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = forged_fx.transform(model, stats, 2**-4), forged_fx.transform(model, stats, 2**-5)
+
+        def forward(self, x):
+            return self.a(x) + self.b(x)
+
+    both = Ensemble().eval()
+    costs = forged_fx.cost(both, (x,))
+    assert [*costs] == [f"{member}.{site}" for member in "ab" for site in EXPECTED]
+    alone = forged_fx.cost(both.a, (x,))
+    kinds = [{site: costs[f"{member}.{site}"].kind for site in EXPECTED} for member in "ab"]
+    assert kinds == 2 * [{site: cost.kind for site, cost in alone.items()}]

@@ -122,7 +122,12 @@ def test_a_layer_that_was_replaced_is_missed(whole):
     forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]))
     assert isinstance(forged, torch.fx.GraphModule) is whole
     setattr(forged, "1", nn.Linear(6, 2))
-    for ask in (forged_fx.describe, lambda forged: forged_fx.set_ratio(forged, 0.1)):
+    asks = (
+        forged_fx.describe,
+        lambda forged: forged_fx.set_ratio(forged, 0.1),
+        lambda forged: forged_fx.cost(forged, (x,)),
+    )
+    for ask in asks:
         with pytest.raises(ValueError, match=r"'1' has lost its threshold: .* Replace it in the plain model"):
             ask(forged)
 
