@@ -174,9 +174,9 @@ def _layout(x: Tensor) -> tuple:
     return x.dtype, x.shape, x.stride()
 
 
-def _plain(x: Tensor, *others: Tensor) -> bool:
+def _plain(x: Tensor, other: Tensor) -> bool:
     """Ordinary CPU tensors of a dtype that is served: what the dispatcher would come to is known."""
-    return all(dispatch_keys(tensor) in ops.PLAIN for tensor in (x, *others)) and x.dtype in ops.DTYPES
+    return dispatch_keys(x) in ops.PLAIN and dispatch_keys(other) in ops.PLAIN and x.dtype in ops.DTYPES
 
 
 def _alone(x: Tensor) -> bool:
