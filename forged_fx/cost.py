@@ -150,8 +150,6 @@ def _maker(x: fx.Node) -> str:
 def _name(node: fx.Node) -> str:
     if node.op == "output":
         return "the caller"
-    if node.target.__name__ == "getitem":
-        node = node.args[0]
     return str(node.target).removeprefix("aten.").removeprefix("prims.").partition(".")[0].lstrip("_")
 
 

@@ -1,12 +1,20 @@
 """cost: which thresholds are free, and why the others are not."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import forged_fx
-from forged_fx.cost import FREE, LAUNCH, SHARED, WRITE
+from forged_fx.cost import FREE, LAUNCH, SHARED, WRITE, price
+from forged_fx.hoist import hoist
+from forged_fx.lowering import register_lowerings
+from forged_fx.share import thresholds_in
+
+threshold = torch.ops.forged_fx.threshold
 
 
 class Net(nn.Module):
@@ -74,6 +82,73 @@ def test_a_pool_that_inductor_leaves_to_pytorch_takes_no_threshold(pool, size, k
     assert ("pool2d.default(buf" in code) == (kind == LAUNCH)
 
 
+def priced(f, *inputs):
+    """The price of the one threshold in the graph of f."""
+    register_lowerings()
+    gm = make_fx(f, tracing_mode="fake")(*inputs)
+    hoist(gm.graph)
+    (node,) = thresholds_in(gm.graph)
+    return price(node)
+
+
+def cast(x):
+    return torch.ops.prims.convert_element_type(x, torch.float16)  # as Inductor's graphs have it
+
+
+def product(x):
+    return x.reshape(48, 6) @ x.new_empty(6, 6)
+
+
+SIZE = 2 * 4 * 6 * 6 * 4  # bytes of the input
+# How a threshold's input is made, what reads the input besides, what reads the threshold -> its price
+PRICES = {
+    "half precision": (lambda x: cast(x.relu()), product, torch.sin, WRITE, SIZE // 2),
+    "a slice": (lambda x: x.relu()[:, :2], None, torch.sin, LAUNCH, SIZE),
+    "a view of a slice": (lambda x: x.relu()[:, :2].flatten(1), None, torch.sin, LAUNCH, SIZE),
+    "a selection": (lambda x: x.relu()[:, 1], None, torch.sin, LAUNCH, SIZE // 2),
+    "a copy behind it": (lambda x: x, None, lambda y: y.flip(1), FREE, 0),
+    "a copy behind it, and more": (lambda x: x, None, lambda y: (y.flip(1), y.sin()), LAUNCH, 2 * SIZE),
+    "another kernel": (torch.relu, torch.cos, torch.sin, FREE, 0),
+    "the caller": (torch.relu, lambda x: x, torch.sin, WRITE, SIZE),
+    "a product": (torch.relu, product, torch.sin, WRITE, SIZE),
+    "a product and more": (torch.relu, lambda x: (product(y := x.view(48, 6)), y.sin()), torch.sin, WRITE, SIZE),
+    "views of a kernel's": (torch.relu, lambda x: x.view(48, 6).sin(), torch.sin, FREE, 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "beside", "behind", "kind", "size"), PRICES.values(), ids=PRICES)
+def test_the_rule_on_graphs_of_aten_calls(make, beside, behind, kind, size):
+    def f(x, t):
+        x = make(x)
+        return behind(threshold(x, t)), beside and beside(x)
+
+    found = priced(f, torch.rand(2, 4, 6, 6), torch.tensor(0.5))
+    assert (found.kind, found.bytes) == (kind, size) and not found.prologue
+
+
+PRODUCTS = {
+    "a product": (lambda x, w, b: x.view(48, 6) @ b, True),
+    "two products": (lambda x, w, b: (x.view(48, 6) @ b, x.view(-1, 6) @ b), False),
+    "a product and another kernel": (lambda x, w, b: (x.view(48, 6) @ b, x.view(48, 6).sin()), False),
+    "a 1x1 convolution": (lambda x, w, b: F.conv2d(x, w), True),
+    "its weight": (lambda x, w, b: F.conv2d(w.mT, x.view(72, 4, 1, 1)), False),
+    "3x3": (lambda x, w, b: F.conv2d(x, w.expand(8, 4, 3, 3)), False),
+    "a stride": (lambda x, w, b: F.conv2d(x, w, stride=2), False),
+    "padding": (lambda x, w, b: F.conv2d(x, w, padding=1), False),
+    "groups": (lambda x, w, b: F.conv2d(x, w[:, :2], groups=2), False),
+    "transposed": (lambda x, w, b: F.conv_transpose2d(x, w[:4]), False),
+    "one dimension": (lambda x, w, b: F.conv1d(x.view(2, 4, 36), w[:, :, 0]), False),
+}
+
+
+@pytest.mark.parametrize(("reads", "may"), PRODUCTS.values(), ids=PRODUCTS)
+def test_what_may_apply_it_as_it_loads_on_a_gpu(reads, may):
+    """(Any device that is no CPU.)"""
+    given = [torch.empty(size, device="meta") for size in ((2, 4, 6, 6), (), (8, 4, 1, 1), (6, 6))]
+    found = priced(lambda x, t, w, b: reads(threshold(x, t), w, b), *given)
+    assert found.kind == LAUNCH and found.prologue == may
+
+
 def test_thresholds_that_part_are_not_shared(made):
     model, stats, x = made
     forged = forged_fx.transform(model, stats, {"left": 2**-3, "*": 2**-4})
@@ -126,6 +201,51 @@ def test_a_model_may_write_into_its_input():
     forged = forged_fx.transform(model, forged_fx.calibrate(model, [x.clone()]))
     forged_fx.cost(forged, (x,))
     assert torch.equal(x, torch.ones_like(x))
+
+
+def test_a_threshold_is_priced_where_it_ends_up():
+    """Ahead of the view, behind the slice; and nowhere, where no one reads what its layer makes."""
+
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.spare, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Linear(72, 2)
+
+        def forward(self, x):
+            x = self.conv(x).relu()
+            self.spare(x)
+            return self.head(x[:, :2].flatten(1))
+
+    model, x = Parts().eval(), torch.randn(2, 3, 6, 6)
+    costs = forged_fx.cost(forged_fx.transform(model, forged_fx.calibrate(model, [x]), graph=False), (x,))
+    assert costs["head"].kind == LAUNCH and costs["head"].why == "its input is a part of what relu makes"
+    assert costs["spare"].free and costs["spare"].why == "no one reads it"
+
+
+def test_it_is_of_eval_mode_whatever_mode_the_model_is_in():
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)).eval(), torch.randn(2, 3, 8, 8)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]))
+    costs, buffers = forged_fx.cost(forged, (x,)), copy.deepcopy(forged.state_dict())
+    assert costs["2"].free and forged_fx.cost(forged.train(), (x,)) == costs
+    assert all(torch.equal(buffers[name], value) for name, value in forged.state_dict().items())
+
+
+def test_bytes_are_a_number_where_the_compiler_takes_the_batch_for_any():
+    """As it does with code that it has met with another batch before."""
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer(x)
+
+    model, x = Outer().eval(), torch.rand(6, 4)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), graph=False)
+    for n in (6, 3):
+        size = forged_fx.cost(forged, (x[:n],))["layer"].bytes
+        assert type(size) is int and size == 2 * 4 * 4 * n
 
 
 def test_it_leaves_no_trace_in_the_model(made):

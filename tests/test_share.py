@@ -63,6 +63,37 @@ def test_one_result_for_two_sites(x):
         assert selections(torch.compile(one_by_one, backend="forged"), x) == count
 
 
+class Three(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        x = x.tanh()
+        return sum(head(x) for head in self.heads)
+
+
+@pytest.mark.parametrize("other", range(3))
+def test_two_of_three_are_one_to_the_bit(x, other):
+    torch.manual_seed(0)
+    model = Three().eval()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-3)
+    fast = torch.compile(forged, backend="forged")
+    assert selections(fast, x) == 1
+    forged.heads[other].forged_threshold.mul_(1 + 2**-22)
+    assert selections(fast, x) == 2
+    with torch.no_grad():
+        assert torch.allclose(fast(x), forged(x), atol=1e-6)
+
+
+def test_one_for_each_channel_is_never_shared(x):
+    """They are no numbers, whose equality a guard could ask for."""
+    model, _ = made(x)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x], channels=True), 0.5, kind="mean")
+    with torch.no_grad():
+        assert torch.allclose(torch.compile(forged, backend="forged")(x), forged(x), atol=1e-6)
+
+
 @pytest.mark.parametrize("changes", [False, True])
 def test_thresholds_that_part_and_meet_again(x, changes):
     model, stats = made(x, changes)
