@@ -164,8 +164,6 @@ def _same_leaf(a: Any, b: Any) -> bool:
         return type(a) is type(b)
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    if not a.numel():  # it may have strides that no view of bytes takes
-        return True
     return torch.equal(
         *(value.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8) for value in (a, b))
     )

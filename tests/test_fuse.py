@@ -636,11 +636,11 @@ def test_region_by_region_says_that_nothing_was_fused() -> None:
 def test_alike_is_within_rounding_of_the_largest_value() -> None:
     a = torch.tensor([1000.0, 1.0, torch.inf, -torch.inf, torch.nan])
     for at, value, expected in [(1, 1.3, True), (1, 1.5, False), (2, -torch.inf, False), (3, torch.nan, False),
-                                (4, torch.inf, False), (2, 1e30, False)]:  # fmt: skip
+                                (4, torch.inf, False), (2, 1e30, False), (0, 1000.5, False)]:  # fmt: skip
         b = a.clone()
         b[at] = value
         assert alike({"y": a}, {"y": b}) is expected, (at, value)
-    assert alike(a[2:], a[2:]) and alike(a[:0], a[:0]) and not alike(a, a.double())
+    assert alike(a[2:], a[2:]) and alike(a[:0], a[:0]) and not alike(a, a.double()) and not alike((a,), (a, a))
 
 
 def runs_instead(monkeypatch: pytest.MonkeyPatch, name: str, chain: Callable) -> None:

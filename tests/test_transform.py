@@ -615,6 +615,9 @@ def test_an_input_with_gaps_in_memory_is_forged():
     assert densely(x) is densely(x.t()) is None
     closed = densely(x[:, ::2])
     assert closed.is_contiguous() and torch.equal(closed, x[:, ::2])
+    gaps = torch.randn(2, 3, 4, 8).to(memory_format=torch.channels_last)[..., ::2]
+    assert densely(gaps).stride() == torch.ops.forged_fx.threshold(gaps, torch.tensor(0.0)).stride() != gaps.stride()
+    assert densely(x.to_sparse()) is None
     other = copy.deepcopy(net)
     with torch.no_grad():
         other.weight[0, 0] += 1e-3
@@ -624,6 +627,46 @@ def test_an_input_with_gaps_in_memory_is_forged():
 
 def test_empty_outputs_with_gaps_are_the_same():
     assert same(torch.zeros(0, 2)[:, ::2], torch.zeros(0, 1))
+
+
+def test_the_same_is_to_the_bit_in_number_type_and_shape():
+    a = torch.tensor([0.0, torch.nan])
+    assert same({"y": (a, None)}, {"y": (a.clone(), None)})
+    for other in (-a, a[:1], a[None], a.double(), a.view(torch.int32), None, (a, a)):
+        assert not same((a,), (other,)), other
+
+
+@pytest.mark.parametrize("skipped", [True, False])
+def test_a_threshold_that_attentions_fast_path_decides_on_is_missed(skipped):
+    class Beside(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.attention = nn.MultiheadAttention(4, 1)
+
+    model, x = Beside().eval(), torch.randn(2, 4)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0, graph=False)
+    (site,), whole = forged_fx.calibrate(model, [x]).sites, forged.forward
+    assert audit(model, forged, [site], (x,), {}) == ([], {site})
+    forged.forward = lambda x: (model if torch.backends.mha.get_fastpath_enabled() is skipped else whole)(x)
+    assert audit(model, forged, [site], (x,), {}) == ([site], {site})
+
+
+def test_the_audit_hands_on_what_a_model_forged_module_by_module_raises(model, stats, x):
+    forged = forged_fx.transform(model, stats, 0, graph=False)
+    forged.register_forward_hook(lambda *_: {}["mine"])
+    with pytest.raises(KeyError, match="mine"):
+        audit(model, forged, SITES, (x,), {})
+
+
+def test_the_audit_runs_on_copies_of_its_example():
+    class Centred(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.sub_(0.5))
+
+    model, x = Centred(3, 3).eval(), torch.ones(2, 3)
+    stats = forged_fx.calibrate(model, [x.clone()])
+    assert forged_fx.transform(model, stats, example=((x,), {})).forging.audited
+    assert torch.equal(x, torch.ones_like(x))
 
 
 @pytest.mark.parametrize(
