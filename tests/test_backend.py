@@ -14,6 +14,7 @@ from torch import nn
 
 import forged_fx
 from forged_fx import torch_internals
+from forged_fx.share import thresholds_in
 
 
 class Net(nn.Module):
@@ -131,7 +132,13 @@ def test_a_path_is_read_again(model, stats, x, tmp_path):
 
 
 def test_include_and_exclude(model, stats, x):
-    for globs in ({"include": "fc*"}, {"exclude": ["conv", "#1"]}, {"include": "*"}):
+    for globs in (
+        {"include": "fc*"},
+        {"exclude": ["conv", "#1"]},
+        {"include": "*"},
+        {"where": ["fc", "#1"]},
+        {"statistic": "quantile(0.5)"},
+    ):
         torch._dynamo.reset()
         with torch.no_grad():
             expected = forged_fx.transform(model, stats, 2**-3, **globs)(x)
@@ -224,9 +231,42 @@ def test_the_disk_cache_does_not_serve_frozen_thresholds_of_another_ratio(model,
             assert torch.allclose(compiled(model, stats, ratio, freezing=True)(x), expected, atol=1e-6), ratio
 
 
+def test_what_is_frozen_by_inductors_own_setting_is_in_the_cache_key_too(model, stats, x, monkeypatch):
+    keys = []
+
+    def note(gm, inputs, config_patches):
+        keys.append(config_patches["post_grad_custom_pre_pass"].uuid())
+        return gm.forward
+
+    inductor = torch_internals.inductor()
+    monkeypatch.setattr(inductor, "compile_fx", note)
+    for freezing in (False, True):
+        with inductor.config.patch(freezing=freezing):
+            for ratio in (2**-3, 2**-1):
+                torch._dynamo.reset()
+                compiled(model, stats, ratio)(x)
+    assert keys[0] == keys[1] and len(set(keys)) == 3
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="this version's Inductor takes one pass")
+def test_the_callers_own_pass_sees_what_ours_has_made(x):
+    model, seen = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sigmoid(), nn.Flatten(), nn.Linear(256, 2)).eval(), []
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]))
+    never_cached = os.urandom(8)
+    own = torch_internals.graph_pass(lambda graph: seen.extend(thresholds_in(graph)), never_cached)
+    with torch.no_grad():
+        torch.compile(forged, backend="forged", options={"post_grad_custom_pre_pass": own})(x)
+    assert len(seen) == 2 and all("prologue" in node.meta for node in seen)
+
+
 def test_statistics_of_another_model_are_refused(stats):
     with pytest.raises(Exception, match="belong to another model"):
         compiled(nn.Sequential(nn.Linear(3, 3)), stats)(torch.randn(2, 3))
+
+
+def test_a_model_that_is_forged_already_is_refused(model, stats, x):
+    with pytest.raises(Exception, match="this model is forged already: compile it without options"):
+        compiled(forged_fx.transform(model, stats), stats)(x)
 
 
 class Breaks(nn.Module):
@@ -357,6 +397,8 @@ def test_a_pass_that_runs_no_graph_raises(model, stats, x):
     ):
         fast(x)
     fast(x)
+    with torch.compiler.set_stance("force_eager"):
+        compiled(model, stats, strict=False)(x)
 
 
 def test_the_models_own_error_is_the_one_that_is_raised():
@@ -491,6 +533,20 @@ def test_one_model_compiled_twice_at_two_ratios(model, stats, x):
                 assert torch.allclose(module(x), forged_fx.transform(model, stats, ratio)(x), atol=1e-6)
 
 
+def test_a_branch_that_is_compiled_later_belongs_to_the_options_that_it_began_with():
+    torch.manual_seed(0)
+    model, x = OnBothSides().eval(), torch.randn(5, 4)
+    with torch.no_grad():
+        for layer in (model.a, model.b):
+            layer.bias.zero_()
+        stats = forged_fx.calibrate(model, [x, 8 * x])
+        fast = {ratio: compiled(model, stats, ratio) for ratio in (2**-3, 2**-1)}
+        for scale in (1, 8):
+            for ratio, module in fast.items():
+                expected = forged_fx.transform(model, stats, ratio)(scale * x)
+                assert torch.allclose(module(scale * x), expected, atol=1e-6)
+
+
 def test_compiled_in_place(model, stats, x):
     with torch.no_grad():
         expected = forged_fx.transform(model, stats, 2**-3)(x)
@@ -524,6 +580,20 @@ def test_within_another_compiled_function_thresholds_are_dropped_with_a_warning(
             warnings.simplefilter("error", UserWarning)
             assert torch.allclose(torch.compile(lambda x: forged(x) * 2, backend="forged")(x), forged(x) * 2, atol=1e-6)
             torch.compile(lambda x: x * 2, backend="forged")(x)
+            torch.compile(lambda x: x * model.bn.weight[0], backend="forged")(x)  # no layer's
+
+
+def test_a_graph_of_a_block_without_sites_is_of_a_forged_model_all_the_same():
+    class Doubles(nn.Module):
+        def forward(self, x):
+            torch._dynamo.graph_break()
+            return x * 2
+
+    model, x = nn.Sequential(nn.Linear(4, 4), Doubles()).eval(), torch.randn(5, 4)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-3, graph=False)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert torch.allclose(torch.compile(forged, backend="forged")(x), forged(x), atol=1e-6)
 
 
 class Halves(nn.Module):
