@@ -117,6 +117,7 @@ def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"ours are {', '.join(OPTIONS)}, the rest Inductor's"
             raise ValueError(f"backend 'forged' has no option {key!r}; {hint}")
+    options = {key.replace("-", "_"): value for key, value in options.items()}  # both are Inductor's spelling
     ours = {key: value for key, value in options.items() if key in OPTIONS}
     if ours and "stats" not in ours:
         raise ValueError(f"options {', '.join(ours)} need 'stats' too: what forged_fx.calibrate returned, or its file")

@@ -216,8 +216,9 @@ def configured(monkeypatch):
 def test_inductors_own_options_pass_through(model, stats, x, configured):
     with torch.no_grad():
         expected = forged_fx.transform(model, stats, 2**-3)(x)
-        assert torch.allclose(compiled(model, stats, freezing=True)(x), expected, atol=1e-6)
-    assert [patches["freezing"] for patches in configured] == [True]
+        fast = compiled(model, stats, freezing=True, **{"epilogue-fusion": False})  # which may be spelled so, too
+        assert torch.allclose(fast(x), expected, atol=1e-6)
+    assert [(patches["freezing"], patches["epilogue_fusion"]) for patches in configured] == [(True, False)]
 
 
 def test_the_disk_cache_does_not_serve_frozen_thresholds_of_another_ratio(model, stats, x):
@@ -666,6 +667,24 @@ def test_a_weight_of_two_modules_tells_neither():
         expected = forged_fx.transform(model, stats, 2**-2)(x)
         for _ in range(2):
             assert torch.allclose(fast(x), expected, atol=1e-4)
+
+
+def test_a_weight_stays_one_when_it_is_expanded_to_the_batch_or_multiplied_by_what_was_not_seen():
+    class Weighs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.scales = nn.Parameter(torch.randn(4, 4)), [torch.tensor(2.0)]
+
+        def forward(self, x):
+            return x @ (self.weight * self.scales[0]).expand(x.shape[0], -1, -1)
+
+    torch.manual_seed(0)
+    model, x = Weighs().eval(), torch.randn(6, 3, 4)
+    stats = forged_fx.calibrate(model, [x])
+    fast = torch.compile(model, backend="forged", dynamic=True, options={"stats": stats, "ratio": 2**-2})
+    with torch.no_grad():
+        for n in (6, 3):
+            assert torch.allclose(fast(x[:n]), forged_fx.transform(model, stats, 2**-2)(x[:n]), atol=1e-5)
 
 
 def test_a_norm_of_all_blocks_does_not_part_their_graphs():
