@@ -3,12 +3,14 @@
 import importlib.util
 import os
 import sys
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.compiler.config
 from hypothesis import HealthCheck, settings
 
 # test_properties.py: the same cases each time, or (pytest --hypothesis-profile=full) ten times as many others
@@ -16,6 +18,11 @@ COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": list(He
 settings.register_profile("normal", **COMMON, derandomize=True, database=None)
 settings.register_profile("full", **COMMON)
 settings.load_profile("normal")
+
+# Plain `torch.compile` would take from its cache on disk what another version of the library has made: docs/cost.md.
+SOURCE = Path(importlib.util.find_spec("forged_fx").origin).parent
+VERSION = sha256(b"".join(path.read_bytes() for path in sorted([*SOURCE.glob("*.py"), *SOURCE.glob("kernels/*.py")])))
+torch.compiler.config.cache_key_tag = VERSION.hexdigest()
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
