@@ -164,6 +164,57 @@ def test_each_call_of_a_shared_layer_has_its_own_threshold(x):
         expected = model.b(f("b#1", model.a(f("a#2", h))))
         for _ in range(2):  # the count starts again with each forward pass
             assert torch.equal(forged(x), expected)
+        for _ in range(2):  # and outside of one, each run is a first one
+            assert torch.equal(forged.a(x), model.a(f("a", x)))
+
+
+def test_calls_of_a_module_that_runs_twice_are_counted_through_the_pass(x):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = FunctionalCall()
+
+        def forward(self, x):
+            return self.inner(self.inner(x))
+
+    model = Twice().eval()
+    stats = forged_fx.calibrate(model, [x])
+    forged = forged_fx.transform(model, stats, 0)  # audited: each threshold ran once
+    assert {row.left_out for row in forged_fx.describe(forged)} == {None} and stats.sites["inner#3"].calls == 1
+    assert torch.equal(forged(x), model(x))
+
+
+def test_a_layer_that_calls_itself_in_place_is_no_activation(x):
+    class Flagged(nn.Linear):
+        inplace = True
+
+    model, before = Flagged(4, 4), x.clone()
+    forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0.5, graph=False)(x)
+    assert torch.equal(x, before)
+
+
+def test_a_checkpoint_that_runs_a_layer_twice_recomputes_both(x):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.checkpointed = nn.Linear(4, 4), False
+
+        def both(self, x):
+            return self.layer(self.layer(x).sin())
+
+        def forward(self, x):
+            x = x.tanh() if x.sum() < 1e9 else x
+            if not self.checkpointed:
+                return self.both(x)
+            return torch.utils.checkpoint.checkpoint(self.both, x, use_reentrant=False)
+
+    torch.manual_seed(0)
+    model, gradients = Twice().eval(), []
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0.5)
+    for forged.checkpointed in (False, True):
+        leaf = x.clone().requires_grad_()
+        gradients += torch.autograd.grad(forged(leaf).square().sum(), (leaf, forged.layer.weight))
+    assert torch.equal(gradients[0], gradients[2]) and torch.equal(gradients[1], gradients[3])
 
 
 def test_a_call_that_calibration_never_saw_is_an_error(x):
