@@ -103,7 +103,7 @@ def test_between_two_convolutions_on_a_cpu_a_large_threshold_is_eager_modes(pixe
     """There is nothing to join, and a loop of its own would be one more file of C++ to compile."""
     from torch._inductor.utils import run_and_get_code
 
-    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3)).eval()
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3)).eval()
     x = torch.rand(2, 3, pixels, pixels, generator=torch.Generator().manual_seed(0))
     forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-2)
     with torch.no_grad():

@@ -243,6 +243,13 @@ def test_compiled_is_eager() -> None:
     assert all(map(same, found, run(chain)))
 
 
+def test_compiled_by_channels_with_the_straight_gradient() -> None:
+    """The channel's dimension is no longer the last argument."""
+    x, args = torch.randn(2, 3, 4), (torch.randn(4), torch.rand(4), -1)
+    fast = torch.compile(lambda x: op("mean")(x.neg(), *args, True), backend="forged", fullgraph=True)
+    assert torch.equal(fast(x), op("mean")(x.neg(), *args))
+
+
 @NEW
 def test_decomposed(name: str) -> None:
     table = ops.decompositions()
