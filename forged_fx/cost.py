@@ -7,6 +7,8 @@ kernel or a matrix product returns.
 """
 
 import copy
+import operator
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -60,12 +62,16 @@ def cost(forged: torch.nn.Module, args: tuple, kwargs: dict[str, Any] | None = N
     graph that Inductor gets; `benchmarks/gpu_static.py` holds it against what Inductor generates. Where several forged
     models are within `forged`, a site's name begins with the path to its own.
 
-    Raises ValueError for a model that is not forged, or whose layers were replaced since, and TypeError for args that
-    are no tuple.
+    Of a site that runs more than once, the dearest. Raises ValueError for a model that is not forged, or whose layers
+    were replaced since, or where compiling is turned off, and TypeError for args that are no tuple.
     """
     sites = thresholds_within(forged)
     if not sites:
         raise ValueError(not_forged(forged, "cost"))
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        raise ValueError(
+            "cost looks at what a compiler is given, and TORCHDYNAMO_DISABLE=1 turns compilers off: unset it"
+        )
     if not isinstance(args, tuple):
         raise TypeError(f"args is {type(args).__name__}: pass the forward's arguments as a tuple, (x,)")
     found: dict[str, Cost] = {}
@@ -77,7 +83,7 @@ def cost(forged: torch.nn.Module, args: tuple, kwargs: dict[str, Any] | None = N
     tensors = {id(tensor): tensor for tensor in (*forged.parameters(), *forged.buffers())}
     twin = copy.deepcopy(forged, tensors)  # what is compiled here must not count against the user's own compilations
     args, kwargs = copies((args, kwargs or {}))
-    with torch.no_grad(), as_found(twin):
+    with torch.no_grad(), as_found(twin), torch.compiler.set_stance("default"):
         torch.compile(twin, backend=backend)(*args, **kwargs)
     unseen = Cost(LAUNCH, 0, "it runs uncompiled")
     return {site: found.get(site, unseen) for site in sites.values()}
@@ -89,11 +95,14 @@ def _reader(gm: fx.GraphModule, sites: dict[int, str], found: dict[str, Cost]) -
     own = {node: sites.get(id(torch_internals.lifted_value(node.args[1]))) for node in calls}
     share(gm.graph)
     inputs = gm.graph.find_nodes(op="placeholder")
-    served: dict[tuple, list[str]] = {}  # the operator, which of the graph's inputs are its parameters -> the sites
+    served: dict[
+        tuple, dict[str, None]
+    ] = {}  # the operator, which of the graph's inputs are its parameters -> the sites
     for node, site in own.items():
         if site is not None:
             parameters = (inputs.index(t) - len(inputs) for t in node.args[1:] if isinstance(t, fx.Node))
-            served.setdefault((getattr(node.target, "default", node.target), *parameters), []).append(site)
+            names = served.setdefault((getattr(node.target, "default", node.target), *parameters), {})
+            names[site] = None  # once, however often it runs
 
     def read(graph: fx.Graph) -> None:
         hoist(graph)
@@ -102,8 +111,11 @@ def _reader(gm: fx.GraphModule, sites: dict[int, str], found: dict[str, Cost]) -
             parameters = [placeholders[position] for position in positions]
             made = (node for node in parameters[0].users if node.target is op)
             costs = [price(node) for node in made if [*node.args[1 : 1 + len(parameters)]] == parameters]
-            found[first] = max(costs, key=lambda c: c.bytes, default=Cost(FREE, 0, "no one reads it"))
-            found.update(dict.fromkeys(others, Cost(SHARED, 0, f"with {first}", alone=found[first])))
+            dearest = max(costs, key=lambda c: c.bytes, default=Cost(FREE, 0, "no one reads it"))
+            shared = Cost(SHARED, 0, f"with {first}", alone=dearest)
+            for site, made_of in ((first, dearest), *((other, shared) for other in others)):
+                if site not in found or made_of.bytes > found[site].bytes:  # (it may be in several graphs)
+                    found[site] = made_of
 
     return read
 
@@ -114,9 +126,9 @@ def price(threshold: fx.Node) -> Cost:
     size = x.meta["val"].numel() * x.meta["val"].element_size()
     size = size if isinstance(size, int) else size.node.hint
     maker, prologue = _maker(x), _read_by_products(threshold)
+    if threshold.users and not any(map(_needs_memory, threshold.users)):
+        return Cost(FREE, 0, f"a part of {' and '.join(dict.fromkeys(map(_name, threshold.users)))} behind it")
     if not written_by_inductor(x):
-        if all(reader.target in COPIES for reader in threshold.users):
-            return Cost(FREE, 0, "a part of the copy behind it")
         return Cost(LAUNCH, 2 * size, f"its input comes from {maker}", prologue)
     if x.target in SELECTIONS:
         return Cost(LAUNCH, 2 * size, f"its input is a part of what {_maker(x.args[0])} makes", prologue)
@@ -150,6 +162,8 @@ def _maker(x: fx.Node) -> str:
 def _name(node: fx.Node) -> str:
     if node.op == "output":
         return "the caller"
+    if node.target is operator.getitem:
+        node = node.args[0]
     return str(node.target).removeprefix("aten.").removeprefix("prims.").partition(".")[0].lstrip("_")
 
 
@@ -157,9 +171,12 @@ def _needs_memory(reader: fx.Node) -> bool:
     """Whether the reader cannot be in the kernel that makes the value."""
     if reader.op == "output":
         return True
+    if reader.target in COPIES:
+        return False
     if reader.target in VIEWS:
         return any(_needs_memory(next_reader) for next_reader in reader.users)
-    return torch_internals.is_library_call(reader)
+    # (A convolution reads by a library, also where its result, which a bias is added to, is a kernel of Inductor's.)
+    return reader.target is aten.convolution.default or torch_internals.is_library_call(reader)
 
 
 def _behind(node: fx.Node) -> set[fx.Node]:

@@ -16,7 +16,7 @@ from forged_fx.evaluate import checks, fingerprint
 from forged_fx.sites import is_activation, module_of
 from forged_fx.stats import SiteStats
 from forged_fx.thresholds import PREFIX, not_forged, numbers
-from forged_fx.transform import Forging, in_force
+from forged_fx.transform import Forging, check_example, in_force
 from forged_fx.within import forged_within
 
 
@@ -94,6 +94,7 @@ def describe(model: torch.nn.Module, *, cost: bool = False, example: tuple[tuple
     example.
     """
     checks.module(model, "model", "describe takes")
+    check_example(example)
     found = forged_within(model)
     if not found:
         raise ValueError(not_forged(model, "describe"))

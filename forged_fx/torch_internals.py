@@ -7,6 +7,7 @@ the backend touches, one function each; tests/test_backend.py runs them.
 
 import functools
 import math
+import operator
 import re
 import sys
 import types
@@ -500,6 +501,13 @@ def _averages_wide_windows(node: fx.Node) -> bool:
     return math.prod(kernel) > 25 and list(stride or kernel) != list(kernel)
 
 
+def _is_not_decomposed(node: fx.Node) -> bool:
+    """Whether what sorts is left as it is, which is the default."""
+    from torch._inductor import config
+
+    return not getattr(config.triton, "decompose_sort_ops", False)
+
+
 aten = torch.ops.aten
 # What Inductor writes itself, or leaves to PyTorch -> when it leaves it.
 _LEFT_TO_PYTORCH: dict[Any, Callable[[fx.Node], bool]] = {
@@ -510,6 +518,11 @@ _LEFT_TO_PYTORCH: dict[Any, Callable[[fx.Node], bool]] = {
     aten.avg_pool2d.default: _averages_wide_windows,
     aten.sort.default: lambda node: node.meta["val"][0].device.type == "cpu",
     aten.sort.stable: lambda node: node.meta["val"][0].device.type == "cpu",
+    aten.topk.default: _is_not_decomposed,
+    aten.kthvalue.default: _is_not_decomposed,
+    aten.median.default: _is_not_decomposed,
+    aten.median.dim: _is_not_decomposed,
+    aten.mode.default: _is_not_decomposed,
 }
 
 
@@ -517,6 +530,8 @@ def is_library_call(node: fx.Node) -> bool:
     """Whether Inductor leaves an ATen call to a library's kernel, or to one of PyTorch's own."""
     from torch._inductor import lowering
 
+    if node.target is operator.getitem:  # one of the results of a call that has several
+        return is_library_call(node.args[0])
     if node.target in _LEFT_TO_PYTORCH:
         return _LEFT_TO_PYTORCH[node.target](node)
     products = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)

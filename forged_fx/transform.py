@@ -195,11 +195,7 @@ def transform(
             f"transform takes statistics that forged_fx.calibrate returned, or their file's path, not "
             f"{type(stats).__name__}"
         )
-    if example is not None and not _is_call(example):
-        raise TypeError(
-            "example is what the model is called with, (args, kwargs): for one tensor example=((x,), {}), not "
-            f"{type(example).__name__}"
-        )
+    check_example(example)
     stats = stats if isinstance(stats, Stats) else Stats.load(stats)
     model = unwrapped(model)
     if fuse not in (None, True, False):
@@ -223,7 +219,8 @@ def transform(
     choice = choose(stats, kind, wanted, statistic)
     choice.values(stats, ratio)  # an error in it had better be seen now
     if only is not None:
-        costly = _costly(model, stats, wanted, choice, strict, example, only, graph)
+        given = {"kind": choice.kinds, "statistic": statistic}
+        costly = _costly(model, stats, wanted, given, strict, example, only, graph)
         wanted, left_out = [site for site in wanted if site not in costly], left_out | costly
         choice = choice.of(wanted)
         if costly and not wanted:
@@ -256,13 +253,19 @@ _NO_BATCH = "statistics from a file keep no batch to run", "pass one, example=((
 _ON_META = "a model on the meta device has no weights to run with", "forge it once with weights, example=((x,), {})"
 
 
-def _is_call(example: Any) -> bool:
-    return (
+def check_example(example: Any) -> None:
+    """TypeError for what is neither None nor (args, kwargs)."""
+    is_call = (
         isinstance(example, tuple | list)
         and len(example) == 2
         and isinstance(example[0], tuple | list)
         and isinstance(example[1], Mapping)
     )
+    if example is not None and not is_call:
+        raise TypeError(
+            "example is what the model is called with, (args, kwargs): for one tensor example=((x,), {}), not "
+            f"{type(example).__name__}"
+        )
 
 
 def _forge(
@@ -337,7 +340,7 @@ def _costly(
     model: torch.nn.Module,
     stats: Stats,
     wanted: list[str],
-    choice: Choice,
+    given: dict[str, Any],
     strict: bool,
     example: Any,
     only: str,
@@ -352,9 +355,8 @@ def _costly(
         return {}
     if example is None:
         raise ValueError("only='free' runs a model with weights to see what costs: pass example=(args, kwargs)")
-    given: dict[str, Any] = {"kind": choice.kinds, "where": wanted, "statistic": choice.statistic}
-    forged = transform(model, stats, None, **given, strict=strict, example=example, fuse=False, graph=graph)
-    costs = cost(forged, *example)
+    given = {**given, "where": wanted, "strict": strict, "example": example, "graph": graph}
+    costs = cost(transform(model, stats, None, **given, fuse=False), *example)
     return {site: f"not free: {price.alone or price}" for site, price in costs.items() if not price.free}
 
 

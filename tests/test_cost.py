@@ -96,23 +96,30 @@ def cast(x):
 
 
 def product(x):
-    return x.reshape(48, 6) @ x.new_empty(6, 6)
+    return x.reshape(-1, 6) @ x.new_empty(6, 6)
 
 
 SIZE = 2 * 4 * 6 * 6 * 4  # bytes of the input
 # How a threshold's input is made, what reads the input besides, what reads the threshold -> its price
 PRICES = {
-    "half precision": (lambda x: cast(x.relu()), product, torch.sin, WRITE, SIZE // 2),
-    "a slice": (lambda x: x.relu()[:, :2], None, torch.sin, LAUNCH, SIZE),
-    "a view of a slice": (lambda x: x.relu()[:, :2].flatten(1), None, torch.sin, LAUNCH, SIZE),
-    "a selection": (lambda x: x.relu()[:, 1], None, torch.sin, LAUNCH, SIZE // 2),
+    "half precision": (lambda x: cast(x.relu()), product, product, WRITE, SIZE // 2),
+    "a slice": (lambda x: x.relu()[:, :2], None, product, LAUNCH, SIZE),
+    "a view of a slice": (lambda x: x.relu()[:, :2].flatten(1), None, product, LAUNCH, SIZE),
+    "a selection": (lambda x: x.relu()[:, 1], None, product, LAUNCH, SIZE // 2),
+    "a library's result": (product, None, product, LAUNCH, 2 * SIZE),
+    "one of several": (lambda x: x.topk(6)[0], None, product, LAUNCH, 2 * SIZE),
+    "one of several, as small": (lambda x: x.median(3, keepdim=True)[0], None, product, LAUNCH, SIZE // 3),
     "a copy behind it": (lambda x: x, None, lambda y: y.flip(1), FREE, 0),
-    "a copy behind it, and more": (lambda x: x, None, lambda y: (y.flip(1), y.sin()), LAUNCH, 2 * SIZE),
-    "another kernel": (torch.relu, torch.cos, torch.sin, FREE, 0),
-    "the caller": (torch.relu, lambda x: x, torch.sin, WRITE, SIZE),
-    "a product": (torch.relu, product, torch.sin, WRITE, SIZE),
-    "a product and more": (torch.relu, lambda x: (product(y := x.view(48, 6)), y.sin()), torch.sin, WRITE, SIZE),
-    "views of a kernel's": (torch.relu, lambda x: x.view(48, 6).sin(), torch.sin, FREE, 0),
+    "a copy behind it, and more": (lambda x: x, None, lambda y: (y.flip(1), product(y)), LAUNCH, 2 * SIZE),
+    "a kernel behind it": (product, None, torch.relu, FREE, 0),
+    "a kernel behind it, and its view": (product, None, lambda y: (y.relu(), y.view(8, 36).sin()), FREE, 0),
+    "a kernel behind it, and the caller": (product, None, lambda y: (y.relu(), y.view(8, 36)), LAUNCH, 2 * SIZE),
+    "a kernel between others": (torch.relu, product, torch.sin, FREE, 0),
+    "another kernel": (torch.relu, torch.cos, product, FREE, 0),
+    "the caller": (torch.relu, lambda x: x, product, WRITE, SIZE),
+    "a product": (torch.relu, product, product, WRITE, SIZE),
+    "a product and more": (torch.relu, lambda x: (product(y := x.view(48, 6)), y.sin()), product, WRITE, SIZE),
+    "views of a kernel's": (torch.relu, lambda x: x.view(48, 6).sin(), product, FREE, 0),
 }  # fmt: skip
 
 
@@ -139,6 +146,13 @@ PRODUCTS = {
     "transposed": (lambda x, w, b: F.conv_transpose2d(x, w[:4]), False),
     "one dimension": (lambda x, w, b: F.conv1d(x.view(2, 4, 36), w[:, :, 0]), False),
 }
+
+
+def test_a_convolution_reads_by_a_library_whatever_adds_its_bias():
+    given = [torch.empty(size, device="meta") for size in ((2, 4, 6, 6), (), (8, 4, 3, 3), (8,))]
+    assert priced(lambda x, t, w, b: F.conv2d(threshold(x, t), w, b), *given).kind == LAUNCH
+    kept = priced(lambda x, t, w, b: (F.conv2d(threshold(y := x.relu(), t), w, b), F.conv2d(y, w, b)), *given)
+    assert kept.kind == WRITE
 
 
 @pytest.mark.parametrize(("reads", "may"), PRODUCTS.values(), ids=PRODUCTS)
@@ -294,3 +308,55 @@ def test_of_several_forged_models_each_site_has_its_own(made):
     alone = forged_fx.cost(both.a, (x,))
     kinds = [{site: costs[f"{member}.{site}"].kind for site in EXPECTED} for member in "ab"]
     assert kinds == 2 * [{site: cost.kind for site, cost in alone.items()}]
+
+
+def test_a_model_that_runs_twice_has_the_dearest_of_its_runs():
+    class Twice(nn.Module):
+        def __init__(self, model, breaks):
+            super().__init__()
+            self.model, self.breaks = model, breaks
+
+        def forward(self, x):
+            y = self.model(x)
+            if self.breaks:
+                torch._dynamo.graph_break()
+            return y + self.model(x.relu())
+
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.rand(4, 8)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]))
+    for breaks in (False, True):
+        costs = forged_fx.cost(Twice(forged, breaks).eval(), (x,))
+        assert {site: cost.kind for site, cost in costs.items()} == {"0": LAUNCH, "2": FREE}
+
+
+def test_ahead_of_activations_a_threshold_is_a_part_of_them():
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.rand(4, 8)
+    stats = forged_fx.calibrate(model, [x], where="activations")
+    forged = forged_fx.transform(model, stats, 2**-3, where="activations", only="free")
+    costs = forged_fx.cost(forged, (x,))
+    assert [cost.why for cost in costs.values()] == ["a part of relu behind it"] and all(c.free for c in costs.values())
+
+
+def test_what_is_free_of_a_kind_with_a_statistic_of_its_own(made):
+    model, _, x = made
+    stats = forged_fx.calibrate(model, [x], channels=True)
+    forged = forged_fx.transform(model, stats, 0.2, kind="mean", only="free")
+    assert 0 < len(forged.forging.reached) < len(stats.sites)
+
+
+def test_it_is_of_compiled_code_whether_or_not_code_is_compiled(made, monkeypatch):
+    model, stats, x = made
+    forged = forged_fx.transform(model, stats)
+    expected = forged_fx.cost(forged, (x,))
+    with torch.compiler.set_stance("force_eager"):
+        assert forged_fx.cost(forged, (x,)) == expected
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    with pytest.raises(ValueError, match="TORCHDYNAMO_DISABLE=1 turns compilers off: unset it"):
+        forged_fx.cost(forged, (x,))
+
+
+@pytest.mark.parametrize("example", [torch.rand(2), (torch.rand(2),), {"x": 1}])
+def test_an_example_that_is_no_call_is_said_to_be_none(made, example):
+    model, stats, _ = made
+    with pytest.raises(TypeError, match=r"example=\(\(x,\), \{\}\)"):
+        forged_fx.describe(forged_fx.transform(model, stats), cost=True, example=example)
