@@ -173,7 +173,6 @@ def test_the_product_in_test_device_applies_its_threshold() -> None:
 def test_what_is_compiled_ahead_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the process that measures: both graphs; under max-autotune it compiles them itself, to hold the contests."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")  # as it is in the other processes: see conftest.py
     modes = "compiled", "max-autotune"
     command = ["--device", "cpu", "--dtype", "float32", "--models", "digits", "--batch", "2", "--runs", "1"]
     args = gpu.options([*command, "--csv", str(tmp_path)])
@@ -189,7 +188,8 @@ def test_what_is_compiled_ahead_is_found(tmp_path: Path, monkeypatch: pytest.Mon
     found = {}
     for mode in modes:
         torch._dynamo.utils.counters.clear()
-        gpu.measure_model("digits", torch.float32, gpu.MODES[mode], args)
+        with torch.compiler.config.patch(cache_key_tag=""):  # as it is in the other processes: see conftest.py
+            gpu.measure_model("digits", torch.float32, gpu.MODES[mode], args)
         counts = torch._dynamo.utils.counters["inductor"]
         found[mode] = counts["fxgraph_cache_hit"], counts["fxgraph_cache_miss"]
     assert found == {"compiled": (2, 0), "max-autotune": (0, 0)}
