@@ -1,9 +1,9 @@
 """What each threshold costs in compiled code, read off the graph that Inductor gets.
 
-A threshold is free where it becomes a part of the kernel that writes its input anyway. It costs one write more where
-something else reads the input too and needs it raw: a residual stream. And it costs a kernel of its own, which reads
-and writes the input once more, where no kernel of Inductor's makes the input: the network's input, what attention's
-kernel or a matrix product returns.
+A threshold is free where it becomes a part of the kernel that writes its input anyway, or of those that read it. It
+costs one write more where something else reads the input too and needs it raw: a residual stream. And it costs a kernel
+of its own, which reads and writes the input once more, where no kernel of Inductor's makes the input: the network's
+input, what attention's kernel or a matrix product returns.
 """
 
 import copy
@@ -95,14 +95,12 @@ def _reader(gm: fx.GraphModule, sites: dict[int, str], found: dict[str, Cost]) -
     own = {node: sites.get(id(torch_internals.lifted_value(node.args[1]))) for node in calls}
     share(gm.graph)
     inputs = gm.graph.find_nodes(op="placeholder")
-    served: dict[
-        tuple, dict[str, None]
-    ] = {}  # the operator, which of the graph's inputs are its parameters -> the sites
+    # The operator, and which of the graph's inputs are its parameters -> the sites, each once, however often it runs.
+    served: dict[tuple, dict[str, None]] = {}
     for node, site in own.items():
         if site is not None:
             parameters = (inputs.index(t) - len(inputs) for t in node.args[1:] if isinstance(t, fx.Node))
-            names = served.setdefault((getattr(node.target, "default", node.target), *parameters), {})
-            names[site] = None  # once, however often it runs
+            served.setdefault((getattr(node.target, "default", node.target), *parameters), {})[site] = None
 
     def read(graph: fx.Graph) -> None:
         hoist(graph)

@@ -219,8 +219,8 @@ def transform(
     choice = choose(stats, kind, wanted, statistic)
     choice.values(stats, ratio)  # an error in it had better be seen now
     if only is not None:
-        given = {"kind": choice.kinds, "statistic": statistic}
-        costly = _costly(model, stats, wanted, given, strict, example, only, graph)
+        given = {"kind": choice.kinds, "statistic": statistic, "strict": strict, "graph": graph}
+        costly = _costly(model, stats, wanted, example, only, **given)
         wanted, left_out = [site for site in wanted if site not in costly], left_out | costly
         choice = choice.of(wanted)
         if costly and not wanted:
@@ -337,16 +337,9 @@ def _hint(model: torch.nn.Module, missed: list[str]) -> str:
 
 
 def _costly(
-    model: torch.nn.Module,
-    stats: Stats,
-    wanted: list[str],
-    given: dict[str, Any],
-    strict: bool,
-    example: Any,
-    only: str,
-    graph: bool,
+    model: torch.nn.Module, stats: Stats, wanted: list[str], example: Any, only: str, **given: Any
 ) -> dict[str, str]:
-    """The sites whose threshold is not free -> what it costs."""
+    """The sites whose threshold is not free -> what it costs. given: how to forge, as `transform` takes it."""
     from forged_fx.cost import cost  # late: it needs the compiler
 
     if only != "free":
@@ -355,8 +348,8 @@ def _costly(
         return {}
     if example is None:
         raise ValueError("only='free' runs a model with weights to see what costs: pass example=(args, kwargs)")
-    given = {**given, "where": wanted, "strict": strict, "example": example, "graph": graph}
-    costs = cost(transform(model, stats, None, **given, fuse=False), *example)
+    forged = transform(model, stats, None, **given, where=wanted, example=example, fuse=False)
+    costs = cost(forged, *example)
     return {site: f"not free: {price.alone or price}" for site, price in costs.items() if not price.free}
 
 

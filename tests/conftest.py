@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import sys
-from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +12,8 @@ import torch
 import torch.compiler.config
 from hypothesis import HealthCheck, settings
 
+from forged_fx import backend
+
 # test_properties.py: the same cases each time, or (pytest --hypothesis-profile=full) ten times as many others
 COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("normal", **COMMON, derandomize=True, database=None)
@@ -20,9 +21,7 @@ settings.register_profile("full", **COMMON)
 settings.load_profile("normal")
 
 # Plain `torch.compile` would take from its cache on disk what another version of the library has made: docs/cost.md.
-SOURCE = Path(importlib.util.find_spec("forged_fx").origin).parent
-VERSION = sha256(b"".join(path.read_bytes() for path in sorted([*SOURCE.glob("*.py"), *SOURCE.glob("kernels/*.py")])))
-torch.compiler.config.cache_key_tag = VERSION.hexdigest()
+torch.compiler.config.cache_key_tag = backend._version().hex()
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 

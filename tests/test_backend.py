@@ -432,13 +432,19 @@ class OnBothSides(nn.Module):
         return self.b(x)
 
 
-def test_a_layer_on_both_sides_of_a_graph_break_is_told_apart_by_counting():
+@pytest.fixture
+def on_both_sides():
+    """The model, its statistics, and an input that takes one branch; eight times as large, it takes the other."""
     torch.manual_seed(0)
     model, x = OnBothSides().eval(), torch.randn(5, 4)
     with torch.no_grad():
         for layer in (model.a, model.b):
             layer.bias.zero_()
-    stats = forged_fx.calibrate(model, [x, 8 * x])
+    return model, forged_fx.calibrate(model, [x, 8 * x]), x
+
+
+def test_a_layer_on_both_sides_of_a_graph_break_is_told_apart_by_counting(on_both_sides):
+    model, stats, x = on_both_sides
     calls = [name for name in stats.sites if name.startswith("a")]
     assert len(calls) == 5 and len({stats.sites[name].c_max for name in calls}) == 5
     assert stats.sites["a#4"].calls == 1
@@ -534,13 +540,9 @@ def test_one_model_compiled_twice_at_two_ratios(model, stats, x):
                 assert torch.allclose(module(x), forged_fx.transform(model, stats, ratio)(x), atol=1e-6)
 
 
-def test_a_branch_that_is_compiled_later_belongs_to_the_options_that_it_began_with():
-    torch.manual_seed(0)
-    model, x = OnBothSides().eval(), torch.randn(5, 4)
+def test_a_branch_that_is_compiled_later_belongs_to_the_options_that_it_began_with(on_both_sides):
+    model, stats, x = on_both_sides
     with torch.no_grad():
-        for layer in (model.a, model.b):
-            layer.bias.zero_()
-        stats = forged_fx.calibrate(model, [x, 8 * x])
         fast = {ratio: compiled(model, stats, ratio) for ratio in (2**-3, 2**-1)}
         for scale in (1, 8):
             for ratio, module in fast.items():
