@@ -7,7 +7,6 @@ input, what attention's kernel or a matrix product returns.
 """
 
 import copy
-import operator
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -160,8 +159,6 @@ def _maker(x: fx.Node) -> str:
 def _name(node: fx.Node) -> str:
     if node.op == "output":
         return "the caller"
-    if node.target is operator.getitem:
-        node = node.args[0]
     return str(node.target).removeprefix("aten.").removeprefix("prims.").partition(".")[0].lstrip("_")
 
 

@@ -7,7 +7,6 @@ the backend touches, one function each; tests/test_backend.py runs them.
 
 import functools
 import math
-import operator
 import re
 import sys
 import types
@@ -530,8 +529,6 @@ def is_library_call(node: fx.Node) -> bool:
     """Whether Inductor leaves an ATen call to a library's kernel, or to one of PyTorch's own."""
     from torch._inductor import lowering
 
-    if node.target is operator.getitem:  # one of the results of a call that has several
-        return is_library_call(node.args[0])
     if node.target in _LEFT_TO_PYTORCH:
         return _LEFT_TO_PYTORCH[node.target](node)
     products = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
