@@ -6,6 +6,9 @@ the input, and when it comes to it, the tensor has no other owner. A hook that k
 branch of a residual: each is an owner, and is counted when the threshold runs, so that nothing is assumed of modules.
 Sums go the same way, since a trace turns `x += y` into `x + y`.
 
+A ReLU and the threshold behind it are one pass over memory in place of two, since PyTorch has a function that is both:
+`torch.threshold`, 0 where x <= the limit, else x.
+
 Of several thresholds that read one tensor, those that are equal to the first are not computed again: on a CPU their
 values are read anyway. Whether anyone has written to the tensor since, or to the result, is asked of PyTorch then.
 
@@ -26,14 +29,18 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from forged_fx import cpu, ops, torch_internals
+from forged_fx.capture import is_as_its_class
 from forged_fx.effects import writes
+from forged_fx.rewrite import function_of, is_call
 from forged_fx.thresholds import lost, parameters_of
-from forged_fx.torch_internals import dispatch_keys
+from forged_fx.torch_internals import has_any_global_hook
 
 THRESHOLD = torch.ops.forged_fx.threshold.default
+RELUS = {F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 ROOT = "root"
 
 
@@ -65,6 +72,8 @@ def _unrecorded(forged: fx.GraphModule) -> Callable:
     # A layer that writes into its input gets a tensor of its own. Writes through `.data` are not counted.
     if not any(n.target is getattr and n.args[1] == "data" for n in graph.nodes):
         _share([n for n in calls if n.target is THRESHOLD and not any(writes(m, forged) for m in n.users)])
+    for node in [n for n in calls if n.target is THRESHOLD]:
+        _join_relu(node, forged)
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         node.target = UNRECORDED.get(node.target, node.target)
@@ -77,7 +86,29 @@ def _unrecorded(forged: fx.GraphModule) -> Callable:
             with graph.inserting_before(node):
                 references = graph.call_function(sys.getrefcount, (x,))
             node.target, node.args = overwriting, (*node.args, references)
-    return _with_modules(graph)
+    return _with_modules(graph, {name for name, _ in forged.named_modules()})
+
+
+def _join_relu(threshold: fx.Node, root: nn.Module) -> None:
+    """Let a threshold compute the ReLU ahead of it, too, if nothing but the threshold reads that.
+
+    They have to stand next to each other: what runs in between could read what a ReLU in place has written.
+    """
+    relu = threshold.args[0]
+    between = threshold.prev
+    while between.op == "get_attr":
+        between = between.prev
+    if between is not relu or len(relu.users) > 1 or not (relu.args and isinstance(relu.args[0], fx.Node)):
+        return
+    if relu.op == "call_module" and type(root.get_submodule(relu.target)) is nn.ReLU:
+        with relu.graph.inserting_before(relu):
+            how = relu.graph.get_attr(relu.target)
+    elif is_call(relu) and function_of(relu) in RELUS:
+        how = writes(relu, root)
+    else:
+        return
+    threshold.target, threshold.args = rectify, (relu.args[0], threshold.args[1], how)
+    relu.graph.erase_node(relu)
 
 
 def _share(thresholds: list[fx.Node]) -> None:
@@ -99,7 +130,7 @@ def _share(thresholds: list[fx.Node]) -> None:
             node.target, node.args = again, (*node.args, noted)
 
 
-def _with_modules(graph: fx.Graph) -> Callable:
+def _with_modules(graph: fx.Graph, modules_of_it: set[str]) -> Callable:
     """The graph's code, which it changes to find its modules under names of their own."""
     steps: dict[tuple[str, str], str] = {}  # (a module's name, an attribute of it) -> the name of what is there
 
@@ -108,7 +139,7 @@ def _with_modules(graph: fx.Graph) -> Callable:
         return steps.setdefault((name(parent), leaf), f"m{len(steps)}") if path else ROOT
 
     for node in graph.nodes:
-        if node.op == "call_module":
+        if node.op == "call_module" or (node.op == "get_attr" and node.target in modules_of_it):
             node.target = name(node.target)
         elif node.op == "get_attr":  # a tensor, which is asked for when it is needed
             owner, _, leaf = node.target.rpartition(".")
@@ -144,6 +175,27 @@ def overwrite(x: Tensor, t: Tensor, references: int) -> Tensor:
     return cpu.threshold(x, t, out=x)
 
 
+def rectify(x: Tensor, t: Tensor, relu: nn.Module | bool, references: int = 0) -> Tensor:
+    """`threshold(relu(x), t)`. relu: its module, or whether the function that stood here works in place."""
+    if isinstance(relu, bool):
+        in_place, run = relu, torch.relu_ if relu else torch.relu
+    else:
+        in_place, run = getattr(relu, "inplace", True), relu
+    if (run is not relu or _is_relu(relu)) and _plain(x, t) and (limit := cpu.largest_below(t.item(), x.dtype)) >= 0:
+        if references == _ONE_VARIABLE and _alone(x):
+            return torch.threshold_(x, limit, 0)
+        if not in_place and _dense(x):  # (the layout of the result is the operator's)
+            return torch.threshold(x, limit, 0)
+    before = sys.getrefcount(x)
+    y = run(x)
+    references = references + sys.getrefcount(y) - before - 1 if y is x else sys.getrefcount(y)
+    return overwrite(y, t, references)
+
+
+def _is_relu(module: Any) -> bool:
+    return type(module) is nn.ReLU and is_as_its_class(module) and not has_any_global_hook()
+
+
 def note(x: Tensor, t: Tensor, y: Tensor) -> tuple | None:
     """What `again` needs to know of y, the threshold of x by t. Inference tensors do not count who wrote to them."""
     if not _plain(x, t) or x.is_inference() or y.is_inference():
@@ -167,7 +219,12 @@ def accumulate(x: Any, y: Any, references: int) -> Any:
 
 
 UNRECORDED: dict[Callable, Callable] = {}  # what a graph calls -> what it calls instead. Other files add theirs.
-IN_PLACE = {THRESHOLD: (apply, overwrite), again: (again, again), operator.add: (operator.add, accumulate)}
+IN_PLACE = {
+    THRESHOLD: (apply, overwrite),
+    again: (again, again),
+    rectify: (rectify, rectify),
+    operator.add: (operator.add, accumulate),
+}
 
 
 def _layout(x: Tensor) -> tuple:
@@ -176,15 +233,19 @@ def _layout(x: Tensor) -> tuple:
 
 def _plain(x: Tensor, other: Tensor) -> bool:
     """Ordinary CPU tensors of a dtype that is served: what the dispatcher would come to is known."""
-    return dispatch_keys(x) in ops.PLAIN and dispatch_keys(other) in ops.PLAIN and x.dtype in ops.DTYPES
+    ordinary = type(x) is Tensor is type(other) and x.is_cpu and other.is_cpu  # (asking for dispatch keys takes longer)
+    return ordinary and x.layout is torch.strided and x.dtype in ops.DTYPES
 
 
 def _alone(x: Tensor) -> bool:
     """Whether nobody else, in Python or within PyTorch, has this memory, and none of its elements share a place."""
-    if not x.untyped_storage().resizable():  # it was numpy's, or another library's, before it was a tensor's
+    if torch_internals.owners(x) != _ONE_TENSOR or not _dense(x):
         return False
-    dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-    return dense and torch_internals.owners(x) == _ONE_TENSOR
+    return x.untyped_storage().resizable()  # else it was numpy's, or another library's, before it was a tensor's
+
+
+def _dense(x: Tensor) -> bool:
+    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
 def _of_one_variable() -> int:

@@ -193,9 +193,10 @@ def _stack(modes: list[Any]) -> None:
 
 def in_forward_mode() -> bool:
     """Whether forward-mode differentiation is at work. (A graph of Dynamo's begins torch.func.jvp past Python.)"""
-    transforms = torch._C._functorch.get_interpreter_stack() or ()
-    jvp = torch._C._functorch.TransformType.Jvp
-    return forward_ad._current_level >= 0 or any(transform.key() == jvp for transform in transforms)
+    if forward_ad._current_level >= 0:
+        return True
+    transforms = torch._C._functorch.get_interpreter_stack()  # mostly None, and this is asked for in each run
+    return bool(transforms) and any(t.key() == torch._C._functorch.TransformType.Jvp for t in transforms)
 
 
 def forward_mode_enabled() -> AbstractContextManager:

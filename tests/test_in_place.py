@@ -1,7 +1,10 @@
 """Without gradients a threshold may take its input's memory, where that belongs to nobody else: seen by addresses."""
 
+import functools
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -46,11 +49,15 @@ def forged(x):
 def addresses(forged, run):
     """Site -> whether its layer was given the memory that the threshold read."""
     given, before = {}, {}
-    hardshrink = torch.hardshrink
 
-    def watch(value, limit, out):
-        before[out.data_ptr()] = value.data_ptr()
-        return hardshrink(value, limit, out=out)
+    def watched(function):
+        def watch(value, *args, **kwargs):
+            source = value.data_ptr()
+            result = function(value, *args, **kwargs)
+            before[result.data_ptr()] = source
+            return result
+
+        return watch
 
     def look(name):
         def hook(_, args):
@@ -60,7 +67,8 @@ def addresses(forged, run):
 
     handles = [look(name) for name in IN_PLACE]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "hardshrink", watch)
+        for name in ("hardshrink", "threshold", "threshold_"):
+            patch.setattr(torch, name, watched(getattr(torch, name)))
         run()
     for handle in handles:
         handle.remove()
@@ -88,12 +96,17 @@ def test_only_memory_that_nobody_else_owns_is_taken(forged, x):
     assert not any(addresses(forged, lambda: forged(x)).values()), "a gradient needs the input as it was"
 
 
-def sums(run):
-    """How many ran in place, and how many did not."""
+def counts(run, *operators):
+    """How often each ran."""
     with torch.profiler.profile() as profile:
         run()
     names = [event.name for event in profile.events()]
-    return names.count("aten::add_"), names.count("aten::add")
+    return tuple(names.count(f"aten::{name}") for name in operators)
+
+
+def sums(run):
+    """How many ran in place, and how many did not."""
+    return counts(run, "add_", "add")
 
 
 def test_sums_too_take_only_memory_that_nobody_else_owns(forged, x):
@@ -129,6 +142,114 @@ def test_sums_of_all_sorts(x, tail):
     with torch.no_grad():
         found, same_number = forged(x)
     assert torch.equal(found, expected) and found.dtype == expected.dtype and same_number == number
+
+
+RELUS = {
+    "module": nn.ReLU(),
+    "module in place": nn.ReLU(inplace=True),
+    "function": F.relu,
+    "function in place": functools.partial(F.relu, inplace=True),
+    "torch's": torch.relu,
+    "torch's in place": torch.relu_,
+    "method": lambda h: h.relu(),
+    "method in place": lambda h: h.relu_(),
+}
+
+
+class Rectified(nn.Module):
+    """A ReLU ahead of a layer, and what else is read in between."""
+
+    def __init__(self, relu, between=None):
+        super().__init__()
+        self.relu, self.between, self.layer = relu, between, nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        h = x.clone()
+        y = self.relu(h)
+        seen = () if self.between is None else (self.between(h, y),)
+        return self.layer(y), *seen
+
+
+def rectified(relu, x, t=0.25, between=None):
+    model = Rectified(relu, between).to(x.dtype).eval()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x.nan_to_num(0, 1, 0)]), 2**-2)
+    assert isinstance(forged, torch.fx.GraphModule)
+    forged.layer.forged_threshold.fill_(t)
+    return forged
+
+
+@pytest.mark.parametrize("between", [None, lambda h, y: h + 0, lambda h, y: y])
+@pytest.mark.parametrize("relu", RELUS.values(), ids=RELUS)
+@pytest.mark.parametrize("t", [0.25, 2**-140, 0.0, -1.0, torch.nan])
+def test_a_relu_and_a_threshold_give_what_they_give_one_by_one(relu, t, between):
+    special = [0.25, -0.25, 0.2499, 0.0, -0.0, 2**-140, torch.inf, -torch.inf, torch.nan, -torch.nan]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        x = torch.cat([torch.tensor(special), torch.randn(54)]).reshape(1, 4, 4, 4).to(dtype)
+        forged = rectified(relu, x, t, between)
+        given = []
+        forged.layer.register_forward_pre_hook(lambda _, args: given.append(args[0].clone()))  # noqa: B023
+        seen = [forged(x)[-1]]
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                seen.append(forged(x)[-1])
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+        for values in (given, seen) if between else (given,):
+            expected, *found = [each.detach().view(bits) for each in values]
+            assert len(found) == 2 and all(torch.equal(each, expected) for each in found)
+
+
+@pytest.mark.parametrize("relu", RELUS.values(), ids=RELUS)
+def test_a_relu_and_a_threshold_are_one_pass(relu):
+    x = torch.randn(2, 4, 6, 6)
+    forged = rectified(relu, x)
+    with torch.no_grad():
+        assert counts(lambda: forged(x), "relu", "relu_", "hardshrink", "threshold", "threshold_") == (0, 0, 0, 0, 1)
+
+
+@pytest.mark.parametrize("relu", [nn.ReLU(), nn.ReLU(inplace=True)])
+def test_a_relu_is_a_relu_when_it_runs(relu):
+    """Another module in its place, hooks, and who else has its input's memory are asked for in each run."""
+    x = torch.randn(2, 4, 6, 6)
+    forged = rectified(relu, x)
+    operators = ("relu", "relu_", "hardshrink", "threshold", "threshold_")
+    apart = (0, 1, 1, 0, 0) if relu.inplace else (1, 0, 1, 0, 0)
+
+    def both_ways(count):
+        with torch.no_grad():
+            assert counts(lambda: forged(x), *operators) == count
+            found = forged(x)[0]
+        assert torch.equal(found, forged(x)[0])
+
+    seen = []
+    handle = forged.relu.register_forward_hook(lambda _, args, out: seen.append(out))
+    both_ways(apart)
+    handle.remove()
+    assert len(seen) == 3
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda _, args, out: None)
+    both_ways(apart)
+    handle.remove()
+    forged.relu = nn.LeakyReLU()
+    both_ways((0, 0, 1, 0, 0))
+    forged.relu = type("Doubled", (nn.ReLU,), {"forward": lambda self, h: 2 * h})(relu.inplace)
+    both_ways((0, 0, 1, 0, 0))
+    forged.relu = relu
+    relu.forward = lambda h: 2 * h
+    both_ways((0, 0, 1, 0, 0))
+    del relu.forward
+    both_ways((0, 0, 0, 0, 1))
+
+
+@pytest.mark.parametrize("relu", [nn.ReLU(), nn.ReLU(inplace=True)])
+def test_a_relu_writes_where_it_is_said_to(relu, x):
+    """Its input as a hook kept it: what a ReLU in place leaves there, or as it was."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), relu, nn.Conv2d(4, 4, 1)).eval()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-1)
+    kept = []
+    forged.get_submodule("0").register_forward_hook(lambda _, args, out: kept.append(out))
+    with torch.no_grad():
+        forged(x)
+    forged(x)
+    assert torch.equal(*kept) and bool((kept[0] < 0).any()) is not relu.inplace
 
 
 def test_modules_are_those_of_the_moment(forged, x):
