@@ -15,8 +15,10 @@ BINS = 2048
 _SHIFT = 20  # float32 bits that a bin ignores: 23 fraction bits less 3
 
 # A batch contributes all of its elements up to this many, else an evenly spaced sample of about this many: counting
-# takes longer than finding the maximum, and 32,768 elements give a share to within 0.3 points (one standard error).
-SAMPLE = 2**15
+# takes longer than finding the maximum, and 8,192 elements give a share to within 0.6 points (one standard error), of
+# ten batches to within 0.2.
+SAMPLE = 2**13
+AT_ONCE = 64  # samples: what they take then stays in a processor's cache
 
 EDGES = (np.arange(BINS + 1, dtype=np.uint32) << _SHIFT)[:BINS].view(np.float32)
 
@@ -44,24 +46,27 @@ def _step(shape: tuple[int, ...]) -> int:
     return step
 
 
-def count(values: Tensor) -> tuple[Tensor, Tensor]:
-    """(how many values are not zero, all values' counts per bin, zeros in the first): int64 scalar and int64 [BINS].
+def count(samples: list[Tensor]) -> np.ndarray:
+    """Of each sample: how many values are zero, and the other values' counts per bin; int64 [len(samples), 1 + BINS].
 
-    They stay on the device; `counted` reads them.
+    Many samples together: on a CPU or a GPU, to call for each takes longer than to count.
     """
-    bits = values.detach().abs().to(torch.float32).view(torch.int32)
-    others = bits.count_nonzero()  # of integers: three times as fast
-    return others, torch.bincount(bits.bitwise_right_shift_(_SHIFT), minlength=BINS)  # in place: no memory to be had
+    found: np.ndarray = np.empty((len(samples), 1 + BINS), np.int64)
+    for device in {sample.device for sample in samples}:
+        here = [i for i, sample in enumerate(samples) if sample.device == device]
+        for rows in (here[first : first + AT_ONCE] for first in range(0, len(here), AT_ONCE)):
+            found[rows] = _count([samples[i] for i in rows]).cpu().numpy()
+    return found
 
 
-def counted(values: int, others: Tensor, bins: Tensor) -> tuple[int, np.ndarray]:
-    """What `count` gave for so many values, waited for: (number of exact zeros, the other values' counts per bin).
-
-    On a CPU the counts are those of `bins` itself.
-    """
-    zeros, found = values - int(others), bins.cpu().numpy()
-    found[0] -= zeros
-    return zeros, found
+def _count(samples: list[Tensor]) -> Tensor:
+    """The same of samples of one device, and there."""
+    bits = torch.cat(samples).abs().to(torch.float32).view(torch.int32)
+    others = bits.clamp(max=1)
+    places = bits.bitwise_right_shift_(_SHIFT).add_(others)  # in place: no memory to be had
+    parts = places.split([sample.numel() for sample in samples])
+    torch._foreach_add_(parts, [row * (1 + BINS) for row in range(len(parts))])
+    return torch.bincount(places, minlength=len(parts) * (1 + BINS)).view(len(parts), -1)
 
 
 def share_below(threshold: float, zeros: int, bins: np.ndarray) -> float:

@@ -286,23 +286,27 @@ def data_operands(call: Call, args: tuple, kwargs: dict, origin: Callable[[Any],
 
     What is unknown is a weight where the call or the other operand says so, else data.
     """
-    operands = [(role, key, value, origin(value)) for role, key, value in call.operands(args, kwargs)]
-    if call.roles == "a":
-        _, key, value, of = operands[0]
-        return [Operand(key, value, None, None if of >= Origin.UNKNOWN else CONSTANT_INPUT)]
-    if not call.opens:
-        _, key, value, _ = operands[0]
-        return [Operand(key, value, None, RECURRENT)]
-    least = Origin.DATA if any(of is Origin.DATA for *_, of in operands) else Origin.UNKNOWN
-    is_data = [role == "x" or (role == "?" and of >= least) for role, *_, of in operands]
-    data = [o for o, yes in zip(operands, is_data, strict=True) if yes]
-    weights = [o for o, yes in zip(operands, is_data, strict=True) if not yes]
-    if not data or not weights or any(of is Origin.DATA for *_, of in weights):
+    operands = call.operands(args, kwargs)
+    roles = tuple([role for role, _, _ in operands])
+    found = _data(call.opens, roles, tuple([origin(value) for _, _, value in operands]))
+    return [Operand(*operands[i][1:], None if w is None else operands[w][2], why) for i, w, why in found]
+
+
+@functools.lru_cache(maxsize=2**10)
+def _data(opens: bool, roles: tuple[str, ...], origins: tuple[Origin, ...]) -> list[tuple[int, int | None, str | None]]:
+    """Which operands are data, which is the weight that each meets, and why it is no site by default."""
+    if roles[:1] == ("a",):
+        return [(0, None, None if origins[0] >= Origin.UNKNOWN else CONSTANT_INPUT)]
+    if not opens:
+        return [(0, None, RECURRENT)]
+    least = Origin.DATA if Origin.DATA in origins else Origin.UNKNOWN
+    data = [i for i, role in enumerate(roles) if role == "x" or (role == "?" and origins[i] >= least)]
+    weights = [i for i in range(len(roles)) if i not in data]
+    if not data or not weights or any(origins[i] is Origin.DATA for i in weights):
         return []  # activations alone, constants alone, or a weight that is itself computed from the input
-    fixed = UNSEEN if any(role == "?" and of is Origin.UNKNOWN for role, *_, of in weights) else FIXED_FILTER
-    fixed = None if any(of & Origin.PARAMETER for *_, of in weights) else fixed
-    _, _, weight, _ = weights[0]
-    return [Operand(key, v, weight, fixed if of >= Origin.UNKNOWN else CONSTANT_INPUT) for _, key, v, of in data]
+    fixed = UNSEEN if any(roles[i] == "?" and origins[i] is Origin.UNKNOWN for i in weights) else FIXED_FILTER
+    fixed = None if any(origins[i] & Origin.PARAMETER for i in weights) else fixed
+    return [(i, weights[0], fixed if origins[i] >= Origin.UNKNOWN else CONSTANT_INPUT) for i in data]
 
 
 def get(args: tuple, kwargs: dict, key: Key) -> Any:

@@ -5,6 +5,7 @@ A file is safetensors with a JSON header and a format version: arrays and text, 
 
 import contextlib
 import difflib
+import functools
 import json
 import math
 import numbers
@@ -120,7 +121,7 @@ class SiteStats:
 
     def merge(self, other: "SiteStats") -> "SiteStats":
         """The statistics of both scans together."""
-        return SiteStats(**{f.name: f.metadata["merge"](self, other, f.name) for f in fields(SiteStats)})
+        return SiteStats(**{name: rule(self, other, name) for name, rule in _rules()})
 
     def _unlike(self, other: "SiteStats") -> str | None:
         """Why the two cannot have one threshold: a branch that depends on the data may make another call of it."""
@@ -141,6 +142,11 @@ class SiteStats:
         mine, theirs = dict(vars(self)), dict(vars(other))
         same_counts = np.array_equal(mine.pop("histogram"), theirs.pop("histogram"))
         return same_counts and mine == theirs
+
+
+@functools.cache
+def _rules() -> list[tuple[str, Rule]]:
+    return [(f.name, f.metadata["merge"]) for f in fields(SiteStats)]
 
 
 def merge_shapes(a: tuple[int, ...] | None, b: tuple[int, ...] | None) -> tuple[int, ...] | None:

@@ -100,9 +100,25 @@ def test_bins_are_exact_at_their_edges():
     edges = torch.from_numpy(histogram.EDGES[1 : histogram.BINS - 8].copy())
     below = torch.nextafter(edges, torch.zeros(()))
     values = torch.cat([edges, below, torch.zeros(3), -edges[:1]])
-    zeros, counts = histogram.counted(values.numel(), *histogram.count(values))
+    ((zeros, *counts),) = histogram.count([values])
+    counts = np.array(counts)
     assert zeros == 3 and counts[0] == 1 and zeros + counts.sum() == values.numel()
     assert counts[1] == 3 and np.unique(counts[2:-9]).tolist() == [2]
+
+
+def test_samples_are_counted_together_as_one_by_one():
+    random = torch.Generator().manual_seed(0)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    samples = [
+        (torch.randn(i % 7 * 3, generator=random) * 2.0 ** (i % 40 - 20)).relu().neg().to(dtypes[i % 4])
+        for i in range(2 * histogram.AT_ONCE + 5)
+    ]
+    found = histogram.count(samples)
+    for sample, (zeros, *counts) in zip(samples, found, strict=True):
+        values = sample.abs().float()
+        bins = np.histogram(values[values != 0].numpy(), [*histogram.EDGES[:2041], np.inf])[0]
+        assert zeros == (values == 0).sum() and np.array_equal(counts[:2041], bins) and not any(counts[2041:])
+    assert histogram.count([]).shape == (0, 1 + histogram.BINS)
 
 
 def test_a_tensor_without_gaps_is_read_where_it_lies():
