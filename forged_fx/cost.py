@@ -16,7 +16,7 @@ import torch
 import torch.fx as fx
 
 from forged_fx import torch_internals
-from forged_fx.hoist import COPIES, VIEWS, hoist, written_by_inductor
+from forged_fx.hoist import COPIES, VIEWS, hoist, made_by, written_by_inductor
 from forged_fx.lowering import register_lowerings
 from forged_fx.models import copies
 from forged_fx.modes import as_found
@@ -151,8 +151,7 @@ def _read_by_products(node: fx.Node) -> bool:
 
 
 def _maker(x: fx.Node) -> str:
-    while x.target in VIEWS:
-        x = x.args[0]
+    x = made_by(x)
     return "the network's input" if x.op == "placeholder" else _name(x)
 
 

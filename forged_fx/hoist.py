@@ -96,6 +96,16 @@ RENAMINGS = {
 }  # fmt: skip
 
 
+def made_by(node: fx.Node) -> fx.Node:
+    """The call that computes the value, of which it may be a view."""
+    return made_by(node.args[0]) if node.target in VIEWS else node
+
+
+def read_by(node: fx.Node) -> list[fx.Node]:
+    """The calls that read the value, or views of it."""
+    return [reader for user in node.users for reader in (read_by(user) if user.target in VIEWS else [user])]
+
+
 def hoist(graph: fx.Graph) -> None:
     """Move every threshold of the graph as far up as the rule lets it, and merge those that do the same."""
     _merge(graph)

@@ -11,6 +11,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true as known
 
 from forged_fx import torch_internals
+from forged_fx.hoist import made_by, read_by
 from forged_fx.kernels import reference
 from forged_fx.ops import FUNCTIONS, Function
 
@@ -99,20 +100,22 @@ def register_lowerings() -> None:
             return False
         return sum(read.get_numel() == x.get_numel() for read in x.get_reads()) > 1
 
-    def between_libraries() -> bool:
+    def between_libraries(x: Any) -> bool:
         """Whether a library makes the value, and libraries read what is left of it, on a CPU: then there is nothing to
         join. A loop of its own would be no faster than eager mode's, and a file of C++ for each size of tensor, most
         of a second to compile. (A program that is compiled ahead of time may run without Python, and so without it.)"""
         node = V.graph.current_node
         if node.meta["val"].device.type != "cpu" or V.graph.cpp_wrapper or V.graph.aot_mode:
             return False
-        around = (node.args[0], *node.users)
+        if not inductor.is_storage_and_layout(x):  # a view for which it has to be copied, and so a loop
+            return False
+        around = (made_by(node.args[0]), *read_by(node))
         if not all(n.op == "call_function" and torch_internals.is_library_call(n) for n in around):
             return False
         return known(node.meta["val"].numel() >= LARGE)
 
     def forward(f: Function, x: Any, *arguments: Any) -> Any:
-        if f.cpu and between_libraries():
+        if f.cpu and between_libraries(x):
             return in_eager_mode[f.op](x, *arguments)
         arguments = arguments[: f.arguments]
         meta = V.graph.current_node.meta

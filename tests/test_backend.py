@@ -115,6 +115,51 @@ def test_between_two_convolutions_on_a_cpu_a_large_threshold_is_eager_modes(pixe
         assert code.count("= async_compile.cpp_pybinding(") == plain.count("= async_compile.cpp_pybinding(")
 
 
+class Heads(nn.Module):
+    """Attention, whose heads become one row again for the product that reads them; copied: by way of a copy."""
+
+    def __init__(self, copied):
+        super().__init__()
+        self.qkv, self.proj, self.copied = nn.Linear(32, 96), nn.Linear(32, 32), copied
+
+    def forward(self, x):
+        n, rows, _ = x.shape
+        q, k, v = self.qkv(x).reshape(n, rows, 3, 4, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(y.transpose(2, 3).reshape(n, rows, 32) if self.copied else y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_between_libraries_a_threshold_is_eager_modes_past_views(copied):
+    """Where the view is a copy, the threshold is a part of it."""
+    from torch._inductor.utils import run_and_get_code
+
+    model = Heads(copied).eval()
+    x = torch.randn(4, 256, 32, generator=torch.Generator().manual_seed(0))
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-2)
+    with torch.no_grad():
+        result, (code,) = run_and_get_code(torch.compile(forged, backend="forged"), x)
+        _, (plain,) = run_and_get_code(torch.compile(model), x)
+        assert torch.allclose(result, forged(x), atol=1e-5)
+    assert code.count("= torch.ops.forged_fx.threshold.default(") == (not copied)
+    files = code.count("= async_compile.cpp_pybinding("), plain.count("= async_compile.cpp_pybinding(")
+    assert files == ((2, 1) if copied else (1, 0))  # (one of ours is for the model's input)
+
+
+def test_where_a_view_has_to_be_copied_the_threshold_is_a_part_of_the_copy():
+    """A convolution's result lies channels last for Inductor, and its graph does not say so."""
+    from torch._inductor.utils import run_and_get_code
+
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Flatten(), nn.Linear(16 * 30 * 30, 5)).eval()
+    x = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-2)
+    with torch.no_grad():
+        _, (code,) = run_and_get_code(torch.compile(forged, backend="forged"), x)
+        _, (plain,) = run_and_get_code(torch.compile(model), x)
+    assert "= torch.ops.forged_fx.threshold.default(" not in code
+    assert code.count("= async_compile.cpp_pybinding(") == plain.count("= async_compile.cpp_pybinding(") == 2
+
+
 def test_statistics_may_be_a_path(model, stats, x, tmp_path):
     stats.save(tmp_path / "s")
     with torch.no_grad():
