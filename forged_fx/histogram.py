@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from forged_fx import torch_internals
+
 BINS = 2048
 _SHIFT = 20  # float32 bits that a bin ignores: 23 fraction bits less 3
 
@@ -65,7 +67,7 @@ def _count(samples: list[Tensor]) -> Tensor:
     others = bits.clamp(max=1)
     places = bits.bitwise_right_shift_(_SHIFT).add_(others)  # in place: no memory to be had
     parts = places.split([sample.numel() for sample in samples])
-    torch._foreach_add_(parts, [row * (1 + BINS) for row in range(len(parts))])
+    torch_internals.add_to_each(parts, [row * (1 + BINS) for row in range(len(parts))])
     return torch.bincount(places, minlength=len(parts) * (1 + BINS)).view(len(parts), -1)
 
 

@@ -233,8 +233,7 @@ def _layout(x: Tensor) -> tuple:
 
 def _plain(x: Tensor, other: Tensor) -> bool:
     """Ordinary CPU tensors of a dtype that is served: what the dispatcher would come to is known."""
-    ordinary = type(x) is Tensor is type(other) and x.is_cpu and other.is_cpu  # (asking for dispatch keys takes longer)
-    return ordinary and x.layout is torch.strided and x.dtype in ops.DTYPES
+    return x.is_cpu and other.is_cpu and x.dtype in ops.DTYPES and ops.is_ordinary(x) and ops.is_ordinary(other)
 
 
 def _alone(x: Tensor) -> bool:

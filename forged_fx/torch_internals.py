@@ -39,7 +39,6 @@ NAMES = {
     # operators, eager
     "torch._C._AutoDispatchBelowAutograd": "runs an operator below autograd",
     "torch._C._any_requires_grad": "asks whether a call has to be recorded for the backward",
-    "torch._C._dispatch_keys": "tells ordinary tensors, which take the short way, from others",
     "torch._functorch.utils.enable_single_level_autograd_function": "lets the operators' autograd functions be applied",
     "torch.autograd.function._SingleLevelFunction": "is the base of the operators' autograd functions",
     "torch.overrides._get_current_function_mode_stack": "finds modes that want to see the operators",
@@ -59,6 +58,7 @@ NAMES = {
     "torch._C._set_grad_enabled": "is the call by which a model changes the grad mode in its forward",
     "torch._C._current_graph_task_id": "tells one backward's recomputation from another's",
     "torch._grouped_mm": "is a product that may be a site",
+    "torch._foreach_add_": "adds a number to each of many tensors, in one kernel on a GPU",
     "torch.nn.Module._call_impl.__code__": "is the frame of a module's call, on the stack",
     "torch.nn.Module._wrapped_call_impl.__code__": "is that of a module that was compiled in place",
     "torch.utils._python_dispatch.TorchDispatchMode": "counts the thresholds that run",
@@ -105,7 +105,6 @@ NAMES = {
 AutoDispatchBelowAutograd = torch._C._AutoDispatchBelowAutograd
 any_requires_grad = torch._C._any_requires_grad
 current_graph_task_id = torch._C._current_graph_task_id
-dispatch_keys = torch._C._dispatch_keys
 set_grad_enabled = torch._C._set_grad_enabled
 assertion = torch._assert
 CHOOSE_ATTENTION = torch.nn.attention._sdpa_kernel.__name__
@@ -116,6 +115,7 @@ MODULE_CALL = torch.nn.Module._call_impl.__code__
 WRAPPED_CALL = torch.nn.Module._wrapped_call_impl.__code__
 SingleLevelFunction = torch.autograd.function._SingleLevelFunction
 grouped_mm = torch._grouped_mm
+add_to_each = torch._foreach_add_
 
 # runs whatever is checkpointed, in both variants; in torch 2.13 that is the function itself
 _run_checkpoint = (
