@@ -2,7 +2,7 @@
 
     python benchmarks/overhead.py                                  the six models, batch 1 and 8, float32 and bfloat16
     python benchmarks/overhead.py torchvision:resnet18 --batch 8 --dtype float32
-    python benchmarks/overhead.py --what calibration compile-time  without throughput
+    python benchmarks/overhead.py --what eager calibration         two of the modes below
 
 Throughput as a share of the plain model's in the same mode (1: free), the median over rounds in turn, and its
 quartiles. With one thread what is measured is CPU time, so that other processes do not count. Where in memory things
@@ -103,25 +103,35 @@ def by_hand(model: nn.Module, thresholds: dict[str, float], cut: Callable[[Tenso
 
 
 Variants = dict[tuple[str, str], Callable[[], object]]
-frozen = {"options": {"freezing": True}}
 
 
-def throughput(model: nn.Module, forged: nn.Module, stats: forged_fx.Stats, x: Tensor) -> Variants:
+def eager(model: nn.Module, forged: nn.Module, stats: forged_fx.Stats, x: Tensor) -> Variants:
+    wrapped = by_hand(model, stats.thresholds(RATIO), where)
+    return running("eager", {"plain": model, "forged": forged, "where by hand": wrapped}, x)
+
+
+def compiled(model: nn.Module, forged: nn.Module, stats: forged_fx.Stats, x: Tensor) -> Variants:
     thresholds = stats.thresholds(RATIO)
-    wrapped = by_hand(model, thresholds, where)
-    ours = functools.partial(torch.compile, backend="forged")
     modules = {
-        ("eager", "plain"): model,
-        ("eager", "forged"): forged,
-        ("eager", "where by hand"): wrapped,
-        ("compiled", "plain"): torch.compile(model),
-        ("compiled", "forged"): ours(forged),
-        ("compiled", "where by hand"): torch.compile(wrapped),
-        ("compiled", "opaque op"): torch.compile(by_hand(model, thresholds, opaque)),
-        ("frozen", "plain"): torch.compile(copy.deepcopy(model), **frozen),
-        ("frozen", "forged"): ours(copy.deepcopy(forged), **frozen),
+        "plain": torch.compile(model),
+        "forged": torch.compile(forged, backend="forged"),
+        "where by hand": torch.compile(by_hand(model, thresholds, where)),
+        "opaque op": torch.compile(by_hand(model, thresholds, opaque)),
     }
-    return {key: functools.partial(module, x) for key, module in modules.items()}
+    return running("compiled", modules, x)
+
+
+def frozen(model: nn.Module, forged: nn.Module, stats: forged_fx.Stats, x: Tensor) -> Variants:
+    how = {"options": {"freezing": True}}
+    modules = {
+        "plain": torch.compile(copy.deepcopy(model), **how),
+        "forged": torch.compile(copy.deepcopy(forged), backend="forged", **how),
+    }
+    return running("frozen", modules, x)
+
+
+def running(mode: str, modules: dict[str, Callable], x: Tensor) -> Variants:
+    return {(mode, variant): functools.partial(module, x) for variant, module in modules.items()}
 
 
 def calibration(model: nn.Module, forged: nn.Module, stats: forged_fx.Stats, x: Tensor) -> Variants:
@@ -169,7 +179,7 @@ def compile_time(model: nn.Module, forged: nn.Module, x: Tensor, rounds: int) ->
     return {(part, name): np.array(seconds[name])[:, i] for i, part in enumerate(parts) for name in ways}
 
 
-TIMED = {"throughput": throughput, "calibration": calibration}
+TIMED = {"eager": eager, "compiled": compiled, "frozen": frozen, "calibration": calibration}
 WHAT = (*TIMED, "compile-time")
 PLACEMENTS = 5
 
