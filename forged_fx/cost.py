@@ -8,7 +8,7 @@ input, what attention's kernel or a matrix product returns.
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +57,7 @@ class Cost:
 def cost(forged: torch.nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> dict[str, Cost]:
     """Site -> what its threshold costs in a forward pass of `torch.compile(forged, backend="forged")`, in eval mode.
 
-    args, kwargs: an input, on the model's device. The pass is run once, uncompiled. It is an estimate by rule, on the
+    args, kwargs: an input, on the model's device. The pass is run twice, uncompiled. It is an estimate by rule, on the
     graph that Inductor gets; `benchmarks/gpu_static.py` holds it against what Inductor generates. Where several forged
     models are within `forged`, a site's name begins with the path to its own.
 
@@ -74,61 +74,83 @@ def cost(forged: torch.nn.Module, args: tuple, kwargs: dict[str, Any] | None = N
     if not isinstance(args, tuple):
         raise TypeError(f"args is {type(args).__name__}: pass the forward's arguments as a tuple, (x,)")
     found: dict[str, Cost] = {}
+    given = "the network's input"
 
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable:
-        return torch_internals.on_inductors_graph(gm, inputs, _reader(gm, sites, found))
+        nonlocal given
+        graph, given = _Graph(gm, given), "what runs ahead of a graph break"
+        run = torch_internals.on_inductors_graph(gm, inputs, graph.read)
+
+        def priced(*args: Any) -> Any:
+            for site, of_it in graph.costs([sites.get(id(arg)) for arg in args]):
+                if site not in found or of_it.bytes > found[site].bytes:  # (it may be in several graphs)
+                    found[site] = of_it
+            return run(*args)
+
+        return priced
 
     register_lowerings()
     tensors = {id(tensor): tensor for tensor in (*forged.parameters(), *forged.buffers())}
     twin = copy.deepcopy(forged, tensors)  # what is compiled here must not count against the user's own compilations
-    args, kwargs = copies((args, kwargs or {}))
     with torch.no_grad(), as_found(twin), torch.compiler.set_stance("default"):
-        torch.compile(twin, backend=backend)(*args, **kwargs)
+        for run in (twin, torch.compile(twin, backend=backend)):  # of a wrong input the model itself says it best
+            own_args, own_kwargs = copies((args, kwargs or {}))
+            run(*own_args, **own_kwargs)
     unseen = Cost(LAUNCH, 0, "it runs uncompiled")
     return {site: found.get(site, unseen) for site in sites.values()}
 
 
-def _reader(gm: fx.GraphModule, sites: dict[int, str], found: dict[str, Cost]) -> Callable[[fx.Graph], None]:
-    """What reads the costs off one graph; `gm` is Dynamo's, in which the thresholds are known."""
-    calls = thresholds_in(gm.graph)
-    own = {node: sites.get(id(torch_internals.lifted_value(node.args[1]))) for node in calls}
-    share(gm.graph)
-    inputs = gm.graph.find_nodes(op="placeholder")
-    # The operator, and which of the graph's inputs are its parameters -> the sites, each once, however often it runs.
-    served: dict[tuple, dict[str, None]] = {}
-    for node, site in own.items():
-        if site is not None:
-            parameters = (inputs.index(t) - len(inputs) for t in node.args[1:] if isinstance(t, fx.Node))
-            served.setdefault((getattr(node.target, "default", node.target), *parameters), {})[site] = None
+class _Graph:
+    """The costs in one of Dynamo's graphs. Which sites it holds is known as it runs: modules alike have it in common.
 
-    def read(graph: fx.Graph) -> None:
+    given: what its inputs are, for people.
+    """
+
+    def __init__(self, gm: fx.GraphModule, given: str) -> None:
+        self.given = given
+        calls = thresholds_in(gm.graph)
+        inputs = gm.graph.find_nodes(op="placeholder")
+        own = {node: inputs.index(node.args[1]) for node in calls if node.args[1] in inputs}
+        share(gm.graph)
+        # The operator, and which of the graph's inputs are its parameters, from behind -> those by which the thresholds
+        # are known that are one now; each once, however often it runs.
+        self.served: dict[tuple, dict[int, None]] = {}
+        for node, known in own.items():
+            parameters = (inputs.index(t) - len(inputs) for t in node.args[1:] if isinstance(t, fx.Node))
+            self.served.setdefault((getattr(node.target, "default", node.target), *parameters), {})[known] = None
+        self.priced: list[tuple[list[int], Cost]] = []
+
+    def read(self, graph: fx.Graph) -> None:
+        """From the graph that Inductor would get."""
         hoist(graph)
         placeholders = graph.find_nodes(op="placeholder")
-        for (op, *positions), (first, *others) in served.items():
+        for (op, *positions), known in self.served.items():
             parameters = [placeholders[position] for position in positions]
             made = (node for node in parameters[0].users if node.target is op)
-            costs = [price(node) for node in made if [*node.args[1 : 1 + len(parameters)]] == parameters]
-            dearest = max(costs, key=lambda c: c.bytes, default=Cost(FREE, 0, "no one reads it"))
-            shared = Cost(SHARED, 0, f"with {first}", alone=dearest)
-            for site, made_of in ((first, dearest), *((other, shared) for other in others)):
-                if site not in found or made_of.bytes > found[site].bytes:  # (it may be in several graphs)
-                    found[site] = made_of
+            costs = [price(node, self.given) for node in made if [*node.args[1 : 1 + len(parameters)]] == parameters]
+            self.priced.append(([*known], max(costs, key=lambda c: c.bytes, default=Cost(FREE, 0, "no one reads it"))))
 
-    return read
+    def costs(self, sites: list[str | None]) -> Iterator[tuple[str, Cost]]:
+        """Of the sites that it runs, for each tensor that they read. sites: of each of its inputs, whose first
+        parameter that is."""
+        for known, dearest in self.priced:
+            here = [*dict.fromkeys(site for i in known if (site := sites[i]) is not None)]
+            yield from ((site, dearest) for site in here[:1])
+            yield from ((site, Cost(SHARED, 0, f"with {here[0]}", alone=dearest)) for site in here[1:])
 
 
-def price(threshold: fx.Node) -> Cost:
-    """The cost of one threshold in a graph of ATen calls that `hoist` went over."""
+def price(threshold: fx.Node, given: str = "the network's input") -> Cost:
+    """The cost of one threshold in a graph of ATen calls that `hoist` went over. given: what the graph's inputs are."""
     x = threshold.args[0]
     size = x.meta["val"].numel() * x.meta["val"].element_size()
     size = size if isinstance(size, int) else size.node.hint
-    maker, prologue = _maker(x), _read_by_products(threshold)
+    maker, prologue = _maker(x, given), _read_by_products(threshold)
     if threshold.users and not any(map(_needs_memory, threshold.users)):
         return Cost(FREE, 0, f"a part of {' and '.join(dict.fromkeys(map(_name, threshold.users)))} behind it")
     if not written_by_inductor(x):
         return Cost(LAUNCH, 2 * size, f"its input comes from {maker}", prologue)
     if x.target in SELECTIONS:
-        return Cost(LAUNCH, 2 * size, f"its input is a part of what {_maker(x.args[0])} makes", prologue)
+        return Cost(LAUNCH, 2 * size, f"its input is a part of what {_maker(x.args[0], given)} makes", prologue)
     behind = _behind(threshold)
     for reader in x.users:
         if reader is not threshold and (reader in behind or _needs_memory(reader)):
@@ -150,9 +172,9 @@ def _read_by_products(node: fx.Node) -> bool:
     return reader.target in (aten.mm.default, aten.addmm.default)
 
 
-def _maker(x: fx.Node) -> str:
+def _maker(x: fx.Node, given: str) -> str:
     x = made_by(x)
-    return "the network's input" if x.op == "placeholder" else _name(x)
+    return given if x.op == "placeholder" else _name(x)
 
 
 def _name(node: fx.Node) -> str:

@@ -329,6 +329,30 @@ def test_a_model_that_runs_twice_has_the_dearest_of_its_runs():
         assert {site: cost.kind for site, cost in costs.items()} == {"0": LAUNCH, "2": FREE}
 
 
+def test_behind_graph_breaks_blocks_of_one_class_have_a_price_each():
+    """They run one compiled code. What comes into it is not the network's input."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            torch._dynamo.graph_break()
+            y = self.second(self.first(x).relu())
+            torch._dynamo.graph_break()
+            return y
+
+    model, x = nn.Sequential(nn.Linear(8, 8), Block(), Block(), Block()).eval(), torch.rand(4, 8)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), graph=False)
+    costs = forged_fx.cost(forged, (x,))
+    whys = {site: cost.why for site, cost in costs.items()}
+    inside = {"first": "its input comes from what runs ahead of a graph break", "second": "a part of relu"}
+    expected = {f"{i}.{name}": why for i in (1, 2, 3) for name, why in inside.items()}
+    assert whys == {"0": "its input comes from the network's input", **expected}
+    assert [site for site, cost in costs.items() if cost.free] == ["1.second", "2.second", "3.second"]
+
+
 def test_ahead_of_activations_a_threshold_is_a_part_of_them():
     model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.rand(4, 8)
     stats = forged_fx.calibrate(model, [x], where="activations")
@@ -353,6 +377,14 @@ def test_it_is_of_compiled_code_whether_or_not_code_is_compiled(made, monkeypatc
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     with pytest.raises(ValueError, match="TORCHDYNAMO_DISABLE=1 turns compilers off: unset it"):
         forged_fx.cost(forged, (x,))
+
+
+def test_of_an_input_of_another_shape_the_model_speaks_itself(made, capfd):
+    model, stats, x = made
+    forged = forged_fx.transform(model, stats)
+    with pytest.raises(RuntimeError, match="to have 3 channels, but got 1 channels instead") as raised:
+        forged_fx.cost(forged, (x[:, :1],))
+    assert not type(raised.value).__module__.startswith("torch._dynamo") and "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("example", [torch.rand(2), (torch.rand(2),), {"x": 1}])
