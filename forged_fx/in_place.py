@@ -184,7 +184,7 @@ def rectify(x: Tensor, t: Tensor, relu: nn.Module | bool, references: int = 0) -
     if (run is not relu or _is_relu(relu)) and _plain(x, t) and (limit := cpu.largest_below(t.item(), x.dtype)) >= 0:
         if references == _ONE_VARIABLE and _alone(x):
             return torch.threshold_(x, limit, 0)
-        if not in_place and _dense(x):  # (the layout of the result is the operator's)
+        if not in_place:
             return torch.threshold(x, limit, 0)
     before = sys.getrefcount(x)
     y = run(x)

@@ -312,21 +312,22 @@ def test_of_several_forged_models_each_site_has_its_own(made):
 
 def test_a_model_that_runs_twice_has_the_dearest_of_its_runs():
     class Twice(nn.Module):
-        def __init__(self, model, breaks):
+        def __init__(self, model, breaks, first, second):
             super().__init__()
-            self.model, self.breaks = model, breaks
+            self.model, self.breaks, self.first, self.second = model, breaks, first, second
 
         def forward(self, x):
-            y = self.model(x)
+            y = self.model(self.first(x))
             if self.breaks:
                 torch._dynamo.graph_break()
-            return y + self.model(x.relu())
+            return y + self.model(self.second(x))
 
     model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.rand(4, 8)
     forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]))
     for breaks in (False, True):
-        costs = forged_fx.cost(Twice(forged, breaks).eval(), (x,))
-        assert {site: cost.kind for site, cost in costs.items()} == {"0": LAUNCH, "2": FREE}
+        for first, second in ((nn.Identity(), nn.ReLU()), (nn.ReLU(), nn.Identity())):
+            costs = forged_fx.cost(Twice(forged, breaks, first, second).eval(), (x,))
+            assert {site: cost.kind for site, cost in costs.items()} == {"0": LAUNCH, "2": FREE}
 
 
 def test_behind_graph_breaks_blocks_of_one_class_have_a_price_each():

@@ -159,12 +159,12 @@ RELUS = {
 class Rectified(nn.Module):
     """A ReLU ahead of a layer, and what else is read in between."""
 
-    def __init__(self, relu, between=None):
+    def __init__(self, relu, between=None, make=torch.clone):
         super().__init__()
-        self.relu, self.between, self.layer = relu, between, nn.Conv2d(4, 4, 1)
+        self.make, self.relu, self.between, self.layer = make, relu, between, nn.Conv2d(4, 4, 1)
 
     def forward(self, x):
-        h = x.clone()
+        h = self.make(x)
         y = self.relu(h)
         seen = () if self.between is None else (self.between(h, y),)
         return self.layer(y), *seen
@@ -239,17 +239,38 @@ def test_a_relu_is_a_relu_when_it_runs(relu):
     both_ways((0, 0, 0, 0, 1))
 
 
+@pytest.mark.parametrize("keep", [lambda out: out, lambda out: out.view(-1)], ids=["itself", "a view"])
 @pytest.mark.parametrize("relu", [nn.ReLU(), nn.ReLU(inplace=True)])
-def test_a_relu_writes_where_it_is_said_to(relu, x):
+def test_a_relu_writes_where_it_is_said_to(relu, keep, x):
     """Its input as a hook kept it: what a ReLU in place leaves there, or as it was."""
     model = nn.Sequential(nn.Conv2d(3, 4, 1), relu, nn.Conv2d(4, 4, 1)).eval()
     forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-1)
     kept = []
-    forged.get_submodule("0").register_forward_hook(lambda _, args, out: kept.append(out))
+    forged.get_submodule("0").register_forward_hook(lambda _, args, out: kept.append(keep(out)))
     with torch.no_grad():
         forged(x)
     forged(x)
     assert torch.equal(*kept) and bool((kept[0] < 0).any()) is not relu.inplace
+
+
+LAYOUTS = {
+    "gaps": lambda h: h[..., ::2],
+    "stretched": lambda h: h[:, :, :1].expand(-1, -1, 6, -1),
+    "moved": lambda h: h.permute(0, 1, 3, 2),
+    "channels last": lambda h: h.contiguous(memory_format=torch.channels_last),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_relu_and_a_threshold_leave_the_layout_that_they_leave_one_by_one(layout):
+    model, x = Rectified(nn.ReLU(), make=layout).eval(), torch.randn(2, 4, 6, 6)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-2)
+    given = []
+    forged.layer.register_forward_pre_hook(lambda _, args: given.append((args[0].stride(), args[0].tolist())))
+    forged(x)
+    with torch.no_grad():
+        forged(x)
+    assert given[0] == given[1]
 
 
 def test_modules_are_those_of_the_moment(forged, x):

@@ -281,7 +281,7 @@ def test_vmap_over_gradients() -> None:
 @pytest.fixture
 def fresh_inductor() -> Iterator[None]:
     """As in a process that has compiled nothing yet."""
-    from torch._inductor.lowering import lowerings
+    from torch._inductor.lowering import fallbacks, lowerings
 
     for op in (threshold.default, threshold_backward.default):
         lowerings.pop(op, None)
@@ -292,6 +292,7 @@ def fresh_inductor() -> Iterator[None]:
     with no_graphs, torch._functorch.config.patch(enable_autograd_cache=False):
         yield
     torch._dynamo.reset()
+    fallbacks.difference_update((threshold.default, threshold_backward.default))  # what a test without lowerings leaves
     register_lowerings()
 
 
@@ -465,6 +466,29 @@ def test_import_is_light() -> None:
 def load_again(path: Path) -> None:
     spec = importlib.util.spec_from_file_location(f"another_{path.stem}", path)
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+class Own(Tensor):
+    pass
+
+
+ORDINARY = {
+    "plain": (X, True),
+    "a parameter": (torch.nn.Parameter(X), True),
+    "of inference mode": (torch.inference_mode()(X.clone)(), True),
+    "a class of its own": (X.as_subclass(Own), False),
+    "sparse": (X.to_sparse(), False),
+    "negated unseen": (torch._neg_view(X), False),
+    "on meta": (X.to("meta"), False),
+}
+
+
+@pytest.mark.parametrize(("x", "ordinary"), ORDINARY.values(), ids=ORDINARY)
+def test_the_short_way_is_for_ordinary_tensors(x: Tensor, ordinary: bool) -> None:
+    assert (ops.direct(threshold.default, x, T) is not None) == ordinary
+    assert ops.direct(threshold.default, X, T.to("meta")) is None
+    with torch.utils._python_dispatch.TorchDispatchMode():
+        assert ops.direct(threshold.default, x, T) is None
 
 
 def test_second_import_under_another_name_is_refused() -> None:
