@@ -233,7 +233,7 @@ def _layout(x: Tensor) -> tuple:
 
 def _plain(x: Tensor, other: Tensor) -> bool:
     """Ordinary CPU tensors of a dtype that is served: what the dispatcher would come to is known."""
-    return x.is_cpu and other.is_cpu and x.dtype in ops.DTYPES and ops.is_ordinary(x) and ops.is_ordinary(other)
+    return ops.is_ordinary(x) and ops.is_ordinary(other) and x.is_cpu and other.is_cpu and x.dtype in ops.DTYPES
 
 
 def _alone(x: Tensor) -> bool:

@@ -318,10 +318,12 @@ def direct(op: Callable, x: Tensor, *others: Tensor) -> Callable | None:
     """The implementation that the dispatcher would choose for these tensors: to call it directly saves a third of the
     call. None where the dispatcher must decide, or a mode or transform is to see the call. The caller must know that
     no gradient has to be recorded."""
+    tensors = (x, *others)
+    if not all(map(is_ordinary, tensors)):
+        return None
     is_there, implementations = (is_on_cuda, CUDA) if x.is_cuda else (is_on_cpu, _CPU)
-    for tensor in (x, *others):
-        if not (is_there(tensor) and is_ordinary(tensor)):
-            return None
+    if not all(map(is_there, tensors)):
+        return None
     return None if torch_internals.dispatched() else implementations.get(op)
 
 

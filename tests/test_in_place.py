@@ -373,6 +373,15 @@ def test_who_watches_sees_thresholds(forged, x):
     assert len(found) == len(forged.threshold_buffers)
 
 
+def test_what_is_no_tensor_is_the_operators_to_refuse(forged, x):
+    """Another module in the place of one may return anything."""
+    forged.act = nn.Module()
+    forged.act.forward = lambda h: (h, h)
+    for recorded in (True, False):
+        with torch.set_grad_enabled(recorded), pytest.raises(RuntimeError, match="Expected a value of type 'Tensor'"):
+            forged(x)
+
+
 def test_errors_are_the_operators(forged, x):
     with torch.no_grad(), pytest.raises(TypeError, match="cast it to one of"):
         forged.double().to(torch.float16).to(torch.complex64)(x.to(torch.complex64))
