@@ -331,8 +331,7 @@ def _finish(calls: list[tuple[str, SiteStats, tuple[Tensor, ...]]], batch: str) 
 def _read(values: list[Tensor]) -> list[float]:
     """Scalars as the file will hold them, in float32 (NaN stays NaN); of one device in one go, since each is a wait."""
     found: dict[int, float] = {}
-    for device in {value.device for value in values}:
-        here = [i for i, value in enumerate(values) if value.device == device]
+    for here in histogram.by_device(values):
         found |= zip(here, torch.stack([values[i] for i in here]).to(torch.float32).tolist(), strict=True)
     return [found[i] for i in range(len(values))]
 

@@ -29,18 +29,18 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from forged_fx import cpu, ops, torch_internals
 from forged_fx.capture import is_as_its_class
 from forged_fx.effects import writes
+from forged_fx.producers import FUNCTIONS
 from forged_fx.rewrite import function_of, is_call
 from forged_fx.thresholds import lost, parameters_of
 from forged_fx.torch_internals import has_any_global_hook
 
 THRESHOLD = torch.ops.forged_fx.threshold.default
-RELUS = {F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
+RELUS = {f for f, row in FUNCTIONS.values() if row.role == "activation" and row.arguments() == {"activation": "relu"}}
 ROOT = "root"
 
 
@@ -72,8 +72,9 @@ def _unrecorded(forged: fx.GraphModule) -> Callable:
     # A layer that writes into its input gets a tensor of its own. Writes through `.data` are not counted.
     if not any(n.target is getattr and n.args[1] == "data" for n in graph.nodes):
         _share([n for n in calls if n.target is THRESHOLD and not any(writes(m, forged) for m in n.users)])
-    for node in [n for n in calls if n.target is THRESHOLD]:
-        _join_relu(node, forged)
+    for node in calls:
+        if node.target is THRESHOLD:
+            _join_relu(node, forged)
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         node.target = UNRECORDED.get(node.target, node.target)
