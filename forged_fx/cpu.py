@@ -20,15 +20,14 @@ def threshold_backward(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
 
 
 def one_sided(x: Tensor, t: Tensor) -> Tensor:
-    if not _positive(t, x):
-        return torch.empty_like(x).copy_(x)
-    return torch.ops.aten.threshold.out(x, largest_below(t.item(), x.dtype), 0, out=torch.empty_like(x))
+    limit, result = largest_below(t.item(), x.dtype), torch.empty_like(x)
+    return result.copy_(x) if limit < 0 else torch.ops.aten.threshold.out(x, limit, 0, out=result)
 
 
 def one_sided_backward(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    if not _positive(t, x):
-        return torch.empty_like(x).copy_(grad)
     limit, result = largest_below(t.item(), x.dtype), torch.empty_like(x)
+    if limit < 0:
+        return result.copy_(grad)
     return torch.ops.aten.threshold_backward.grad_input(grad, x, limit, grad_input=result)
 
 
