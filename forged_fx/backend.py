@@ -54,7 +54,6 @@ def forged(
     Raises ValueError for an unknown option (it offers the nearest known one), statistics of another model, or a site
     that no graph reaches; the last one at the end of each forward pass.
     """
-    compile_fx = torch_internals.inductor().compile_fx
     ours, inductor = _split(options or {})
     register_lowerings()
     patches = {**torch_internals.inductor().list_mode_options(mode), **inductor} if mode else inductor
@@ -69,13 +68,13 @@ def forged(
             )
         share(gm.graph)
         with torch_internals.choosing(Patience):
-            return compile_fx(gm, inputs, config_patches=_with_placement(patches, _version()))
+            return _compile(gm, inputs, patches, _version())
     frame = _forge_graph(torch_internals.twin(gm), ours)
     # Freezing writes thresholds into the code as numbers, which Inductor's cache does not look at.
     frozen = patches.get("freezing", torch_internals.inductor().config.freezing)
-    patches = _with_placement(patches, _version() + repr(frame.scalars() if frozen else "").encode())
+    version = _version() + repr(frame.scalars() if frozen else "").encode()
     with torch_internals.choosing(Patience):
-        return frame.bind(compile_fx(frame.gm, [*inputs, *frame.examples], config_patches=patches))
+        return frame.bind(_compile(frame.gm, [*inputs, *frame.examples], patches, version))
 
 
 def _forged_or_no_model(gm: fx.GraphModule) -> bool:
@@ -85,17 +84,22 @@ def _forged_or_no_model(gm: fx.GraphModule) -> bool:
     return any(map(thresholds_in, graphs)) or not any(isinstance(v, torch.nn.Parameter) and v.dim() > 1 for v in lifted)
 
 
-def _with_placement(patches: dict[str, Any], version: bytes) -> dict[str, Any]:
-    """Inductor's options, with our pass ahead of the caller's own."""
-    place, theirs = torch_internals.graph_pass(_place, version), patches.get("post_grad_custom_pre_pass") or []
-    several = [place, *(theirs if isinstance(theirs, list) else [theirs])]
-    return {**patches, "post_grad_custom_pre_pass": several if theirs else place}  # (2.11, 2.12: no list)
+def _compile(gm: fx.GraphModule, inputs: list[Any], patches: dict[str, Any], version: bytes) -> Callable:
+    """By Inductor, with its options, and ours ahead of the caller's own passes.
 
+    Thresholds move before Inductor has the graph: of what a pass has changed, and of all that comes behind it, it works
+    out the tensors once more.
+    """
+    inductor = torch_internals.inductor()
 
-def _place(graph: fx.Graph) -> None:
-    """Where in Inductor's graph the thresholds sit."""
-    hoist(graph)
-    offer(graph)
+    def inner(graph: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        hoist(graph.graph)
+        return inductor.compile_fx_inner(graph, *args, **kwargs)
+
+    ours, theirs = torch_internals.graph_pass(offer, version), patches.get("post_grad_custom_pre_pass") or []
+    several = [ours, *(theirs if isinstance(theirs, list) else [theirs])]
+    patches = {**patches, "post_grad_custom_pre_pass": several if theirs else ours}  # (2.11, 2.12: no list)
+    return inductor.compile_fx(gm, inputs, inner_compile=inner, config_patches=patches)
 
 
 @functools.cache

@@ -113,10 +113,8 @@ def hoist(graph: fx.Graph) -> None:
     first = next((node for node in graph.nodes if node.op not in ("placeholder", "get_attr")), None)
     old = [node for node in graph.nodes if _demand_of(node) and demands.get(node.args[0]) == _demand_of(node)]
     model = {_demand_of(node): node for node in old}
-    # Inductor works out the tensors of new calls anew, which takes long.
-    stays = {node for node in old if node.args[0] not in passable and len(node.args[0].users) == 1}
     for node, (op, arguments) in demands.items():
-        if node in passable or stays.intersection(node.users):
+        if node in passable:
             continue
         for t in arguments:
             if isinstance(t, fx.Node) and t.op == "get_attr":
@@ -127,7 +125,7 @@ def hoist(graph: fx.Graph) -> None:
         new.meta = {**model[op, arguments].meta, "val": torch.empty_like(node.meta["val"])}
         for reader in readers:
             reader.replace_input_with(node, new)
-    for node in (node for node in old if node not in stays):
+    for node in old:
         node.replace_all_uses_with(node.args[0])
         graph.erase_node(node)
 

@@ -86,6 +86,7 @@ NAMES = {
     "torch._dynamo.source.ConstantSource": "says where a threshold in a graph comes from",
     "torch._functorch.aot_autograd.make_boxed_func": "runs the graph of ATen calls as it is",
     "torch._inductor.compile_fx.compile_fx": "is Inductor",
+    "torch._inductor.compile_fx.compile_fx_inner": "is Inductor, behind autograd",
     "torch._inductor.config": "says whether Inductor rounds as eager mode does",
     "torch._inductor.custom_graph_pass.CustomGraphPass": "is the base of our pass over Inductor's graph",
     "torch._inductor.decomposition.select_decomp_table": "has what Inductor takes apart, fused operators of ours too",
@@ -128,7 +129,7 @@ CHECKPOINT = _run_checkpoint.__code__
 def inductor() -> types.SimpleNamespace:
     """What lowerings and the backend use of Inductor, imported when it is first asked for: that takes seconds."""
     from torch._inductor import config, decomposition, list_mode_options, list_options
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
     from torch._inductor.ir import (
         FlexibleLayout,
         Pointwise,
@@ -145,6 +146,7 @@ def inductor() -> types.SimpleNamespace:
         V=V,
         as_storage_and_layout=as_storage_and_layout,
         compile_fx=compile_fx,
+        compile_fx_inner=compile_fx_inner,
         config=config,
         decomposition=decomposition,
         fallback_handler=fallback_handler,

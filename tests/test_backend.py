@@ -252,9 +252,9 @@ def configured(monkeypatch):
     inductor, seen = torch_internals.inductor(), []
     compile_fx = inductor.compile_fx
 
-    def spy(*args, config_patches):
+    def spy(*args, config_patches, **how):
         seen.append(config_patches)
-        return compile_fx(*args, config_patches=config_patches)
+        return compile_fx(*args, config_patches=config_patches, **how)
 
     monkeypatch.setattr(inductor, "compile_fx", spy)
     return seen
@@ -282,7 +282,7 @@ def test_the_disk_cache_does_not_serve_frozen_thresholds_of_another_ratio(model,
 def test_what_is_frozen_by_inductors_own_setting_is_in_the_cache_key_too(model, stats, x, monkeypatch):
     keys = []
 
-    def note(gm, inputs, config_patches):
+    def note(gm, inputs, config_patches, **_):
         keys.append(config_patches["post_grad_custom_pre_pass"].uuid())
         return gm.forward
 
@@ -754,7 +754,7 @@ def test_a_norm_of_all_blocks_does_not_part_their_graphs():
 
 def test_thresholds_are_where_their_layers_are(monkeypatch):
     """On the device that the model was moved to, and, where its layers lie on several, on that of each."""
-    monkeypatch.setattr(torch_internals.inductor(), "compile_fx", lambda gm, inputs, config_patches: gm.forward)
+    monkeypatch.setattr(torch_internals.inductor(), "compile_fx", lambda gm, inputs, **_: gm.forward)
 
     class OnTwo(nn.Module):
         def __init__(self):
