@@ -1,11 +1,13 @@
 """Proof, not hope: after a transform, run one batch through the model and the result, and compare.
 
 At ratio 0 a threshold is the identity, so the two must agree bit for bit; and each site that the model's own run passes
-through must have run its threshold exactly as often.
+through must have run its threshold exactly as often. With thresholds that change much, the result must be, bit for bit,
+what the model gives when the operands of its sites are exchanged as it runs: then nothing but these is changed.
 """
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -76,7 +78,7 @@ def audit(
                     raise
                 raise AuditFailed(f"audit: the graph does not take the input, {in_a_line(error)}") from error
 
-    with torch.no_grad(), kept_randomness(), eval_mode(model), eval_mode(forged):
+    with _auditing(model, forged):
         with kept_buffers(model), uncompiled(model):
             try:
                 expected = _repeatably(observer.run, args, kwargs)
@@ -108,6 +110,43 @@ def audit(
         raise AuditFailed("audit: with every threshold at 0 the result differs from the model")
     counts = {site: {c.seen[id(thresholds[site])] for c in (on_slow_path, as_used)} for site in wanted}
     return [site for site in wanted if counts[site] != {runs[site]}], set(runs)
+
+
+def audit_at_work(
+    model: torch.nn.Module, forged: torch.nn.Module, changes: dict[str, Callable], args: tuple, kwargs: dict
+) -> None:
+    """Compare `forged`, its thresholds at work, with `model` on one input, in eval mode.
+
+    changes: site -> what becomes of its input. Raises AuditFailed where `model` gives another output when the inputs of
+    its sites, and nothing else, are changed so as it runs.
+    """
+
+    def see(seen: Sighting) -> Tensor | None:
+        if seen.name not in changes:
+            return None
+        changed = changes[seen.name](seen.operand.value)
+        if not seen.in_place:
+            return changed
+        seen.operand.value.copy_(changed)  # whoever reads it later finds the activation's result there
+        return None
+
+    observer = Observer(model, see, any(map(is_activation, changes)))
+    with _auditing(model, forged):
+        with kept_buffers(model), uncompiled(model):
+            expected = _repeatably(observer.run, args, kwargs)
+        with kept_buffers(forged), fast_path_off():
+            found = _repeatably(forged, args, kwargs)
+    if not same(expected, found):
+        raise AuditFailed(
+            "audit: with thresholds ahead of these sites, and nothing else changed, the model gives another result: "
+            "what reads a site's input besides (a hook, a function of TorchScript's) is given the thresholded one"
+        )
+
+
+@contextlib.contextmanager
+def _auditing(model: torch.nn.Module, forged: torch.nn.Module) -> Iterator[None]:
+    with torch.no_grad(), kept_randomness(), eval_mode(model), eval_mode(forged):
+        yield
 
 
 def _repeats(model: torch.nn.Module, args: tuple, kwargs: dict) -> bool:

@@ -9,9 +9,12 @@ The second forges Dynamo's graphs on their way to Inductor, at the same sites an
 `transform` would use. Dynamo may cut the model into several graphs: what no graph reaches is an error.
 """
 
+import contextlib
+import copy
 import difflib
 import functools
 import hashlib
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -154,9 +157,9 @@ def _forge_graph(gm: fx.GraphModule, options: dict[str, Any]) -> Frame:
 def _compilation(callers: list[torch.nn.Module], options: dict[str, Any]) -> Compilation:
     """The one that these options have begun, or a new one, for the module that the statistics belong to: the outermost
     running one that fits, or the first within it."""
-    stats = options["stats"]
-    if not isinstance(stats, Stats):  # a file, which may hold others by now
-        options = {**options, "stats": (stats := Stats.load(stats))}
+    said = _said(options)
+    stats = options["stats"] if isinstance(options["stats"], Stats) else Stats.load(options["stats"])
+    options = {**said[0], "stats": stats}
     candidates = [*reversed(callers), *(m for m in callers[-1].modules() if m is not callers[-1])]
     for module in candidates:
         for before, compilation in _compilations.get(module, ()):
@@ -178,8 +181,32 @@ def _compilation(callers: list[torch.nn.Module], options: dict[str, Any]) -> Com
     choice = choose(stats, options.get("kind", "hard"), wanted, options.get("statistic"))
     ratio, strict = options.get("ratio", OWN), options.get("strict", True)
     new = Compilation(root, stats, choice, ratio, strict, repeats=root is not callers[-1])
+    new.said = said
     _compilations.setdefault(root, []).append((options, new))
     return new
+
+
+def _said(options: dict[str, Any]) -> tuple[dict[str, Any], tuple[int, int] | None]:
+    """What the options say now, but for the statistics; and of a file of those, when and how long it was written. The
+    caller may change what the options hold, and write another file to the same path."""
+    written = None
+    if not isinstance(stats := options["stats"], Stats):
+        with contextlib.suppress(OSError):  # gone, it says nothing else
+            written = os.stat(stats).st_mtime_ns, os.stat(stats).st_size
+    copied = {key: copy.copy(v) if isinstance(v, dict | list | set) else v for key, v in options.items()}
+    return {key: v for key, v in copied.items() if key != "stats"}, written
+
+
+def _check_said(ran: Compilation, options: dict[str, Any]) -> None:
+    """Dynamo takes options for the same that hold the same objects, or name the same file."""
+    said, written = _said(options)
+    if said == ran.said[0] and (written in (None, ran.said[1]) or Stats.load(options["stats"]) == ran.stats):
+        ran.said = said, written
+        return
+    raise ValueError(
+        "what ran is what the options said when this model was compiled with them: since then they were changed in "
+        "place, or another file was written to the path of the statistics. torch._dynamo.reset() has it compiled anew"
+    )
 
 
 def _open_compositions(gm: fx.GraphModule) -> None:
@@ -204,6 +231,8 @@ def _watch(model: torch.nn.Module, options: dict[str, Any]) -> Callable[[], None
     before = passes.ended
 
     def check() -> None:
+        if passes.ended > before and passes.last.root() is model:
+            _check_said(passes.last, options)
         if passes.ended == before and (missed := (compilation := _compilation([model], options)).always):
             compilation.refuse(missed)
 

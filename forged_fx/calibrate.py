@@ -42,7 +42,8 @@ def calibrate(
     """Record, for every linear, convolution and matrix-product call, how large its inputs get.
 
     The scan runs the model as it is, on its device and under the caller's autocast, in eval mode and without
-    gradients, and leaves it as it found it: mode, hooks, parameters and buffers.
+    gradients, and leaves it as it found it: mode, hooks, parameters and buffers. (What its forward itself writes into a
+    parameter stays, as after any run.)
 
     Args:
         model: any `nn.Module`.
@@ -280,6 +281,7 @@ class _Scan:
             key=seen.operand.key,
             layer=seen.reads_module_input,
             once=seen.first_run,
+            in_place=seen.in_place,
             left_out=seen.operand.left_out or unmeasured,
             calls=1,
             channel=seen.channel,

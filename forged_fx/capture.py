@@ -9,6 +9,7 @@ import contextlib
 import inspect
 import operator
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -62,8 +63,10 @@ def capture(model: torch.nn.Module, opened: set[str], given: set[str], contexts:
     for name in sorted(opened & contexts):
         raise Untraceable(f"{name or 'the model'!r} makes calls under autocast, another grad mode or checkpointing")
     for name in sorted(opened):
-        if has_hooks(model.get_submodule(name)):
+        if has_hooks(module := model.get_submodule(name)):
             raise Untraceable(f"{name or 'the model'!r} has hooks, which a graph does not run")
+        if any(vars(module).get(hooks) for hooks in _STATE_DICT_HOOKS):
+            raise Untraceable(f"{name or 'the model'!r} has hooks on its state dict, which a graph would not have")
     if "forward" in vars(model):
         raise Untraceable("its forward was set on this one model, and a graph is of its class's")
     if type(model).__call__ is not torch.nn.Module.__call__ and not isinstance(model, fx.GraphModule):
@@ -74,20 +77,23 @@ def capture(model: torch.nn.Module, opened: set[str], given: set[str], contexts:
     twin = copied(model, shared)
     grad = torch.is_grad_enabled()
 
-    def trace(model: torch.nn.Module, training: bool, grad: bool, given: set[str] = given) -> Traced:
-        with torch.set_grad_enabled(grad):
+    def trace(
+        model: torch.nn.Module, training: bool, grad: bool, other_autocast: bool = False, given: set[str] = given
+    ) -> Traced:
+        with torch.set_grad_enabled(grad), _other_autocast() if other_autocast else contextlib.nullcontext():
             return _trace(model.train(training), opened, given)
 
     before = _state(twin, opened)
     traced = trace(twin, False, grad)
-    again = trace(twin, True, not grad)
+    again = trace(twin, True, not grad, True)
     after = _state(twin, opened)
     if not _alike(traced, again):
         another = "another thing when it runs again"
         reasons = {
-            (False, grad): another,
-            (False, not grad): "one thing with gradients and another without",
-            (True, grad): "one thing in train mode and another in eval mode",
+            (False, grad, False): another,
+            (False, not grad, False): "one thing with gradients and another without",
+            (True, grad, False): "one thing in train mode and another in eval mode",
+            (False, grad, True): "one thing under autocast and another without",
         }
         differ = (what for how, what in reasons.items() if not _alike(traced, trace(copied(model, shared), *how)))
         raise Untraceable(f"its forward does {next(differ, another)}")
@@ -96,17 +102,45 @@ def capture(model: torch.nn.Module, opened: set[str], given: set[str], contexts:
     for name in sorted(opened):
         if _trains_otherwise(twin.get_submodule(name)):
             raise Untraceable(f"{name or 'the model'!r} has a train() of its own, which a graph would not have")
-    graph, _ = traced
+    graph, constants = traced
+    kept = {id(tensor): name for name, module in twin.named_modules() if name not in opened for tensor in _kept(module)}
+    if holder := next((kept[id(value)] for value in constants.values() if id(value) in kept), None):
+        raise Untraceable(f"its forward reads a tensor that {holder!r} keeps, which a graph would hold as it is now")
     for node in graph.find_nodes(op="placeholder"):
         if node.target in given and node.args == (None,) and node.users:
             try:
-                without, _ = trace(copied(model, shared), False, grad, given - {node.target})
+                without, _ = trace(copied(model, shared), False, grad, given=given - {node.target})
                 (same,) = without.find_nodes(op="placeholder", target=node.target)
             except Untraceable:
                 without = None
             if without is None or _text(graph, node) != _text(without, same):
                 _require(node)
     return traced
+
+
+_STATE_DICT_HOOKS = (
+    "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_state_dict_pre_hooks", "_state_dict_hooks",
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def _other_autocast() -> Iterator[None]:
+    """Autocast where there is none, and none where there is."""
+    found = {device: torch.is_autocast_enabled(device) for device in ("cpu", "cuda")}
+    try:
+        for device, on in found.items():
+            torch.set_autocast_enabled(device, not on)
+        yield
+    finally:
+        for device, on in found.items():
+            torch.set_autocast_enabled(device, on)
+
+
+def _kept(module: torch.nn.Module) -> list[torch.Tensor]:
+    """The tensors that a module holds in a dict, a list or the like of its own: those of an earlier run, say."""
+    registered = ("_parameters", "_buffers", "_modules")
+    held = [value for name, value in vars(module).items() if name not in registered]
+    return [leaf for leaf in torch_internals.tree_leaves(held) if isinstance(leaf, torch.Tensor)]
 
 
 def _trains_otherwise(module: torch.nn.Module) -> bool:
@@ -138,11 +172,14 @@ def _trace(model: torch.nn.Module, opened: set[str], given: set[str]) -> Traced:
         if parameter.default is not parameter.empty and name not in given
     }
     try:
-        with kept_buffers(model) as written, kept_randomness() as drawn, _contexts_refused():
+        with kept_buffers(model) as written, kept_randomness() as drawn, _contexts_refused(), warnings.catch_warnings():
+            warnings.filterwarnings("error", "Was not able to add assertion")
             graph = _SiteTracer(opened).trace(model, concrete_args=defaults or None)
             drew = drawn()
     except Untraceable:
         raise
+    except UserWarning as warning:  # torch.fx compares numbers, text and the like, and nothing else
+        raise Untraceable(f"a graph cannot hold an argument to its default: {in_a_line(warning)}") from warning
     except Exception as error:  # tracing runs the user's code on proxies: anything can be raised from it
         raise Untraceable(f"torch.fx cannot trace {_what(model)}: {in_a_line(error)}") from error
     if drew:
@@ -165,11 +202,12 @@ def _what(model: torch.nn.Module) -> str:
     return "a forward that takes any arguments (*args, **kwargs), its own or a decorator's" if any_arguments else "it"
 
 
-# (where, the function that begins it, what it is)
+# (where, the function that begins it or asks for it, what the forward does by that)
 _CONTEXTS: list[tuple[Any, str, str]] = [
-    (torch, "set_autocast_enabled", "autocast"),
-    (torch.inference_mode, "__enter__", "inference mode"),
-    (torch.nn.attention, torch_internals.CHOOSE_ATTENTION, "the kernels of attention"),
+    (torch, "set_autocast_enabled", "sets autocast"),
+    (torch.inference_mode, "__enter__", "sets inference mode"),
+    (torch, "is_inference_mode_enabled", "asks for inference mode"),
+    (torch.nn.attention, torch_internals.CHOOSE_ATTENTION, "sets the kernels of attention"),
 ]
 
 
@@ -178,15 +216,15 @@ _tracing = threading.RLock()
 
 @contextlib.contextmanager
 def _contexts_refused() -> Iterator[None]:
-    """Within it, a forward that begins a context is Untraceable: a graph holds the calls in it, and not the context.
-    Other threads begin theirs, and trace one after the other."""
+    """Within it, a forward that begins a context, or asks for one, is Untraceable: a graph holds the calls in it, and
+    not the context. Other threads begin theirs, and trace one after the other."""
     tracing = threading.get_ident()
 
     def refusing(function: Callable, what: str) -> Callable:
         def refuse(*args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() != tracing:
                 return function(*args, **kwargs)
-            raise Untraceable(f"its forward sets {what}, which a graph would drop")
+            raise Untraceable(f"its forward {what}, which a graph would drop")
 
         return refuse
 

@@ -32,6 +32,8 @@ class Compilation:
     repeats: the model runs inside another one, which may call it several times in a pass.
     """
 
+    said: tuple[dict[str, Any], tuple[int, int] | None]  # the options, as they were when they were read
+
     def __init__(
         self, root: torch.nn.Module, stats: Stats, choice: Choice, ratio: Ratio, strict: bool, repeats: bool
     ) -> None:
@@ -121,6 +123,7 @@ class Pass:
 
     def __call__(self) -> None:
         passes.ended += 1
+        passes.last = self.compilation
         if not self.compilation.strict or sys.exc_info()[1] is not self._handled:
             return
         self.compilation.unreached -= self.reached
@@ -130,6 +133,7 @@ class Pass:
 
 class _Passes(threading.local):
     ended = 0  # forward passes of compiled models that a graph ran in, on this thread
+    last: Compilation  # of the latest one
 
 
 passes = _Passes()

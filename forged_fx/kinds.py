@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from forged_fx import ops
+from forged_fx.histogram import quantile
 from forged_fx.stats import SiteStats, Stats, is_number, parse_statistic
 
 Value = float | np.ndarray  # of a buffer: a float32 number, or one for each channel
@@ -120,6 +121,12 @@ class Kind:
             return (np.zeros(site.channels, np.float32),) * 2
         return tuple(end.off for end in self.ends)
 
+    def tried(self, site: SiteStats) -> tuple[Value, ...]:
+        """What changes about half of what is not 0, for an audit: it would see it, and the signal would get through."""
+        if self.statistic == MEAN_STD:
+            return self.values(site, (0.5,), "max")
+        return tuple(float(np.float32(quantile(q, 0, site.histogram))) for q in (0.5, 0.75)[: len(self.ends)])
+
     def share_zeroed(self, site: SiteStats, values: tuple[Value, ...]) -> float | None:
         """The share of the inputs seen in calibration that would have become 0 or were 0 already, in [0, 1].
 
@@ -177,6 +184,10 @@ class Choice:
 
     def of(self, sites: list[str]) -> "Choice":
         return Choice({site: self.kinds[site] for site in sites}, self.statistic)
+
+    def tried(self, stats: Stats) -> dict[str, tuple[Value, ...]]:
+        """Site name -> what its buffers hold for an audit: values that change much of the site's input."""
+        return {site: self[site].tried(stats.sites[site]) for site in self.kinds}
 
     def values(self, stats: Stats, ratio: Any) -> dict[str, tuple[Value, ...]]:
         """Site name -> what its buffers hold, for the given ratio (see `forged_fx.transform`)."""

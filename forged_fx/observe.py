@@ -70,7 +70,7 @@ class _Frame:
     first_input: Any
     modes: tuple  # autocast and grad mode on entry
     calls: int = 0
-    uses_input_elsewhere: bool = False
+    in_place: bool = False  # one of them leaves its result in its input
 
 
 class _Origins:
@@ -263,6 +263,7 @@ class Observer:
         self.numbering = Numbering()
         self.runs: Counter[str] = Counter()
         self.frames: list[_Frame] = []
+        self._could_be_layers: dict[int, list[_Frame]] = {}  # by the id of what they were given first
         with self._follow_modules(), fast_path_off(), _SeeCalls(self):
             return self.model(*args, **kwargs)
 
@@ -270,13 +271,15 @@ class Observer:
         frame = self.frames[-1]
         self._check_context(frame, _modes())
         frame.calls += 1
+        self._read_by_call(frame, args, kwargs)
         name = self.numbering.call(frame.name, call.mark)
         for i, operand in enumerate(data_operands(call, args, kwargs, self.origins.of)):
-            reads_input = operand.value is frame.first_input and i == 0  # (a second one would be another argument's)
+            reads_input = operand.value is frame.first_input and i == 0
             first_run = self.runs[frame.name] <= 1
             channel = call.channel_of(operand.value) if call.mark == "#" else self.layouts.channel(operand.value)
             site = operand_name(name, i)
             in_place = call.mark == "@" and works_in_place(function, args, kwargs)
+            frame.in_place |= in_place
             new = self.on_call(
                 Sighting(site, frame.name, call.kind, operand, channel, reads_input, first_run, in_place)
             )
@@ -286,20 +289,22 @@ class Observer:
         return args, kwargs
 
     def called(self, function: Callable, args: tuple, kwargs: dict, result: Any) -> None:
-        """Note a use of the running module's first argument, other than a look at its shape and the like."""
-        if self._uses((*args, *kwargs.values())):
-            looks = getattr(function, "__name__", "") in _LOOKS and not isinstance(result, Tensor)
-            self.frames[-1].uses_input_elsewhere |= not looks
+        """Note a use of a running module's first argument, other than a look at its shape and the like."""
+        if getattr(function, "__name__", "") not in _LOOKS or isinstance(result, Tensor):
+            self._used((*args, *kwargs.values()))
 
-    def _uses(self, values: tuple) -> bool:
-        """Whether the running module's first argument is among the values, unless that is known already."""
-        frame = self.frames[-1] if self.frames else None
-        if frame is None or frame.first_input is None or frame.uses_input_elsewhere:
-            return False
-        for value in values:  # `in` would compare tensors by value
-            if value is frame.first_input:
-                return True
-        return False
+    def _used(self, values: Iterable[Any]) -> None:
+        """Modules that were given one of the values first do more with it than their one call: they are no layers."""
+        if self._could_be_layers:
+            for value in _tensors(values):
+                self.not_layers.update(frame.name for frame in self._could_be_layers.pop(id(value), ()))
+
+    def _read_by_call(self, frame: _Frame, args: tuple, kwargs: dict) -> None:
+        """The same of a call of the table: a layer makes it, once, and its input stands in one place there."""
+        if self._could_be_layers:
+            for value, times in Counter(map(id, _tensors((*args, *kwargs.values())))).items():
+                readers = self._could_be_layers.get(value, ())
+                self.not_layers.update(reader.name for reader in readers if reader is not frame or times > 1)
 
     def changes_context(self) -> None:
         if self.frames:
@@ -318,18 +323,25 @@ class Observer:
             caller = self.frames[-1] if self.frames else None
             if caller is not None:
                 self._check_context(caller, modes)
-                caller.uses_input_elsewhere |= self._uses(args)
+                self._used(args)
             if id(module) in self.names:
                 frame = _Frame(self.names[id(module)], args[0] if args else None, modes)
                 self.runs[frame.name] += 1
             else:  # not registered (kept in a plain list or a closure): its calls count as its caller's own
                 frame = _Frame(caller.name if caller else "", None, modes)
             self.frames.append(frame)
+            if isinstance(frame.first_input, Tensor) and frame.name not in self.not_layers:
+                self._could_be_layers.setdefault(id(frame.first_input), []).append(frame)
 
         def leave(module: torch.nn.Module, args: tuple, result: Any) -> None:
             frame = self.frames.pop()
-            if frame.calls > 1 or frame.uses_input_elsewhere:
+            if not frame.in_place:
+                self._used((result,))  # what came in is a part of what goes out
+            if frame.calls > 1:
                 self.not_layers.add(frame.name)
+            same_input = self._could_be_layers.get(id(frame.first_input), [])
+            if frame in same_input:
+                same_input.remove(frame)
 
         return module_hooks(enter, leave)
 

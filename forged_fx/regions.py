@@ -49,13 +49,14 @@ _FUSES_CHILDREN = (torch.nn.TransformerEncoder, torch.nn.TransformerEncoderLayer
 @dataclass(frozen=True)
 class Forge:
     """What to do to one operand: of which kind of call it is and where it sits there, the operator's name, its buffers'
-    names, its other arguments."""
+    names, its other arguments, and whether the call leaves its result in the operand."""
 
     kind: str
     key: Key
     function: str
     buffers: tuple[str, ...]
     rest: tuple[int, ...]
+    in_place: bool = False
 
     def __call__(self, region: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
         parameters = [getattr(region, name) for name in self.buffers]
@@ -65,13 +66,16 @@ class Forge:
 class Pass(threading.local):
     """The forward pass of a forged model that a thread is in.
 
-    counts: how many calls each plan has made in it, by the plan's id.
+    counts: how many calls each plan has made in it, by the plan's id. running: the modules that are forged call by
+    call, and run now.
     """
 
     depth: int
     counts: dict[int, int]
+    running: "list[_OwnCalls]"
 
     def __init__(self) -> None:
+        self.running = []
         self.depth = 0  # a class's attribute would hide each thread's own from Dynamo of torch 2.11
 
     def enter(self) -> None:
@@ -156,16 +160,12 @@ class ForgedLayer(_Region):
 
     forged_input: str  # the name of its forward's first argument
 
-    @property
-    def works_in_place(self) -> bool:
-        return getattr(self, "inplace", False) and any(map(is_activation, self.threshold_buffers))
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         input, *rest = args or (self._named(kwargs),)
         plan = self.forged_plan
         for forge in plan.operands[0] if plan.once else plan.next(self.forged_pass.so_far()):
             forged = forge(self, input)
-            input = input.copy_(forged) if self.works_in_place else forged
+            input = input.copy_(forged) if forge.in_place else forged
         return super().forward(input, *rest, **kwargs)
 
     def _named(self, kwargs: dict) -> torch.Tensor:
@@ -213,6 +213,14 @@ class _OwnCalls(TorchFunctionMode):
         self.inside = {id(module) for module in region.modules()}
         self.own: dict[int, int] = {}  # the calls since the module's own start, by plan
 
+    def __enter__(self) -> Any:
+        self.region.forged_pass.running.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        self.region.forged_pass.running.pop()
+        super().__exit__(*exception)
+
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         call = CALLS.get(function) or ACTIVATIONS.get(function)
@@ -235,8 +243,11 @@ class _OwnCalls(TorchFunctionMode):
         return function(*args, **kwargs)
 
     def _is_own(self) -> bool:
-        """Whether none of the submodules makes the call that is running. The stack tells; hooks around all modules
-        would, too, but Dynamo would compile a submodule anew in each pass, as hooks are others each time."""
+        """Whether none of the submodules makes the call that is running, nor the module itself, called by itself. The
+        stack tells; hooks around all modules would, too, but Dynamo would compile a submodule anew in each pass, as
+        hooks are others each time."""
+        if next(own for own in reversed(self.region.forged_pass.running) if own.region is self.region) is not self:
+            return False
         for module in torch_internals.modules_on_stack(in_hooks=False):  # (to calibration a hook's are its caller's)
             if id(module) in self.inside:
                 return module is self.region
@@ -289,7 +300,9 @@ def forge_regions(model: torch.nn.Module, stats: Stats, wanted: list[str], choic
         for site, row in zip(sites, rows, strict=True):
             kind = choice[site]
             module.threshold_buffers[site] = names = register(module, site, kind, row, model)
-            forge = Forge(row.kind, row.key, kind.function, names, kind.rest(row))
+            known = row.in_place is not None  # older files do not say it
+            in_place = row.in_place if known else is_activation(site) and getattr(module, "inplace", False)
+            forge = Forge(row.kind, row.key, kind.function, names, kind.rest(row), bool(in_place))
             plans[mark_of(site)].operands.setdefault(call_of(site), []).append(forge)
         module.forged_plan = plans["@" if layer and is_activation(sites[0]) else "#"]
         if plans["@"].operands and not layer:

@@ -70,6 +70,8 @@ class SiteStats:
     # its module makes this call only, on its own first argument: the threshold can go ahead of the module
     layer: bool = field(metadata=_ALL)
     once: bool = field(default=True, metadata=_ALL)  # its module ran at most once in a forward pass
+    # it is an activation that leaves its result in its input; None: not known
+    in_place: bool | None = field(default=None, metadata=_by(lambda one, other: one or other))
     # how many calls of the table its module made in one forward pass, at most
     module_calls: int = field(default=0, metadata=_by(max))
     # why it is no site by default; None: it is one

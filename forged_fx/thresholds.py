@@ -23,16 +23,19 @@ PREFIX = "forged_"  # of every buffer's name
 class HoldsThresholds(torch.nn.Module):
     """A module with thresholds among its buffers, for its own sites and its submodules'.
 
-    They stay float32 under `.half()` and its like, as the comparison is made in float32. A checkpoint of the plain
+    They stay float32 under `.half()` and its like, as the comparison is made in float32; and so does what the model
+    computes with besides parameters and buffers. A checkpoint of the plain
     model loads, with `strict=True` too: thresholds that it does not name keep their values, `to_empty` and the meta
     device notwithstanding.
     """
 
     threshold_buffers: dict[str, tuple[str, ...]]  # site name -> its buffers' names, relative to this module
+    constants: tuple[str, ...] = ()  # of buffers that are none of the model's: no cast reaches them there
 
     def _apply(self, fn: Any, recurse: bool = True) -> "HoldsThresholds":
         leaves = self._leaves()  # (the modules that hold them may have been wrapped since, and have other names)
-        found = ((module, leaf) for module in self.modules() for leaf in leaves.intersection(module._buffers.keys()))
+        found = [(module, leaf) for module in self.modules() for leaf in leaves.intersection(module._buffers.keys())]
+        found += ((self.get_submodule(owner), leaf) for owner, _, leaf in (c.rpartition(".") for c in self.constants))
         held = [(module, leaf, valued(module._buffers[leaf])) for module, leaf in found]
         super()._apply(fn, recurse)
         for module, leaf, value in held:

@@ -1,9 +1,12 @@
 """transform(model, stats): a copy of the model with a threshold ahead of every site."""
 
 import copy
+import dataclasses
+import functools
+import itertools
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +15,7 @@ import torch
 import torch.fx as fx
 
 from forged_fx import in_place, write_back
-from forged_fx.audit import AuditFailed, alike, audit, same
+from forged_fx.audit import AuditFailed, alike, audit, audit_at_work, same
 from forged_fx.capture import Untraceable, capture, opened_modules
 from forged_fx.containers import HELD, ListContainer, Numbered, check_place, container_for, hold, skeleton
 from forged_fx.fuse import fuse as fuse_producers
@@ -70,6 +73,10 @@ class ForgedModule(Numbered, HoldsThresholds, fx.GraphModule):
     @property
     def threshold_buffers(self) -> dict[str, tuple[str, ...]]:  # type: ignore[override]
         return self.meta["threshold_buffers"]
+
+    @property
+    def constants(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.meta.get("constants", ())  # (a pickle of an older version's has none)
 
     def recompile(self) -> Any:
         code = super().recompile()
@@ -171,7 +178,8 @@ def transform(
         strict: raise if a site cannot be reached. False: leave it out; `describe` says so.
         example: (args, kwargs) for an audit of the result; by default the first calibration batch, where it is at hand
             (statistics from a file have none: a warning says so). The audit runs model and result at ratio 0, compares
-            them bit for bit and counts the thresholds that ran.
+            them bit for bit and counts the thresholds that ran; then both with thresholds at work, where the model's
+            own are put ahead of its sites as it runs.
         fuse: run thresholds and what produces their inputs (BatchNorm, residual addition, activation, LayerNorm,
             RMSNorm) as one kernel each, in eager mode; see `forged_fx/fuse.py`. By default where the model is on a
             GPU. On a CPU it changes nothing. Needs the whole model as one graph. A second audit compares the result
@@ -291,20 +299,64 @@ def _forge(
         missed, ran = audit(model, forged, wanted, *example) if example else ([], set())
         if missed:
             raise Untraceable(f"the graph does not run the sites {', '.join(missed)}")
+        if example:
+            _audit_at_work(model, forged, example)
+        return forged, ran
     except (Untraceable, AuditFailed) as error:
-        forged = copied(model)
-        reached = forge_regions(forged, stats, wanted, choice)
-        forged.forging = record = Forging(stats, reached, left_out, choice, not_whole=str(error))
-        missed, ran = audit(model, forged, wanted, *example) if example else ([], set())
-        if missed and strict:
-            raise RuntimeError(
-                f"sites {', '.join(map(repr, missed))} cannot be reached: the audit did not see their thresholds run. "
-                f"Leave them out with exclude={missed!r}, or accept it with strict=False{_hint(model, missed)}"
-            ) from error
-        for site in missed:
-            del record.reached[site], choice.kinds[site]
-            record.left_out[site] = "the audit did not see its threshold run"
+        why = error
+    try:
+        return _forge_modules(model, stats, wanted, left_out, choice, example, strict, why)
+    except AuditFailed:
+        opened = copy.copy(stats)  # in which no module is a layer: each runs as written, and its calls are forged
+        opened.sites = {name: dataclasses.replace(site, layer=False) for name, site in stats.sites.items()}
+        return _forge_modules(model, opened, wanted, left_out, choice, example, strict, why)
+
+
+def _forge_modules(
+    model: torch.nn.Module,
+    stats: Stats,
+    wanted: list[str],
+    left_out: dict[str, str],
+    choice: Choice,
+    example: Any,
+    strict: bool,
+    why: Exception,
+) -> tuple[torch.nn.Module, set[str]]:
+    """The same module by module. why: it is not one graph."""
+    forged = copied(model)
+    reached = forge_regions(forged, stats, wanted, choice)
+    forged.forging = record = Forging(stats, reached, dict(left_out), choice.of(wanted), not_whole=str(why))
+    missed, ran = audit(model, forged, wanted, *example) if example else ([], set())
+    if missed and strict:
+        raise RuntimeError(
+            f"sites {', '.join(map(repr, missed))} cannot be reached: the audit did not see their thresholds run. "
+            f"Leave them out with exclude={missed!r}, or accept it with strict=False{_hint(model, missed)}"
+        ) from why
+    for site in missed:
+        del record.reached[site], record.choice.kinds[site]
+        record.left_out[site] = "the audit did not see its threshold run"
+    if example:
+        _audit_at_work(model, forged, example)
     return forged, ran
+
+
+def _audit_at_work(model: torch.nn.Module, forged: torch.nn.Module, example: Any) -> None:
+    """With thresholds that change much; behind it they change nothing again."""
+    record, buffers = forging_of(forged), parameters_of(forged)
+    changes: dict[str, Callable] = {
+        site: functools.partial(_changed, kind.op, buffers[site], kind.rest(record.stats.sites[site]))
+        for site in record.reached
+        for kind in [record.choice[site]]
+    }
+    _write(buffers, record.choice.tried(record.stats))
+    try:
+        audit_at_work(model, forged, changes, *example)
+    finally:
+        _write(buffers, {site: record.choice[site].off(record.stats.sites[site]) for site in record.reached})
+
+
+def _changed(op: Callable, parameters: tuple[torch.Tensor, ...], rest: tuple, x: torch.Tensor) -> torch.Tensor:
+    return op(x, *parameters, *rest)
 
 
 def _check_seen(stats: Stats, ran: set[str], record: Forging, strict: bool) -> None:
@@ -428,11 +480,15 @@ def set_ratio(forged: torch.nn.Module, ratio: Ratio) -> None:
     if not found:
         raise ValueError(not_forged(forged, "set_ratio"))
     for module, record in found:
-        buffers = in_force(module, record)
-        with torch.no_grad():
-            for site, values in record.choice.values(record.stats, ratio).items():
-                for buffer, value in zip(buffers[site], values, strict=True):
-                    buffer.copy_(torch.as_tensor(value, device=buffer.device))
+        _write(in_force(module, record), record.choice.values(record.stats, ratio))
+
+
+def _write(buffers: Mapping[str, tuple[torch.Tensor, ...]], values: Mapping[str, tuple[Any, ...]]) -> None:
+    """Give the sites' buffers these values, in place."""
+    with torch.no_grad():
+        for site in values:
+            for buffer, value in zip(buffers[site], values[site], strict=True):
+                buffer.copy_(torch.as_tensor(value, device=buffer.device))
 
 
 def _forge_whole(model: torch.nn.Module, stats: Stats, wanted: list[str], choice: Choice) -> ForgedModule:
@@ -440,7 +496,7 @@ def _forge_whole(model: torch.nn.Module, stats: Stats, wanted: list[str], choice
     layer_sites = {name for name, site in stats.sites.items() if site.layer}
     opened = opened_modules(wanted, layer_sites)
     graph, constants = capture(model, opened, stats.given, stats.contexts)
-    keys = model.state_dict().keys()
+    keys, own = model.state_dict().keys(), {name for name, _ in _tensors_of(model)}
     model = copied(model)
     for name, value in constants.items():
         model.register_buffer(name, value, persistent=False)
@@ -460,7 +516,7 @@ def _forge_whole(model: torch.nn.Module, stats: Stats, wanted: list[str], choice
         if name in wanted and (made := call.call) not in WHOLE.values() and made.kind != stats.sites[name].kind:
             raise Untraceable(f"what calibration saw as {stats.sites[name].kind} at {name!r} is {made.kind} in a graph")
     insert_thresholds(graph, calls, names, place, _source)
-    write_back.in_graph(graph, model)
+    write_back.in_graph(graph, model, stats)
     if missed := [name for name in wanted if name not in buffers]:
         raise Untraceable(f"the graph lacks the sites {', '.join(missed)}")
     # torch.fx writes Python with the modules' names in it
@@ -475,9 +531,15 @@ def _forge_whole(model: torch.nn.Module, stats: Stats, wanted: list[str], choice
     if gone := keys - forged.state_dict().keys():
         raise Untraceable(f"the graph cannot hold {min(gone)!r}")
     forged.meta["threshold_buffers"] = buffers
+    own.update(*buffers.values())
+    forged.meta["constants"] = tuple(name for name, _ in _tensors_of(forged) if name not in own)
     if container_for(model) is ListContainer:
         forged.meta["numbered"] = True
     return forged
+
+
+def _tensors_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    return itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
 
 
 def _module_of_node(node: fx.Node) -> str:

@@ -15,16 +15,19 @@ from torch import nn
 from forged_fx.effects import is_fresh, may_ask_in_place, writes
 from forged_fx.ops import THRESHOLD_OPS
 from forged_fx.sites import is_activation
+from forged_fx.stats import Stats
 
 
-def in_graph(graph: fx.Graph, root: nn.Module) -> None:
-    """Of the graph that `transform` made of `root`."""
+def in_graph(graph: fx.Graph, root: nn.Module, stats: Stats) -> None:
+    """Of the graph that `transform` made of `root`. stats: they say which activations work in place (older files do
+    not: there, what may is taken to)."""
     for threshold in list(graph.nodes):
         if threshold.target not in THRESHOLD_OPS or not is_activation(threshold.meta["site"]):
             continue
         x, (reader,) = threshold.args[0], threshold.users
         dies = len(x.users) == 1 and is_fresh(x, root) and reader.users
-        if writes(reader, root) and not dies:
+        known = stats.sites[threshold.meta["site"]].in_place
+        if (writes(reader, root) if known is None else known) and not dies:
             with graph.inserting_before(reader):
                 reader.replace_input_with(threshold, graph.call_method("copy_", (x, threshold)))
 

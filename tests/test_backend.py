@@ -962,3 +962,37 @@ def test_low_precision_agrees_with_eager_on_request():
             differ[fast] += ((fast(x, t) == 0) != expected).sum().item()
     ignored = torch.__version__ < (2, 13)  # by Inductor's C++ code, where it was asked for
     assert differ[exact] == (differ[default] if ignored else 0) and 0 < differ[default] <= x.numel() * 16 / 1000
+
+
+def test_options_that_say_another_thing_than_when_they_were_compiled(model, stats, x, tmp_path):
+    """Dynamo takes the same objects, or the same path, for the same options: it is an error, and not what ran then."""
+    path = tmp_path / "stats"
+    other = forged_fx.calibrate(model, [x * 10])
+
+    def run(stats, ratio):
+        return torch.compile(model, backend="forged", options={"stats": stats, "ratio": ratio})(x)
+
+    def expected(stats, ratio):
+        return forged_fx.transform(model, stats, ratio, example=((x,), {}))(x)
+
+    with torch.no_grad():
+        stats.save(path)
+        compiled = torch.compile(model, backend="forged", options={"stats": path, "ratio": 2**-3})
+        for _ in range(2):
+            assert torch.allclose(compiled(x), expected(stats, 2**-3), atol=1e-6)
+            stats.save(path)  # the same once more
+        path.rename(tmp_path / "elsewhere")
+        assert torch.allclose(compiled(x), expected(stats, 2**-3), atol=1e-6)
+        other.save(path)
+        for call in (lambda: compiled(x), lambda: run(path, 2**-3)):
+            with pytest.raises(ValueError, match=r"torch\._dynamo\.reset"):
+                call()
+        torch._dynamo.reset()
+        assert torch.allclose(run(path, 2**-3), expected(other, 2**-3), atol=1e-6)
+        ratio = {"*": 2**-3}
+        run(stats, ratio)
+        ratio["*"] = 2**-1
+        with pytest.raises(ValueError, match=r"torch\._dynamo\.reset"):
+            run(stats, ratio)
+        torch._dynamo.reset()
+        assert torch.allclose(run(stats, ratio), expected(stats, 2**-1), atol=1e-6)

@@ -632,3 +632,24 @@ def test_parametrizations_can_be_taken_off_again():
     nn.utils.parametrize.register_parametrization(forged[2], "weight", nn.Identity())
     with pytest.raises(RuntimeError, match="Serialization of parametrized modules is only supported through state_di"):
         copy.copy(forged[2])
+
+
+class CallsItself(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x, depth=2):
+        if depth:
+            x = F.linear(self(x / 2, depth - 1), self.w).relu()
+        return F.linear(x, self.w)
+
+
+def test_each_call_of_a_module_that_calls_itself_is_counted_once():
+    torch.manual_seed(0)
+    model, x = CallsItself().eval(), torch.randn(3, 4)
+    stats = forged_fx.calibrate(model, [x])
+    assert list(stats.sites) == ["#0", "#1", "#2", "#3", "#4"]
+    whole, by_module = (forged_fx.transform(model, stats, 2**-2, graph=graph) for graph in (True, False))
+    assert isinstance(whole, torch.fx.GraphModule)
+    assert torch.equal(by_module(x), whole(x)) and not torch.equal(by_module(x), model(x))

@@ -1,0 +1,180 @@
+"""What a graph would freeze: models that ask for it are forged module by module, and stay themselves."""
+
+import copy
+import enum
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+
+import forged_fx
+
+
+class Mode(enum.Enum):
+    DOUBLE, HALF = 2.0, 0.5
+
+
+def x_of(seed=1):
+    return torch.randn(6, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def forged_at_zero(model, **how):
+    return forged_fx.transform(model, forged_fx.calibrate(model, [x_of()]), 0, **how)
+
+
+def is_whole(forged):
+    return isinstance(forged, torch.fx.GraphModule)
+
+
+class Keeps(nn.Module):
+    """Hands its input on, and keeps it: in a dict, or where a hook would."""
+
+    def __init__(self):
+        super().__init__()
+        self.store = {}
+
+    def forward(self, x):
+        self.store["last"] = x
+        return x * 1
+
+
+class ReadsWhatIsKept(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tap, self.fc = Keeps(), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.fc(self.tap(x))
+        return x + self.tap.store["last"]
+
+
+def test_a_tensor_that_a_module_keeps_is_that_of_each_run():
+    torch.manual_seed(0)
+    model = ReadsWhatIsKept().eval()
+    forged = forged_at_zero(model)
+    assert not is_whole(forged) and "reads a tensor that 'tap' keeps" in forged.forging.not_whole
+    for seed in (1, 2):
+        assert torch.equal(forged(x_of(seed)), model(x_of(seed)))
+
+
+SCALES = torch.tensor(3.0)
+
+
+class ReadsAGlobal(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.scales = nn.Linear(4, 4), [torch.tensor(2.0)]
+
+    def forward(self, x):
+        return self.fc(x * SCALES * self.scales[0])
+
+
+def test_a_tensor_of_the_codes_own_is_no_hindrance():
+    model = ReadsAGlobal().eval()
+    forged = forged_at_zero(model)
+    assert is_whole(forged) and torch.equal(forged(x_of(2)), model(x_of(2)))
+
+
+def with_default(default, use):
+    class Takes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x, how=default):
+            return self.fc(use(x, how))
+
+    return Takes().eval()
+
+
+DEFAULTS = {
+    "an enum": (Mode.DOUBLE, Mode.HALF, lambda x, how: x * how.value),
+    "a slice": (slice(0, 3), slice(0, 5), lambda x, how: x[how]),
+    "a range": (range(3), range(5), lambda x, how: x[list(how)]),
+    "a tensor": (torch.tensor(2.0), torch.tensor(0.5), lambda x, how: x * how),
+    "a set": ({1, 2}, {3}, lambda x, how: x * len(how)),
+}
+
+
+@pytest.mark.parametrize(("default", "other", "use"), DEFAULTS.values(), ids=DEFAULTS)
+def test_an_argument_that_a_graph_cannot_hold_to_its_default(default, other, use):
+    model = with_default(default, use)
+    forged = forged_at_zero(model)
+    assert not is_whole(forged)
+    for args in ((), (default,), (other,)):
+        assert torch.equal(forged(x_of(), *args), model(x_of(), *args))
+
+
+class Constants(nn.Module):
+    """Numbers that are neither parameters nor buffers, beside a layer's and a buffer of the same name."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.c = nn.Linear(4, 4), torch.tensor(0.1)
+        self.fc.register_buffer("c", torch.tensor(0.3))
+
+    def forward(self, x):
+        return self.fc(x * torch.tensor(0.1)), self.fc(x * self.c), self.fc.c
+
+
+@pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.bfloat16, nn.Module.double])
+@pytest.mark.parametrize("again", [lambda m: m, copy.deepcopy])
+def test_what_no_cast_reaches_in_the_model_none_reaches_in_its_graph(cast, again):
+    torch.manual_seed(0)
+    model = Constants().eval()
+    forged = forged_at_zero(model)
+    assert is_whole(forged)
+    forged, model = cast(again(forged)), cast(model)
+    x = x_of().to(model.fc.weight.dtype)
+    assert forged.c.dtype == torch.float32 and forged.fc.c.dtype == model.fc.c.dtype
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(forged(x), model(x), strict=True))
+
+
+class AsksForAutocast(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.fc(x * 2 if torch.is_autocast_enabled("cpu") else x)
+
+
+class AsksForInferenceMode(AsksForAutocast):
+    def forward(self, x):
+        return self.fc(x * 2 if torch.is_inference_mode_enabled() else x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "context", "why"),
+    [
+        (AsksForAutocast, lambda: torch.autocast("cpu"), "one thing under autocast and another without"),
+        (AsksForInferenceMode, torch.inference_mode, "asks for inference mode"),
+    ],
+)
+def test_a_forward_that_asks_in_which_context_it_runs(kind, context, why):
+    model = kind().eval()
+    before = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+    forged = forged_at_zero(model)
+    assert (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")) == before
+    assert not is_whole(forged) and why in forged.forging.not_whole
+    with torch.no_grad():
+        assert torch.equal(forged(x_of()), model(x_of()))
+        with context():
+            assert torch.equal(forged(x_of()), model(x_of()))
+
+
+def renames(module, state_dict, prefix, *_):
+    """An old checkpoint's key."""
+    if prefix + "old.weight" in state_dict:
+        state_dict[prefix + "fc.weight"] = state_dict.pop(prefix + "old.weight")
+
+
+def test_a_module_that_reads_old_checkpoints_goes_on_reading_them():
+    block = nn.Sequential(OrderedDict(fc=nn.Linear(4, 4)))
+    block.register_load_state_dict_pre_hook(renames)
+    forged = forged_at_zero(nn.Sequential(block).eval())
+    assert not is_whole(forged) and "hooks on its state dict" in forged.forging.not_whole
+    weight = torch.full((4, 4), 2.0)
+    forged.load_state_dict({"0.old.weight": weight, "0.fc.bias": torch.zeros(4)})
+    assert torch.equal(forged.get_parameter("0.fc.weight"), weight)
