@@ -40,8 +40,13 @@ def _always(node: fx.Node) -> bool:
     return True
 
 
+def is_zero(value: Any) -> bool:
+    """Whether a padding is what a threshold makes of what it drops: not -0.0, which it would make 0."""
+    return repr(value) in ("None", "0", "0.0")
+
+
 def _pads_with_zeros(node: fx.Node) -> bool:
-    return len(node.args) < 3 or node.args[2] == 0
+    return len(node.args) < 3 or is_zero(node.args[2])
 
 
 def _keeps_every_element(node: fx.Node) -> bool:

@@ -16,6 +16,7 @@ import torch.fx as fx
 import torch.nn.functional as F
 from torch import Tensor
 
+from forged_fx.hoist import is_zero
 from forged_fx.rewrite import fact_of, function_of, is_call
 
 
@@ -25,7 +26,7 @@ def _always(node: fx.Node) -> bool:
 
 def _pads_with_zeros(node: fx.Node) -> bool:
     given = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)) | node.kwargs
-    return given.get("mode", "constant") == "constant" and given.get("value") in (None, 0)
+    return given.get("mode", "constant") == "constant" and is_zero(given.get("value", 0))
 
 
 # Calls that only move elements, or fill in zeros -> on which condition. A method is listed as `torch.Tensor` holds it.

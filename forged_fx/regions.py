@@ -40,7 +40,7 @@ from forged_fx.sites import (
 )
 from forged_fx.stats import SiteStats, Stats
 from forged_fx.thresholds import HoldsThresholds, register
-from forged_fx.write_back import works_in_place
+from forged_fx.write_back import to_be_kept, works_in_place
 
 # Their fused eval-mode kernels would run past the layers within; under a function mode they take the open path.
 _FUSES_CHILDREN = (torch.nn.TransformerEncoder, torch.nn.TransformerEncoderLayer)
@@ -164,8 +164,7 @@ class ForgedLayer(_Region):
         input, *rest = args or (self._named(kwargs),)
         plan = self.forged_plan
         for forge in plan.operands[0] if plan.once else plan.next(self.forged_pass.so_far()):
-            forged = forge(self, input)
-            input = input.copy_(forged) if forge.in_place else forged
+            input = input.copy_(forge(self, to_be_kept(input))) if forge.in_place else forge(self, input)
         return super().forward(input, *rest, **kwargs)
 
     def _named(self, kwargs: dict) -> torch.Tensor:
@@ -237,9 +236,9 @@ class _OwnCalls(TorchFunctionMode):
             x = get(args, kwargs, forge.key) if call.kind == forge.kind else None
             if x is None or isinstance(x, torch.nn.Parameter):
                 raise other_call(plan.module, forge.kind, call.kind)
-            new = forge(self.region, x)
-            x = x.copy_(new) if function in ACTIVATIONS and works_in_place(function, args, kwargs) else new
-            args, kwargs = replace(args, kwargs, forge.key, x)
+            in_place = function in ACTIVATIONS and works_in_place(function, args, kwargs)
+            new = x.copy_(forge(self.region, to_be_kept(x))) if in_place else forge(self.region, x)
+            args, kwargs = replace(args, kwargs, forge.key, new)
         return function(*args, **kwargs)
 
     def _is_own(self) -> bool:

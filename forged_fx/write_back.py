@@ -3,14 +3,16 @@
     h = layer(x); h.relu_(); return other(h)
 
 A threshold's result is new memory. An activation that is given it leaves its own there, and `h` would be as it was.
-So the threshold is written to `h` first, and the activation is given `h`; unless nothing else can read it.
+So the threshold is written to `h` first, and the activation is given `h`; unless nothing else can read it. Where
+gradients are recorded, the threshold has read a copy: its backward looks at what it read.
 """
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.fx as fx
-from torch import nn
+from torch import Tensor, nn
 
 from forged_fx.effects import is_fresh, may_ask_in_place, writes
 from forged_fx.ops import THRESHOLD_OPS
@@ -28,8 +30,15 @@ def in_graph(graph: fx.Graph, root: nn.Module, stats: Stats) -> None:
         dies = len(x.users) == 1 and is_fresh(x, root) and reader.users
         known = stats.sites[threshold.meta["site"]].in_place
         if (writes(reader, root) if known is None else known) and not dies:
+            with graph.inserting_before(threshold):
+                threshold.replace_input_with(x, graph.call_function(to_be_kept, (x,)))
             with graph.inserting_before(reader):
                 reader.replace_input_with(threshold, graph.call_method("copy_", (x, threshold)))
+
+
+def to_be_kept(x: Tensor) -> Tensor:
+    """The tensor, which will be written to; a copy, where what reads it is recorded."""
+    return x.clone() if x.requires_grad and torch.is_grad_enabled() else x
 
 
 def works_in_place(function: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:

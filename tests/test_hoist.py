@@ -94,6 +94,7 @@ STAYS = {
     "chosen elements": lambda x: x[:, torch.tensor([2, 0])],
     "a few elements": lambda x: x[:, 0],
     "padding with ones": lambda x: F.pad(x, (1, 1), value=1.0),
+    "padding with -0": lambda x: F.pad(x, (1, 1), value=-0.0),
     "arithmetic": lambda x: x + 1,
     "rounding": lambda x: x.half(),
     "a mean": lambda x: x.mean((2, 3)),

@@ -209,6 +209,23 @@ def test_an_activations_input_is_written_to_where_the_activation_writes_there(ac
         assert torch.equal(forged(x), expected)
 
 
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize("act", ["relu", "relu in place", "relu in place, of another class"])
+def test_gradients_pass_an_activation_that_writes_where_its_threshold_read(act, graph, kind):
+    torch.manual_seed(0)
+    model, x = ReadTwice(ACTIVATIONS[act]()).eval(), torch.randn(6, 4, requires_grad=True)
+    stats = forged_fx.calibrate(model, [x.detach()], where="activations")
+    forged = forged_fx.transform(model, stats, RATIO, where="activations", graph=graph, kind=kind)
+    t = RATIO * next(site.c_max for name, site in stats.sites.items() if name.startswith("act"))
+    h = model.fc(x)
+    cut = h.sign() * (h.abs() - t) if kind == "soft" else h
+    result = torch.where(h.abs() < t, 0, cut).relu()
+    (expected,) = torch.autograd.grad((result + (result if "in place" in act else h)).square().sum(), x)
+    (found,) = torch.autograd.grad(forged(x).square().sum(), x)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("graph", [True, False])
 @pytest.mark.parametrize("act", [name for name in ACTIVATIONS if "in place" not in name])
 def test_the_users_input_stays_as_it_is_ahead_of_an_activation(act, graph):
