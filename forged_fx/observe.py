@@ -41,6 +41,7 @@ from forged_fx.write_back import works_in_place
 _FROM_PYTHON = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy}
 
 _SCALARS = (int, float, str, type(None))
+_FLAT = (Tensor, *_SCALARS, torch.dtype, torch.device)
 
 # Which dimension of its result a norm holds the channels in; None: the last.
 _NORMS = {F.batch_norm: 1, F.instance_norm: 1, F.group_norm: 1, F.layer_norm: None, F.rms_norm: None}
@@ -295,16 +296,20 @@ class Observer:
 
     def _used(self, values: Iterable[Any]) -> None:
         """Modules that were given one of the values first do more with it than their one call: they are no layers."""
-        if self._could_be_layers:
-            for value in _tensors(values):
-                self.not_layers.update(frame.name for frame in self._could_be_layers.pop(id(value), ()))
+        if could_be := self._could_be_layers:
+            for value in values:  # (no two objects have one id)
+                if id(value) in could_be:
+                    self.not_layers.update(frame.name for frame in could_be.pop(id(value)))
+                elif not isinstance(value, _FLAT):
+                    self._used(_tensors((value,)))
 
     def _read_by_call(self, frame: _Frame, args: tuple, kwargs: dict) -> None:
         """The same of a call of the table: a layer makes it, once, and its input stands in one place there."""
-        if self._could_be_layers:
-            for value, times in Counter(map(id, _tensors((*args, *kwargs.values())))).items():
-                readers = self._could_be_layers.get(value, ())
-                self.not_layers.update(reader.name for reader in readers if reader is not frame or times > 1)
+        if could_be := self._could_be_layers:
+            read = [id(value) for value in _tensors((*args, *kwargs.values())) if id(value) in could_be]
+            for value in read:
+                several = read.count(value) > 1
+                self.not_layers.update(other.name for other in could_be[value] if other is not frame or several)
 
     def changes_context(self) -> None:
         if self.frames:
@@ -339,9 +344,11 @@ class Observer:
                 self._used((result,))  # what came in is a part of what goes out
             if frame.calls > 1:
                 self.not_layers.add(frame.name)
-            same_input = self._could_be_layers.get(id(frame.first_input), [])
-            if frame in same_input:
-                same_input.remove(frame)
+            readers = self._could_be_layers.get(id(frame.first_input), [])
+            if frame in readers:
+                readers.remove(frame)
+                if not readers:
+                    del self._could_be_layers[id(frame.first_input)]
 
         return module_hooks(enter, leave)
 
