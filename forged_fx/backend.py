@@ -31,6 +31,7 @@ from forged_fx.frames import Compilation, Frame, passes
 from forged_fx.hoist import hoist
 from forged_fx.kinds import OWN, choose
 from forged_fx.lowering import register_lowerings
+from forged_fx.modes import runs_eagerly
 from forged_fx.prologue import Patience, offer
 from forged_fx.rewrite import find_calls, insert_thresholds, nested
 from forged_fx.share import share, thresholds_in
@@ -231,6 +232,8 @@ def _watch(model: torch.nn.Module, options: dict[str, Any]) -> Callable[[], None
     before = passes.ended
 
     def check() -> None:
+        if runs_eagerly():
+            return
         if passes.ended > before and passes.last.root() is model:
             _check_said(passes.last, options)
         if passes.ended == before and (missed := (compilation := _compilation([model], options)).always):

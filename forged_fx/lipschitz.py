@@ -16,7 +16,7 @@ from forged_fx.bpda import callers_gradient_off, straight_through
 from forged_fx.evaluate import checks, fingerprint, scale
 from forged_fx.evaluate.gradients import Context
 from forged_fx.gains import Gains, gains
-from forged_fx.modes import as_found, fast_path_off
+from forged_fx.modes import as_found, fast_path_off, of_ordinary_tensors
 from forged_fx.progress import track
 from forged_fx.randomness import kept_randomness
 from forged_fx.randomness import seed as seed_all
@@ -94,6 +94,7 @@ class Lipschitz(Rows[Figure]):
         pictures.ratios("lipschitz", rows, "forged / base").save(path)
 
 
+@of_ordinary_tensors
 def lipschitz(
     model: torch.nn.Module,
     forged: torch.nn.Module,

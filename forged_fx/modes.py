@@ -23,6 +23,9 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, training in modes.items():
+            if module.training is not training and type(module).train is not torch.nn.Module.train:
+                module.train(training)  # it may do more than set the flag: merge weights in eval mode, say
+        for module, training in modes.items():
             module.training = training
 
 
@@ -103,6 +106,30 @@ def uncompiled(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for own, name, value in before:
             own[name] = value
+
+
+class _Eagerly(threading.local):
+    def __init__(self) -> None:
+        self.on = False
+
+
+_eagerly = _Eagerly()
+
+
+@contextlib.contextmanager
+def eagerly() -> Iterator[None]:
+    """What is compiled runs as it is written, without what a backend's options would have made of it; on purpose."""
+    before, _eagerly.on = _eagerly.on, True
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        _eagerly.on = before
+
+
+def runs_eagerly() -> bool:
+    """Whether this thread is within `eagerly`."""
+    return _eagerly.on
 
 
 class _Thread(threading.local):

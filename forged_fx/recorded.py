@@ -14,12 +14,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor, nn
 
 from forged_fx import checked
 from forged_fx.evaluate import checks, terminal
-from forged_fx.evaluate.blocks import ROUNDING, Blocks
+from forged_fx.evaluate.answers import same, summary
+from forged_fx.evaluate.blocks import Blocks
 from forged_fx.evaluate.journal import Call, Journal, agree, begin
 from forged_fx.evaluate.threat import Threat
 from forged_fx.extras import need
@@ -144,21 +144,18 @@ class Run:
 
     def again(self, model: nn.Module, x: Tensor, batch_size: int) -> Any:
         """What is finished; ValueError if the model, though its state is the same, answers otherwise than it did."""
-        before = torch.tensor(checked.fit(self.finished.facts.get("logits"), list[float], "facts.logits"))
+        before = checked.fit(self.finished.facts.get("logits"), list[float], "facts.logits")
         with checks.borrowed(model, "model"):
-            now = torch.tensor(answers(model, x, batch_size))
-        same = before.shape == now.shape and bool((before - now).abs().max() <= ROUNDING * before.abs().max())
-        checks.same_code(same, "model", "the result in this folder was made")
+            now = answers(model, x, batch_size)
+        checks.same_code(same(before, now), "model", "the result in this folder was made")
         return self.finished
 
 
 def answers(model: nn.Module, x: Tensor, batch_size: int) -> list[float]:
-    """Per class, the mean of the model's unattacked logits and that of their magnitudes. A finished run keeps them in
-    its facts, to tell whether the model's code is still what it was."""
+    """What a finished run keeps in its facts of the model's unattacked logits."""
     with kept_randomness():
         seed(0)  # a model may draw
-        logits = checks.answers(model, x, batch_size, "model").double()
-    return torch.cat([logits.mean(0), logits.abs().mean(0)]).tolist()  # (signs may cancel, and sizes bound rounding)
+        return summary(checks.answers(model, x, batch_size, "model"))
 
 
 @contextmanager

@@ -219,7 +219,7 @@ class Trials:
         setting = Setting(self.threat, self.classes, tuple(x.shape[1:]), self.blocks.seed, self.batch_size, self.device)
         least, at = _lead(module(x.clone()), y), x.clone()
         for context in along:
-            tools = toolbox(Logits(module, self.batch_size, context), setting)
+            tools = toolbox(Logits(module, self.batch_size, context, finite=True), setting)
             further.set_steps(tools.apgd, STEPS)
             tools.apgd.loss = "ce"
             tools.apgd.init_hyperparam(x)

@@ -85,7 +85,7 @@ OTHER = {
     "threat.norm: Linf there, L2 here": {"norm": "L2"},
     "seed: 0 there, 1 here": {"seed": 1},
     r"plan.true: \['apgd-ce'\] there, \['apgd-t'\] here": {"attacks": ["apgd-t"]},
-    "bpda: straight_through there, nullcontext here": {"bpda": nullcontext},
+    "bpda: planted.straight_through there, contextlib.nullcontext here": {"bpda": nullcontext},
     r"model.fingerprint: \w{12}... there, \w{12}... here": {"model": Hidden(linear(classes=4, seed=1))},
     "model.class: Hidden there, Sequential here": {"model": linear(classes=4)},
     "base: {.*} there, none here": {"base": None},
@@ -93,7 +93,8 @@ OTHER = {
     r"data.x_sha256: \w{12}... there": {"x": inputs(30).flip(0)},
     r"data.y_sha256: \w{12}... there": {"y": torch.zeros(30).long()},
 }
-OTHER["bpda: straight_through there, nullcontext here"] = OTHER.pop("bpda: straight_through there, nullcontext here")
+_BPDA = "bpda: planted.straight_through there, contextlib.nullcontext here"
+OTHER[_BPDA] = OTHER.pop(_BPDA)
 
 
 @pytest.mark.parametrize("words", OTHER)
@@ -116,8 +117,8 @@ def weighed(weight, name="one"):
 
 def test_a_backward_is_known_by_its_arguments(call):
     planted.evaluate(**call | {"bpda": partial(weighed, 1)})
-    assert planted.evaluate(**call | {"bpda": partial(weighed, 1)}).bpda == "weighed(1)"
-    with pytest.raises(FileExistsError, match=r"bpda: weighed\(1\) there, weighed\(1, name='two'\) here"):
+    assert planted.evaluate(**call | {"bpda": partial(weighed, 1)}).bpda == f"{__name__}.weighed(1)"
+    with pytest.raises(FileExistsError, match=r"bpda: .*\.weighed\(1\) there, .*\.weighed\(1, name='two'\) here"):
         planted.evaluate(**call | {"bpda": partial(weighed, 1, name="two")})
 
 

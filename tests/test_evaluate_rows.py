@@ -183,7 +183,7 @@ def test_the_thorough_plan(monkeypatch):
         *(f"{attack}, sigmoid {t:g}" for t in surrogate.TEMPERATURES for attack in ("apgd-ce", "apgd-t")),
     ]  # fmt: skip
     last = [row.attack for row in rows if row.kind == "further"]
-    assert last[:3] == ["apgd-restart", "square-20000", "noise"] and last[-1] == "examples of the base"
+    assert last[:3] == ["apgd-restart, BPDA", "square-20000", "noise"] and last[-1] == "examples of the base"
     assert last[3].startswith("apgd-ce (true gradient), 2 times as long")
     found = [row for row in rows if row.kind in KINDS[1:3] and row.broken]
     again = [row for row in found if row is found[-1] or row is max(found, key=lambda row: row.broken)]

@@ -54,11 +54,13 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """In the words of `evaluate`: of `b` beside `a`, in the worst case. A gain takes attacks by the same rows, and
-        nothing that says that those on `b` failed; that it did not lose, nothing that forbids to say so."""
+        nothing that says that those on `b` failed; a loss, the same of `a`; that it did not lose, nothing that forbids
+        to say so."""
         found = {1: "gain", 0: "no measurable gain", -1: "loss"}[self.paired().direction]
-        doubtful = self.a.plan != self.b.plan or self.b.doubts or self.b.verdict == "masking"
+        better = self.a if found == "loss" else self.b
+        doubtful = self.a.plan != self.b.plan or better.doubts or better.verdict == "masking"
         forbidden = found == "no measurable gain" and any(name in FORBID for name in self.b.doubts)
-        return "cannot say" if forbidden or (found == "gain" and doubtful) else found
+        return "cannot say" if forbidden or (found in ("gain", "loss") and doubtful) else found
 
     @property
     def flips(self) -> list[Flip]:
@@ -142,7 +144,7 @@ def _cautions(a: Result, b: Result, names: tuple[str, str]) -> Iterator[str]:
 
 def _sentence(c: Comparison) -> str:
     p = c.paired()
-    seems = "above it" if p.direction > 0 else "not measurably different from it"
+    seems = {1: "above it", 0: "not measurably different from it", -1: "below it"}[p.direction]
     words = {
         "gain": "measurably above it",
         "no measurable gain": "not measurably different from it",

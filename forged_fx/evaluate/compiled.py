@@ -13,6 +13,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
+from forged_fx.modes import eagerly
 from forged_fx.torch_internals import compiled_in_place
 
 ROUNDING = 1e-4  # share of the largest logit by which a compiler's arithmetic may differ; in float32 it is about 1e-6
@@ -35,7 +36,7 @@ class Eager(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.compiler.set_stance("force_eager"):
+        with eagerly():
             return self.model(x)
 
 

@@ -33,7 +33,9 @@ def name_of(context: Context) -> tuple[str, bool]:
     if name is None:
         return type(context).__name__, False
     own = getattr(function, "__closure__", None) or hasattr(context, "__self__")
-    return name, "<lambda>" not in name and not own
+    home = getattr(context, "__module__", None) or ""
+    told = "<lambda>" not in name and not own
+    return name if home.partition(".")[0] == "forged_fx" else f"{home}.{name}", told
 
 
 class Logits:
@@ -41,6 +43,7 @@ class Logits:
 
     context: entered for each forward; it decides which backward the attack sees. batch_size: the model is fed no more
     inputs at a time, and memory holds the graph of no more: see `_InBatches`. fed: told how many inputs each call has.
+    finite: what of a gradient is no finite number is 0: one such number, and an attack would lose what it had found.
 
     The Square attack does write into the logits, which may be the model's own memory or a view of its input; and a
     model may write into its input, so it is given a copy. A model that cuts the graph altogether gets a zero gradient,
@@ -53,11 +56,15 @@ class Logits:
         batch_size: int | None = None,
         context: Context = nullcontext,
         fed: Callable[[int], object] = lambda inputs: None,
+        finite: bool = False,
     ) -> None:
-        self.model, self.batch_size, self.context, self.fed = model, batch_size, context, fed
+        self.model, self.batch_size, self.context, self.fed, self.finite = model, batch_size, context, fed, finite
+        self.classes = 0
 
     def __call__(self, x: Tensor) -> Tensor:
         self.fed(len(x))
+        if not len(x):  # Square asks so, where the logits of all classes are equal
+            return x.new_zeros(0, self.classes)
         if self.batch_size is None or len(x) <= self.batch_size:
             return self.batch(x)
         if torch.is_grad_enabled() and x.requires_grad:
@@ -65,8 +72,12 @@ class Logits:
         return torch.cat([self.batch(part) for part in x.split(self.batch_size)])
 
     def batch(self, x: Tensor) -> Tensor:
+        given = x.clone()
+        if self.finite and given.requires_grad:
+            given.register_hook(lambda grad: grad.nan_to_num(0.0, 0.0, 0.0))
         with self.context():
-            logits = self.model(x.clone()).float()
+            logits = self.model(given).float()
+        self.classes = logits.shape[1]
         if not torch.is_grad_enabled() or not x.requires_grad:
             return logits.clone()
         return logits if logits.requires_grad else logits + 0 * x.flatten(1).sum(1, keepdim=True)
@@ -150,6 +161,11 @@ def loss_gradient(logits: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> T
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         return torch.autograd.grad(F.cross_entropy(logits(leaf), y, reduction="sum"), leaf)[0]
+
+
+def predicted(logits: Tensor) -> Tensor:
+    """The classes, (n,) int64; -1, which is none, where a logit is no number."""
+    return logits.max(1)[1].masked_fill(logits.isnan().any(1), -1)
 
 
 def lead(logits: Tensor, y: Tensor) -> Tensor:

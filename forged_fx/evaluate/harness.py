@@ -8,26 +8,27 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from forged_fx.evaluate import checks, fingerprint
+from forged_fx.evaluate import answers, checks, fingerprint
 from forged_fx.evaluate.attacks import Attack, Setting, follows, toolbox
 from forged_fx.evaluate.blocks import Blocks, Fields, Outcome
 from forged_fx.evaluate.compiled import Eager, agree, is_compiled
 from forged_fx.evaluate.gallery import Gallery
-from forged_fx.evaluate.gradients import Borrowed, Context, Logits, differ
+from forged_fx.evaluate.gradients import Borrowed, Context, Logits, differ, predicted
 from forged_fx.evaluate.result import LEFT_OUT, STANDING, Row, Side, identity
 from forged_fx.evaluate.terminal import Progress
 from forged_fx.evaluate.threat import Threat
 from forged_fx.models import device_of
+from forged_fx.randomness import kept_randomness
 
 FOUND: Fields = {"broken": (torch.int64, 1), "examples": (torch.float32, None), "rejected": (torch.int64, 0)}
 UNRELIABLE = 0.002  # share of n that Square may take after the others; auto-attack's check_square_sr
 
 
 def predict(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
-    """Predicted classes, (n,) int64, on the CPU; x may be empty, and is copied to the model's device in batches."""
+    """What is `predicted`, on the CPU; x may be empty, and is copied to the model's device in batches."""
     device = device_of(model, x.device)
     with torch.no_grad():
-        parts = [model(batch.clone().to(device)).max(1)[1].cpu() for batch in x.split(batch_size) if len(batch)]
+        parts = [predicted(model(batch.clone().to(device))).cpu() for batch in x.split(batch_size) if len(batch)]
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
 
@@ -142,7 +143,8 @@ class Subject:
             self.notes.append(f"the {self.name} is compiled, and another function eagerly; attacked as it is, compiled")
         same = self.blocks.unchanged(f"{self.name} logits", logits)
         checks.same_code(same, self.name, "the unfinished run began")
-        wrong = (logits.max(1)[1] != self.y.cpu()).nonzero().flatten()
+        self.logits = logits.float()
+        wrong = (predicted(logits) != self.y.cpu()).nonzero().flatten()
         self._take(row, wrong, self.x[wrong.to(self.x.device)])
         row.alone = row.standing / len(self.x)
         self.progress.end(row)
@@ -181,7 +183,7 @@ class Subject:
             todo = todo[other.broken_by[todo] > 0]  # 0: wrong without attack
         row = self._begin(kind, attack.name, len(todo))
         attacked = Borrowed(self.attacked, other.attacked) if attack.borrows and other else self.attacked
-        tools = toolbox(Logits(attacked, self.batch_size, context, self.progress.fed), setting)
+        tools = toolbox(Logits(attacked, self.batch_size, context, self.progress.fed, finite=True), setting)
         attack.prepare(tools)
 
         def search(indices: Tensor) -> Outcome:
@@ -203,7 +205,7 @@ class Subject:
         name, reason = f"{attack.name} on the {self.name}", attack.unfit(setting)
         rows = [side._begin("transfer", name, 0 if reason else len(side.standing())) for side in sides]
         stands = torch.stack([side.broken_by == STANDING for side in sides]).any(0)
-        tools = toolbox(Logits(self.attacked, self.batch_size, context), setting)
+        tools = toolbox(Logits(self.attacked, self.batch_size, context, finite=True), setting)
 
         def search(indices: Tensor) -> Outcome:
             x, y = self.inputs(indices)
@@ -274,12 +276,17 @@ class Subject:
     def side(self) -> Side:
         """The outcome. All rows must have been run."""
         broken = (self.broken_by != STANDING).nonzero().flatten()
+        examples = self.examples[broken.to(self.x.device)].cpu()
+        with torch.no_grad(), kept_randomness():
+            asked = (*examples.split(self.batch_size), *answers.moved(self.x, self.threat).split(self.batch_size))
+            parts = [self.model(part.clone().to(self.device)).float().cpu() for part in asked if len(part)]
         return Side(
             self.name,
             self.description,
             self.fingerprint,
             self.rows,
             self.broken_by,
-            self.examples[broken.to(self.x.device)].cpu(),
+            examples,
             self.forging,
+            answers.summary(torch.cat([*parts, self.logits])),
         )

@@ -264,7 +264,10 @@ def furthermore(
     """The rows of kind "further"."""
     for name in plan.further:
         if name != STRONGEST:
-            side.attack(ATTACKS[name], "further", setting, bpda, other=other)
+            attack = ATTACKS[name]
+            if attack.gradient and not attack.borrows and _differs(side, bpda):
+                attack = replace(attack, name=f"{name}, BPDA")
+            side.attack(attack, "further", setting, bpda, other=other)
             continue
         found = [entry for entry in tried if entry[0].broken]
         most = max(found, key=lambda entry: entry[0].broken, default=None)
@@ -273,6 +276,12 @@ def furthermore(
                 row, attack, context, _ = entry
                 label = f"{attack.name} ({row.kind}), {further.LONGER} times as long"
                 side.attack(replace(attack, name=label, prepare=further.lengthen), "further", setting, context)
+
+
+def _differs(side: Subject, bpda: Context) -> bool:
+    """Whether BPDA's gradient is another one than the true one."""
+    known = side.changes.get("BPDA")
+    return side.sees_through(bpda) if known is None else known
 
 
 def in_rounds(side: Subject, other: Subject | None, plan: Plan, setting: Setting, bpda: Context, tried: Tried) -> None:

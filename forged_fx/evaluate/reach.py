@@ -8,6 +8,7 @@ of. (Limits and soft thresholds do not jump: without a name they pass for what a
 """
 
 from contextlib import suppress
+from math import inf
 
 import torch
 from torch import Tensor, fx, nn
@@ -49,11 +50,13 @@ def apart(side: Subject, other: Subject, *logits: Tensor) -> float:
     largest = float(logits[0].abs().max())
     far = float((logits[0] - logits[1]).abs().max())
     if far > ROUNDING * largest:
-        return far / largest
+        return far / largest if largest else inf
     for x in (*(one.examples[one.broken_by >= 0] for one in (side, other)), *_moved(other)):
         for part in x.split(side.batch_size) if len(x) else ():
             answers = [Logits(one.model, one.batch_size)(part.to(one.device)).cpu() for one in (side, other)]
-            far = max(far, float((answers[0] - answers[1]).abs().max()))
+            equal = (answers[0] == answers[1]) | (answers[0].isnan() & answers[1].isnan())
+            difference = (answers[0] - answers[1]).abs().nan_to_num(torch.inf).masked_fill(equal, 0.0)
+            far = max(far, float(difference.max()))
     return far / largest if largest else far
 
 

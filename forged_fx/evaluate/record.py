@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from forged_fx import checked
-from forged_fx.evaluate import checks, fingerprint, journal
+from forged_fx.evaluate import answers, checks, fingerprint, journal
 from forged_fx.evaluate.gallery import SHOWN, Gallery
-from forged_fx.evaluate.gradients import lead
+from forged_fx.evaluate.gradients import lead, predicted
 from forged_fx.evaluate.journal import UNFINISHED, Call, Journal
 from forged_fx.evaluate.result import KINDS, STANDING, Finding, Result, Row, Side
 from forged_fx.evaluate.threat import Threat
@@ -163,6 +163,7 @@ def _record_of(result: Result, examples: str) -> dict[str, Any]:
                 "description": side.description,
                 "fingerprint": side.fingerprint,
                 "forging": side.forging,
+                "answers": side.answers,
                 "rows": [{k: v for k, v in asdict(row).items() if k != "seconds"} for row in side.rows],
                 "broken_by": side.broken_by.tolist(),
             }
@@ -191,7 +192,8 @@ def _side(record: dict[str, Any], tensors: dict[str, Tensor], seconds: list[floa
     broken_by = torch.tensor(checked.fit(record["broken_by"], list[int], f"{name}.broken_by"), dtype=torch.int64)
     said, print_ = (checked.fit(record[key], str, f"{name}.{key}") for key in ("description", "fingerprint"))
     forging = checked.fit(record.get("forging"), str | None, f"{name}.forging")
-    side = Side(name, said, print_, rows, broken_by, tensors[f"{name}.x"], forging)
+    told = checked.fit(record.get("answers"), list[float] | None, f"{name}.answers")
+    side = Side(name, said, print_, rows, broken_by, tensors[f"{name}.x"], forging, told)
     known = torch.arange(STANDING, len(side.rows))
     sound = (
         side.broken_by.shape == (n,)
@@ -312,7 +314,7 @@ def _complete(where: str) -> Iterator[None]:
 def _right(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     """Per input: whether it is classified rightly, and whether that is a matter of rounding."""
     logits, classes = logits.float().cpu(), classes.cpu()
-    return logits.max(1)[1] == classes, lead(logits, classes).abs() <= BOUNDARY * logits.abs().amax(1)
+    return predicted(logits) == classes, lead(logits, classes).abs() <= BOUNDARY * logits.abs().amax(1)
 
 
 def verify(result: Result, model: nn.Module, x: Tensor, y: Tensor, base: nn.Module | None) -> int:
@@ -331,21 +333,27 @@ def verify(result: Result, model: nn.Module, x: Tensor, y: Tensor, base: nn.Modu
         if side is None or module is None:
             continue
         right, close, astray, changed = 0, 0, 0, 0
+        logits: list[Tensor] = []
         natural = side.broken_by == 0  # row 0: wrong without attack
         device = device_of(module, x.device)
         with checks.borrowed(module, side.name), torch.no_grad(), kept_randomness() as drawn:
             for part, examples in zip(
                 side.broken.split(result.batch_size), side.examples.split(result.batch_size), strict=True
             ):
-                is_right, is_close = _right(module(examples.clone().to(device)), y[part.to(y.device)])
+                logits.append(module(examples.clone().to(device)).float().cpu())
+                is_right, is_close = _right(logits[-1], y[part.to(y.device)])
                 is_close &= is_right
                 right, close = right + int((is_right & ~is_close).sum()), close + int(is_close.sum())
                 astray += int((~result.threat.allows(x[part.to(x.device)].cpu(), examples)).sum())
             size = result.batch_size
             for inputs, classes, was_wrong in zip(x.split(size), y.split(size), natural.split(size), strict=True):
-                is_right, is_close = _right(module(inputs.clone().to(device)), classes)
+                logits.append(module(inputs.clone().to(device)).float().cpu())
+                is_right, is_close = _right(logits[-1], classes)
                 changed += int(((is_right == was_wrong) & ~is_close).sum())
-            if drawn() and (side is result.base or randomised):
+            parts = answers.moved(x, result.threat).split(size) if side.answers is not None else ()
+            logits += (module(part.clone().to(device)).float().cpu() for part in parts)
+            draws = drawn() and (side is result.base or randomised)
+            if draws:
                 close, right, changed = close + right, 0, 0
         if right or astray:
             raise ValueError(
@@ -357,5 +365,8 @@ def verify(result: Result, model: nn.Module, x: Tensor, y: Tensor, base: nn.Modu
                 f"the {side.name}: {changed} of {len(x)} inputs are classified otherwise without attack than when the "
                 "result was made, so its code has changed since; choose another folder"
             )
+        if side.answers is not None and not draws:
+            same = answers.same(side.answers, answers.summary(torch.cat(logits)))
+            checks.same_code(same, side.name, "the result in this folder was made")
         boundary += close
     return boundary

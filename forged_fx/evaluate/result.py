@@ -76,8 +76,8 @@ class Side:
 
     fingerprint: see `fingerprint.of_model`. broken_by: (n,) int64, the index in `rows` of the row that broke the
     example, or -1. examples: (k, ...) float32, for each of the k broken inputs, in order, an input that the side
-    gets wrong; for one that is wrong without attack, that input itself. forging: see `fingerprint.of_forging`; None in
-    a result of an earlier version, which does not say.
+    gets wrong; for one that is wrong without attack, that input itself. forging: see `fingerprint.of_forging`; answers:
+    see `answers.summary`; None in a result of an earlier version, which does not say.
     """
 
     name: str
@@ -87,6 +87,7 @@ class Side:
     broken_by: Tensor
     examples: Tensor
     forging: str | None = None
+    answers: list[float] | None = None
 
     @property
     def identity(self) -> dict[str, str]:
