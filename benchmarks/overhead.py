@@ -23,6 +23,7 @@ take longer than in the plain model (see where_time_goes.py).
 import argparse
 import copy
 import functools
+import gc
 import math
 import os
 import random
@@ -168,15 +169,17 @@ def compile_time(model: nn.Module, forged: nn.Module, x: Tensor, rounds: int) ->
     ways = {"plain": (model, {}), "forged": (forged, {"backend": "forged"})}
     torch.compile(nn.Linear(1, 1))(torch.ones(1, 1))  # imports, and a look at what the CPU can do, count for neither
     seconds: dict[str, list[np.ndarray]] = {name: [] for name in ways}
-    for i in range(rounds):
+    for i in range(rounds + 1):
         for name, (module, how) in list(ways.items())[:: -1 if i % 2 else 1]:
             torch._dynamo.reset()
+            gc.collect()  # what the last one left would be collected, and counted, in this one
             with fresh_cache():
                 began = cpu_seconds()
                 torch.compile(module, **how)(x)
                 seconds[name].append(cpu_seconds() - began)
     parts = ("compile-time", "of it Python", "of it C++")
-    return {(part, name): np.array(seconds[name])[:, i] for i, part in enumerate(parts) for name in ways}
+    # (the first round imports, and fills tables, for all)
+    return {(part, name): np.array(seconds[name])[1:, i] for i, part in enumerate(parts) for name in ways}
 
 
 TIMED = {"eager": eager, "compiled": compiled, "frozen": frozen, "calibration": calibration}

@@ -12,7 +12,7 @@ an attention module's own code, `#0` the first call in the root module's own cod
 site or not, so that a name does not depend on how its operands were classified. Activations are counted apart, and
 always carry their number: `layer1.0.relu@0` is the first call of that module, `layer1.0.relu@1` its second.
 
-To add a kind of layer, add a row to `CALLS`; an activation function, one to `ACTIVATIONS`.
+To add a kind of layer, add a row to `CALLS`; an activation function, to `_FAMILIES`.
 """
 
 import functools

@@ -19,7 +19,7 @@ def run(
     data: options.Data,
     eps: options.Eps,
     norm: Annotated[str, typer.Option(help="Linf, L2 or L1.")] = "Linf",
-    kinds: Annotated[str | None, typer.Option(help="Which may be used. Without it: all that search knows.")] = None,
+    kinds: Annotated[str | None, typer.Option(help="Which may be used. Without it: hard, soft, clamp, band.")] = None,
     max_natural_loss: Annotated[str, typer.Option(help="Natural accuracy that may be lost, a share.")] = "0.01",
     budget: Annotated[int, typer.Option(min=1, help="Configurations that are tried, at most.")] = 200,
     seconds: Annotated[float | None, typer.Option(help="Of trying, at most.")] = None,
