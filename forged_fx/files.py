@@ -54,7 +54,11 @@ WEIGHTS = FileKind(
 PROGRAM = FileKind("program of a forged model", (b"forged_fx",))
 DEMO = FileKind("file of the demo's weights", (f'"{DEMO_KEY}":'.encode(),))
 FIGURES = FileKind("file of forged_fx's figures", (b'"rows": [', b'"speeds": [', b'"sites": ['))
-PAGE = FileKind("report of forged_fx", (b"forged_fx",))
+# (an older version's have no generator, but the one policy)
+PAGE = FileKind(
+    "report of forged_fx",
+    (b'<meta name="generator" content="forged_fx">', b"img-src data:; script-src 'sha256-"),
+)
 PICTURE = FileKind("picture that Matplotlib drew", (b"atplotlib",))
 PICTURES = (".svg", ".png", ".pdf")  # the formats in which Matplotlib says that it drew them
 

@@ -4,6 +4,7 @@ A file is safetensors with a JSON header and a format version: arrays and text, 
 """
 
 import contextlib
+import copy
 import difflib
 import functools
 import json
@@ -182,6 +183,14 @@ class Stats:
         self.contexts = contexts or set()
         self.given = given or set()
         self.example = example
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"example": None}  # a checkpoint of a forged model is no place for its users' data
+
+    def __deepcopy__(self, memo: dict) -> "Stats":
+        twin = memo[id(self)] = copy.copy(self)  # (without the example)
+        vars(twin).update(copy.deepcopy(vars(twin), memo), example=self.example)
+        return twin
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Stats):

@@ -100,7 +100,8 @@ class ForgedModule(Numbered, HoldsThresholds, fx.GraphModule):
 
     def __deepcopy__(self, memo: dict) -> "ForgedModule":
         twin = super().__deepcopy__(memo)
-        for name in HELD:  # torch.fx has copied them, and kept what its graph names, in the order of that
+        # torch.fx has kept what its graph names, in the order of that, and neither hooks nor attributes
+        for name in (*HELD, *(name for name in vars(self) if name.endswith("_hooks") or name not in vars(twin))):
             vars(twin)[name] = copy.deepcopy(vars(self)[name], memo)
         type(twin).__name__ = type(self).__name__  # (a class of its own, as every graph module has)
         return twin
@@ -130,6 +131,9 @@ def _rebuild(body: dict, imports: str, class_name: str, meta: dict, *_: Any) -> 
     plain = reduce_graph_module(body, imports)
     forged = ForgedModule(plain, plain.graph, class_name)
     hold(forged, pickled)
+    for name, value in body.items():  # hooks and attributes, which torch.fx leaves out
+        if name.endswith("_hooks") or name not in (*vars(forged), "_graph", "_code"):
+            forged.__dict__[name] = value
     forged.meta = meta
     forged.training = body["training"]
     return forged

@@ -470,3 +470,11 @@ def test_weights_of_an_older_version_may_be_written_over(tmp_path):
     save_file({"0.weight": torch.ones(2)}, tmp_path / "other")
     with pytest.raises(FileExistsError, match="other is there already"):
         WEIGHTS.check(tmp_path / "other")
+
+
+def test_a_folder_may_be_called_as_the_model_is():
+    """What stands behind the colon of timm:NAME is no path; of cifar10:DIR it is."""
+    from forged_fx.cli.output import READ
+
+    assert READ["model"]("timm:resnet18") == [""] and READ["base"]("package.module:net") == [""]
+    assert READ["model"]("hf:folder") == ["folder"] and READ["data"]("cifar10:folder") == ["folder"]

@@ -20,6 +20,7 @@ from forged_fx.configuration import Configuration
 from forged_fx.digits import one_thread
 from forged_fx.evaluate import Result, evaluate
 from forged_fx.evaluate.findings import CHECKS
+from forged_fx.files import PAGE
 from forged_fx.report import markup
 from forged_fx.report.findings import paragraphs
 from forged_fx.report.run import facts, save_sites, save_speeds
@@ -397,3 +398,14 @@ def test_names_that_are_markup_are_shown_and_do_nothing(page, browser, tmp_path)
     # and it would have run
     browser.run("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=ran=1>')")
     assert browser.run("new Promise(done => setTimeout(() => done(typeof ran), 50))") == "number"
+
+
+def test_a_page_is_written_over_a_page_and_over_nothing_else(page, tmp_path):
+    old, script = tmp_path / "page.html", tmp_path / "analysis.py"
+    old.write_text(page)
+    PAGE.check(old)
+    old.write_text(page.replace('<meta name="generator" content="forged_fx">', ""))  # as older versions wrote them
+    PAGE.check(old)
+    script.write_text("import forged_fx")
+    with pytest.raises(FileExistsError, match="is no report of forged_fx"):
+        PAGE.check(script)

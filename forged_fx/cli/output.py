@@ -50,13 +50,19 @@ def _of_source(given: str) -> list[str]:
     return [given.partition(":")[2] if ":" in given else given if os.path.isfile(given) else ""]
 
 
+def _of_model(given: str) -> list[str]:
+    """Likewise; what stands behind a colon is a path for `hf:` alone: timm:resnet18 may be evaluated in resnet18/."""
+    return _of_source(given) if given.startswith("hf:") or ":" not in given else [""]
+
+
 def _with_key(given: str) -> list[str]:
     return [given, given.rpartition(":")[0]]
 
 
 # arguments that name what a command reads: the paths that may be meant; and those that name what it writes
 READ: dict[str, Callable[[str], list[str]]] = {
-    **dict.fromkeys(("model", "base", "data", "calibrate"), _of_source),
+    **dict.fromkeys(("model", "base"), _of_model),
+    **dict.fromkeys(("data", "calibrate"), _of_source),
     **dict.fromkeys(("weights", "base_weights"), _with_key),
     **dict.fromkeys(("stats", "classes"), _file),
 }

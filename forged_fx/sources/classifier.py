@@ -56,7 +56,7 @@ class Classifier(nn.Module):
         for name, values in zip(("mean", "std"), normalize or (None, None), strict=True):
             value = None if values is None else torch.tensor(values).view(1, -1, 1, 1)
             self.register_buffer(name, value, persistent=False)
-        self.train(model.training)
+        self.training = model.training  # and no module of its own in another mode than it is in
 
     def inputs(self, x: Tensor) -> Any:
         """What the model is given for these images: a batch as `calibrate` takes it."""

@@ -17,7 +17,9 @@ from torch import fx, nn
 
 from forged_fx import fused_ops as fused_ops  # imported, it defines the operators that a forged program calls
 
-UNPICKLED = ("custom_obj_", "opaque_obj_")  # members of an archive that torch.export.load hands to pickle as they are
+# Members of an archive that torch.export.load hands to pickle as they are, or to the loader of shared libraries. (Its
+# reader does not tell small letters from capitals.)
+EXECUTED = ("custom_obj_", "opaque_obj_", "/aotinductor/")
 
 
 def load_program(path: str | os.PathLike[str]) -> nn.Module:
@@ -26,18 +28,19 @@ def load_program(path: str | os.PathLike[str]) -> nn.Module:
         raise FileNotFoundError(f"there is no file {path}")
     try:
         with zipfile.ZipFile(path) as archive:
-            pickled = [name for name in archive.namelist() if any(mark in name for mark in UNPICKLED)]
+            names = archive.namelist()
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path} is no program of torch.export: save one with torch.export.save") from error
-    if pickled:
-        raise ValueError(f"{path} holds pickled objects ({pickled[0]}), which are not loaded: export without them")
+    if executed := [name for name in names if any(mark in name.casefold() for mark in EXECUTED)]:
+        raise ValueError(
+            f"{path} holds pickled objects or compiled code ({executed[0]}), which are not loaded: export without them"
+        )
     try:
         with weights_only():
-            program = torch.export.load(path)
+            module = torch.export.load(path).module()
     except Exception as error:
         reason = (str(error) or type(error).__name__).partition("\n")[0]
         raise ValueError(f"{path} cannot be loaded as a program of torch.export ({reason}); save it anew") from error
-    module = program.module()
     # a program's module refuses .eval(), although that would change nothing in it; the same graph in one that does not
     return fx.GraphModule(module, module.graph, class_name="Exported").eval()
 

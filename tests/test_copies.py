@@ -1,0 +1,69 @@
+"""Copies of a forged model, however they are made, are the forged model."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import forged_fx
+from forged_fx.transform import forging_of
+
+
+def halved(module, args):
+    return (args[0] / 2,)
+
+
+def saved_and_loaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": saved_and_loaded,
+    "AveragedModel": lambda model: torch.optim.swa_utils.AveragedModel(model).module,
+}
+
+
+@pytest.fixture
+def made():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval(), torch.rand(20000, 4)
+    return model, x, forged_fx.calibrate(model, [x])
+
+
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize("again", COPIES.values(), ids=COPIES)
+def test_hooks_and_attributes_come_along(made, again, graph):
+    model, x, stats = made
+    forged = forged_fx.transform(model, stats, 2**-2, graph=graph)
+    without = forged(x)
+    forged.register_forward_pre_hook(halved)
+    forged.classes = ["a", "b"]
+    twin = again(forged)
+    assert twin.classes == ["a", "b"] and twin.training is False and type(twin).__name__ == type(forged).__name__
+    assert torch.equal(twin(x), forged(x)) and not torch.equal(twin(x), without)
+    assert again(twin).classes == ["a", "b"]
+    twin.register_forward_hook(lambda *_: None)
+    assert again is copy.copy or not forged._forward_hooks
+    forged_fx.set_ratio(twin, 0)
+    assert torch.equal(twin(2 * x), model(x))
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_the_batch_that_calibration_kept_is_in_no_file(made, graph):
+    model, x, stats = made
+    forged = forged_fx.transform(model, stats, 2**-2, graph=graph)
+    assert forging_of(saved_and_loaded(forged)).stats.example is None
+    (args, _) = forging_of(copy.deepcopy(forged)).stats.example
+    assert args[0] is x or torch.equal(args[0], x)
+    assert len(pickle.dumps(stats)) < x.nbytes
+    assert copy.deepcopy(stats) == stats == pickle.loads(pickle.dumps(stats))
+    assert copy.deepcopy(stats).example is stats.example and stats.example is not None
