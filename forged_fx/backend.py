@@ -158,9 +158,11 @@ def _forge_graph(gm: fx.GraphModule, options: dict[str, Any]) -> Frame:
 def _compilation(callers: list[torch.nn.Module], options: dict[str, Any]) -> Compilation:
     """The one that these options have begun, or a new one, for the module that the statistics belong to: the outermost
     running one that fits, or the first within it."""
-    said = _said(options)
+    said, written = _said(options)
+    # as they are now: the caller may change them in place
+    said = {key: copy.copy(value) if isinstance(value, dict | list | set) else value for key, value in said.items()}
     stats = options["stats"] if isinstance(options["stats"], Stats) else Stats.load(options["stats"])
-    options = {**said[0], "stats": stats}
+    options = {**said, "stats": stats}
     candidates = [*reversed(callers), *(m for m in callers[-1].modules() if m is not callers[-1])]
     for module in candidates:
         for before, compilation in _compilations.get(module, ()):
@@ -182,27 +184,27 @@ def _compilation(callers: list[torch.nn.Module], options: dict[str, Any]) -> Com
     choice = choose(stats, options.get("kind", "hard"), wanted, options.get("statistic"))
     ratio, strict = options.get("ratio", OWN), options.get("strict", True)
     new = Compilation(root, stats, choice, ratio, strict, repeats=root is not callers[-1])
-    new.said = said
+    new.said = said, written
     _compilations.setdefault(root, []).append((options, new))
     return new
 
 
 def _said(options: dict[str, Any]) -> tuple[dict[str, Any], tuple[int, int] | None]:
-    """What the options say now, but for the statistics; and of a file of those, when and how long it was written. The
-    caller may change what the options hold, and write another file to the same path."""
+    """What the options say, but for the statistics; and of a file of those, which may be another by now, when it was
+    written, and how long it is. Asked for at each call."""
     written = None
     if not isinstance(stats := options["stats"], Stats):
         with contextlib.suppress(OSError):  # gone, it says nothing else
-            written = os.stat(stats).st_mtime_ns, os.stat(stats).st_size
-    copied = {key: copy.copy(v) if isinstance(v, dict | list | set) else v for key, v in options.items()}
-    return {key: v for key, v in copied.items() if key != "stats"}, written
+            found = os.stat(stats)
+            written = found.st_mtime_ns, found.st_size
+    return {key: value for key, value in options.items() if key != "stats"}, written
 
 
 def _check_said(ran: Compilation, options: dict[str, Any]) -> None:
     """Dynamo takes options for the same that hold the same objects, or name the same file."""
     said, written = _said(options)
     if said == ran.said[0] and (written in (None, ran.said[1]) or Stats.load(options["stats"]) == ran.stats):
-        ran.said = said, written
+        ran.said = ran.said[0], written
         return
     raise ValueError(
         "what ran is what the options said when this model was compiled with them: since then they were changed in "

@@ -18,6 +18,7 @@ import torch.fx as fx
 import torch.nn.attention
 
 from forged_fx import torch_internals
+from forged_fx.containers import HELD
 from forged_fx.models import copied
 from forged_fx.modes import kept_buffers
 from forged_fx.randomness import generator_state, kept_randomness
@@ -85,7 +86,7 @@ def capture(model: torch.nn.Module, opened: set[str], given: set[str], contexts:
 
     before = _state(twin, opened)
     traced = trace(twin, False, grad)
-    again = trace(twin, True, not grad, True)
+    again = trace(twin, True, not grad, other_autocast=True)
     after = _state(twin, opened)
     if not _alike(traced, again):
         another = "another thing when it runs again"
@@ -138,8 +139,7 @@ def _other_autocast() -> Iterator[None]:
 
 def _kept(module: torch.nn.Module) -> list[torch.Tensor]:
     """The tensors that a module holds in a dict, a list or the like of its own: those of an earlier run, say."""
-    registered = ("_parameters", "_buffers", "_modules")
-    held = [value for name, value in vars(module).items() if name not in registered]
+    held = [value for name, value in vars(module).items() if name not in HELD]
     return [leaf for leaf in torch_internals.tree_leaves(held) if isinstance(leaf, torch.Tensor)]
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -108,28 +109,23 @@ def uncompiled(model: torch.nn.Module) -> Iterator[None]:
             own[name] = value
 
 
-class _Eagerly(threading.local):
-    def __init__(self) -> None:
-        self.on = False
-
-
-_eagerly = _Eagerly()
+_eagerly = ContextVar("forged_fx_eagerly", default=False)
 
 
 @contextlib.contextmanager
 def eagerly() -> Iterator[None]:
     """What is compiled runs as it is written, without what a backend's options would have made of it; on purpose."""
-    before, _eagerly.on = _eagerly.on, True
+    token = _eagerly.set(True)
     try:
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
-        _eagerly.on = before
+        _eagerly.reset(token)
 
 
 def runs_eagerly() -> bool:
     """Whether this thread is within `eagerly`."""
-    return _eagerly.on
+    return _eagerly.get()
 
 
 class _Thread(threading.local):

@@ -100,8 +100,10 @@ class ForgedModule(Numbered, HoldsThresholds, fx.GraphModule):
 
     def __deepcopy__(self, memo: dict) -> "ForgedModule":
         twin = super().__deepcopy__(memo)
-        # torch.fx has kept what its graph names, in the order of that, and neither hooks nor attributes
-        for name in (*HELD, *(name for name in vars(self) if name.endswith("_hooks") or name not in vars(twin))):
+        for name in (
+            *HELD,
+            *_left_out(vars(self), vars(twin)),
+        ):  # (of HELD, what its graph names, in the order of that)
             vars(twin)[name] = copy.deepcopy(vars(self)[name], memo)
         type(twin).__name__ = type(self).__name__  # (a class of its own, as every graph module has)
         return twin
@@ -131,12 +133,15 @@ def _rebuild(body: dict, imports: str, class_name: str, meta: dict, *_: Any) -> 
     plain = reduce_graph_module(body, imports)
     forged = ForgedModule(plain, plain.graph, class_name)
     hold(forged, pickled)
-    for name, value in body.items():  # hooks and attributes, which torch.fx leaves out
-        if name.endswith("_hooks") or name not in (*vars(forged), "_graph", "_code"):
-            forged.__dict__[name] = value
+    forged.__dict__.update((name, body[name]) for name in _left_out(body, vars(forged)))
     forged.meta = meta
     forged.training = body["training"]
     return forged
+
+
+def _left_out(held: Mapping[str, Any], copied: Mapping[str, Any]) -> list[str]:
+    """What torch.fx leaves out of a copy: hooks, and attributes that a user has set."""
+    return [name for name in held if name.endswith("_hooks") or name not in copied]
 
 
 @of_ordinary_tensors

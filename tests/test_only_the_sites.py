@@ -124,7 +124,10 @@ def test_what_else_reads_a_sites_input_reads_it_raw(make, graph):
 def test_a_layer_stays_one():
     """It is a call of its module in the graph, its threshold ahead; and module by module it compiles."""
     torch.manual_seed(0)
-    layers = {"nothing": True, "a list": False, "a child, by name": False}
+    layers = {"nothing": True} | dict.fromkeys(
+        ("a list", "a child, by name", "a child, in a list", "the caller", "the caller, in a dict", "the same call"),
+        False,
+    )
     for reader, layer in layers.items():
         model = nn.Sequential(READERS[reader]()).eval()
         (site,) = forged_fx.calibrate(model, [torch.randn(6, 4)]).sites.values()

@@ -143,7 +143,7 @@ class Subject:
             self.notes.append(f"the {self.name} is compiled, and another function eagerly; attacked as it is, compiled")
         same = self.blocks.unchanged(f"{self.name} logits", logits)
         checks.same_code(same, self.name, "the unfinished run began")
-        self.logits = logits.float()
+        self.logits = logits
         wrong = (predicted(logits) != self.y.cpu()).nonzero().flatten()
         self._take(row, wrong, self.x[wrong.to(self.x.device)])
         row.alone = row.standing / len(self.x)
@@ -277,9 +277,9 @@ class Subject:
         """The outcome. All rows must have been run."""
         broken = (self.broken_by != STANDING).nonzero().flatten()
         examples = self.examples[broken.to(self.x.device)].cpu()
-        with torch.no_grad(), kept_randomness():
-            asked = (*examples.split(self.batch_size), *answers.moved(self.x, self.threat).split(self.batch_size))
-            parts = [self.model(part.clone().to(self.device)).float().cpu() for part in asked if len(part)]
+        with kept_randomness():
+            asked = torch.cat([examples, answers.moved(self.x, self.threat).cpu()])
+            logits = checks.answers(self.model, asked, self.batch_size, self.name)
         return Side(
             self.name,
             self.description,
@@ -288,5 +288,5 @@ class Subject:
             self.broken_by,
             examples,
             self.forging,
-            answers.summary(torch.cat([*parts, self.logits])),
+            answers.summary(torch.cat([logits, self.logits])),
         )

@@ -340,18 +340,18 @@ def verify(result: Result, model: nn.Module, x: Tensor, y: Tensor, base: nn.Modu
             for part, examples in zip(
                 side.broken.split(result.batch_size), side.examples.split(result.batch_size), strict=True
             ):
-                logits.append(module(examples.clone().to(device)).float().cpu())
+                logits.append(module(examples.clone().to(device)).cpu())
                 is_right, is_close = _right(logits[-1], y[part.to(y.device)])
                 is_close &= is_right
                 right, close = right + int((is_right & ~is_close).sum()), close + int(is_close.sum())
                 astray += int((~result.threat.allows(x[part.to(x.device)].cpu(), examples)).sum())
             size = result.batch_size
             for inputs, classes, was_wrong in zip(x.split(size), y.split(size), natural.split(size), strict=True):
-                logits.append(module(inputs.clone().to(device)).float().cpu())
+                logits.append(module(inputs.clone().to(device)).cpu())
                 is_right, is_close = _right(logits[-1], classes)
                 changed += int(((is_right == was_wrong) & ~is_close).sum())
-            parts = answers.moved(x, result.threat).split(size) if side.answers is not None else ()
-            logits += (module(part.clone().to(device)).float().cpu() for part in parts)
+            if side.answers is not None:
+                logits.append(checks.answers(module, answers.moved(x, result.threat), size, side.name))
             draws = drawn() and (side is result.base or randomised)
             if draws:
                 close, right, changed = close + right, 0, 0
