@@ -53,7 +53,7 @@ WEIGHTS = FileKind(
 )
 PROGRAM = FileKind("program of a forged model", (b"forged_fx",))
 DEMO = FileKind("file of the demo's weights", (f'"{DEMO_KEY}":'.encode(),))
-FIGURES = FileKind("file of forged_fx's figures", (b'"rows": [', b'"speeds": [', b'"sites": ['))
+FIGURES = FileKind("file of forged_fx's figures", (b'"forging": ',))
 # (an older version's have no generator, but the one policy)
 PAGE = FileKind(
     "report of forged_fx",

@@ -23,6 +23,7 @@ from forged_fx.cli import given, main, options, output
 from forged_fx.cli.main import COMMANDS, EXIT_NOTE
 from forged_fx.evaluate.verdict import EXIT_CODES
 from forged_fx.files import STATISTICS, WEIGHTS
+from forged_fx.lipschitz import Lipschitz
 
 MODEL = ["forged_fx.digits:cnn", "--weights", "demo/model.safetensors", "--data", "digits"]
 
@@ -470,6 +471,16 @@ def test_weights_of_an_older_version_may_be_written_over(tmp_path):
     save_file({"0.weight": torch.ones(2)}, tmp_path / "other")
     with pytest.raises(FileExistsError, match="other is there already"):
         WEIGHTS.check(tmp_path / "other")
+
+
+def test_figures_are_written_over_no_other_figures(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"rows": [1], "speeds": [], "sites": []}')
+    with pytest.raises(FileExistsError, match="is there already, and is no file of forged_fx's figures"):
+        Lipschitz().save(path)
+    path.unlink()
+    for _ in range(2):
+        Lipschitz().save(path)
 
 
 def test_a_folder_may_be_called_as_the_model_is():

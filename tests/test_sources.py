@@ -120,6 +120,21 @@ def test_a_folder_of_hugging_face(x, tmp_path):
     assert torch.equal(forged(x), model.classifier()(x))
 
 
+def test_a_processor_that_does_more_than_normalise(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MobileNetV2Config(image_size=8, depth_multiplier=0.1)
+    transformers.MobileNetV2ForImageClassification(config).save_pretrained(tmp_path)
+    swaps_channels = transformers.MobileViTImageProcessor(
+        size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}
+    )
+    swaps_channels.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"MobileViTImageProcessor.* makes other inputs .*name that, package\.module"):
+        load_model(f"hf:{tmp_path}")
+    swaps_channels.do_flip_channel_order = False
+    swaps_channels.save_pretrained(tmp_path)
+    assert load_model(f"hf:{tmp_path}").normalize is None
+
+
 def test_robustbench_by_its_own_code(monkeypatch, tmp_path):
     pyautoattack = pytest.importorskip("pyautoattack")
     zoo, utils = types.ModuleType("robustbench.model_zoo"), types.ModuleType("robustbench.utils")
@@ -321,6 +336,24 @@ def test_what_a_wrapper_puts_ahead_of_every_name_is_taken_off(prefix, wrapped, t
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in trained.state_dict().items())
 
 
+def tied():
+    model = nn.ModuleDict({"embed": nn.Linear(4, 4), "norm": nn.LayerNorm(4), "head": nn.Linear(4, 4)})
+    model.head.weight = model.embed.weight
+    return model
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: nn.ModuleDict({"module": model})])
+def test_a_tensor_of_two_names_may_stand_in_the_file_under_either(wrap, tmp_path):
+    from safetensors.torch import save_model
+
+    torch.manual_seed(1)
+    trained = tied()
+    save_model(wrap(trained), str(tmp_path / "w.safetensors"))
+    loaded = load_model("test_sources:tied", tmp_path / "w.safetensors").module
+    assert loaded.head.weight is loaded.embed.weight
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in trained.state_dict().items())
+
+
 def test_a_forged_models_weights_are_not_taken_for_a_plain_models(x, tmp_path):
     model = tiny()
     save_file(forged_fx.transform(model, forged_fx.calibrate(model, [x])).state_dict(), tmp_path / "f.safetensors")
@@ -381,7 +414,15 @@ def test_npz_that_is_not(tmp_path, monkeypatch):
     np.savez("shape.npz", x=np.zeros((2, 3, 8, 3), np.uint8))
     np.savez("labels.npz", x=good, y=np.zeros(3, int))
     (tmp_path / "text.npz").write_text("text")
+    np.save("array.npy", good)
+    (tmp_path / "array.npy").rename("array.npz")
+    np.savez_compressed("whole.npz", x=np.random.default_rng(0).integers(0, 256, (9, 99, 99), np.uint8))
+    content = bytearray((tmp_path / "whole.npz").read_bytes())
+    content[300:400] = bytes(100)
+    (tmp_path / "damaged.npz").write_bytes(content)
     words = {
+        "array": "a single array",
+        "damaged": "cannot be read as npz",
         "object": "pickle",
         "range": "in \\[0, 1\\]; it is float64, and spans \\[1.5, 1.5\\]$",
         "names": "no array x",
@@ -416,6 +457,25 @@ def test_a_folder_of_images(pictures):
         load_data(f"imagefolder:{pictures}").tensors()
     with pytest.raises(ValueError, match="no splits"):
         load_data(f"imagefolder:{pictures}", "train")
+
+
+def test_more_than_8_bits_are_not_cut_off_in_silence(pictures):
+    """PIL's convert, and so torchvision's ImageFolder, makes 255 of whatever is above."""
+    image = pytest.importorskip("PIL.Image")
+    for folder, values in (("ape", np.full((9, 9), 4000, np.uint16)), ("bee", np.full((9, 9), 0.5, np.float32))):
+        path = pictures / folder / "wide.tiff"
+        image.fromarray(values).save(path)
+        with pytest.raises(ValueError, match=f"{path} has more than 8 bits a channel"):
+            load_data(f"imagefolder:{pictures}", resize="8,6").tensors()
+        path.unlink()
+
+
+def test_a_part_of_sorted_images_has_every_class(tmp_path):
+    x = np.zeros((40, 8, 8), np.uint8)
+    np.savez(tmp_path / "a.npz", x=x, y=np.arange(40) // 10)
+    assert load_data(f"npz:{tmp_path / 'a.npz'}").tensors(8)[1].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    np.savez(tmp_path / "b.npz", x=x, y=np.arange(40) % 7)
+    assert load_data(f"npz:{tmp_path / 'b.npz'}").tensors(8)[1].tolist() == [0, 1, 2, 3, 4, 5, 6, 0]
 
 
 def test_folders_called_by_numbers_are_not_numbered_in_silence(tmp_path):

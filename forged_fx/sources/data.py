@@ -21,6 +21,7 @@ from forged_fx.extras import need
 
 SPLITS = ("train", "test")
 SHOWN = 12  # classes, by name
+_WIDE = ("I", "F")  # modes of PIL's: 16 or 32 bits an element
 MANY = 256  # images that have to be decoded: from here on, other processes do it
 
 Decode = Callable[[Any], Tensor]
@@ -188,12 +189,16 @@ def _digits(_: str, split: str) -> Images:
 
 def _npz(file: str, _: str) -> Images:
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        arrays = np.load(file, allow_pickle=False)
+        if isinstance(arrays, np.ndarray):
+            raise ValueError("it is a single array")
+        with arrays:
             found = {key: arrays[key] for key in ("x", "y") if key in arrays}
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {file}") from None
-    except (ValueError, OSError, EOFError, AttributeError) as error:
-        raise ValueError(f"{file} cannot be read as npz ({error}): numpy.savez(FILE, x=images, y=classes)") from error
+    except Exception as error:  # a damaged archive fails in every way there is
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{file} cannot be read as npz ({reason}): numpy.savez(FILE, x=images, y=classes)") from error
     if "x" not in found:
         raise ValueError(f"{file} has no array x: numpy.savez(FILE, x=images, y=classes)")
     x, y = found["x"], found.get("y")
@@ -219,7 +224,8 @@ def _npz(file: str, _: str) -> Images:
 
 def _of_arrays(name: str, x: np.ndarray, y: np.ndarray | None) -> Images:
     labels = None if y is None else torch.from_numpy(np.ascontiguousarray(y)).long()
-    return Images(name, torch.from_numpy(np.ascontiguousarray(x)), labels, decode=_as_it_is)
+    mixed = labels is None or not bool((labels.diff() >= 0).all())
+    return Images(name, torch.from_numpy(np.ascontiguousarray(x)), labels, decode=_as_it_is, mixed=mixed)
 
 
 def _as_it_is(image: Tensor) -> Tensor:
@@ -273,7 +279,13 @@ def _decode(image: Any) -> Tensor:
     pil = need("PIL.Image", "models")
     if isinstance(image, str | os.PathLike):
         with pil.open(image) as file:
-            image = file.convert("RGB")
+            return _decode(file)
+    if image.mode.startswith(_WIDE):
+        name = getattr(image, "filename", "") or "an image"
+        raise ValueError(
+            f"{name} has more than 8 bits a channel (mode {image.mode}), and whatever is above 255 would be lost: "
+            "convert it, or give the images as npz:FILE, float in [0, 1]"
+        )
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 

@@ -137,7 +137,7 @@ def _forms() -> str:
 def _fetch(source: Source, name: str, rest: str) -> Model:
     try:
         return source.make(rest, True)
-    except (ImportError, NoSuchName):
+    except (ImportError, NoSuchName, OtherImages):
         raise
     except Exception as error:  # each hub has its own for a network that is not there
         reason = (str(error) or type(error).__name__).strip().partition("\n")[0]
@@ -149,6 +149,10 @@ def _fetch(source: Source, name: str, rest: str) -> Model:
 
 class NoSuchName(ValueError):
     """The library knows no model of that name."""
+
+
+class OtherImages(ValueError):
+    """The model is given something else than normalised images."""
 
 
 def _known(name: str, names: Iterable[str], where: str) -> None:
@@ -191,7 +195,26 @@ def _hugging_face(name: str, trained: bool) -> Model:
     given = (getattr(processor, key, None) for key in ("image_mean", "image_std"))
     mean, std = (None if value is None else tuple(value) for value in given)
     normalize = (mean, std) if mean and std and getattr(processor, "do_normalize", True) else None
+    if trained and not _only_normalizes(processor, normalize):
+        raise OtherImages(
+            f"hf:{name}: its {type(processor).__name__} makes other inputs of images in [0, 1] than a normalisation "
+            "does (swaps channels, say, or cuts out patches): write a function that returns a module which does this "
+            "and then calls the model, and name that, package.module:function"
+        )
     return Model(name, module, normalize, "pixel_values", size=getattr(module.config, "image_size", None))
+
+
+def _only_normalizes(processor: Any, normalize: Normalization | None) -> bool:
+    """Whether a processor does no more than this to an image that has the right size: tried on one."""
+    image = torch.randint(256, (3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    size = ("do_resize", "do_center_crop", "do_pad", "do_thumbnail", "do_align_long_axis")
+    off = {key: False for key in size if hasattr(processor, key)}
+    try:
+        made = processor(images=image, return_tensors="pt", **off)["pixel_values"]
+    except Exception:  # each has its own for what it lacks
+        return False
+    wanted = Classifier(nn.Identity(), normalize).inputs(image[None] / 255)
+    return made.shape == wanted.shape and torch.allclose(made.float(), wanted, atol=1e-3)
 
 
 # RobustBench's data set -> the side of its images; its norm -> eps of its list, by data set

@@ -27,8 +27,10 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     AveragedModel, a training framework) is taken off, with a warning.
     """
     file, sets = _sets(path)
-    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    named = {key: _named_as(weights, wanted) for key, weights in sets.items()}
+    tensors = model.state_dict(keep_vars=True)
+    wanted = {name: tuple(value.shape) for name, value in tensors.items()}
+    tied = [[other for other in tensors if tensors[other] is value] for value in tensors.values()]
+    named = {key: _named_as(weights, wanted, tied) for key, weights in sets.items()}
     fitting = [key for key, (weights, _) in named.items() if not _faults(weights, wanted)]
     if len(fitting) > 1:
         raise ValueError(
@@ -98,15 +100,26 @@ def _within(found: Any, place: str = "", depth: int = DEPTH) -> Iterator[tuple[s
             yield from _within(value, f"{place}.{name}".removeprefix("."), depth - 1)
 
 
-def _named_as(weights: dict[str, Tensor], wanted: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
-    """The weights by the names that are wanted, if what all their names begin with makes the difference; and that."""
+def _named_as(
+    weights: dict[str, Tensor], wanted: Mapping[str, Any], tied: list[list[str]]
+) -> tuple[dict[str, Tensor], str]:
+    """The weights by the names that are wanted, if what all their names begin with makes the difference; and that.
+
+    tied: names of one tensor, of which safetensors keeps one.
+    """
+
+    def whole(found: dict[str, Tensor]) -> dict[str, Tensor]:
+        given = [(names, name) for names in tied for name in names if name in found]
+        return {other: found[name] for names, name in given for other in names} | found
+
+    weights = whole(weights)
     prefix, named = "", {name: value for name, value in weights.items() if name != COUNTER or name in wanted}
     while named and named.keys() != wanted.keys():
         first = {name.partition(".")[0] for name in named}
         if len(first) > 1 or not all("." in name for name in named):
             return weights, ""
         prefix += f"{first.pop()}."
-        named = {name.partition(".")[2]: value for name, value in named.items()}
+        named = whole({name.partition(".")[2]: value for name, value in named.items()})
     return (named, prefix) if named else (weights, "")
 
 
