@@ -38,6 +38,7 @@ from forged_fx.producers import FUNCTIONS
 from forged_fx.rewrite import function_of, is_call
 from forged_fx.thresholds import lost, parameters_of
 from forged_fx.torch_internals import has_any_global_hook
+from forged_fx.write_back import to_be_kept
 
 THRESHOLD = torch.ops.forged_fx.threshold.default
 RELUS = {f for f, row in FUNCTIONS.values() if row.role == "activation" and row.arguments() == {"activation": "relu"}}
@@ -67,6 +68,9 @@ def offer(forged: fx.GraphModule) -> None:
 def _unrecorded(forged: fx.GraphModule) -> Callable:
     """The graph's code, with its thresholds as plain calls."""
     graph = copy.deepcopy(forged.graph)
+    for node in graph.find_nodes(op="call_function", target=to_be_kept):
+        node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)
     # (with more arguments, a threshold's gradient was chosen)
     calls = [n for n in graph.nodes if n.target in IN_PLACE and len(n.args) == 2 and not n.kwargs]
     # A layer that writes into its input gets a tensor of its own. Writes through `.data` are not counted.

@@ -59,7 +59,8 @@ class Function:
     name: of its rule in kernels/reference.py, whose gradient is 0 where a value is dropped and 1 where it is kept.
     parameters: names of its tensors. channels: they have an element per channel, and an int `channel` behind them says
     along which dimension of x. cpu, cpu_backward: where there is better than the reference. moves: it does the same to
-    every element and leaves 0 as it is, so that passes may move it past whatever only moves elements about.
+    every element and leaves 0 as it is, so that passes may move it past whatever only moves elements about. told: its
+    backward comes to the same from its result as from x, since what is dropped becomes 0, which would be dropped too.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Function:
     cpu_backward: Callable[..., Tensor] | None = None
     channels: bool = False
     moves: bool = True
+    told: bool = False
 
     @property
     def op(self) -> Any:
@@ -93,8 +95,8 @@ class Function:
 FUNCTIONS = {
     f.name: f
     for f in (
-        Function("threshold", ("t",), cpu.threshold, cpu.threshold_backward),
-        Function("one_sided", ("t",), cpu.one_sided, cpu.one_sided_backward),
+        Function("threshold", ("t",), cpu.threshold, cpu.threshold_backward, told=True),
+        Function("one_sided", ("t",), cpu.one_sided, cpu.one_sided_backward, told=True),
         Function("shifted", ("t",), cpu.shifted, cpu.one_sided_backward),
         Function("soft", ("t",), cpu.soft, cpu.threshold_backward),
         Function("clamp", ("limit",), cpu.clamp, cpu.clamp_backward),
@@ -273,7 +275,8 @@ def _functions(f: Function) -> tuple[type[_Masked], type[_Masked]]:
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
             x, *arguments, straight_through = inputs
-            _keep(ctx, f, x, arguments, straight_through, others=len(inputs) - 1)
+            # The layer behind keeps the result anyway, and whoever owns x may write to it.
+            _keep(ctx, f, output if f.told else x, arguments, straight_through, others=len(inputs) - 1)
 
     class Backward(_Masked):
         @staticmethod
@@ -289,6 +292,7 @@ def _functions(f: Function) -> tuple[type[_Masked], type[_Masked]]:
 
 
 def _keep(ctx: Any, f: Function, x: Tensor, arguments: list, straight_through: bool, others: int) -> None:
+    """x: what the backward is to look at."""
     # Kept even where they are not needed: activation checkpointing runs the forward again, outside of
     # straight_through(), and takes the i-th tensor that is kept then for the i-th that was kept at first.
     n = len(f.parameters)

@@ -22,7 +22,7 @@ import torch
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
-from forged_fx import ops, torch_internals  # noqa: F401 (ops defines the op)
+from forged_fx import ops, torch_internals
 from forged_fx.kinds import Choice
 from forged_fx.sites import (
     ACTIVATIONS,
@@ -61,6 +61,10 @@ class Forge:
     def __call__(self, region: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
         parameters = [getattr(region, name) for name in self.buffers]
         return getattr(torch.ops.forged_fx, self.function)(x, *parameters, *self.rest)
+
+    def into(self, region: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """The same in the memory of x."""
+        return x.copy_(self(region, x if ops.FUNCTIONS[self.function].told else to_be_kept(x)))
 
 
 class Pass(threading.local):
@@ -164,7 +168,7 @@ class ForgedLayer(_Region):
         input, *rest = args or (self._named(kwargs),)
         plan = self.forged_plan
         for forge in plan.operands[0] if plan.once else plan.next(self.forged_pass.so_far()):
-            input = input.copy_(forge(self, to_be_kept(input))) if forge.in_place else forge(self, input)
+            input = forge.into(self, input) if forge.in_place else forge(self, input)
         return super().forward(input, *rest, **kwargs)
 
     def _named(self, kwargs: dict) -> torch.Tensor:
@@ -237,7 +241,7 @@ class _OwnCalls(TorchFunctionMode):
             if x is None or isinstance(x, torch.nn.Parameter):
                 raise other_call(plan.module, forge.kind, call.kind)
             in_place = function in ACTIVATIONS and works_in_place(function, args, kwargs)
-            new = x.copy_(forge(self.region, to_be_kept(x))) if in_place else forge(self.region, x)
+            new = (forge.into if in_place else forge)(self.region, x)
             args, kwargs = replace(args, kwargs, forge.key, new)
         return function(*args, **kwargs)
 

@@ -4,7 +4,7 @@
 
 A threshold's result is new memory. An activation that is given it leaves its own there, and `h` would be as it was.
 So the threshold is written to `h` first, and the activation is given `h`; unless nothing else can read it. Where
-gradients are recorded, the threshold has read a copy: its backward looks at what it read.
+gradients are recorded, what the threshold's backward looks at is a copy: of what it read, or of its result.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import torch.fx as fx
 from torch import Tensor, nn
 
 from forged_fx.effects import is_fresh, may_ask_in_place, writes
-from forged_fx.ops import THRESHOLD_OPS
+from forged_fx.ops import BY_OPERATOR
 from forged_fx.sites import is_activation
 from forged_fx.stats import Stats
 
@@ -24,20 +24,26 @@ def in_graph(graph: fx.Graph, root: nn.Module, stats: Stats) -> None:
     """Of the graph that `transform` made of `root`. stats: they say which activations work in place (older files do
     not: there, what may is taken to)."""
     for threshold in list(graph.nodes):
-        if threshold.target not in THRESHOLD_OPS or not is_activation(threshold.meta["site"]):
+        if threshold.target not in BY_OPERATOR or not is_activation(threshold.meta["site"]):
             continue
         x, (reader,) = threshold.args[0], threshold.users
         dies = len(x.users) == 1 and is_fresh(x, root) and reader.users
-        known = stats.sites[threshold.meta["site"]].in_place
-        if (writes(reader, root) if known is None else known) and not dies:
+        known, told = stats.sites[threshold.meta["site"]].in_place, BY_OPERATOR[threshold.target].told
+        if not (writes(reader, root) if known is None else known):
+            continue
+        if dies and told:
+            with graph.inserting_before(reader):
+                reader.replace_input_with(threshold, graph.call_function(to_be_kept, (threshold,)))
+        if not dies and not told:
             with graph.inserting_before(threshold):
                 threshold.replace_input_with(x, graph.call_function(to_be_kept, (x,)))
+        if not dies:
             with graph.inserting_before(reader):
                 reader.replace_input_with(threshold, graph.call_method("copy_", (x, threshold)))
 
 
 def to_be_kept(x: Tensor) -> Tensor:
-    """The tensor, which will be written to; a copy, where what reads it is recorded."""
+    """The tensor, which will be written to; a copy, where a backward will look at it."""
     return x.clone() if x.requires_grad and torch.is_grad_enabled() else x
 
 

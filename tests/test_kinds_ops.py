@@ -277,3 +277,33 @@ def test_a_parameter_that_is_zero_in_the_dtype_of_the_comparison(name):
     tiny = [torch.tensor(1e-60, dtype=torch.float64)] * len(f.parameters)
     assert torch.equal(f.op(x, *tiny), getattr(reference, name)(x, *tiny))
     assert torch.equal(f.backward(x, x, *tiny), getattr(reference, f"{name}_backward")(x, x, *tiny))
+
+
+@ALL_DTYPES
+@pytest.mark.parametrize("name", [name for name, f in FUNCTIONS.items() if f.told])
+def test_a_backward_that_is_told_by_the_result(name, dtype):
+    """comes to what it comes to from x, at every kink."""
+    for t in map(torch.tensor, THRESHOLDS):
+        x = values(float(t), dtype)
+        grad = torch.arange(1, x.numel() + 1).to(dtype)
+        y = getattr(reference, name)(x, t)
+        backward = getattr(reference, f"{name}_backward")
+        assert same(backward(grad, y, t), backward(grad, x, t))
+        leaf = x.clone().requires_grad_()
+        (found,) = torch.autograd.grad(FUNCTIONS[name].op(leaf, t), leaf, grad)
+        assert same(found, backward(grad, x, t))
+
+
+def test_a_threshold_ahead_of_a_layer_that_learns_keeps_nothing_more():
+    """Its backward looks at its result, which the layer's looks at, too."""
+    kept = {}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    x, w, t = torch.randn(8, 8, requires_grad=True), torch.randn(8, 8, requires_grad=True), torch.tensor(0.1)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        y = FUNCTIONS["threshold"].op(x.sin(), t)
+        y @ w
+    assert kept.keys() == {v.data_ptr() for v in (x, y, w, t)}

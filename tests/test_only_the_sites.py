@@ -229,6 +229,48 @@ def test_gradients_pass_an_activation_that_writes_where_its_threshold_read(act, 
     assert torch.allclose(found, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["hard", "one_sided", "soft"])
+@pytest.mark.parametrize("graph", [True, False])
+def test_gradients_pass_an_activation_that_writes_where_the_threshold_wrote(graph, kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.SiLU(inplace=True), nn.Linear(4, 2)).eval()
+    x = torch.randn(6, 4, requires_grad=True)
+    stats = forged_fx.calibrate(model, [x.detach()], where="activations")
+    forged = forged_fx.transform(model, stats, RATIO, where="activations", graph=graph, kind=kind)
+    (site,) = forged_fx.describe(forged)
+    h = model[0](x)
+    value = h.sign() * (h.abs() - site.threshold) if kind == "soft" else h
+    small = (h if kind == "one_sided" else h.abs()) < site.threshold
+    (expected,) = torch.autograd.grad(model[2](nn.functional.silu(torch.where(small, 0, value))).sum(), x)
+    (found,) = torch.autograd.grad(forged(x).sum(), x)
+    assert small.any() and torch.allclose(found, expected, atol=1e-6)
+
+
+class AddsInPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.one(x)
+        x += self.two(x)
+        return x
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_gradients_pass_a_threshold_whose_input_is_overwritten(graph):
+    """As they pass the plain model's layers, which keep no input where their weights are frozen."""
+    torch.manual_seed(0)
+    model, x = AddsInPlace().eval().requires_grad_(False), torch.randn(6, 4, requires_grad=True)
+    stats = forged_fx.calibrate(model, [x.detach()])
+    forged = forged_fx.transform(model, stats, RATIO, graph=graph)
+    t = {site.site: site.threshold for site in forged_fx.describe(forged)}
+    h = model.one(torch.where(x.abs() < t["one"], 0, x))
+    (expected,) = torch.autograd.grad((h + model.two(torch.where(h.abs() < t["two"], 0, h))).sum(), x)
+    (found,) = torch.autograd.grad(forged(x).sum(), x)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("graph", [True, False])
 @pytest.mark.parametrize("act", [name for name in ACTIVATIONS if "in place" not in name])
 def test_the_users_input_stays_as_it_is_ahead_of_an_activation(act, graph):
