@@ -23,7 +23,18 @@ from forged_fx.modes import as_found, uncompiled
 from forged_fx.observe import Observer, Sighting
 from forged_fx.processes import Processes, attempt, joined, result
 from forged_fx.progress import track
-from forged_fx.sites import COMPLEX, NOT_DENSE, OTHER_DTYPE, SCRIPTED, UNMEASURED, VMAPPED, mark_of, module_of, names_of
+from forged_fx.randomness import kept_randomness, seed
+from forged_fx.sites import (
+    COMPLEX,
+    CONSTANT_INPUT,
+    NOT_DENSE,
+    OTHER_DTYPE,
+    SCRIPTED,
+    UNMEASURED,
+    VMAPPED,
+    module_of,
+    names_of,
+)
 from forged_fx.stats import SiteStats, Stats, parameter_shapes
 from forged_fx.thresholds import thresholds_of
 from forged_fx.torch_internals import tree_leaves, tree_map
@@ -43,7 +54,8 @@ def calibrate(
 
     The scan runs the model as it is, on its device and under the caller's autocast, in eval mode and without
     gradients, and leaves it as it found it: mode, hooks, parameters and buffers. (What its forward itself writes into a
-    parameter stays, as after any run.)
+    parameter stays, as after any run.) Random generators are left as they were, too: what a model draws for a batch is
+    seeded by the batch's number.
 
     Args:
         model: any `nn.Module`.
@@ -131,15 +143,18 @@ def scan(
     """What `calibrate` returns, of a part of its batches. first: how many came before them, for messages."""
     run = _Scan(model, where == "activations", channels)
     example, n = None, 0
-    given: set[str] = set()
+    given: list[set[str]] = []
     with as_found(model), uncompiled(model), torch.no_grad():
         for n, batch in enumerate(batches, start=1):
             args, kwargs = model_inputs(batch, model)
-            example = example or (args, kwargs)
-            given |= _arguments(model, args, kwargs)
+            example = example or model_inputs(batch, model)  # of its own: the model may write into what it is given
+            if (names := _arguments(model, args, kwargs)) not in given:
+                given.append(names)
             what = f"batch {first + n - 1} (counted from 0)"
             try:
-                in_halves(partial(run.batch, what), args, kwargs, what)
+                with kept_randomness():
+                    seed(first + n - 1)  # what a model draws for a batch is the same wherever it is scanned
+                    in_halves(partial(run.batch, what), args, kwargs, partial(model_inputs, batch, model), what)
             except Exception as error:
                 if why := _why(error, model, batch, args, kwargs):
                     raise type(why)(f"{why} ({in_a_line(error)})") from error
@@ -147,7 +162,19 @@ def scan(
                 raise
     for name in _scripted(model):
         run.sites[name] = SiteStats("scripted", None, (), None, (), layer=False, left_out=SCRIPTED)
-    return Stats(run.sites, run.modules, n, run.observer.contexts, given, example)
+    seen, passed = run.observer, set[str]().union(*given)
+    return Stats(
+        run.sites,
+        run.modules,
+        n,
+        seen.contexts,
+        passed,
+        example,
+        at_times=passed - passed.intersection(*given),
+        not_layers=seen.not_layers,
+        calls=run.calls,
+        no_sites=seen.no_sites,
+    )
 
 
 def _arguments(model: torch.nn.Module, args: tuple, kwargs: dict) -> set[str]:
@@ -249,6 +276,7 @@ class _Scan:
         self.parameters = {id(parameter): name for name, parameter in model.named_parameters()}
         self.sites: dict[str, SiteStats] = {}
         self.modules: dict[str, dict[str, tuple[int, ...]]] = {}
+        self.calls: dict[str, int] = {}
         self._pending: list[tuple[str, SiteStats, tuple[Tensor, ...]]] = []
 
     def batch(self, what: str, args: tuple, kwargs: dict) -> None:
@@ -258,10 +286,8 @@ class _Scan:
         _finish([(f"{name!r} ({one.kind})", one, measured) for name, one, measured in self._pending if measured], what)
         for name, one, _ in self._pending:
             self.sites[name] = self.sites[name].merge(one) if name in self.sites else one
-        for name, site in self.sites.items():
-            site.layer &= module_of(name) not in self.observer.not_layers
-            made = self.observer.numbering.calls(module_of(name), mark_of(name))
-            site.module_calls = max(site.module_calls, made)
+        for key, made in self.observer.numbering.all_calls().items():
+            self.calls[key] = max(self.calls.get(key, 0), made)
 
     def _see(self, seen: Sighting) -> None:
         x, weight = seen.operand.value.detach(), seen.operand.weight
@@ -320,6 +346,9 @@ def _finish(calls: list[tuple[str, SiteStats, tuple[Tensor, ...]]], batch: str) 
     counts = histogram.count(samples)
     for (site, one, measured), low, high, found in zip(calls, _read(lows), _read(highs), counts, strict=True):
         one.lowest, one.c_max = low, max(abs(low), abs(high))
+        if not math.isfinite(one.c_max) and one.left_out == CONSTANT_INPUT:  # a mask's -inf, say: no one forges it
+            one.c_max, one.lowest, one.elements, one.sampled = 0.0, math.inf, 0, 0
+            continue
         if not math.isfinite(one.c_max):
             raise ValueError(
                 f"the input of site {site} holds {one.c_max} in {batch}: calibrate on data and weights that give "

@@ -59,7 +59,7 @@ class ChannelCounts:
 
 def measure(x: Tensor, channel: int) -> Tensor:
     """Of one batch: the sums of x and of x^2 along all dimensions but `channel`; float64 [2, channels]."""
-    rows = x.detach().movedim(channel, 0).flatten(1).double()
+    rows = x.detach().movedim(channel, 0).reshape(x.shape[channel], -1).double()
     return torch.stack([rows.sum(1), rows.square().sum(1)])
 
 

@@ -20,6 +20,8 @@ from forged_fx.hoist import COPIES, VIEWS, hoist, made_by, written_by_inductor
 from forged_fx.lowering import register_lowerings
 from forged_fx.models import copies
 from forged_fx.modes import as_found
+from forged_fx.ops import THRESHOLD_OPS
+from forged_fx.randomness import kept_randomness
 from forged_fx.share import share, thresholds_in
 from forged_fx.thresholds import not_forged
 from forged_fx.within import thresholds_within
@@ -36,7 +38,7 @@ class Cost:
     kind: `FREE`, `SHARED` (another site's threshold on the same tensor serves it too), `WRITE` or `LAUNCH`. bytes: what
     is read and written beyond the plain model's. why: what makes the site's input, and who else reads it. prologue: a
     matrix product on a GPU can apply the threshold as it loads: under mode="max-autotune" it may cost nothing. alone:
-    what it would cost without the site that it shares with.
+    what it would cost without the other sites that read the same tensor, where that is something else.
     """
 
     kind: str
@@ -48,7 +50,7 @@ class Cost:
     @property
     def free(self) -> bool:
         """Whether it costs nothing, whichever sites that are not free are left out."""
-        return self.kind == FREE or (self.alone is not None and self.alone.free)
+        return (self.alone or self).kind == FREE
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.why}" + (f" ({self.bytes / 1e6:.3g} MB)" if self.bytes else "")
@@ -92,7 +94,7 @@ def cost(forged: torch.nn.Module, args: tuple, kwargs: dict[str, Any] | None = N
     register_lowerings()
     tensors = {id(tensor): tensor for tensor in (*forged.parameters(), *forged.buffers())}
     twin = copy.deepcopy(forged, tensors)  # what is compiled here must not count against the user's own compilations
-    with torch.no_grad(), as_found(twin), torch.compiler.set_stance("default"):
+    with torch.no_grad(), as_found(twin), kept_randomness(), torch.compiler.set_stance("default"):
         for run in (twin, torch.compile(twin, backend=backend)):  # of a wrong input the model itself says it best
             own_args, own_kwargs = copies((args, kwargs or {}))
             run(*own_args, **own_kwargs)
@@ -155,7 +157,12 @@ def price(threshold: fx.Node, given: str = "the network's input") -> Cost:
     for reader in x.users:
         if reader is not threshold and (reader in behind or _needs_memory(reader)):
             return Cost(WRITE, size, f"{_name(reader)} reads the raw result of {maker}", prologue)
-    return Cost(FREE, 0, f"a part of {maker}")
+    beside = [user for user in x.users if user.target in THRESHOLD_OPS and any(map(_needs_memory, user.users))]
+    if len(beside) < 2:
+        return Cost(FREE, 0, f"a part of {maker}")
+    # No one reads the raw result: one of its thresholds is written in its place.
+    written = Cost(WRITE, size, f"another threshold of what {maker} makes is written, too", prologue)
+    return Cost(FREE, 0, f"a part of {maker}", alone=written) if threshold is beside[0] else written
 
 
 def _read_by_products(node: fx.Node) -> bool:

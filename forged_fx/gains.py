@@ -6,6 +6,7 @@ the forged function leaves in place. `||W P||_2` is what the layer can amplify a
 by power iteration on the call itself, as it was made, and on its transpose, which is its gradient.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -58,8 +59,10 @@ class _Watch(TorchFunctionMode):
             return self._forged(function, args, kwargs)
         if function in CALLS:
             for _, key, value in CALLS[function].operands(args, kwargs):
-                if id(value) in self.pending:
-                    self._measure(function, args, kwargs, key)
+                # (where dimension 0 is summed over, no row is an input's)
+                if id(value) in self.pending and CALLS[function].channel_of(value, key) + value.dim():
+                    with contextlib.suppress(RuntimeError):  # of a call that takes no operand but of its own rows
+                        self._measure(function, args, kwargs, key)
         return function(*args, **kwargs)
 
     def _forged(self, function: Any, args: tuple, kwargs: dict) -> Any:
@@ -86,12 +89,19 @@ class _Watch(TorchFunctionMode):
         # Each is found from below, and what a smaller set reaches, a larger one does too.
         on_kept = self._norms(call, kept)
         on_nonzero = torch.maximum(self._norms(call, nonzero), on_kept)
-        whole = torch.maximum(self._norms(call, torch.ones_like(y[:1], dtype=torch.bool)), on_nonzero.max())
+        whole = torch.maximum(self._whole(call, torch.ones_like(y, dtype=torch.bool)), on_nonzero.max())
         new = Gains(whole.expand(on_kept.shape), on_nonzero, on_kept)
         if site in self.found:  # a module that runs several times
             before = self.found[site]
             new = Gains(*(torch.maximum(getattr(before, k), getattr(new, k)) for k in ("whole", "nonzero", "kept")))
         self.found[site] = new
+
+    def _whole(self, call: Callable[[Tensor], Tensor], mask: Tensor) -> Tensor:
+        """Of one row, as all are alike; unless the other operand has a matrix for each, and the largest is wanted."""
+        try:
+            return self._norms(call, mask[:1])
+        except RuntimeError:
+            return self._norms(call, mask).max()
 
     def _norms(self, call: Callable[[Tensor], Tensor], mask: Tensor) -> Tensor:
         """For each input of the model: the largest over those rows of the operand that belong to it."""

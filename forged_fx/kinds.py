@@ -227,7 +227,8 @@ def choose(stats: Stats, kind: str | Mapping[str, str], sites: list[str], statis
         raise ValueError(
             f"kind 'mean' needs the mean and standard deviation of each channel, which these statistics lack at "
             f"{missing[0]!r}: take them with forged_fx.calibrate(model, batches, channels=True), or "
-            "`forged-fx calibrate ... --channels`"
+            "`forged-fx calibrate ... --channels`; where how many channels there are varies, leave the site out "
+            "(exclude=)"
         )
     if statistic not in (None, MEAN_STD):
         if sites and len(per_channel) == len(sites):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from forged_fx import checked
 from forged_fx.bpda import callers_gradient_off, straight_through
@@ -201,7 +202,7 @@ def jacobian_norms(
 ) -> tuple[Tensor, Tensor]:
     """The spectral and the Frobenius norm of d f(x) / d x at each input; float64 (n,) each."""
     leaf = x.detach().clone().requires_grad_()
-    with torch.enable_grad():
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # attention's other kernels have no second derivative
         with context():
             y = model(leaf.clone()).flatten(1)  # a model may write into what it is given
         if not y.requires_grad:

@@ -20,8 +20,13 @@ def ran_out(error: BaseException) -> bool:
     return said or isinstance(error, MemoryError | torch.OutOfMemoryError)
 
 
-def in_halves(run: Callable[[tuple, dict], Any], args: tuple, kwargs: dict, what: str) -> None:
-    """`run` on a batch; if memory does not suffice, on each of its halves. what: the batch's name, for the warning."""
+def in_halves(
+    run: Callable[[tuple, dict], Any], args: tuple, kwargs: dict, anew: Callable[[], tuple[tuple, dict]], what: str
+) -> None:
+    """`run` on a batch; if memory does not suffice, on each of its halves.
+
+    anew: gives (args, kwargs) once more, as they were. what: the batch's name, for the warning.
+    """
     try:
         run(args, kwargs)
         return
@@ -34,7 +39,7 @@ def in_halves(run: Callable[[tuple, dict], Any], args: tuple, kwargs: dict, what
         f"{what}: out of memory, so it was run in halves, of {size // 2} and {size - size // 2}", stacklevel=3
     )
     for half in (slice(None, size // 2), slice(size // 2, None)):
-        run(*tree_map(lambda value, half=half: value[half] if isinstance(value, Tensor) else value, (args, kwargs)))
+        run(*tree_map(lambda value, half=half: value[half] if isinstance(value, Tensor) else value, anew()))
 
 
 def at_half_the_batch(function: Function) -> Function:

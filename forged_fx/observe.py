@@ -25,6 +25,7 @@ from forged_fx.sites import (
     CALLS,
     OPENED,
     Call,
+    Key,
     Numbering,
     Operand,
     Origin,
@@ -191,27 +192,44 @@ def _is_parameter(value: Tensor) -> bool:
     return type(value) is not Tensor and isinstance(value, torch.nn.Parameter)
 
 
+# What exchanges dimensions.
+_PERMUTES = {getattr(owner, name) for owner in (torch, Tensor) for name in (
+    "permute", "transpose", "t", "swapaxes", "swapdims", "movedim", "moveaxis", "adjoint"
+)} | {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}  # fmt: skip
+
+
 class _Layouts:
-    """Where the channels of each tensor of the run lie: a layer or norm says so, and what keeps the shape keeps it."""
+    """Where the channels of each tensor of the run lie: a layer or norm says so. What exchanges dimensions takes them
+    along, and whatever else keeps the number of dimensions, and that of the channels, leaves them there."""
 
     def __init__(self) -> None:
         self._known = WeakTensorKeyDictionary()
 
-    def channel(self, value: Tensor) -> int:
+    def channel(self, value: Tensor, key: Key) -> int:
         """From behind. Where nothing is known, an image's second dimension, and else the last one."""
         return self._known.get(value, 1 - value.dim() if value.dim() in (4, 5) else -1)
 
-    def follow(self, function: Callable, args: tuple, result: Any) -> None:
+    def follow(self, function: Callable, args: tuple, kwargs: dict, result: Any) -> None:
         if not isinstance(result, Tensor) or not result.dim():
             return
         if function in CALLS:
             self._known[result] = CALLS[function].channel_of(result)
         elif function in _NORMS:
             self._known[result] = -1 if _NORMS[function] is None else _NORMS[function] - result.dim()
+        elif function in _PERMUTES:
+            if (x := args[0]) in self._known:
+                sizes = [*range(x.dim())]  # each another: of the result they say where each dimension went
+                there = function(torch.empty(sizes, device="meta"), *args[1:], **kwargs).shape
+                self._known[result] = there.index(sizes[self._known[x]]) - len(sizes)
         else:
-            alike = (t for t in args if isinstance(t, Tensor) and t.shape == result.shape and t in self._known)
-            if (source := next(alike, None)) is not None:
-                self._known[result] = self._known[source]
+            kept = (
+                channel
+                for x in args
+                if isinstance(x, Tensor) and x in self._known and x.dim() == result.dim()
+                if x.shape[channel := self._known[x]] == result.shape[channel]
+            )
+            if (channel := next(kept, None)) is not None:
+                self._known[result] = channel
 
 
 class _SeeCalls(TorchFunctionMode):
@@ -234,7 +252,7 @@ class _SeeCalls(TorchFunctionMode):
             self.observer.called(function, args, kwargs, result)
         self.observer.origins.follow(function, args, kwargs, result)
         if self.observer.layouts is not None:
-            self.observer.layouts.follow(function, args, result)
+            self.observer.layouts.follow(function, args, kwargs, result)
         return result
 
 
@@ -255,6 +273,7 @@ class Observer:
         self.origins = _Origins(model)
         self.contexts: set[str] = set()  # modules whose own code runs calls in a context that a graph would drop
         self.not_layers: set[str] = set()  # modules that do more with their first argument than one call of the table
+        self.no_sites: set[str] = set()  # calls of the table that no data met weights in
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """One forward pass. The fast path of attention is off within: it would hide the products inside it."""
@@ -274,10 +293,14 @@ class Observer:
         frame.calls += 1
         self._read_by_call(frame, args, kwargs)
         name = self.numbering.call(frame.name, call.mark)
-        for i, operand in enumerate(data_operands(call, args, kwargs, self.origins.of)):
+        operands = data_operands(call, args, kwargs, self.origins.of)
+        if not operands:
+            self.no_sites.add(name)
+        for i, operand in enumerate(operands):
             reads_input = operand.value is frame.first_input and i == 0
             first_run = self.runs[frame.name] <= 1
-            channel = call.channel_of(operand.value) if call.mark == "#" else self.layouts.channel(operand.value)
+            place = call.channel_of if call.mark == "#" else self.layouts.channel
+            channel = place(operand.value, operand.key)
             site = operand_name(name, i)
             in_place = call.mark == "@" and works_in_place(function, args, kwargs)
             frame.in_place |= in_place

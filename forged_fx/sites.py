@@ -59,7 +59,8 @@ class Call:
     """How to read one function's call: its kind, and where its operands are.
 
     roles: a letter per operand; "x" is always data, "w" always the weight, "?" is a product's operand, either one; "a"
-    is an activation's. channel: which dimension of the data holds the channels, from behind; None: the second.
+    is an activation's. channel: which dimension of the data holds the channels, from behind; None: the second. right:
+    the same of a second operand that is data.
     """
 
     kind: str
@@ -67,13 +68,17 @@ class Call:
     keys: tuple[tuple[int, str], ...]  # per operand: its position, its keyword
     opens: bool = True  # False: a fused kernel whose inside cannot be reached
     channel: int | None = -1
+    right: int = -1
 
     @property
     def mark(self) -> str:
         """What stands ahead of the number in a site's name."""
         return "@" if self.roles == "a" else "#"
 
-    def channel_of(self, value: Tensor) -> int:
+    def channel_of(self, value: Tensor, key: Key = ()) -> int:
+        """Where the channels of an operand lie, which sits at `key`; or of the result."""
+        if value.dim() > 1 and self.right != self.channel and key in ((self.keys[1][0],), (self.keys[1][1],)):
+            return self.right
         return 1 - value.dim() if self.channel is None else self.channel
 
     def operands(self, args: tuple, kwargs: dict) -> list[tuple[str, Key, Any]]:
@@ -108,8 +113,9 @@ def _activation(kind: str) -> Call:
     return Call(kind, "a", ((0, "input"),))
 
 
-def _product(kind: str, first: int, a: str, b: str) -> Call:
-    return Call(kind, "??", ((first, a), (first + 1, b)))
+def _product(kind: str, first: int, a: str, b: str, right: int = -2) -> Call:
+    """right: the dimension of the second operand that is summed over."""
+    return Call(kind, "??", ((first, a), (first + 1, b)), right=right)
 
 
 def _aten(rows: dict[str, Call]) -> dict[Callable, Call]:
@@ -143,7 +149,7 @@ CALLS: dict[Callable, Call] = {
     torch.linalg.matmul: _product("matmul", 0, "input", "other"),
     Tensor.matmul: _product("matmul", 0, "self", "other"),
     Tensor.__matmul__: _product("matmul", 0, "self", "other"),
-    Tensor.__rmatmul__: _product("matmul", 0, "self", "other"),
+    Tensor.__rmatmul__: Call("matmul", "??", ((0, "self"), (1, "other")), channel=-2),
     operator.matmul: _product("matmul", 0, "a", "b"),
     torch.mm: _product("mm", 0, "input", "mat2"),
     Tensor.mm: _product("mm", 0, "self", "mat2"),
@@ -156,12 +162,12 @@ CALLS: dict[Callable, Call] = {
     Tensor.addmm: _product("addmm", 1, "mat1", "mat2"),
     torch.baddbmm: _product("baddbmm", 1, "batch1", "batch2"),
     Tensor.baddbmm: _product("baddbmm", 1, "batch1", "batch2"),
-    torch.tensordot: _product("tensordot", 0, "a", "b"),
-    torch.inner: _product("inner", 0, "input", "other"),
-    Tensor.inner: _product("inner", 0, "self", "other"),
-    torch.dot: _product("dot", 0, "input", "tensor"),
-    Tensor.dot: _product("dot", 0, "self", "tensor"),
-    torch.linalg.vecdot: _product("vecdot", 0, "x", "y"),
+    torch.tensordot: _product("tensordot", 0, "a", "b", right=-1),
+    torch.inner: _product("inner", 0, "input", "other", right=-1),
+    Tensor.inner: _product("inner", 0, "self", "other", right=-1),
+    torch.dot: _product("dot", 0, "input", "tensor", right=-1),
+    Tensor.dot: _product("dot", 0, "self", "tensor", right=-1),
+    torch.linalg.vecdot: _product("vecdot", 0, "x", "y", right=-1),
     torch.addmv: _product("addmv", 1, "mat", "vec"),
     torch.addmv_: _product("addmv", 1, "mat", "vec"),
     Tensor.addmv: _product("addmv", 1, "mat", "vec"),
@@ -194,14 +200,14 @@ CALLS: dict[Callable, Call] = {
             "mm": _product("mm", 0, "self", "mat2"),
             "mv": _product("mv", 0, "self", "vec"),
             "bmm": _product("bmm", 0, "self", "mat2"),
-            "dot": _product("dot", 0, "self", "tensor"),
-            "inner": _product("inner", 0, "self", "other"),
-            "linalg_vecdot": _product("vecdot", 0, "x", "y"),
+            "dot": _product("dot", 0, "self", "tensor", right=-1),
+            "inner": _product("inner", 0, "self", "other", right=-1),
+            "linalg_vecdot": _product("vecdot", 0, "x", "y", right=-1),
             "addmm": _product("addmm", 1, "mat1", "mat2"),
             "addmv": _product("addmv", 1, "mat", "vec"),
             "addbmm": _product("addbmm", 1, "batch1", "batch2"),
             "baddbmm": _product("baddbmm", 1, "batch1", "batch2"),
-            "tensordot": _product("tensordot", 0, "self", "other"),
+            "tensordot": _product("tensordot", 0, "self", "other", right=-1),
             "einsum": Many("einsum", "", ()),
             "chain_matmul": Many("chain_matmul", "", (), first=0),
             "linalg_multi_dot": Many("multi_dot", "", (), first=0),
@@ -224,7 +230,7 @@ _FAMILIES: dict[str, tuple[Callable, ...]] = {
     "hardtanh": (F.hardtanh, F.hardtanh_),  # nn.ReLU6 calls it too
     "threshold": (F.threshold, torch.threshold, torch.threshold_),
     "leaky_relu": (F.leaky_relu, F.leaky_relu_),
-    "rrelu": (F.rrelu, F.rrelu_),
+    "rrelu": (F.rrelu, F.rrelu_, torch.rrelu, torch.rrelu_),
     "prelu": (F.prelu, torch.prelu, Tensor.prelu),
     "elu": (F.elu, F.elu_),
     "celu": (F.celu, F.celu_, torch.celu),
@@ -342,6 +348,10 @@ class Numbering:
     def calls(self, module: str, mark: str = "#") -> int:
         """How many calls the module has made."""
         return self._calls.get((module, mark), 0)
+
+    def all_calls(self) -> dict[str, int]:
+        """A module's name and its calls' mark -> how many it has made."""
+        return {module + mark: made for (module, mark), made in self._calls.items()}
 
 
 def call_name(module: str, k: int, mark: str = "#") -> str:

@@ -26,7 +26,7 @@ from forged_fx import checked
 from forged_fx.channels import PARTS, ChannelCounts
 from forged_fx.files import STATISTICS, STATS_KEY, whole
 from forged_fx.histogram import BINS, quantile, share_below
-from forged_fx.sites import OTHER_CALL, OTHER_WEIGHT, call_of, has_input, is_activation, module_of
+from forged_fx.sites import OTHER_CALL, OTHER_WEIGHT, call_of, has_input, is_activation, mark_of, module_of
 
 FORMAT = 1
 
@@ -77,7 +77,7 @@ class SiteStats:
     module_calls: int = field(default=0, metadata=_by(max))
     # why it is no site by default; None: it is one
     left_out: str | None = field(
-        default=None, metadata=_merge(lambda one, other, _: one.left_out or other.left_out or one._unlike(other))
+        default=None, metadata=_merge(lambda one, other, _: one._unlike(other) or one.left_out or other.left_out)
     )
     calls: int = field(default=0, metadata=_SUM)
     c_max: float = field(default=0.0, metadata=_by(max))
@@ -133,11 +133,11 @@ class SiteStats:
         return OTHER_WEIGHT if self.weight != other.weight else None
 
     def _merged_channels(self, other: "SiteStats") -> ChannelCounts | None:
-        """None if one of the two saw elements and did not measure their channels."""
+        """None if one of the two saw elements and did not measure their channels, or how many there are varies."""
         if not (self.elements and other.elements):
             return (self if self.elements else other).channel_counts
         mine, theirs = self.channel_counts, other.channel_counts
-        return mine.merge(theirs) if mine and theirs else None
+        return mine.merge(theirs) if mine and theirs and mine.size == theirs.size else None
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SiteStats):
@@ -165,7 +165,11 @@ class Stats:
     sites: site name -> SiteStats. modules: for each module that runs a site, the shapes of its own parameters; this is
     how the statistics know their model. example: the first batch as (args, kwargs), kept in memory only; `transform`
     audits its result with it. contexts: modules that make calls under autocast, another grad mode or checkpointing.
-    given: the parameters of the model's forward that the batches passed.
+    given: the parameters of the model's forward that the batches passed; at_times: those that only some did.
+
+    What follows was seen in one batch or another, of whichever module, and says of sites what they are: not_layers,
+    modules that do more with their input than one call. calls: a module's name and a mark (# or @) -> how many such
+    calls it made in one forward pass, at most. no_sites: names that a call had in which no data met weights.
     """
 
     def __init__(
@@ -176,6 +180,11 @@ class Stats:
         contexts: set[str] | None = None,
         given: set[str] | None = None,
         example: tuple[tuple, dict] | None = None,
+        *,
+        at_times: set[str] | None = None,
+        not_layers: set[str] | None = None,
+        calls: dict[str, int] | None = None,
+        no_sites: set[str] | None = None,
     ) -> None:
         self.sites = sites or {}
         self.modules = modules or {}
@@ -183,6 +192,15 @@ class Stats:
         self.contexts = contexts or set()
         self.given = given or set()
         self.example = example
+        self.at_times = at_times or set()
+        self.not_layers = not_layers or set()
+        self.calls = calls or {}
+        self.no_sites = no_sites or set()
+        for name, site in self.sites.items():
+            site.layer &= module_of(name) not in self.not_layers
+            site.module_calls = max(site.module_calls, self.calls.get(module_of(name) + mark_of(name), 0))
+            if name in self.no_sites:
+                site.left_out = OTHER_CALL
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"example": None}  # a checkpoint of a forged model is no place for its users' data
@@ -195,7 +213,7 @@ class Stats:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Stats):
             return NotImplemented
-        keys = ("sites", "modules", "batches", "contexts", "given")
+        keys = ("sites", "modules", "batches", "contexts", "given", "at_times", "not_layers", "calls", "no_sites")
         return all(getattr(self, key) == getattr(other, key) for key in keys)
 
     def __repr__(self) -> str:
@@ -217,9 +235,10 @@ class Stats:
                     f"cannot merge statistics of different models: the parameters of {name or 'the root module'!r} are "
                     f"{self.modules[name]} here and {other.modules[name]} there"
                 )
-        sites = dict(self.sites)
+        sites = {name: copy.copy(site) for name, site in self.sites.items()}
         for name, site in other.sites.items():
-            sites[name] = sites[name].merge(site) if name in sites else site
+            sites[name] = sites[name].merge(site) if name in sites else copy.copy(site)
+        differently = self.given ^ other.given if self.batches and other.batches else set()
         return Stats(
             sites,
             {**self.modules, **other.modules},
@@ -227,6 +246,10 @@ class Stats:
             self.contexts | other.contexts,
             self.given | other.given,
             self.example or other.example,
+            at_times=self.at_times | other.at_times | differently,
+            not_layers=self.not_layers | other.not_layers,
+            calls={key: max(self.calls.get(key, 0), other.calls.get(key, 0)) for key in (self.calls | other.calls)},
+            no_sites=self.no_sites | other.no_sites,
         )
 
     def fits(self, model: torch.nn.Module) -> bool:
@@ -323,8 +346,8 @@ class Stats:
         header: dict[str, Any] = {
             "format": FORMAT,
             "batches": self.batches,
-            "contexts": sorted(self.contexts),
-            "given": sorted(self.given),
+            **{key: sorted(getattr(self, key)) for key in ("contexts", "given", *_LATER_SETS)},
+            "calls": self.calls,
             "modules": self.modules,
             "channel_counts": {},
             "sites": {name: {key: getattr(site, key) for key in _TEXT_FIELDS} for name, site in self.sites.items()},
@@ -401,7 +424,18 @@ class Stats:
         for name, site in sites.items():
             _check_site(name, site, modules)
         contexts, given = (set(checked.fit(header[key], list[str], key)) for key in ("contexts", "given"))
-        return cls(sites, modules, checked.fit(header["batches"], int, "batches"), contexts, given)
+        at_times, not_layers, no_sites = (set(checked.fit(header.get(key, []), list[str], key)) for key in _LATER_SETS)
+        return cls(
+            sites,
+            modules,
+            checked.fit(header["batches"], int, "batches"),
+            contexts,
+            given,
+            at_times=at_times,
+            not_layers=not_layers,
+            calls=checked.fit(header.get("calls", {}), dict[str, int], "calls"),
+            no_sites=no_sites,
+        )
 
 
 def _none_in(file: Any) -> Any:
@@ -417,6 +451,7 @@ _COUNTS = ("calls", "elements", "sampled", "zeros")
 _TEXT_FIELDS = tuple(f.name for f in fields(SiteStats) if f.name not in _ARRAYS + _COUNTS)
 # what the files of every version say of a site; of what they do not, a field's default holds
 _ALWAYS = ("kind", "shape", "weight_shape", "weight", "key", "layer", "once", "module_calls", "left_out")
+_LATER_SETS = ("at_times", "not_layers", "no_sites")  # of `Stats`, which the first files did not have
 _HINTS = get_type_hints(SiteStats)
 if _unsaid := [f.name for f in fields(SiteStats) if "merge" not in f.metadata]:
     raise TypeError(f"SiteStats.{_unsaid[0]} does not say how two scans' are merged: give it a rule, metadata=_SUM say")

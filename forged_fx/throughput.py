@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from forged_fx.modes import as_found
 from forged_fx.progress import track
 
 LEAST = 0.05  # seconds that one timing takes at least: far above the clock's grain and a context switch
@@ -47,16 +48,17 @@ class Speed:
 def compare(
     model: nn.Module, forged: nn.Module, x: Tensor, *, rounds: int = 15, modes: Iterable[str] = tuple(MODES)
 ) -> list[Speed]:
-    """Time both models on the batch `x`, in each of `modes`, without gradients.
+    """Time both models on the batch `x`, in each of `modes`, in eval mode and without gradients.
 
     Compiles what has to be compiled first and leaves that out of the figures. Raises ValueError for less than one
     round, KeyError for an unknown mode, and what torch.compile raises where it cannot compile (no C++ compiler).
     """
     variants: dict[Key, Callable[[], object]] = {}
+    modes = tuple(modes)
     for mode in modes:
         for name, way, module in zip(("plain", "forged"), MODES[mode], (model, forged), strict=True):
             variants[mode, name] = functools.partial(way(module), x)
-    with torch.no_grad():
+    with torch.no_grad(), as_found(model, forged):
         seconds = interleave(variants, rounds, lambda: torch.cuda.synchronize() if x.is_cuda else None)
     return [_speed(mode, seconds[mode, "plain"], seconds[mode, "forged"]) for mode in modes]
 

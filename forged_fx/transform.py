@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from types import SimpleNamespace
 from typing import Any
 
@@ -213,7 +214,7 @@ def transform(
             f"{type(stats).__name__}"
         )
     check_example(example)
-    stats = stats if isinstance(stats, Stats) else Stats.load(stats)
+    stats = Stats().merge(stats) if isinstance(stats, Stats) else Stats.load(stats)  # the forged model's own
     model = unwrapped(model)
     if fuse not in (None, True, False):
         raise ValueError(f"fuse={fuse!r}: True, False, or None to decide by the model's device")
@@ -236,7 +237,7 @@ def transform(
     choice = choose(stats, kind, wanted, statistic)
     choice.values(stats, ratio)  # an error in it had better be seen now
     if only is not None:
-        given = {"kind": choice.kinds, "statistic": statistic, "strict": strict, "graph": graph}
+        given = {"ratio": ratio, "kind": choice.kinds, "statistic": statistic, "strict": strict, "graph": graph}
         costly = _costly(model, stats, wanted, example, only, **given)
         wanted, left_out = [site for site in wanted if site not in costly], left_out | costly
         choice = choice.of(wanted)
@@ -409,7 +410,7 @@ def _costly(
         return {}
     if example is None:
         raise ValueError("only='free' runs a model with weights to see what costs: pass example=(args, kwargs)")
-    forged = transform(model, stats, None, **given, where=wanted, example=example, fuse=False)
+    forged = transform(model, stats, **given, where=wanted, example=example, fuse=False)
     costs = cost(forged, *example)
     return {site: f"not free: {price.alone or price}" for site, price in costs.items() if not price.free}
 
@@ -488,8 +489,17 @@ def set_ratio(forged: torch.nn.Module, ratio: Ratio) -> None:
     found = [(module, record) for module in forged.modules() if (record := forging_of(module))]
     if not found:
         raise ValueError(not_forged(forged, "set_ratio"))
-    for module, record in found:
-        _write(in_force(module, record), record.choice.values(record.stats, ratio))
+    sites = [[*record.stats.sites] for _, record in found]
+    if isinstance(ratio, Mapping):
+        match_sites([*ratio], [name for names in sites for name in names], "ratio")
+    values = []  # all of them first: an error leaves every model as it is
+    for (module, record), names in zip(found, sites, strict=True):
+        own = ratio
+        if isinstance(ratio, Mapping):  # of the patterns those that mean this model
+            own = {p: r for p, r in ratio.items() if any(p == name or fnmatchcase(name, p) for name in names)}
+        values.append((in_force(module, record), record.choice.values(record.stats, own)))
+    for buffers, of_sites in values:
+        _write(buffers, of_sites)
 
 
 def _write(buffers: Mapping[str, tuple[torch.Tensor, ...]], values: Mapping[str, tuple[Any, ...]]) -> None:
@@ -502,6 +512,8 @@ def _write(buffers: Mapping[str, tuple[torch.Tensor, ...]], values: Mapping[str,
 
 def _forge_whole(model: torch.nn.Module, stats: Stats, wanted: list[str], choice: Choice) -> ForgedModule:
     """The model as one graph, with thresholds that change nothing yet. Raises Untraceable."""
+    if stats.at_times:
+        raise Untraceable(f"only some of calibration's batches gave {', '.join(map(repr, sorted(stats.at_times)))}")
     layer_sites = {name for name, site in stats.sites.items() if site.layer}
     opened = opened_modules(wanted, layer_sites)
     graph, constants = capture(model, opened, stats.given, stats.contexts)

@@ -588,3 +588,108 @@ def test_batches_without_an_element_are_refused_though_a_site_is_left_out():
 
     with pytest.raises(ValueError, match="saw no element"):
         forged_fx.calibrate(Filtered(), [torch.empty(0, 4)])
+
+
+class Branch(nn.Module):
+    """Another call in the same place, or none, where the batch is small."""
+
+    def __init__(self, small):
+        super().__init__()
+        self.weight, self.small = nn.Parameter(torch.randn(4, 4)), small
+
+    def forward(self, x):
+        return F.linear(x, self.weight) if len(x) > 2 else self.small(x, self.weight)
+
+
+SMALL = {
+    "no call": lambda x, w: 2 * x,
+    "a product of data": lambda x, w: x @ (x.mT @ x),
+    "a linear call of data": lambda x, w: F.linear(x, x.mT @ x),
+    "more calls": lambda x, w: F.linear(F.linear(x, w), w),
+    "its input besides": lambda x, w: F.linear(x, w) + x,
+}
+
+
+@pytest.mark.parametrize("order", [(0, 1, 0), (1, 0, 1)])
+@pytest.mark.parametrize("small", SMALL)
+def test_what_one_batch_says_of_a_module_holds_in_all_of_a_scan(small, order, tmp_path):
+    """In one go, batch by batch, and merged; and the forged model is the plain one with thresholds ahead of sites."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Branch(SMALL[small]), nn.Linear(4, 3)).eval()
+    batches = [(torch.randn(6, 4), torch.randn(2, 4))[i] for i in order]
+    stats = forged_fx.calibrate(model, batches)
+    parts = [forged_fx.calibrate(model, [batch]) for batch in batches]
+    stats.save(tmp_path / "stats")
+    assert stats == parts[0].merge(parts[1]).merge(parts[2]) == parts[0].merge(parts[1].merge(parts[2]))
+    assert stats == forged_fx.calibrate(model, batches, checkpoint=tmp_path / "scan")
+    assert stats == forged_fx.Stats.load(tmp_path / "stats")
+    forged = forged_fx.transform(model, stats, 0.5)
+    t = {row.site: row.threshold for row in forged_fx.describe(forged) if row.left_out is None}
+    plain = F.linear
+
+    def linear(x, weight, bias=None):
+        names = ["1"] if weight is model[1].weight else ["0", "0#1"] if weight is model[0].weight else []
+        cut = next((t[n] for n in names[calls.count(id(weight)) :] if n in t), 0)
+        calls.append(id(weight))
+        return plain(torch.where(x.abs() < cut, 0, x), weight, bias)
+
+    for x in batches:
+        calls = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(F, "linear", linear)
+            expected = model(x)
+        assert torch.equal(forged(x), expected)
+
+
+class Noisy(nn.Linear):
+    def forward(self, x):
+        return super().forward(x + torch.randn_like(x))
+
+
+def test_random_generators_are_left_as_they_were(tmp_path):
+    """What a model draws for a batch is the same wherever it is scanned."""
+    model, batches = Noisy(4, 4).eval(), [torch.randn(5, 4) for _ in range(3)]
+    before = torch.get_rng_state()
+    stats = forged_fx.calibrate(model, batches)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.randn(9)
+    assert forged_fx.calibrate(model, batches, checkpoint=tmp_path / "scan") == stats
+    forged, before = forged_fx.transform(model, stats), torch.get_rng_state()
+    forged_fx.sparsity(forged, batches)
+    forged_fx.describe(forged, cost=True)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Shifts(nn.Embedding):
+    """Writes into what it is given."""
+
+    def forward(self, ids):
+        ids += 2
+        return super().forward(ids)
+
+
+def test_the_example_is_the_batch_as_it_was_given():
+    torch.manual_seed(0)
+    model, ids = nn.Sequential(Shifts(8, 4), nn.Linear(4, 2)).eval(), torch.tensor([[4, 5]])
+    stats = forged_fx.calibrate(model, [ids])
+    assert torch.equal(stats.example[0][0], torch.tensor([[4, 5]])) and torch.equal(ids, torch.tensor([[4, 5]]))
+    assert forged_fx.transform(model, stats).training is False  # the audit takes it
+
+
+class Masked(nn.Module):
+    """A product of a constant that holds an infinity."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+        self.register_buffer("mask", torch.tensor([[-torch.inf, 0.0, 0.0]]))
+
+    def forward(self, x):
+        return self.fc(x) + F.linear(self.mask, self.fc.weight.abs()).exp()
+
+
+def test_an_infinite_constant_is_no_input_of_a_site():
+    model = Masked().eval()
+    stats = forged_fx.calibrate(model, [torch.randn(2, 3)])
+    assert {name: site.left_out for name, site in stats.sites.items()} == {"fc": None, "#0": CONSTANT_INPUT}
+    forged_fx.transform(model, stats)

@@ -1,6 +1,7 @@
 """cost: which thresholds are free, and why the others are not."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -165,8 +166,14 @@ def test_what_may_apply_it_as_it_loads_on_a_gpu(reads, may):
 
 def test_thresholds_that_part_are_not_shared(made):
     model, stats, x = made
-    forged = forged_fx.transform(model, stats, {"left": 2**-3, "*": 2**-4})
-    assert forged_fx.cost(forged, (x,))["right"].kind == FREE
+    ratios = {"left": 2**-3, "*": 2**-4}
+    found = forged_fx.cost(forged_fx.transform(model, stats, ratios), (x,))
+    (shape,) = {stats.sites[name].shape for name in ("left", "right")}
+    assert (found["left"].kind, found["left"].bytes, found["left"].free) == (FREE, 0, False)
+    assert (found["right"].kind, found["right"].bytes) == (WRITE, 4 * math.prod(shape))
+    # Each alone is written beside the raw value, which the other site reads.
+    bare = forged_fx.transform(model, stats, ratios, only="free")
+    assert {row.site for row in forged_fx.describe(bare) if row.left_out is None} == {"qkv", "head"}
 
 
 def test_only_what_is_free(made, tmp_path):

@@ -207,6 +207,28 @@ def test_a_batch_that_memory_does_not_hold_is_scanned_in_halves(batches, where):
         forged_fx.calibrate(Two(Small(inner, 4, OUT[where])), [{"x": torch.cat(batches), "scale": torch.ones(1)}])
 
 
+class Scales(torch.nn.Module):
+    """Writes into what it is given, and then runs out of memory, once."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.ran = torch.nn.Linear(4, 2), False
+
+    def forward(self, x):
+        x *= 10
+        if not self.ran:
+            self.ran = True
+            raise MemoryError
+        return self.fc(x)
+
+
+def test_a_batch_that_is_run_again_is_as_it_was_given():
+    x = torch.randn(6, 4)
+    with pytest.warns(UserWarning, match="halves"):
+        stats = forged_fx.calibrate(Scales(), [x])
+    assert stats.sites["fc"].c_max == float((10 * x).abs().max())
+
+
 class Two(torch.nn.Module):
     def __init__(self, inner):
         super().__init__()

@@ -474,6 +474,73 @@ def test_mean_sparse_in_one_line():
         assert (relu.forged_width_activation > 0).all() and relu.forged_mean_activation.shape == (16,)
 
 
+class Through(nn.Module):
+    """An activation, behind whatever comes ahead of it."""
+
+    def __init__(self, layer, ahead):
+        super().__init__()
+        self.layer, self.ahead = layer, ahead
+
+    def forward(self, x):
+        return nn.functional.gelu(self.ahead(self.layer(x)))
+
+
+IMAGES, SIGNALS = torch.randn(2, 3, 6, 6), torch.randn(2, 3, 6)
+PLACES = {  # the shape says nothing, as all sizes are 6
+    "a norm between two permutes": (
+        nn.Conv2d(3, 6, 1), lambda x: nn.functional.layer_norm(x.permute(0, 2, 3, 1), [6]).permute(0, 3, 1, 2), -3,
+        IMAGES,
+    ),
+    "a permute": (nn.Conv2d(3, 6, 1), lambda x: x.permute(0, 2, 3, 1), -1, IMAGES),
+    "movedim": (nn.Conv2d(3, 6, 1), lambda x: torch.movedim(x, source=1, destination=2), -2, IMAGES),
+    "transposed by name": (nn.Conv1d(3, 6, 1), lambda x: x.transpose(dim0=1, dim1=2), -1, SIGNALS),
+    "mT": (nn.Conv1d(3, 6, 1), lambda x: x.mT, -1, SIGNALS),
+    "a pool": (nn.Conv1d(3, 6, 1), lambda x: nn.functional.max_pool1d(x, 2), -2, SIGNALS),
+    "an average": (nn.Conv1d(3, 6, 1), lambda x: x.mean(2, keepdim=True), -2, SIGNALS),
+    "a slice": (nn.Conv1d(3, 6, 1), lambda x: x[:, :, ::2], -2, SIGNALS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("layer", "ahead", "place", "x"), PLACES.values(), ids=PLACES)
+def test_where_the_channels_of_an_activation_lie(layer, ahead, place, x):
+    model = Through(layer, ahead).eval()
+    site = forged_fx.calibrate(model, [x], where="activations", channels=True).sites["@0"]
+    seen = ahead(layer(x)).detach().double().movedim(place, 0).flatten(1)
+    assert site.channel == place and np.allclose(site.channel_mean_std()[0], seen.mean(1), atol=1e-6)
+
+
+PRODUCTS = {
+    "on the left": lambda x, w: x @ w, "on the right": lambda x, w: w @ x, "in mm": lambda x, w: torch.mm(w, x[0]),
+    "named": lambda x, w: torch.bmm(input=w.expand(2, -1, -1), mat2=x), "a vector": lambda x, w: w @ x[0, 0],
+    "behind a bias": lambda x, w: torch.addmm(w, w, x[0]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_the_channels_of_a_product_are_what_it_adds_up(product):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 6))
+
+        def forward(self, x):
+            return PRODUCTS[product](x, self.weight)
+
+    site = forged_fx.calibrate(Net(), [torch.randn(2, 6, 6)], channels=True).sites["#0"]
+    assert site.channel == (-1 if product in ("on the left", "a vector") else -2) and site.channels == 6
+
+
+def test_channels_whose_number_varies_are_not_measured():
+    ragged = Through(nn.Linear(6, 4), lambda x: x.flatten(1)).eval()
+    stats = forged_fx.calibrate(ragged, [torch.randn(2, n, 6) for n in (3, 5, 3)], where="activations", channels=True)
+    assert stats.sites["layer"].channels == 6 and stats.sites["@0"].channels is None
+    forged_fx.transform(ragged, stats, 0.25, kind="mean")
+    with pytest.raises(
+        ValueError, match=r"lack at '@0'.* there are varies, leave the site out"
+    ):
+        forged_fx.transform(ragged, stats, 0.25, kind="mean", where="activations")
+
+
 class Own(nn.Module):
     """Activations in a module's own code, beside products; one module that runs twice; channels in the last place."""
 

@@ -79,6 +79,60 @@ def test_many_outputs_are_estimated(x):
     assert torch.allclose(frobenius, model[0].weight.norm().double().expand(6), rtol=0.1)
 
 
+def test_many_outputs_behind_attention_are_estimated():
+    """Its fused kernels have no second derivative."""
+
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 100)
+
+        def forward(self, x):
+            return self.fc(nn.functional.scaled_dot_product_attention(x, x, x).mean((1, 2)))
+
+    torch.manual_seed(0)
+    model, x = Attends().eval(), torch.randn(3, 2, 5, 4)
+    spectral, _ = jacobian_norms(model, x, 0)
+    exact = torch.autograd.functional.jacobian(lambda v: model(v).sum(0), x).movedim(1, 0).flatten(2)
+    assert torch.allclose(spectral, torch.linalg.matrix_norm(exact.double(), 2), rtol=1e-3)
+
+
+class Product(nn.Module):
+    def __init__(self, call):
+        super().__init__()
+        self.weight, self.call = nn.Parameter(torch.randn(4, 4)), call
+
+    def forward(self, x):
+        return self.call(x, self.weight).flatten(1)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, w: torch.addmm(x, x, w),
+        lambda x, w: torch.bmm(x[:, None], w.expand(len(x), -1, -1)),
+        lambda x, w: torch.baddbmm(x[:, None], x[:, None], w.expand(len(x), -1, -1)),
+        lambda x, w: w @ x[:, :, None],
+    ],
+)
+def test_a_product_whose_other_operand_has_a_matrix_for_each_input(call):
+    torch.manual_seed(0)
+    model, x = Product(call).eval(), torch.randn(5, 4)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0.3)
+    kept = x.abs() >= forged.get_buffer("forged_threshold")
+    found = gains_of.gains(forged, x)["#0"]
+    matrix = model.weight if call(x, model.weight).shape == (5, 4, 1) else model.weight.T
+    assert found.kept.tolist() == pytest.approx([norm(matrix * m) for m in kept], rel=1e-3)
+    assert found.whole.tolist() == pytest.approx([norm(matrix)] * 5, rel=1e-3)
+
+
+def test_a_product_that_sums_over_the_inputs_is_said_not_to_be_measured():
+    model, x = Product(lambda x, w: (w @ x.T).T).eval(), torch.randn(4, 4)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0.3)
+    found = forged_fx.lipschitz(model, forged, x, steps=1)
+    assert found.not_seen == ["#0"] and not rows(found, SITE_WHOLE)
+
+
 def test_orthogonal_convolutions():
     """A shift by one pixel, and a rotation of the channels: every gain is 1, or that of a part of a rotation."""
     torch.manual_seed(0)

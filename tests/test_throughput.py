@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from forged_fx.throughput import Speed, interleave, text
+from forged_fx.throughput import Speed, compare, interleave, text
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -90,6 +90,14 @@ def test_variants_run_in_turn_and_a_slow_one_shows():
     assert (seconds[plain] >= 0.06).all() and (seconds[forged] >= 0.12).all()
     with pytest.raises(ValueError, match="at least 1"):
         interleave({}, rounds=0)
+
+
+def test_models_are_timed_in_eval_mode_and_left_as_they_were():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    mean, x = model[1].running_mean.clone(), torch.randn(5, 4)
+    speeds = compare(model, model, x, rounds=1, modes=(mode for mode in ["eager"]))
+    assert [speed.mode for speed in speeds] == ["eager"]
+    assert model[1].training and torch.equal(model[1].running_mean, mean)
 
 
 def test_the_table_holds_milliseconds():

@@ -1,5 +1,6 @@
 """transform as one graph: where the thresholds go, what stays the same, what is refused."""
 
+import collections
 import copy
 import functools
 import io
@@ -374,11 +375,45 @@ def test_a_call_without_an_argument_that_calibration_gave_is_refused(model, x):
         forged(x)
     with pytest.raises(AssertionError, match="value None but got another value: calibrate with a batch that gives it"):
         forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0)(x, mask)
-    for batches, example in (([{"x": x, "mask": mask}], ((x,), {})), ([x, {"x": x, "mask": mask}], None)):
+    with_mask, only_some = {"x": x, "mask": mask}, "only some of calibration's batches gave 'mask'"
+    for batches, example, why in (
+        ([with_mask], ((x,), {}), "audit: the graph does not take the input"),
+        ([x, with_mask], None, only_some),
+        ([with_mask, x], None, only_some),
+    ):
         both = forged_fx.transform(model, forged_fx.calibrate(model, batches), 0, example=example)
-        assert "module by module (audit: the graph does not take the input" in str(forged_fx.describe(both))
+        assert f"module by module ({why}" in str(forged_fx.describe(both))
         assert torch.equal(both(x)["logits"], model(x)["logits"])
         assert torch.equal(both(x, 2 * mask)["logits"], model(x, 2 * mask)["logits"])
+
+
+def test_a_forged_models_statistics_are_its_own(model, x):
+    """Whatever becomes of the caller's."""
+    stats = forged_fx.calibrate(model, [x])
+    forged = forged_fx.transform(model, stats, 0.5)
+    before = str(forged_fx.describe(forged))
+    site = next(iter(stats.sites))
+    stats.sites[site].c_max *= 2
+    forged_fx.set_ratio(forged, 0.5)
+    assert str(forged_fx.describe(forged)) == before
+
+
+def test_set_ratio_sets_all_models_within_or_none():
+    torch.manual_seed(0)
+    x = torch.randn(6, 4)
+    members = [
+        nn.Sequential(collections.OrderedDict({name: nn.Linear(4, 4), "head": nn.Linear(4, 2)})) for name in "ab"
+    ]
+    both = nn.ModuleList(forged_fx.transform(m, forged_fx.calibrate(m, [x]), 0.5) for m in members)
+    values = [t.clone() for t in both.buffers()]
+    with pytest.raises(ValueError, match="no ratio for site 'b'"):
+        forged_fx.set_ratio(both, {"a": 0.25, "head": 0.25})
+    with pytest.raises(ValueError, match="'c' matches no site; the sites are 'a', 'head', 'b'"):
+        forged_fx.set_ratio(both, {"c": 0.25, "*": 0.25})
+    assert all(map(torch.equal, values, both.buffers()))
+    forged_fx.set_ratio(both, {"a": 0.25, "b": 1, "*": 0.5})
+    factors = [0.5, 1, 2, 1]
+    assert all(torch.equal(v * k, t) for v, k, t in zip(values, factors, both.buffers(), strict=True))
 
 
 class Labelled(nn.Linear):
