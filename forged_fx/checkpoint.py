@@ -151,6 +151,8 @@ def _resumed(model: torch.nn.Module, source: Replayed | Indexed, path: Path, whe
             stats = stats.merge(scan(model, [batch], n, where=where, channels=channels))
             if time.monotonic() - saved > SECONDS:
                 keep()
+    except FileExistsError:  # it is not this scan's
+        raise
     except BaseException as error:
         if stats.batches > kept:
             keep()

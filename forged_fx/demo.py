@@ -25,12 +25,14 @@ from torch import Tensor, nn
 
 import forged_fx
 from forged_fx import digits, report, throughput, torch_internals
-from forged_fx.files import DEMO, DEMO_KEY
-from forged_fx.report.run import LIPSCHITZ, SPARSITY, save_sites, save_speeds
+from forged_fx.evaluate.record import vacant
+from forged_fx.files import DEMO, DEMO_KEY, FIGURES, PAGE, STATISTICS, whole
+from forged_fx.report.run import LIPSCHITZ, SITES, SPARSITY, SPEEDS, save_sites, save_speeds
 
 RATIO = 2**-7
 CHANGED = 20  # images at which small changes are made
 COMMAND = "python -m forged_fx.demo"
+PAGE_NAME, WEIGHTS_NAME = "report.html", "model.safetensors"
 
 
 class Steps:
@@ -64,14 +66,13 @@ def run(
     rounds: of the training, `evaluate` and `throughput.compare`; smaller ones make it quick and mean less.
     """
     began, step, ratio = time.perf_counter(), Steps(8), f"1/{1 / RATIO:.0f}"
-    if not (out / "report.html").exists():  # (a demo of an earlier version left no mark in its weights)
-        DEMO.check(out / "model.safetensors")
+    _only_a_demos(out)
     out.mkdir(parents=True, exist_ok=True)
     with digits.one_thread():
         with step(f"train a CNN on attacked digits, seed {seed}", 10):
             model, x_train, _, x, y = digits.train_digits(seed, epochs)
             x, y = x[:n], y[:n]
-            save_file(model.state_dict(), out / "model.safetensors", {DEMO_KEY: f"seed {seed}, {epochs} epochs"})
+            save_file(model.state_dict(), out / WEIGHTS_NAME, {DEMO_KEY: f"seed {seed}, {epochs} epochs"})
         with step(f"calibrate on the {len(x_train)} training images", 1):
             stats = forged_fx.calibrate(model, x_train.split(256))
             stats.save(out / "stats.safetensors")
@@ -88,7 +89,7 @@ def run(
         with step(f"count zeros, and see what small changes do to {min(n, CHANGED)} images", 4):
             zeroed = forged_fx.sparsity(forged, [x])
             reactions = forged_fx.lipschitz(model, forged, x[:CHANGED], eps=digits.EPS)
-        with step(f"write {out / 'report.html'}", 3):
+        with step(f"write {out / PAGE_NAME}", 3):
             found = report.Run(
                 title="forged_fx: scikit-learn's handwritten digits",
                 about=f"model: a small CNN trained against attacks, forged at ratio {ratio}; base: as trained",
@@ -106,10 +107,22 @@ def run(
             save_speeds(out, speeds, sites.forging)
             zeroed.save(out / SPARSITY)
             reactions.save(out / LIPSCHITZ)
-            (out / "report.html").write_text(report.page(found), encoding="utf-8")
+            with whole(out / PAGE_NAME, PAGE) as part:
+                part.write_text(report.page(found), encoding="utf-8")
     print(f"\n{result}\n{agreement}\n\n{throughput.text(speeds)}\n{sites}\n")
-    print(f"{time.perf_counter() - began:.0f} s in all. The page to read: {out / 'report.html'}")
+    print(f"{time.perf_counter() - began:.0f} s in all. The page to read: {out / PAGE_NAME}")
     return found
+
+
+def _only_a_demos(folder: Path) -> None:
+    """FileExistsError if the folder holds a file under a name that a demo writes, and no demo wrote it."""
+    PAGE.check(folder / PAGE_NAME)
+    DEMO.check(folder / WEIGHTS_NAME)
+    STATISTICS.check(folder / "stats.safetensors")
+    for name in (SITES, SPEEDS, SPARSITY, LIPSCHITZ):
+        FIGURES.check(folder / name)
+    if not (folder / WEIGHTS_NAME).exists():
+        vacant(folder)
 
 
 def check_compiled(forged: nn.Module, x: Tensor) -> tuple[str, list[str]]:

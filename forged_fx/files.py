@@ -51,7 +51,7 @@ WEIGHTS = FileKind(
     "file of a forged model's weights",
     (f'"{FORGED_KEY}":'.encode(), b"forged_threshold", b"forged_limit", b"forged_width"),
 )
-PROGRAM = FileKind("program of a forged model", (b"forged_fx",))
+PROGRAM = FileKind("program of a forged model", (b"torch.ops.forged_fx.", FORGED_KEY.encode()))
 DEMO = FileKind("file of the demo's weights", (f'"{DEMO_KEY}":'.encode(),))
 FIGURES = FileKind("file of forged_fx's figures", (b'"forging": ',))
 # (an older version's have no generator, but the one policy)

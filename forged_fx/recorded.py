@@ -33,9 +33,11 @@ LIMIT = 1e9  # of figures that know no other
 
 
 class Recorded:
-    """A base of dataclasses that have `threat` and `facts`. NAME: of the files. FACTS: what facts must hold."""
+    """A base of dataclasses that have `threat` and `facts`. NAME: of the files; BESIDE: others that a run ends with.
+    FACTS: what facts must hold."""
 
     NAME: ClassVar[str]
+    BESIDE: ClassVar[tuple[str, ...]] = ()
     threat: Threat
     facts: dict[str, Any]
     FACTS: ClassVar[dict[str, Any]] = {"call": dict[str, Any], "seed": int}
@@ -178,7 +180,8 @@ def running(
         journal = finished = None
         if folder is not None:
             asked = call | {"command": list(sys.argv)}
-            journal, finished = begin(folder, asked, processes, f"{kind.NAME}.json", kind.parse)
+            writes = (f"{kind.NAME}.csv", f"{kind.NAME}.svg", *kind.BESIDE)
+            journal, finished = begin(folder, asked, processes, f"{kind.NAME}.json", kind.parse, writes=writes)
             if journal:
                 blocks.journal, shown.log = stack.enter_context(journal), journal.log_once
         yield Run(processes, blocks, shown, journal, finished)

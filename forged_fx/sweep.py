@@ -101,6 +101,7 @@ class Sweep(Recorded):
     """
 
     NAME: ClassVar[str] = "sweep"
+    BESIDE: ClassVar[tuple[str, ...]] = (EXAMPLES, STATISTICS)
     FACTS: ClassVar[dict[str, Any]] = Recorded.FACTS | {"attacks": list[str]}
 
     n: int
@@ -267,6 +268,8 @@ def sweep(
         "class": type(model).__name__,
         "models": {name: fingerprint.of_model(one) for name, one in models.items()},
         "rounds": rounds,
+        "timed": batch_size if rounds else 0,
+        "stats": fingerprint.of_sites({name: stats.sites[name] for name in sites}),
         "versions": {name: version(name) for name in ("forged_fx", "pyautoattack", "torch")},
     }
     with running(Sweep, call, seed=seed, folder=folder, progress=progress, shard=shard) as run, ExitStack() as stack:

@@ -22,7 +22,7 @@ from forged_fx import demo, digits
 from forged_fx.cli import given, main, options, output
 from forged_fx.cli.main import COMMANDS, EXIT_NOTE
 from forged_fx.evaluate.verdict import EXIT_CODES
-from forged_fx.files import STATISTICS, WEIGHTS
+from forged_fx.files import PROGRAM, STATISTICS, WEIGHTS
 from forged_fx.lipschitz import Lipschitz
 
 MODEL = ["forged_fx.digits:cnn", "--weights", "demo/model.safetensors", "--data", "digits"]
@@ -205,6 +205,12 @@ def test_a_folder_is_of_one_kind(capsys, tmp_path):
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
+@pytest.mark.parametrize("command", ["sparsity", "lipschitz", "bench"])
+def test_an_empty_name_is_no_runs_folder(command, capsys):
+    assert main([command, *MODEL, "--stats", "demo/stats.safetensors", "--folder", ""]) == 2
+    assert "it names no folder" in one_line(capsys)
+
+
 def test_an_empty_folder_name_is_not_the_working_directory(capsys):
     command = ["evaluate", "forged_fx.digits:cnn", "--weights", "random", "--data", "digits", "--eps", "0.15"]
     assert main([*command, "--limit", "6", "--attacks", "apgd-ce", "--folder", ""]) == 2
@@ -251,6 +257,67 @@ def test_a_program_that_transform_wrote_is_a_model_like_any_other(capsys):
             leaf = x.clone().requires_grad_()
             gradients += torch.autograd.grad(model(leaf).sum(), leaf)
     assert torch.equal(*gradients)
+
+
+def test_a_program_of_hugging_faces_gives_logits_where_transformers_is_not_known(capsys, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        image_size=8, patch_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
+    transformers.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path)
+    x = np.random.default_rng(0).integers(0, 256, (4, 3, 8, 8), np.uint8)
+    np.savez(tmp_path / "x.npz", x=x, y=np.zeros(4, int))
+    data, model = ["--data", f"npz:{tmp_path}/x.npz"], f"hf:{tmp_path}"
+    assert main(["calibrate", model, *data, "--out", f"{tmp_path}/s"]) == 0
+    assert main(["transform", model, *data, "--stats", f"{tmp_path}/s", "--out", f"{tmp_path}/f.pt2"]) == 0
+    plain = given.model(model, None, None, "cpu")
+    forged = plain.classifier(forged_fx.transform(plain.module, f"{tmp_path}/s", 2**-6))
+    images = torch.from_numpy(x).float() / 255
+    torch.save((images, forged(images).detach()), tmp_path / "expected")
+    code = (
+        "import sys, torch\nfrom forged_fx.sources import load_model\n"
+        "x, y = torch.load(sys.argv[2])\n"
+        "model = load_model(sys.argv[1], normalize='half')\n"
+        "assert torch.allclose(model.classifier()(x), y, atol=1e-5) and 'transformers' not in sys.modules"
+    )
+    command = [sys.executable, "-c", code, f"{tmp_path}/f.pt2", f"{tmp_path}/expected"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_plain_program_is_not_written_over_for_what_its_code_is_called(tmp_path):
+    (tmp_path / "a.pt2").write_bytes(b'File "/home/me/forged_fx_experiments/net.py", line 3')
+    with pytest.raises(FileExistsError, match="is no program of a forged model"):
+        PROGRAM.check(tmp_path / "a.pt2")
+
+
+LATE = {
+    "sites.json": ["evaluate", *MODEL, "--stats", "demo/stats.safetensors", "--eps", "0.15", "--attacks", "apgd-ce"],
+    "speeds.json": ["bench", *MODEL, "--stats", "demo/stats.safetensors", "--modes", "eager", "--rounds", "1"],
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_what_a_folder_cannot_take_is_said_ahead_of_all_work(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(given, "model", None)
+    (tmp_path / name).write_text("mine")
+    assert main([*LATE[name], "--folder", str(tmp_path)]) == 1
+    assert f"{name} is there already, and is no file of forged_fx's figures" in one_line(capsys)
+
+
+def test_fewer_images_than_a_batch_are_not_timed_in_its_name(tmp_path, capsys):
+    np.savez(tmp_path / "few.npz", x=digits.load()[2][:3].numpy())
+    command = ["bench", *MODEL[:3], "--data", f"npz:{tmp_path}/few.npz", "--stats", "demo/stats.safetensors"]
+    assert main(command) == 2
+    assert "--batch 8: npz:" in (said := one_line(capsys)) and "has 3 images" in said
+
+
+def test_small_changes_need_no_labels(tmp_path, capsys):
+    np.savez(tmp_path / "few.npz", x=digits.load()[2][:2].numpy())
+    command = ["lipschitz", *MODEL[:3], "--data", f"npz:{tmp_path}/few.npz", "--stats", "demo/stats.safetensors"]
+    assert main([*command, "--steps", "1", "--eps", "0.1"]) == 0
 
 
 def test_transform_writes_weights_and_thresholds(capsys):
@@ -334,7 +401,10 @@ def test_an_error_of_nobodys_making_says_where_to_look(monkeypatch, capsys):
     assert "KeyError: 'gone' (FORGED_FX_DEBUG=1 shows where)" in one_line(capsys)
 
 
-@pytest.mark.parametrize("more", [[], ["--calibrate", "npz:sorted.npz"], ["--calibrate-limit", "8"]])
+@pytest.mark.parametrize(
+    "more",
+    [[], ["--calibrate", "npz:sorted.npz"], ["--calibrate", "npz:./sorted.npz"], ["--calibrate-limit", "8"]],
+)
 def test_search_neither_calibrates_on_what_it_confirms_on_nor_sorts_classes_apart(more, monkeypatch):
     """Data without a training part, sorted by class."""
     _, _, x, y = digits.load()

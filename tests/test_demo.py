@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+import shutil
 
 import pytest
 import torch
@@ -50,6 +51,32 @@ def test_somebodys_weights_are_not_written_over(folder, tmp_path):
         demo.run(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
     DEMO.check(folder / "model.safetensors")  # its own are
+
+
+THEIRS = {
+    "report.html": b"<html>mine</html>",
+    "result.json": b"{}",
+    "timing.json": b"{}",
+    "examples.safetensors": b"mine",
+    "stats.safetensors": b"mine",
+    "sites.json": b'{"sites": [1]}',
+}
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_somebodys_files_are_not_written_over(tmp_path, name):
+    (tmp_path / name).write_bytes(THEIRS[name])
+    with pytest.raises(FileExistsError):
+        demo.run(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {name: THEIRS[name]}
+
+
+def test_the_page_of_somebodys_run_does_not_make_the_run_a_demos(folder, tmp_path):
+    """A result, and beside it the page that `forged-fx report` writes."""
+    for name in ("result.json", "examples.safetensors", "timing.json", "report.html"):
+        shutil.copy(folder / name, tmp_path)
+    with pytest.raises(FileExistsError, match="holds a result"):
+        demo.run(tmp_path)
 
 
 def test_the_page_needs_no_network(folder):

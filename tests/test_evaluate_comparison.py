@@ -64,6 +64,19 @@ def test_it_prints_every_figure_and_what_else_differs(runs):
     assert "\x1b" not in shown and shown.startswith("in the worst case biased is right on")
 
 
+def test_too_few_inputs_say_nothing(case, tmp_path):
+    """As `evaluate` says of them."""
+    base, call = case
+    for n, words in ((5, "fewer than 6 inputs"), (12, "12 inputs leave a gain of more than 5 points possible")):
+        few = {**call, "x": call["x"][5 : 5 + n], "y": call["y"][5 : 5 + n]}
+        shifted = linear(classes=4)
+        with torch.no_grad():
+            shifted[1].bias += 1  # another model that answers alike
+        one, other = (forged_fx.evaluate(model, base, **few) for model in (base, shifted))
+        found = forged_fx.compare(one, other)
+        assert found.verdict == other.verdict == "cannot say" and words in str(found)
+
+
 def test_against_itself(runs):
     result = forged_fx.compare(runs / "plain", runs / "plain")
     assert result.flips == [] and result.paired().difference == 0 and result.paired().p == 1

@@ -535,9 +535,7 @@ def test_channels_whose_number_varies_are_not_measured():
     stats = forged_fx.calibrate(ragged, [torch.randn(2, n, 6) for n in (3, 5, 3)], where="activations", channels=True)
     assert stats.sites["layer"].channels == 6 and stats.sites["@0"].channels is None
     forged_fx.transform(ragged, stats, 0.25, kind="mean")
-    with pytest.raises(
-        ValueError, match=r"lack at '@0'.* there are varies, leave the site out"
-    ):
+    with pytest.raises(ValueError, match=r"lack at '@0'.* there are varies, leave the site out"):
         forged_fx.transform(ragged, stats, 0.25, kind="mean", where="activations")
 
 

@@ -66,7 +66,8 @@ def folder(tmp_path_factory):
     result.save(folder)
     save_sites(folder, describe(forged), stats)
     save_speeds(folder, [Speed("eager", 1e-3, 2e-3, 0.5, 0.4, 0.6)], describe(forged).forging)
-    facts, counts = {"call": {}, "seed": 0, "attacks": ["quick"], "stopped": "the budget is spent"}, (5, 4, 3)
+    call = {"models": {"base": result.base.fingerprint}, "model": result.base.fingerprint, "data": result.data}
+    facts, counts = {"call": call, "seed": 0, "attacks": ["quick"], "stopped": "the budget is spent"}, (5, 4, 3)
     points = [Point(kind, 0.5, *counts, -0.5, 0.4, 1.0, 1.0, 0.2, 0.1, 0.9, 0.8, 1.0) for kind in ("hard", "clamp")]
     Sweep(6, result.threat, *counts, ["out"], points, facts).save(folder / "sweep")
     trials = [Trial(Configuration(places), 3, 0.1, 5, True, 0.0) for places in ((), (("out", "hard", 0.5),))]
@@ -171,6 +172,26 @@ def test_figures_of_another_forging_come_with_a_caution(folder, page, tmp_path, 
     del record["forging"]  # as earlier versions wrote it
     (other / name).write_text(json.dumps(record))
     assert report.page(report.Run.load(other)).count("may be of another forging") == PARTS[name]
+
+
+def test_a_sweep_or_search_of_something_else_comes_with_a_caution(folder, page, tmp_path):
+    assert page.count("Linf ball of radius 0.5; attacks: quick") == 1  # under which conditions it was
+    shutil.copytree(folder, other := tmp_path / "run")
+    for name, changes, words in (
+        ("sweep", {"models": {"base": "x"}}, "Of other models than"),
+        ("sweep", {"models": [], "model": 1}, "Of other models than"),
+        ("sweep", {"data": {}}, "Of other inputs than"),
+        ("search", {"models": None, "model": "x"}, "Of other models than"),
+    ):
+        path = other / name / f"{name}.json"
+        record = json.loads((folder / name / f"{name}.json").read_text())
+        changed = record | {"facts": record["facts"] | {"call": record["facts"]["call"] | changes}}
+        path.write_text(json.dumps(changed))
+        shown = report.page(report.Run.load(other))
+        assert shown.count('<p class="caution">' + words) == shown.count('class="caution"') == 1
+        path.write_text(json.dumps(record | {"threat": record["threat"] | {"eps": 0.1}}))
+        assert "Of other radius or norm than" in report.page(report.Run.load(other))
+        path.write_text(json.dumps(record))
 
 
 def test_a_result_that_does_not_say_of_which_forging_it_is_makes_each_figure_doubtful(folder, tmp_path):

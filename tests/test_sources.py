@@ -4,6 +4,7 @@ import copy
 import enum
 import gzip
 import pickle
+import re
 import subprocess
 import sys
 import types
@@ -336,6 +337,43 @@ def test_what_a_wrapper_puts_ahead_of_every_name_is_taken_off(prefix, wrapped, t
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in trained.state_dict().items())
 
 
+def normed():
+    return nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2))
+
+
+def test_a_batchnorm_of_before_there_was_a_counter(tmp_path):
+    weights = {name: value + 1 for name, value in normed().state_dict().items() if "tracked" not in name}
+    torch.save({"state_dict": {f"module.{name}": value for name, value in weights.items()}}, tmp_path / "old.pt")
+    with pytest.warns(UserWarning, match="begin with 'module.'"):
+        loaded = load_model("test_sources:normed", tmp_path / "old.pt").module.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in weights.items())
+
+
+def test_whole_numbers_are_no_weights(tmp_path):
+    weights = {name: value.mul(100).to(torch.int8) for name, value in tiny().state_dict().items()}
+    torch.save(weights, tmp_path / "int8.pt")
+    with pytest.raises(ValueError, match=r"has no numbers with fractions for 0\.weight"):
+        load_model("test_sources:tiny", tmp_path / "int8.pt")
+
+
+SHARED = tiny()
+
+
+def shared():
+    return SHARED
+
+
+@pytest.mark.parametrize("name", ["shared", "SHARED"])
+def test_a_module_that_is_always_the_same_is_not_filled_itself(name, tmp_path):
+    before = copy.deepcopy(SHARED.state_dict())
+    weights = {key: value + 1 for key, value in before.items()}
+    torch.save(weights, tmp_path / "w.pt")
+    filled, bare = load_model(f"test_sources:{name}", tmp_path / "w.pt"), load_model(f"test_sources:{name}")
+    for key, value in before.items():
+        assert torch.equal(SHARED.state_dict()[key], value) and torch.equal(bare.module.state_dict()[key], value)
+        assert torch.equal(filled.module.state_dict()[key], weights[key])
+
+
 def tied():
     model = nn.ModuleDict({"embed": nn.Linear(4, 4), "norm": nn.LayerNorm(4), "head": nn.Linear(4, 4)})
     model.head.weight = model.embed.weight
@@ -468,6 +506,24 @@ def test_more_than_8_bits_are_not_cut_off_in_silence(pictures):
         with pytest.raises(ValueError, match=f"{path} has more than 8 bits a channel"):
             load_data(f"imagefolder:{pictures}", resize="8,6").tensors()
         path.unlink()
+
+
+def test_a_damaged_image_is_named(pictures, monkeypatch):
+    """By whichever process it is read."""
+    path = pictures / "ape" / "1.png"
+    path.write_bytes(path.read_bytes()[:80])
+    for many in (99, 2):
+        monkeypatch.setattr("forged_fx.sources.data.MANY", many)
+        with pytest.raises(ValueError) as caught:
+            list(load_data(f"imagefolder:{pictures}", resize="8,6").batches(2))
+        assert re.fullmatch(
+            rf"{path} cannot be read as an image \(.*\): replace it, or leave it out", str(caught.value)
+        )
+
+
+def test_names_of_classes_are_text(pictures):
+    (pictures / "bee").rename(pictures / "be\x1b[31me")
+    assert load_data(f"imagefolder:{pictures}").numbering == "0 ape, 1 be\\x1b[31me"
 
 
 def test_a_part_of_sorted_images_has_every_class(tmp_path):

@@ -232,6 +232,33 @@ def test_other_points_and_figures_that_cannot_be_are_refused(toy, tmp_path):
             Sweep.load(tmp_path)
 
 
+def test_another_calibration_and_another_timing_are_another_sweep(toy, tmp_path):
+    """Though the thresholds are the same: what is zeroed is another share."""
+    model, x, y = toy
+    call = OPTIONS | {"attacks": ["noise"], "kinds": None, "ratios": [0.25], "folder": tmp_path}
+    stats = forged_fx.calibrate(model, [x])
+    forged_fx.sweep(model, stats, x, y, **call)
+    forged_fx.sweep(model, stats, x, y, **call, batch_size=7)  # nothing is timed
+    more = stats.merge(forged_fx.calibrate(model, [x / 2]))
+    assert [site.c_max for site in more.sites.values()] == [site.c_max for site in stats.sites.values()]
+    with pytest.raises(FileExistsError, match=r"stats: \w{12}... there, \w{12}... here"):
+        forged_fx.sweep(model, more, x, y, **call)
+    timed = call | {"rounds": 1, "folder": tmp_path / "timed"}
+    forged_fx.sweep(model, stats, x, y, **timed, batch_size=5)
+    with pytest.raises(FileExistsError, match="timed: 5 there, 7 here"):
+        forged_fx.sweep(model, stats, x, y, **timed, batch_size=7)
+
+
+@pytest.mark.parametrize("name", ["sweep.csv", "sweep.svg", "sweep.examples.safetensors", "sweep.stats.safetensors"])
+def test_somebodys_files_are_not_written_over(toy, tmp_path, name):
+    """Which is said ahead of all work."""
+    model, x, y = toy
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(FileExistsError, match=rf"{name} of something else, which would be written over"):
+        forged_fx.sweep(model, [x], x, y, **OPTIONS, folder=tmp_path)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "mine")]
+
+
 def test_a_result_and_a_sweep_may_lie_in_one_folder(toy, tmp_path):
     model, x, y = toy
     (tmp_path / "stats.safetensors").write_text("the caller's")

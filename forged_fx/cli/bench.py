@@ -36,14 +36,19 @@ def run(
     from forged_fx import throughput
     from forged_fx.cli import given, output
     from forged_fx.evaluate.fingerprint import of_forging
+    from forged_fx.files import FIGURES
     from forged_fx.models import device_of
-    from forged_fx.report.run import save_speeds
+    from forged_fx.report.run import SPEEDS, save_speeds
 
     chosen = [mode.strip() for mode in modes.split(",")]
     if unknown := [mode for mode in chosen if mode not in throughput.MODES]:
         raise typer.BadParameter(f"--modes {unknown[0]}: choose of {', '.join(throughput.MODES)}")
+    if folder is not None:
+        FIGURES.check(folder / SPEEDS)
     found = given.model(model, weights, normalize, device)
     x, _ = given.images(data, None, resize, usual="train").batches(batch)[0]
+    if len(x) < batch:
+        raise typer.BadParameter(f"--batch {batch}: {data} has {len(x)} images")
     forged = given.forged(found, stats, ratio, kind, where, statistic, include, exclude, x)
     pair = (found.classifier(), found.classifier(forged))
     speeds = throughput.compare(*pair, x.to(device_of(forged)), rounds=rounds, modes=chosen)

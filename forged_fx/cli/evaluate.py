@@ -65,14 +65,17 @@ def run(
     import forged_fx
     from forged_fx.cli import given, output
     from forged_fx.evaluate.record import headline
+    from forged_fx.files import FIGURES
     from forged_fx.models import device_of
-    from forged_fx.report.run import save_sites
+    from forged_fx.report.run import SITES, save_sites
     from forged_fx.sources import load_model
 
     if stats is None:
         options.refuse(context, FORGING, "says how to forge, and needs --stats, the file that calibrate wrote")
     if base is None:
         options.refuse(context, OF_BASE, "is of the model to compare with, and needs --base, which names it")
+    if folder is not None and stats is not None:
+        FIGURES.check(folder / SITES)  # now, and not when all is done
     found = given.model(model, weights, normalize, device)
     of_list = found.threat if found.threat is not None and norm in (None, found.threat[0]) else None
     if eps is None and of_list is None:

@@ -14,15 +14,17 @@ import forged_fx
 from forged_fx.evaluate.fingerprint import of_forging
 from forged_fx.extras import need
 from forged_fx.files import FORGED_KEY, PROGRAM, WEIGHTS, FileKind, whole
+from forged_fx.sources.classifier import Classifier
 
 Batch: TypeAlias = Tensor | dict[str, Tensor]
 
 
 def _program(forged: nn.Module, batch: Batch) -> torch.export.ExportedProgram:
+    """Of one tensor, to logits: a reader knows neither a library's names for its inputs nor its classes of results."""
     free = torch.export.Dim("batch")
     if isinstance(batch, dict):
-        shapes = {name: {0: free} for name in batch}
-        return torch.export.export(forged, (), dict(batch), dynamic_shapes=shapes, strict=False)
+        ((keyword, batch),) = batch.items()
+        forged = Classifier(forged, keyword=keyword)
     return torch.export.export(forged, (batch,), dynamic_shapes=({0: free},), strict=False)
 
 

@@ -41,6 +41,12 @@ def images(name: str, split: str | None, resize: str | None, usual: str) -> Imag
     return load_data(name, split or (usual if source is not None and source.splits else None), resize)
 
 
+def same_source(name: str, other: str) -> bool:
+    """Whether two names are of the same images, whatever way leads there."""
+    paths = [text.partition(":")[2] for text in (name, other)]
+    return name == other or (all(map(os.path.exists, paths)) and os.path.samefile(*paths))
+
+
 def same_images(name: str, split: str | None) -> bool:
     """Whether what is calibrated on, where nothing else is named, are these very images."""
     source = DATA.get(name.partition(":")[0])

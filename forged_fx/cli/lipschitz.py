@@ -47,7 +47,7 @@ def run(
 
     output.check(Lipschitz, save, folder and folder / LIPSCHITZ)
     found = given.model(model, weights, normalize, device)
-    x, _ = given.images(data, split, resize, usual="test").tensors(limit)
+    x = given.images(data, split, resize, usual="test").pixels(limit)
     forged = given.forged(found, stats, ratio, kind, where, statistic, include, exclude, x[:2])
     pair = (found.classifier(), found.classifier(forged))
     radius = options.number(eps, "eps")

@@ -93,7 +93,8 @@ Folder = Annotated[
     typer.Option(parser=_folder, metavar="DIR", help="Record the run here; the same command goes on with it."),
 ]
 Beside = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="A run of evaluate, whose page is to show the figures.")
+    Path | None,
+    typer.Option(parser=_folder, metavar="DIR", help="A run of evaluate, whose page is to show the figures."),
 ]
 Save = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write FILE.json, .csv or .svg.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]

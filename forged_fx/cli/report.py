@@ -30,7 +30,10 @@ def run(
 
     to = folder / "report.html" if out is None else out
     PAGE.check(to)
-    names = classes.read_text(encoding="utf-8").splitlines() if classes is not None else []
+    try:
+        names = classes.read_text(encoding="utf-8").splitlines() if classes is not None else []
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--classes {classes} is no text in UTF-8 ({error}): write it anew") from error
     found = report.load(folder, title, names)
     with whole(to, PAGE) as part:
         part.write_text(report.page(found), encoding="utf-8")

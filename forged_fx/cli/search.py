@@ -56,7 +56,7 @@ def run(
     found = given.model(model, weights, normalize, device).classifier()
     x, y = given.images(data, split, resize, usual="test").tensors(limit)
     (x, y), kept = halves(x, y, 0.5, seed)
-    if calibrate in (None, data) and given.same_images(data, split):
+    if (calibrate is None or given.same_source(calibrate, data)) and given.same_images(data, split):
         output.note(f"calibrated on the {len(x)} images of the search: the others are kept for the confirmation")
         images = Images(data, x, y, decode=torch.as_tensor, mixed=False)
         seen = given.share(images.batches(batch, calibrate_limit))

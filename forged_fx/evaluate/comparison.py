@@ -12,7 +12,7 @@ from forged_fx.evaluate.journal import differences
 from forged_fx.evaluate.record import call_of
 from forged_fx.evaluate.result import FIGURES, KINDS, Result, Side
 from forged_fx.evaluate.statistics import Paired
-from forged_fx.evaluate.verdict import FORBID
+from forged_fx.evaluate.verdict import ENOUGH, FORBID, MARGIN
 from forged_fx.extras import need
 
 WORST = KINDS[-1]
@@ -49,18 +49,33 @@ class Comparison:
     def paired(self, under: str = WORST, side: str = "model") -> Paired | None:
         """The models (or the "base"s), under rows of kind `under` and of the kinds before it; None without a base."""
         a, b = getattr(self.a, side), getattr(self.b, side)
-        return statistics.compare(b.right(under), a.right(under)) if a and b else None
+        if not (a and b):
+            return None
+        same = a.identity == b.identity and a.answers == b.answers is not None
+        return statistics.compare(b.right(under), a.right(under), same=same)
 
     @property
     def verdict(self) -> str:
         """In the words of `evaluate`: of `b` beside `a`, in the worst case. A gain takes attacks by the same rows, and
         nothing that says that those on `b` failed; a loss, the same of `a`; that it did not lose, nothing that forbids
-        to say so."""
+        to say so; and as many inputs as `evaluate` wants."""
         found = {1: "gain", 0: "no measurable gain", -1: "loss"}[self.paired().direction]
+        if self.few:
+            return "cannot say"
         better = self.a if found == "loss" else self.b
         doubtful = self.a.plan != self.b.plan or better.doubts or better.verdict == "masking"
         forbidden = found == "no measurable gain" and any(name in FORBID for name in self.b.doubts)
         return "cannot say" if forbidden or (found in ("gain", "loss") and doubtful) else found
+
+    @property
+    def few(self) -> str:
+        """Why there are too few inputs to say anything; "" if there are not."""
+        p = self.paired()
+        if p.n < ENOUGH:
+            return f"with fewer than {ENOUGH} inputs every outcome could be chance"
+        if p.direction == 0 and p.high > MARGIN:
+            return f"{p.n} inputs leave a gain of more than {100 * MARGIN:.0f} points possible"
+        return ""
 
     @property
     def flips(self) -> list[Flip]:
@@ -149,7 +164,7 @@ def _sentence(c: Comparison) -> str:
         "gain": "measurably above it",
         "no measurable gain": "not measurably different from it",
         "loss": "measurably below it",
-        "cannot say": f"{seems}, which may be the attacks' doing and not the model's: see below",
+        "cannot say": f"{seems}, " + (c.few or "which may be the attacks' doing and not the model's: see below"),
     }[c.verdict]
     return (
         f"in the worst case {c.names[1]} is right on {int(c.b.model.right().sum())} of {p.n} inputs, {c.names[0]} on "

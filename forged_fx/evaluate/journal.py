@@ -12,7 +12,7 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -166,20 +166,23 @@ def begin(
     record: str,
     parse: Callable[[dict[str, bytes], str], Found],
     *,
+    writes: Iterable[str],
     read: Callable[[Path], dict[str, bytes]] | None = None,
     call_of: Callable[[Any], Call] = lambda found: found.facts["call"],
 ) -> tuple[Journal | None, Found | None]:
     """The journal to work with, in process 0; or the result, in every process, if the folder holds it already.
 
     record: the file that only a folder with a result has. parse: the result that files hold, name -> content, in the
-    folder of this name. read: these files, by default the record alone. call_of: what was asked of a result.
-    FileExistsError if the folder holds the run of another call.
+    folder of this name. writes: what files a run ends with besides. read: those that make up the result, by default the
+    record alone. call_of: what was asked of a result. FileExistsError if the folder holds the run of another call, or
+    someone else's file under one of these names.
     """
     folder, journal = Path(folder), None
 
     def open_folder() -> bytes:
         nonlocal journal
         if not (folder / record).exists():
+            unwritten(folder, writes)
             journal = Journal(folder, asked)
             return b""
         files = read(folder) if read else {record: checked.read(folder / record)}
@@ -196,6 +199,16 @@ def begin(
         return journal, None
     files = need("safetensors.torch").load(packed)
     return None, parse({name: data.numpy().tobytes() for name, data in files.items()}, str(folder))
+
+
+def unwritten(folder: Path, names: Iterable[str]) -> None:
+    """FileExistsError if a file of these names is in the folder, and no unfinished run that could have written it."""
+    there = [name for name in names if (folder / name).exists() or (folder / name).is_symlink()]
+    if there and not (folder / UNFINISHED).exists():
+        raise FileExistsError(
+            f"{folder} holds {there[0]} of something else, which would be written over: choose another folder, or move "
+            "it away"
+        )
 
 
 def pack(tensors: dict[str, Tensor]) -> bytes:

@@ -34,6 +34,7 @@ from forged_fx.randomness import kept_randomness
 
 FORMAT = 2
 RECORD, EXAMPLES, TIMING = "result.json", "examples.safetensors", "timing.json"
+WRITES = (EXAMPLES, TIMING)  # besides the record
 NEXT = "next.examples.safetensors"  # of a result whose record is not written yet
 _HINTS = get_type_hints(Result)
 BOUNDARY = 1e-4  # a lead of the right class by this share of the largest logit is rounding
@@ -51,15 +52,7 @@ def vacant(folder: str | os.PathLike[str]) -> None:
         raise FileExistsError(f"{folder} holds a result; choose another folder, or save(folder, overwrite=True)")
     if (Path(folder) / UNFINISHED).exists():
         raise FileExistsError(f"{folder} holds an unfinished run; choose another folder")
-    _no_others(Path(folder))
-
-
-def _no_others(folder: Path) -> None:
-    """FileExistsError if the folder holds examples, and neither a result nor a run that could have written them."""
-    if (folder / EXAMPLES).exists() and not ((folder / RECORD).exists() or (folder / UNFINISHED).exists()):
-        raise FileExistsError(
-            f"{folder} holds {EXAMPLES} of something else, maybe of an earlier version's sweep; choose another folder"
-        )
+    journal.unwritten(Path(folder), WRITES)
 
 
 def call(threat: Threat, **rest: Any) -> Call:
@@ -76,8 +69,7 @@ def call_of(result: Result) -> Call:
 def begin(folder: str | os.PathLike[str], asked: Call, processes: Processes) -> tuple[Journal | None, Result | None]:
     """See `journal.begin`."""
     processes.first(lambda: _settle(Path(folder)))
-    processes.first(lambda: _no_others(Path(folder)))
-    return journal.begin(folder, asked, processes, RECORD, parse, read=_read, call_of=call_of)
+    return journal.begin(folder, asked, processes, RECORD, parse, writes=WRITES, read=_read, call_of=call_of)
 
 
 def finish(result: Result, folder: str | os.PathLike[str], unfinished: Journal) -> None:

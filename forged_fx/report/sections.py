@@ -170,11 +170,29 @@ def _of_site(row: Figure) -> bool:
 
 
 def _sweep(run: Run) -> str:
-    return section("The sweep", _said(run.sweep.sentence) + _drawn(run.sweep)) if run.sweep else ""
+    return _beside(run, "The sweep", run.sweep) if run.sweep else ""
 
 
 def _search(run: Run) -> str:
-    return section("The search", _said(run.search.sentence) + _drawn(run.search)) if run.search else ""
+    return _beside(run, "The search", run.search) if run.search else ""
+
+
+def _beside(run: Run, title: str, found: Sweep | Search) -> str:
+    """What a sweep or search found, and whether it was of what is judged above."""
+    result, call = run.result, found.facts["call"]
+    models = call["models"].values() if isinstance(call.get("models"), dict) else [call.get("model")]
+    others = {
+        "models": not any(side.fingerprint in models for side in result.sides),
+        "radius or norm": found.threat != result.threat,
+        "inputs": isinstance(found, Sweep) and call.get("data") != result.data,  # a search's are a part
+    }
+    says = ", ".join(name for name, other in others.items() if other)
+    caution = f'<p class="caution">Of other {says} than the result above.</p>' if says else ""
+    return section(title, caution + _said(found.sentence) + _soft(found.small_print) + _drawn(found))
+
+
+def _soft(line: str) -> str:
+    return f'<p class="soft">{html.escape(line)}</p>'
 
 
 def _tried(choice: Choice) -> str:

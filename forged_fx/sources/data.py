@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from forged_fx import checked
 from forged_fx.extras import need
 
 SPLITS = ("train", "test")
@@ -61,7 +62,7 @@ class Images(Dataset):
     @property
     def numbering(self) -> str:
         """Which number stands for which class: "0 ape, 1 bee"; "" where they have no names."""
-        named = [f"{number} {name}" for number, name in enumerate(self.classes)]
+        named = [f"{number} {checked.visible(name)}" for number, name in enumerate(self.classes)]
         return ", ".join(named if len(named) <= SHOWN else [*named[: SHOWN - 1], "...", named[-1]])
 
     def taken(self, limit: int | None) -> list[int]:
@@ -74,6 +75,10 @@ class Images(Dataset):
     def batches(self, size: int, limit: int | None = None) -> "Batches":
         indices = self.taken(limit)
         return Batches(self, [indices[i : i + size] for i in range(0, len(indices), size)])
+
+    def pixels(self, limit: int | None = None) -> Tensor:
+        """x (n, channels, height, width), in memory."""
+        return torch.cat([x for x, _ in self.batches(MANY, limit)])
 
     def tensors(self, limit: int | None = None) -> tuple[Tensor, Tensor]:
         """x (n, channels, height, width) and y (n,) int64, in memory. ValueError where there are no labels, or which
@@ -104,7 +109,13 @@ class Batches(Sequence):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         workers = min(8, os.cpu_count() or 1) if self.images.slow and sum(map(len, self.indices)) >= MANY else 0
         loader = DataLoader(self.images, batch_sampler=self.indices, num_workers=workers, collate_fn=_stack)
-        return iter(loader)
+        try:
+            yield from loader
+        except ValueError as error:  # of another process's, the traceback comes in front
+            _, traceback, said = str(error).rstrip().rpartition("\nValueError: ")
+            if not traceback:
+                raise
+            raise ValueError(said) from None
 
 
 @dataclass(frozen=True)
@@ -223,7 +234,7 @@ def _npz(file: str, _: str) -> Images:
 
 
 def _of_arrays(name: str, x: np.ndarray, y: np.ndarray | None) -> Images:
-    labels = None if y is None else torch.from_numpy(np.ascontiguousarray(y)).long()
+    labels = None if y is None else torch.from_numpy(y.astype(np.int64))
     mixed = labels is None or not bool((labels.diff() >= 0).all())
     return Images(name, torch.from_numpy(np.ascontiguousarray(x)), labels, decode=_as_it_is, mixed=mixed)
 
@@ -278,8 +289,13 @@ def _decode(image: Any) -> Tensor:
     """A file, or an image of PIL's, as uint8 RGB."""
     pil = need("PIL.Image", "models")
     if isinstance(image, str | os.PathLike):
-        with pil.open(image) as file:
-            return _decode(file)
+        try:
+            with pil.open(image) as file:
+                file.load()
+        except Exception as error:  # a damaged file fails in every way there is
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise ValueError(f"{image} cannot be read as an image ({reason}): replace it, or leave it out") from error
+        return _decode(file)
     if image.mode.startswith(_WIDE):
         name = getattr(image, "filename", "") or "an image"
         raise ValueError(

@@ -3,6 +3,7 @@
 To add a source: a function, and a row in `MODELS`.
 """
 
+import copy
 import difflib
 import importlib
 import inspect
@@ -278,7 +279,7 @@ def _function(name: str, trained: bool) -> Model:
         module = function()
     if not isinstance(module, nn.Module):
         raise ValueError(f"{name} gives {type(module).__name__}: it must be a function that returns an nn.Module")
-    return Model(name, module)
+    return Model(name, copy.deepcopy(module))  # the function may give others the same one, or be the module itself
 
 
 def _program(path: str, trained: bool) -> Model:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from forged_fx import checked
 
 DEPTH = 3  # of the sets of weights within each other in a checkpoint
+BATCHES = "num_batches_tracked"
 COUNTER = "n_averaged"  # what torch.optim.swa_utils.AveragedModel holds beside a model
 
 
@@ -27,10 +28,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     AveragedModel, a training framework) is taken off, with a warning.
     """
     file, sets = _sets(path)
-    tensors = model.state_dict(keep_vars=True)
-    wanted = {name: tuple(value.shape) for name, value in tensors.items()}
-    tied = [[other for other in tensors if tensors[other] is value] for value in tensors.values()]
-    named = {key: _named_as(weights, wanted, tied) for key, weights in sets.items()}
+    wanted = model.state_dict(keep_vars=True)
+    named = {key: _named_as(weights, wanted) for key, weights in sets.items()}
     fitting = [key for key, (weights, _) in named.items() if not _faults(weights, wanted)]
     if len(fitting) > 1:
         raise ValueError(
@@ -100,17 +99,16 @@ def _within(found: Any, place: str = "", depth: int = DEPTH) -> Iterator[tuple[s
             yield from _within(value, f"{place}.{name}".removeprefix("."), depth - 1)
 
 
-def _named_as(
-    weights: dict[str, Tensor], wanted: Mapping[str, Any], tied: list[list[str]]
-) -> tuple[dict[str, Tensor], str]:
-    """The weights by the names that are wanted, if what all their names begin with makes the difference; and that.
-
-    tied: names of one tensor, of which safetensors keeps one.
-    """
+def _named_as(weights: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """The weights by the names that are wanted, if what all their names begin with makes the difference; and that."""
+    tied = [[other for other in wanted if wanted[other] is value] for value in wanted.values()]
 
     def whole(found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """With what a file may leave out: safetensors keeps one of a tensor's names, old BatchNorms had no counter."""
         given = [(names, name) for names in tied for name in names if name in found]
-        return {other: found[name] for names, name in given for other in names} | found
+        counters = {f"{name.removesuffix('running_mean')}{BATCHES}" for name in found if name.endswith("running_mean")}
+        counted = {name: wanted[name] for name in counters & wanted.keys()}
+        return counted | {other: found[name] for names, name in given for other in names} | found
 
     weights = whole(weights)
     prefix, named = "", {name: value for name, value in weights.items() if name != COUNTER or name in wanted}
@@ -123,13 +121,16 @@ def _named_as(
     return (named, prefix) if named else (weights, "")
 
 
-def _faults(weights: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
+def _faults(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
     """What is not as the model wants it, in words."""
-    given = {name: tuple(value.shape) for name, value in weights.items()}
+    both = {name: (weights[name], wanted[name]) for name in wanted if name in weights}
     faults = {
-        "lacks": [name for name in wanted if name not in given],
-        "has beside": [name for name in given if name not in wanted],
-        "has of another shape": [name for name in wanted if name in given and given[name] != wanted[name]],
+        "lacks": [name for name in wanted if name not in weights],
+        "has beside": [name for name in weights if name not in wanted],
+        "has of another shape": [name for name, (one, other) in both.items() if one.shape != other.shape],
+        "has no numbers with fractions for": [
+            name for name, (one, other) in both.items() if other.is_floating_point() and not one.is_floating_point()
+        ],
     }
     return [f"it {fault} {_some(names)}" for fault, names in faults.items() if names]
 
