@@ -449,6 +449,7 @@ def test_npz_that_is_not(tmp_path, monkeypatch):
     np.savez("object.npz", x=np.array([Harm()], object))
     np.savez("range.npz", x=good + 1.5)
     np.savez("names.npz", images=good)
+    np.savez("binary.npz", x=good + (np.arange(8) % 2).astype(np.uint8))
     np.savez("shape.npz", x=np.zeros((2, 3, 8, 3), np.uint8))
     np.savez("labels.npz", x=good, y=np.zeros(3, int))
     (tmp_path / "text.npz").write_text("text")
@@ -464,6 +465,7 @@ def test_npz_that_is_not(tmp_path, monkeypatch):
         "object": "pickle",
         "range": "in \\[0, 1\\]; it is float64, and spans \\[1.5, 1.5\\]$",
         "names": "no array x",
+        "binary": "holds 0 and 1 alone, where 255 is white",
         "shape": "has shape",
         "labels": "y has",
     }

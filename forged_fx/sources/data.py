@@ -214,7 +214,10 @@ def _npz(file: str, _: str) -> Images:
         raise ValueError(f"{file} has no array x: numpy.savez(FILE, x=images, y=classes)")
     x, y = found["x"], found.get("y")
     if x.dtype == np.uint8:
-        pass
+        if x.size and x.max() == 1:
+            raise ValueError(
+                f"{file}: x is uint8 and holds 0 and 1 alone, where 255 is white: multiply it by 255, or make it float32"
+            )
     elif x.dtype.kind == "f" and x.size and 0 <= x.min() and x.max() <= 1:
         x = x.astype(np.float32)
     else:
