@@ -216,7 +216,7 @@ def _npz(file: str, _: str) -> Images:
     if x.dtype == np.uint8:
         if x.size and x.max() == 1:
             raise ValueError(
-                f"{file}: x is uint8 and holds 0 and 1 alone, where 255 is white: multiply it by 255, or make it float32"
+                f"{file}: x is uint8 and holds 0 and 1 alone, where 255 is white: multiply by 255, or make it float32"
             )
     elif x.dtype.kind == "f" and x.size and 0 <= x.min() and x.max() <= 1:
         x = x.astype(np.float32)
