@@ -32,6 +32,7 @@ from forged_fx.hoist import hoist
 from forged_fx.kinds import OWN, choose
 from forged_fx.lowering import register_lowerings
 from forged_fx.modes import runs_eagerly
+from forged_fx.ops import THRESHOLD_OPS
 from forged_fx.prologue import Patience, offer
 from forged_fx.rewrite import find_calls, insert_thresholds, nested
 from forged_fx.share import share, thresholds_in
@@ -71,6 +72,8 @@ def forged(
                 stacklevel=2,
             )
         share(gm.graph)
+        if straight_through_enabled():
+            _straight_through(gm.graph)
         with torch_internals.choosing(Patience):
             return _compile(gm, inputs, patches, _version())
     frame = _forge_graph(torch_internals.twin(gm), ours)
@@ -79,6 +82,17 @@ def forged(
     version = _version() + repr(frame.scalars() if frozen else "").encode()
     with torch_internals.choosing(Patience):
         return frame.bind(_compile(frame.gm, [*inputs, *frame.examples], patches, version))
+
+
+def _straight_through(graph: fx.Graph) -> None:
+    """Dynamo heeds no function mode in what is checkpointed: the thresholds there are told here."""
+    for node in graph.nodes:
+        if inside := nested(node):
+            _straight_through(inside[0].graph)
+            inside[0].recompile()
+        elif node.target in THRESHOLD_OPS:
+            node.args = node.args[: THRESHOLD_OPS[node.target]]
+            node.kwargs = {**node.kwargs, "straight_through": True}
 
 
 def _forged_or_no_model(gm: fx.GraphModule) -> bool:

@@ -29,7 +29,8 @@ class straight_through(Backward):
     gradients themselves, and name them: called within, they find what they find outside.
 
     Activation checkpointing with `use_reentrant=True` runs the forward anew in the backward, where no mode
-    reaches it: take `use_reentrant=False`.
+    reaches it: take `use_reentrant=False`. Dynamo heeds no mode in what is checkpointed: compiled with
+    `backend="forged"`, it has this gradient where the compiled model is called within the mode; with others, the true.
     """
 
     def __torch_function__(

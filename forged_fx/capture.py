@@ -9,8 +9,9 @@ import contextlib
 import inspect
 import operator
 import threading
+import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -32,12 +33,19 @@ class Untraceable(Exception):
 
 
 class _SiteTracer(fx.Tracer):
+    proxy_buffer_attributes = True  # what a forward makes of buffers is made anew in each run, as they may change
+
     def __init__(self, opened: set[str]) -> None:
         super().__init__()
         self.opened = opened
 
     def is_leaf_module(self, module: torch.nn.Module, name: str) -> bool:
         return name not in self.opened
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if torch_internals.checkpointed():
+            raise Untraceable("its forward checkpoints activations, which a graph would not do")
+        return super().create_node(*args, **kwargs)
 
 
 def opened_modules(sites: Iterable[str], layers: set[str]) -> set[str]:
@@ -104,6 +112,11 @@ def capture(model: torch.nn.Module, opened: set[str], given: set[str], contexts:
         if _trains_otherwise(twin.get_submodule(name)):
             raise Untraceable(f"{name or 'the model'!r} has a train() of its own, which a graph would not have")
     graph, constants = traced
+    if of_the_model := [v for v in constants.values() if v.requires_grad or _shares_memory(v, shared)]:
+        shape = tuple(of_the_model[0].shape)
+        raise Untraceable(
+            f"its forward reads tensors of the model's (shape {shape}) that a graph would hold as they are"
+        )
     kept = {id(tensor): name for name, module in twin.named_modules() if name not in opened for tensor in _kept(module)}
     if holder := next((kept[id(value)] for value in constants.values() if id(value) in kept), None):
         raise Untraceable(f"its forward reads a tensor that {holder!r} keeps, which a graph would hold as it is now")
@@ -141,6 +154,11 @@ def _kept(module: torch.nn.Module) -> list[torch.Tensor]:
     """The tensors that a module holds in a dict, a list or the like of its own: those of an earlier run, say."""
     held = [value for name, value in vars(module).items() if name not in HELD]
     return [leaf for leaf in torch_internals.tree_leaves(held) if isinstance(leaf, torch.Tensor)]
+
+
+def _shares_memory(value: torch.Tensor, others: list[torch.Tensor]) -> bool:
+    memory = torch_internals.memory_of(value)
+    return memory is not None and any(torch_internals.memory_of(other) == memory for other in others)
 
 
 def _trains_otherwise(module: torch.nn.Module) -> bool:
@@ -208,6 +226,11 @@ _CONTEXTS: list[tuple[Any, str, str]] = [
     (torch.inference_mode, "__enter__", "sets inference mode"),
     (torch, "is_inference_mode_enabled", "asks for inference mode"),
     (torch.nn.attention, torch_internals.CHOOSE_ATTENTION, "sets the kernels of attention"),
+    (torch.no_grad, "__enter__", "sets the grad mode"),
+    (torch.enable_grad, "__enter__", "sets the grad mode"),
+    (torch.set_grad_enabled, "__init__", "sets the grad mode"),
+    (torch.autograd.Function, "apply", "runs an autograd.Function with a backward of its own"),
+    (torch.autograd.graph.saved_tensors_hooks, "__enter__", "says how tensors are saved for the backward"),
 ]
 
 
@@ -220,16 +243,18 @@ def _contexts_refused() -> Iterator[None]:
     not the context. Other threads begin theirs, and trace one after the other."""
     tracing = threading.get_ident()
 
-    def refusing(function: Callable, what: str) -> Callable:
+    def refusing(plain: Any, what: str) -> Any:
+        of_class = isinstance(plain, classmethod | types.ClassMethodDescriptorType)
+
         def refuse(*args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() != tracing:
-                return function(*args, **kwargs)
+                return plain.__get__(None, args[0])(*args[1:], **kwargs) if of_class else plain(*args, **kwargs)
             raise Untraceable(f"its forward {what}, which a graph would drop")
 
-        return refuse
+        return classmethod(refuse) if of_class else refuse
 
     with _tracing:
-        plain = [getattr(owner, name) for owner, name, _ in _CONTEXTS]
+        plain = [vars(owner)[name] for owner, name, _ in _CONTEXTS]
         for (owner, name, what), function in zip(_CONTEXTS, plain, strict=True):
             setattr(owner, name, refusing(function, what))
         try:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from forged_fx.thresholds import keep_thresholds
+
 # Where a module has what it holds; of an ordinary module's copy, each is its own.
 HELD = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
 
@@ -65,6 +67,10 @@ class Container(nn.Module):
             raise RuntimeError(_nothing(self.forged_path, "a forward of its own"))
         check_place(self, name, value)
         super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        keep_thresholds(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Nothing but a warning: what does not run cannot be compiled."""

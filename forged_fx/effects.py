@@ -81,6 +81,19 @@ def may_ask_in_place(args: tuple, kwargs: Mapping[str, Any]) -> bool:
     return bool(kwargs.get("inplace")) or any(arg is True for arg in args[1:])  # (1 == True)
 
 
+def written_attribute(graph: fx.Graph) -> str | None:
+    """The name of a tensor of the model's that a call of the graph surely writes into; None if none does."""
+    for node in graph.nodes:
+        name, x = _function_name(node), next(iter(node.args), None)
+        if not is_call(node) or not ((name.endswith("_") and not name.endswith("__")) or name in _WRITING):
+            continue
+        while isinstance(x, fx.Node) and is_call(x) and x.target not in _FRESH_FUNCTIONS:
+            x = next(iter(x.args), None)
+        if isinstance(x, fx.Node) and x.op == "get_attr":
+            return x.target
+    return None
+
+
 # ---- memory
 
 # (an einsum of one operand, or a product of one, is a view of it)

@@ -35,7 +35,7 @@ from forged_fx.sites import (
     operand_name,
     replace,
 )
-from forged_fx.torch_internals import CHECKPOINT, MODULE_CALL, tree_leaves
+from forged_fx.torch_internals import CHECKPOINT, MODULE_CALL, memory_of, tree_leaves
 from forged_fx.write_back import works_in_place
 
 # Factories that take their values from Python: what they hold may well come from the input (numpy in the middle).
@@ -142,8 +142,8 @@ class _Origins:
 
     def _in_memory_of(self, tensor: Tensor) -> list[Tensor]:
         """All that would be data when it is written there: the tensor, what it is a view of, and its other views."""
-        memory = _memory(tensor)
-        others = [] if memory is None else [other for other in self._known if _memory(other) == memory]
+        memory = memory_of(tensor)
+        others = [] if memory is None else [other for other in self._known if memory_of(other) == memory]
         return [tensor, *others]
 
 
@@ -165,13 +165,6 @@ def _reads(function: Callable) -> bool:
 
 def _first(args: tuple, kwargs: dict) -> Any:
     return args[0] if args else kwargs.get("input")
-
-
-def _memory(tensor: Tensor) -> int | None:
-    try:
-        return tensor.untyped_storage().data_ptr() or None
-    except (NotImplementedError, RuntimeError):  # sparse tensors and the like have none of their own
-        return None
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:

@@ -14,6 +14,7 @@ has in the pass. A pass begins where a thread enters the model: at the model, or
 import inspect
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
-from forged_fx import ops, torch_internals
+from forged_fx import ops, torch_internals  # noqa: F401 (ops defines the op)
 from forged_fx.kinds import Choice
 from forged_fx.sites import (
     ACTIVATIONS,
@@ -64,7 +65,7 @@ class Forge:
 
     def into(self, region: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
         """The same in the memory of x."""
-        return x.copy_(self(region, x if ops.FUNCTIONS[self.function].told else to_be_kept(x)))
+        return x.copy_(self(region, to_be_kept(x)))
 
 
 class Pass(threading.local):
@@ -141,13 +142,22 @@ class _Region(HoldsThresholds):
     forged_plan: Plan  # (a name that the user's own class will not have)
     forged_activations: Plan | None = None  # the same for its calls of activations, which are counted apart
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward":
+            warnings.warn(
+                f"a forward is set on a forged {type(self).__name__}, whose thresholds run within the one that it "
+                "replaces: they are lost unless the new one calls that",
+                stacklevel=2,
+            )
+        super().__setattr__(name, value)
+
     def __init_subclass__(cls) -> None:
         """What the user's class does with its subclasses is not for these, which it does not know."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if "forged_from" not in vars(type(self)):  # of a class that others have put ahead of it since
             return super().__reduce_ex__(protocol)
-        return _rebuild, type(self).forged_from, self.__dict__
+        return _rebuild, type(self).forged_from, self.__getstate__()
 
 
 class _OwnForward(torch.nn.Module):
@@ -238,7 +248,8 @@ class _OwnCalls(TorchFunctionMode):
                 return OPENED[function](*args, **kwargs)
         for forge in plan.next(self.own if plan.once else self.region.forged_pass.so_far()):
             x = get(args, kwargs, forge.key) if call.kind == forge.kind else None
-            if x is None or isinstance(x, torch.nn.Parameter):
+            # (a caller may give a parameter as data: an image that is learned)
+            if x is None or (isinstance(x, torch.nn.Parameter) and any(x is p for p in self.region.parameters())):
                 raise other_call(plan.module, forge.kind, call.kind)
             in_place = function in ACTIVATIONS and works_in_place(function, args, kwargs)
             new = (forge.into if in_place else forge)(self.region, x)
@@ -297,7 +308,9 @@ def forge_regions(model: torch.nn.Module, stats: Stats, wanted: list[str], choic
     for name, sites in sites_of.items():
         module = model.get_submodule(name)
         rows = [stats.sites[site] for site in sites]
-        layer = bool(rows) and all(row.layer for row in rows)
+        inside = f"{name}." if name else ""
+        around = any(m != name and m.startswith(inside) for m in sites_of)  # a pass may begin here
+        layer = bool(rows) and all(row.layer for row in rows) and not around
         module.threshold_buffers = {}
         plans = {mark: _plan(name, [stats.sites[s] for s in sites if mark_of(s) == mark]) for mark in "#@"}
         for site, row in zip(sites, rows, strict=True):

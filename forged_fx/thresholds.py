@@ -24,9 +24,9 @@ class HoldsThresholds(torch.nn.Module):
     """A module with thresholds among its buffers, for its own sites and its submodules'.
 
     They stay float32 under `.half()` and its like, as the comparison is made in float32; and so does what the model
-    computes with besides parameters and buffers. A checkpoint of the plain
-    model loads, with `strict=True` too: thresholds that it does not name keep their values, `to_empty` and the meta
-    device notwithstanding.
+    computes with besides parameters and buffers. A checkpoint of the plain model, or of a part of it, loads, with
+    `strict=True` too: thresholds that it does not name keep their values, `to_empty` and the meta device
+    notwithstanding.
     """
 
     threshold_buffers: dict[str, tuple[str, ...]]  # site name -> its buffers' names, relative to this module
@@ -53,6 +53,13 @@ class HoldsThresholds(torch.nn.Module):
 
     def _leaves(self) -> set[str]:
         return {name.rpartition(".")[2] for names in self.threshold_buffers.values() for name in names}
+
+
+def keep_thresholds(module: torch.nn.Module, state_dict: dict, prefix: str, *_: Any) -> None:
+    """A hook on loading a module's state dict: thresholds that it does not name keep their values."""
+    for name, buffer in module._buffers.items():
+        if name.startswith(PREFIX) and buffer is not None:
+            state_dict.setdefault(prefix + name, valued(buffer).detach())
 
 
 def moved(value: Tensor, device: torch.device | None) -> Tensor:
@@ -85,6 +92,8 @@ def register(owner: torch.nn.Module, site: str, kind: Kind, stats: SiteStats, ro
     names = tuple(buffer_name(site, buffer) for buffer in kind.buffers)
     for name, value in zip(names, tensors_beside(owner, root, kind.off(stats)), strict=True):
         owner.register_buffer(name, value)
+    if not any(hook.hook is keep_thresholds for hook in owner._load_state_dict_pre_hooks.values()):
+        owner.register_load_state_dict_pre_hook(keep_thresholds)
     return names
 
 

@@ -243,6 +243,19 @@ def checkpoints() -> tuple[list[dict], dict | None]:
     return first, None
 
 
+def memory_of(tensor: torch.Tensor) -> int | None:
+    """The address of a tensor's storage; None of one without, or of a kind that has none of its own (a sparse one)."""
+    try:
+        return tensor.untyped_storage().data_ptr() or None
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def checkpointed() -> bool:
+    """Whether an activation checkpoint is running this code."""
+    return any(frame.f_code is CHECKPOINT for frame in _frames())
+
+
 def modules_on_stack(in_hooks: bool = True) -> Iterator[torch.nn.Module]:
     """The modules whose forward is running now, innermost first. Dynamo compiles a frame while it waits to run.
 

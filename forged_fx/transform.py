@@ -18,7 +18,8 @@ import torch.fx as fx
 from forged_fx import in_place, write_back
 from forged_fx.audit import AuditFailed, alike, audit, audit_at_work, same
 from forged_fx.capture import Untraceable, capture, opened_modules
-from forged_fx.containers import HELD, ListContainer, Numbered, check_place, container_for, hold, skeleton
+from forged_fx.containers import ListContainer, Numbered, check_place, container_for, hold, skeleton
+from forged_fx.effects import written_attribute
 from forged_fx.fuse import fuse as fuse_producers
 from forged_fx.kinds import OWN, Choice, choose
 from forged_fx.models import copied, is_sharded, unwrapped
@@ -100,13 +101,12 @@ class ForgedModule(Numbered, HoldsThresholds, fx.GraphModule):
         return self._modules
 
     def __deepcopy__(self, memo: dict) -> "ForgedModule":
-        twin = super().__deepcopy__(memo)
-        for name in (
-            *HELD,
-            *_left_out(vars(self), vars(twin)),
-        ):  # (of HELD, what its graph names, in the order of that)
-            vars(twin)[name] = copy.deepcopy(vars(self)[name], memo)
+        # Not torch.fx's, which drops hooks and attributes, and looks for parameters where it has taken them from.
+        twin: ForgedModule = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(vars(self), memo))
         type(twin).__name__ = type(self).__name__  # (a class of its own, as every graph module has)
+        twin.graph = twin._graph
         return twin
 
     def __copy__(self) -> "ForgedModule":
@@ -507,7 +507,7 @@ def _write(buffers: Mapping[str, tuple[torch.Tensor, ...]], values: Mapping[str,
     with torch.no_grad():
         for site in values:
             for buffer, value in zip(buffers[site], values[site], strict=True):
-                buffer.copy_(torch.as_tensor(value, device=buffer.device))
+                buffer.copy_(torch.as_tensor(value, dtype=torch.float32, device=buffer.device))
 
 
 def _forge_whole(model: torch.nn.Module, stats: Stats, wanted: list[str], choice: Choice) -> ForgedModule:
@@ -517,6 +517,8 @@ def _forge_whole(model: torch.nn.Module, stats: Stats, wanted: list[str], choice
     layer_sites = {name for name, site in stats.sites.items() if site.layer}
     opened = opened_modules(wanted, layer_sites)
     graph, constants = capture(model, opened, stats.given, stats.contexts)
+    if written := written_attribute(graph):
+        raise Untraceable(f"its forward writes into {written!r}, which a graph would not do")
     keys, own = model.state_dict().keys(), {name for name, _ in _tensors_of(model)}
     model = copied(model)
     for name, value in constants.items():

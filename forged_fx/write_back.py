@@ -34,10 +34,9 @@ def in_graph(graph: fx.Graph, root: nn.Module, stats: Stats) -> None:
         if dies and told:
             with graph.inserting_before(reader):
                 reader.replace_input_with(threshold, graph.call_function(to_be_kept, (threshold,)))
-        if not dies and not told:
+        if not dies:  # (a surrogate's backward looks at the input, whatever the kind)
             with graph.inserting_before(threshold):
                 threshold.replace_input_with(x, graph.call_function(to_be_kept, (x,)))
-        if not dies:
             with graph.inserting_before(reader):
                 reader.replace_input_with(threshold, graph.call_method("copy_", (x, threshold)))
 

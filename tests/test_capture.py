@@ -1,14 +1,19 @@
 """What a graph would freeze: models that ask for it are forged module by module, and stay themselves."""
 
+import contextlib
 import copy
 import enum
+import re
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import forged_fx
+from forged_fx import capture
 
 
 class Mode(enum.Enum):
@@ -178,3 +183,89 @@ def test_a_module_that_reads_old_checkpoints_goes_on_reading_them():
     weight = torch.full((4, 4), 2.0)
     forged.load_state_dict({"0.old.weight": weight, "0.fc.bias": torch.zeros(4)})
     assert torch.equal(forged.get_parameter("0.fc.weight"), weight)
+
+
+class Rounds(torch.autograd.Function):
+    """To whole numbers, with the gradient straight through."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return (8 * x).round() / 8
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class Block(nn.Module):
+    """What `run` does, with a layer on either side."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.first, self.last, self.run = nn.Linear(4, 4), nn.Linear(4, 2), run
+
+    def forward(self, x):
+        return self.last(self.run(self, self.first(x).tanh()))
+
+
+def without_gradient(block, x):
+    with torch.no_grad() if block.training else contextlib.nullcontext():
+        return block.first(x)
+
+
+@torch.no_grad()
+def frozen(x):
+    return x.sin()
+
+
+def reentrant(block, x):
+    return checkpoint(block.first, x, use_reentrant=True) if torch.is_grad_enabled() else block.first(x)
+
+
+def saved_elsewhere(block, x):
+    with torch.autograd.graph.save_on_cpu():
+        return block.first(x)
+
+
+LOST = {
+    "a backward of its own": (lambda block, x: Rounds.apply(x), "runs an autograd.Function"),
+    "no gradient in training": (without_gradient, "sets the grad mode"),
+    "a decorated part, in training": (lambda b, x: frozen(x) if b.training else x.sin(), "sets the grad mode"),
+    "a checkpoint in training": (
+        lambda b, x: checkpoint(b.first, x, use_reentrant=False) if b.training else b.first(x),
+        "checkpoints activations",
+    ),
+    "a reentrant checkpoint with gradients": (reentrant, "checkpoints activations|autograd.Function"),
+    "hooks on saved tensors": (saved_elsewhere, "says how tensors are saved"),
+}
+
+
+@pytest.mark.parametrize("recording", [True, False])
+@pytest.mark.parametrize(("run", "why"), LOST.values(), ids=LOST)
+def test_what_a_graph_would_lose_of_a_backward(run, why, recording):
+    """Forwards are the same, so no audit tells; the gradients are what the plain model has, in either mode."""
+    torch.manual_seed(0)
+    model, x = Block(run).eval(), torch.randn(6, 4)
+    with torch.set_grad_enabled(recording):
+        forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0)
+    assert re.search(why, forged.forging.not_whole)
+    for training in (False, True):
+        found = []
+        for one in (model, forged):
+            one.train(training).zero_grad()
+            with forged_fx.straight_through():
+                one(leaf := x.clone().requires_grad_()).square().sum().backward()
+            found.append([leaf.grad, *(p.grad for p in one.parameters())])
+        for plain, ours in zip(*found, strict=True):
+            assert ours is plain is None or torch.allclose(plain, ours, atol=1e-6)
+
+
+def test_functions_with_a_backward_of_their_own_run_in_other_threads_while_one_is_traced():
+    def apply():
+        return Rounds.apply(torch.ones(2)), torch.no_grad().__enter__()
+
+    with capture._contexts_refused(), ThreadPoolExecutor(1) as pool:
+        pool.submit(apply).result()
+        with pytest.raises(capture.Untraceable):
+            Rounds.apply(torch.ones(2))
+    assert torch.equal(Rounds.apply(torch.ones(2)), torch.ones(2))

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -67,3 +68,49 @@ def test_the_batch_that_calibration_kept_is_in_no_file(made, graph):
     assert len(pickle.dumps(stats)) < x.nbytes
     assert copy.deepcopy(stats) == stats == pickle.loads(pickle.dumps(stats))
     assert copy.deepcopy(stats).example is stats.example and stats.example is not None
+
+
+def x_of():
+    return torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_copy_of_what_was_parametrized_since(graph):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.scale = nn.Linear(4, 2), nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            return self.fc(x * self.scale)
+
+    model, x = Scaled().eval(), torch.randn(3, 4)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), graph=graph)
+    torch.nn.utils.parametrize.register_parametrization(forged, "scale", Doubled())
+    twin = copy.deepcopy(forged)
+    assert torch.equal(twin(x), forged(x))
+    with torch.no_grad():
+        twin.parametrizations.scale.original.zero_()
+    assert not torch.equal(twin(x), forged(x))
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_part_loads_a_plain_parts_weights(graph):
+    """A backbone's checkpoint, say; thresholds that it does not name stay as they are."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(OrderedDict(body=nn.Sequential(nn.Linear(4, 4), nn.ReLU()), head=nn.Linear(4, 2))), x_of()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0.5, graph=graph)
+    before = {name: value.clone() for name, value in forged.named_buffers()}
+    for name in ("body", "body.0", "head"):
+        weights = {key: value + 1 for key, value in model.get_submodule(name).state_dict().items()}
+        assert forged.get_submodule(name).load_state_dict(weights) == ([], [])
+        found = forged.get_submodule(name).state_dict()
+        assert all(torch.equal(found[key], value) for key, value in weights.items())
+    assert before and all(torch.equal(value, before[name]) for name, value in forged.named_buffers())
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(forged)))
+    assert twin.get_submodule("head").load_state_dict(model.head.state_dict()) == ([], [])

@@ -653,3 +653,14 @@ def test_each_call_of_a_module_that_calls_itself_is_counted_once():
     whole, by_module = (forged_fx.transform(model, stats, 2**-2, graph=graph) for graph in (True, False))
     assert isinstance(whole, torch.fx.GraphModule)
     assert torch.equal(by_module(x), whole(x)) and not torch.equal(by_module(x), model(x))
+
+
+def test_a_forward_that_is_set_on_a_forged_module_comes_with_a_warning():
+    """It may take the thresholds' place, or run them: a wrapper calls the forward that it replaces."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval(), torch.randn(6, 4)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0.5, graph=False)
+    expected, inner = forged(x), forged[2].forward
+    with pytest.warns(UserWarning, match="lost unless the new one calls that"):
+        forged[2].forward = lambda x: 2 * inner(x)
+    assert torch.equal(forged(x), 2 * expected)
