@@ -9,9 +9,8 @@ import contextlib
 import inspect
 import operator
 import threading
-import types
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -32,19 +31,57 @@ class Untraceable(Exception):
     """A module that cannot become a graph without changing what it does; the message says why."""
 
 
+class _Buffer(fx.Proxy):
+    """Stands for a buffer of the model's. How large it is is the model's own, and no run's."""
+
+    def __init__(self, node: fx.Node, tracer: fx.Tracer, value: torch.Tensor) -> None:
+        super().__init__(node, tracer)
+        self.value = value
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.value.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.value.ndim
+
+    def size(self, *dim: Any) -> Any:
+        return self.value.size(*dim)
+
+    def numel(self) -> int:
+        return self.value.numel()
+
+    def dim(self) -> int:
+        return self.value.dim()
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+
 class _SiteTracer(fx.Tracer):
     proxy_buffer_attributes = True  # what a forward makes of buffers is made anew in each run, as they may change
 
     def __init__(self, opened: set[str]) -> None:
         super().__init__()
         self.opened = opened
+        self.functions = torch_internals.forwards_of_functions()
 
     def is_leaf_module(self, module: torch.nn.Module, name: str) -> bool:
         return name not in self.opened
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        if node.op == "get_attr":
+            owner, _, name = node.target.rpartition(".")
+            if isinstance(value := self.root.get_submodule(owner)._buffers.get(name), torch.Tensor):
+                return _Buffer(node, self, value)
+        return super().proxy(node)
+
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if torch_internals.checkpointed():
             raise Untraceable("its forward checkpoints activations, which a graph would not do")
+        if torch_internals.runs_any(self.functions):
+            raise Untraceable("its forward runs an autograd.Function, whose backward a graph would drop")
         return super().create_node(*args, **kwargs)
 
 
@@ -229,7 +266,6 @@ _CONTEXTS: list[tuple[Any, str, str]] = [
     (torch.no_grad, "__enter__", "sets the grad mode"),
     (torch.enable_grad, "__enter__", "sets the grad mode"),
     (torch.set_grad_enabled, "__init__", "sets the grad mode"),
-    (torch.autograd.Function, "apply", "runs an autograd.Function with a backward of its own"),
     (torch.autograd.graph.saved_tensors_hooks, "__enter__", "says how tensors are saved for the backward"),
 ]
 
@@ -243,18 +279,16 @@ def _contexts_refused() -> Iterator[None]:
     not the context. Other threads begin theirs, and trace one after the other."""
     tracing = threading.get_ident()
 
-    def refusing(plain: Any, what: str) -> Any:
-        of_class = isinstance(plain, classmethod | types.ClassMethodDescriptorType)
-
+    def refusing(function: Callable, what: str) -> Callable:
         def refuse(*args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() != tracing:
-                return plain.__get__(None, args[0])(*args[1:], **kwargs) if of_class else plain(*args, **kwargs)
+                return function(*args, **kwargs)
             raise Untraceable(f"its forward {what}, which a graph would drop")
 
-        return classmethod(refuse) if of_class else refuse
+        return refuse
 
     with _tracing:
-        plain = [vars(owner)[name] for owner, name, _ in _CONTEXTS]
+        plain = [getattr(owner, name) for owner, name, _ in _CONTEXTS]
         for (owner, name, what), function in zip(_CONTEXTS, plain, strict=True):
             setattr(owner, name, refusing(function, what))
         try:

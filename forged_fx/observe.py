@@ -7,6 +7,7 @@ makes it. So any Python model can be observed, control flow included, and nothin
 
 import contextlib
 import sys
+import types
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from forged_fx.modes import fast_path_off, module_hooks
 from forged_fx.sites import (
     ACTIVATIONS,
     CALLS,
+    IN_FUNCTION,
     OPENED,
     Call,
     Key,
@@ -35,7 +37,7 @@ from forged_fx.sites import (
     operand_name,
     replace,
 )
-from forged_fx.torch_internals import CHECKPOINT, MODULE_CALL, memory_of, tree_leaves
+from forged_fx.torch_internals import CHECKPOINT, MODULE_CALL, forwards_of_functions, memory_of, tree_leaves
 from forged_fx.write_back import works_in_place
 
 # Factories that take their values from Python: what they hold may well come from the input (numpy in the middle).
@@ -277,12 +279,13 @@ class Observer:
         self.runs: Counter[str] = Counter()
         self.frames: list[_Frame] = []
         self._could_be_layers: dict[int, list[_Frame]] = {}  # by the id of what they were given first
+        self.functions = forwards_of_functions()
         with self._follow_modules(), fast_path_off(), _SeeCalls(self):
             return self.model(*args, **kwargs)
 
     def saw(self, function: Callable, call: Call, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         frame = self.frames[-1]
-        self._check_context(frame, _modes())
+        function_runs = self._check_context(frame, _modes())
         frame.calls += 1
         self._read_by_call(frame, args, kwargs)
         name = self.numbering.call(frame.name, call.mark)
@@ -290,6 +293,8 @@ class Observer:
         if not operands:
             self.no_sites.add(name)
         for i, operand in enumerate(operands):
+            if function_runs:
+                operand = operand._replace(left_out=IN_FUNCTION)
             reads_input = operand.value is frame.first_input and i == 0
             first_run = self.runs[frame.name] <= 1
             place = call.channel_of if call.mark == "#" else self.layouts.channel
@@ -331,10 +336,13 @@ class Observer:
         if self.frames:
             self.contexts.add(self.frames[-1].name)
 
-    def _check_context(self, frame: _Frame, modes: tuple) -> None:
-        """Autocast, the grad mode, or activation checkpointing, between the module's start and this call."""
-        if modes != frame.modes or _checkpointed():
+    def _check_context(self, frame: _Frame, modes: tuple) -> bool:
+        """Autocast, the grad mode, or activation checkpointing, between the module's start and this call. Returns
+        whether a torch.autograd.Function is running it."""
+        checkpointed, function_runs = _within(self.functions)
+        if modes != frame.modes or checkpointed:
             self.contexts.add(frame.name)
+        return function_runs
 
     def _follow_modules(self) -> contextlib.AbstractContextManager[None]:
         """Keep the stack of module calls."""
@@ -374,17 +382,19 @@ def _modes() -> tuple:
     return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast)
 
 
-def _checkpointed() -> bool:
-    """Whether torch.utils.checkpoint stands between this call and the forward of the module that makes it."""
+def _within(functions: set[types.CodeType]) -> tuple[bool, bool]:
+    """Whether torch.utils.checkpoint, and whether one of these functions, stands between this call and the forward of
+    the module that makes it."""
     frame = sys._getframe(2)
     forwards = 0  # the innermost _call_impl runs the hook that asks; the next one is the caller's
+    checkpointed = function_runs = False
     while frame is not None:
         code = frame.f_code
-        if code is CHECKPOINT:
-            return True
+        checkpointed |= code is CHECKPOINT
+        function_runs |= code in functions
         if code is MODULE_CALL:
             forwards += 1
             if forwards == 2:
                 break
         frame = frame.f_back
-    return False
+    return checkpointed, function_runs

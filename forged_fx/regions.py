@@ -225,6 +225,7 @@ class _OwnCalls(TorchFunctionMode):
         self.region = region
         self.inside = {id(module) for module in region.modules()}
         self.own: dict[int, int] = {}  # the calls since the module's own start, by plan
+        self.recording = torch.is_grad_enabled()
 
     def __enter__(self) -> Any:
         self.region.forged_pass.running.append(self)
@@ -251,6 +252,12 @@ class _OwnCalls(TorchFunctionMode):
             # (a caller may give a parameter as data: an image that is learned)
             if x is None or (isinstance(x, torch.nn.Parameter) and any(x is p for p in self.region.parameters())):
                 raise other_call(plan.module, forge.kind, call.kind)
+            if self.recording and torch_internals.checkpoints_itself(self.region):
+                raise RuntimeError(
+                    f"{plan.module or 'the model'!r} checkpoints calls that it makes itself: they are run anew in the "
+                    "backward, where no threshold reaches them. Put them into a module of their own, and calibrate; or "
+                    "compile the plain model, with backend='forged' and options={'stats': ...}"
+                )
             in_place = function in ACTIVATIONS and works_in_place(function, args, kwargs)
             new = (forge.into if in_place else forge)(self.region, x)
             args, kwargs = replace(args, kwargs, forge.key, new)

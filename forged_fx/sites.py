@@ -273,6 +273,7 @@ COMPLEX = "its input is complex, and a threshold is for real numbers"
 NOT_DENSE = "its input is a sparse or nested tensor, and a threshold is for dense ones"
 OTHER_DTYPE = "its input is of a dtype that a threshold does not take: it is for float16, bfloat16, float32 and float64"
 VMAPPED = "it runs within torch.vmap, where its input cannot be measured"
+IN_FUNCTION = "within a torch.autograd.Function, which has a backward of its own"
 OTHER_CALL = "it was another kind of call in another batch, or had its data in another place"
 OTHER_WEIGHT = "its data met another parameter in another batch: modules of their own would tell them apart"
 UNMEASURED = (SCRIPTED, COMPLEX, NOT_DENSE, OTHER_DTYPE, VMAPPED)

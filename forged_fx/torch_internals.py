@@ -256,6 +256,36 @@ def checkpointed() -> bool:
     return any(frame.f_code is CHECKPOINT for frame in _frames())
 
 
+def checkpoints_itself(module: torch.nn.Module) -> bool:
+    """Whether a checkpoint that the module's own forward has begun is running this code."""
+    for frame in _frames():
+        if frame.f_code is CHECKPOINT:
+            return True
+        if frame.f_code is MODULE_CALL and frame.f_locals["self"] is module:
+            return False
+    return False
+
+
+def forwards_of_functions() -> set[types.CodeType]:
+    """The code of every torch.autograd.Function's forward, but for that of checkpoints, whose backward is that of the
+    calls within. (Who keeps `Function.apply` under a name of his own still runs that code.)"""
+    from torch.utils.checkpoint import CheckpointFunction
+
+    found, waiting = set(), [torch.autograd.Function]
+    while waiting:
+        function = waiting.pop()
+        waiting += function.__subclasses__()
+        code = getattr(function.forward, "__code__", None)
+        if code is not None and function is not CheckpointFunction:
+            found.add(code)
+    return found - {torch.autograd.Function.forward.__code__}
+
+
+def runs_any(codes: set[types.CodeType]) -> bool:
+    """Whether one of these is running this code."""
+    return any(frame.f_code in codes for frame in _frames())
+
+
 def modules_on_stack(in_hooks: bool = True) -> Iterator[torch.nn.Module]:
     """The modules whose forward is running now, innermost first. Dynamo compiles a frame while it waits to run.
 

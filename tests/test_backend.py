@@ -1,5 +1,6 @@
 """torch.compile(backend="forged"): forged models and plain ones, one result."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import forged_fx
 from forged_fx import torch_internals
@@ -559,6 +561,34 @@ class CheckpointedBlocks(nn.Module):
 
     def forward(self, x):
         return self.blocks[2](self.run(self.inner, self.run(self.blocks[0], x)))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_straight_through_reaches_what_is_checkpointed(whole):
+    """Dynamo heeds no function mode there."""
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 3)).eval()
+    x = torch.randn(4, 6)
+    forged = forged_fx.transform(block, forged_fx.calibrate(block, [x]), 0.5)
+
+    class Checkpoints(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = forged
+
+        def forward(self, x):
+            return checkpoint(self.block, x, use_reentrant=False)
+
+    called = Checkpoints() if whole else lambda v: checkpoint(forged, v, use_reentrant=False)
+    run = torch.compile(called, backend="forged")
+    for context in (forged_fx.straight_through, contextlib.nullcontext, forged_fx.straight_through):
+        found = []
+        for one in (forged, run):
+            leaf = x.clone().requires_grad_()
+            with context():
+                y = one(leaf)
+            found += torch.autograd.grad(y.sum(), leaf)
+        assert torch.allclose(*found, atol=1e-6) and bool((found[1] == 0).any()) is (context is contextlib.nullcontext)
 
 
 def test_what_is_checkpointed_is_forged_and_recomputed():

@@ -5,7 +5,6 @@ import copy
 import enum
 import re
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import forged_fx
-from forged_fx import capture
 
 
 class Mode(enum.Enum):
@@ -197,6 +195,9 @@ class Rounds(torch.autograd.Function):
         return grad
 
 
+rounded = Rounds.apply
+
+
 class Block(nn.Module):
     """What `run` does, with a layer on either side."""
 
@@ -229,13 +230,14 @@ def saved_elsewhere(block, x):
 
 LOST = {
     "a backward of its own": (lambda block, x: Rounds.apply(x), "runs an autograd.Function"),
+    "the same under another name": (lambda block, x: rounded(x), "runs an autograd.Function"),
     "no gradient in training": (without_gradient, "sets the grad mode"),
     "a decorated part, in training": (lambda b, x: frozen(x) if b.training else x.sin(), "sets the grad mode"),
     "a checkpoint in training": (
         lambda b, x: checkpoint(b.first, x, use_reentrant=False) if b.training else b.first(x),
         "checkpoints activations",
     ),
-    "a reentrant checkpoint with gradients": (reentrant, "checkpoints activations|autograd.Function"),
+    "a reentrant checkpoint with gradients": (reentrant, "sets the grad mode"),
     "hooks on saved tensors": (saved_elsewhere, "says how tensors are saved"),
 }
 
@@ -260,12 +262,51 @@ def test_what_a_graph_would_lose_of_a_backward(run, why, recording):
             assert ours is plain is None or torch.allclose(plain, ours, atol=1e-6)
 
 
-def test_functions_with_a_backward_of_their_own_run_in_other_threads_while_one_is_traced():
-    def apply():
-        return Rounds.apply(torch.ones(2)), torch.no_grad().__enter__()
+class Normalizes(nn.Module):
+    """By buffers, of which it makes something in each run."""
 
-    with capture._contexts_refused(), ThreadPoolExecutor(1) as pool:
-        pool.submit(apply).result()
-        with pytest.raises(capture.Untraceable):
-            Rounds.apply(torch.ones(2))
-    assert torch.equal(Rounds.apply(torch.ones(2)), torch.ones(2))
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("mean", torch.full((4,), 0.5))
+        self.register_buffer("mask", torch.ones(4, 4))
+
+    def forward(self, x):
+        return nn.functional.linear(
+            self.fc((x - self.mean.view(1, -1)) / (1 + self.mean[None])), self.fc.weight * (1 - self.mask)
+        )
+
+
+class Lists(nn.Module):
+    """It makes its weight of parameters that it goes through."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts, self.fc = nn.ParameterList([torch.randn(2, 4), torch.randn(2, 4)]), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.fc(nn.functional.linear(x, torch.cat(list(self.parts.parameters()))).tanh())
+
+
+@pytest.mark.parametrize("kind", [Normalizes, Lists])
+def test_what_a_forward_makes_of_the_models_tensors_is_made_in_each_run(kind):
+    """Of those that the forged model has then: loaded, cast, trained; and the plain model's stay its own."""
+    torch.manual_seed(0)
+    model, other, x = kind().eval(), kind().eval(), x_of()
+    for buffer in other.buffers():
+        buffer.mul_(0.25)
+    forged = forged_at_zero(model)
+    assert is_whole(forged) is (kind is Normalizes)
+    forged.load_state_dict(other.state_dict())
+    assert torch.equal(forged(x), other(x))
+    forged(x).sum().backward()
+    assert all(p.grad is None for p in model.parameters())
+    other(x).sum().backward()
+    assert all(p.grad is not None for one in (forged, other) for p in one.parameters())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        for tensor in (*forged.parameters(), *forged.buffers()):
+            tensor.zero_()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    cast = forged_at_zero(other).bfloat16()
+    assert torch.equal(cast(x.bfloat16()), copy.deepcopy(other).bfloat16()(x.bfloat16()))

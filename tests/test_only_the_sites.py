@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import forged_fx
+from forged_fx.evaluate.surrogate import smooth
 from forged_fx.stats import Stats
 
 RATIO = 2**-1
@@ -227,6 +228,18 @@ def test_gradients_pass_an_activation_that_writes_where_its_threshold_read(act, 
     (expected,) = torch.autograd.grad((result + (result if "in place" in act else h)).square().sum(), x)
     (found,) = torch.autograd.grad(forged(x).square().sum(), x)
     assert torch.allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["hard", "one_sided", "soft", "clamp"])
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_surrogates_gradient_passes_an_activation_that_writes_where_its_threshold_read(graph, kind):
+    torch.manual_seed(0)
+    model, x = ReadTwice(nn.ReLU(inplace=True)).eval(), torch.randn(6, 4)
+    stats = forged_fx.calibrate(model, [x], where="activations")
+    forged = forged_fx.transform(model, stats, 0.3, where="activations", graph=graph, kind=kind)
+    with smooth(0.1):
+        forged(leaf := x.clone().requires_grad_()).square().sum().backward()
+    assert leaf.grad.isfinite().all() and leaf.grad.any()
 
 
 @pytest.mark.parametrize("kind", ["hard", "one_sided", "soft"])

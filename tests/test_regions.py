@@ -4,6 +4,8 @@ import copy
 import functools
 import inspect
 import io
+import pickle
+import threading
 import types
 from typing import ClassVar
 
@@ -12,9 +14,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import forged_fx
 from forged_fx.modes import fast_path_off
+from forged_fx.sites import IN_FUNCTION
 from forged_fx.transform import ForgedModule
 
 
@@ -664,3 +668,120 @@ def test_a_forward_that_is_set_on_a_forged_module_comes_with_a_warning():
     with pytest.warns(UserWarning, match="lost unless the new one calls that"):
         forged[2].forward = lambda x: 2 * inner(x)
     assert torch.equal(forged(x), 2 * expected)
+
+
+class LayerAroundLayers(nn.Module):
+    """Its own one call is a layer's; and the layers within it run several times."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.twice, self.last = nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = F.linear(x, self.weight)
+        return self.last(self.twice(20 * self.twice(h).relu()))
+
+
+def test_a_root_that_is_like_a_layer_counts_the_runs_of_those_within(tmp_path):
+    torch.manual_seed(0)
+    model, x = LayerAroundLayers().eval(), torch.randn(6, 4)
+    stats = forged_fx.calibrate(model, [x])
+    stats.save(tmp_path / "stats")
+    graph = forged_fx.transform(model, stats, 0.3)
+    with pytest.warns(UserWarning, match="without an audit"):
+        unaudited = forged_fx.transform(model, tmp_path / "stats", 0.3, graph=False)
+    for forged in (forged_fx.transform(model, stats, 0.3, graph=False), unaudited):
+        assert torch.equal(forged(x), graph(x)) and not torch.equal(forged(x), model(x))
+
+
+class Locked(nn.Module):
+    """What cannot be pickled is left out by its own account."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.lock = nn.Linear(4, 2), threading.Lock()
+
+    def __getstate__(self):
+        return {key: value for key, value in vars(self).items() if key != "lock"}
+
+    def __setstate__(self, state):
+        assert "lock" not in state
+        super().__setstate__(state)
+        self.lock = threading.Lock()
+
+    def forward(self, x):
+        with self.lock:
+            return F.linear(F.linear(x, self.fc.weight.T @ self.fc.weight), self.fc.weight, self.fc.bias)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_is_made_of_what_the_class_says_is_its_state(copied):
+    torch.manual_seed(0)
+    model, x = Locked().eval(), torch.randn(6, 4)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0.5, graph=False)
+    assert torch.equal(copied(forged)(x), forged(x)) and not torch.equal(forged(x), model(x))
+
+
+def test_data_may_be_a_parameter_of_the_callers():
+    torch.manual_seed(0)
+    model, x = Locked().eval(), torch.randn(6, 4)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0.5, graph=False)
+    image = nn.Parameter(x.clone())
+    assert torch.equal(forged(image), forged(x))
+
+
+class Squares(torch.autograd.Function):
+    """A layer by hand."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return grad @ weight, grad.T @ x
+
+
+class ByHand(nn.Module):
+    def __init__(self, run):
+        super().__init__()
+        self.weight, self.last, self.run = nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 2), run
+
+    def forward(self, x):
+        return self.last(self.run(x, self.weight).tanh())
+
+
+def test_what_runs_within_a_function_with_a_backward_of_its_own_is_no_site():
+    """A threshold there would be in no gradient."""
+    torch.manual_seed(0)
+    model, x = ByHand(Squares.apply).eval(), torch.randn(6, 4)
+    stats = forged_fx.calibrate(model, [x])
+    assert {name: site.left_out for name, site in stats.sites.items()} == {"#0": IN_FUNCTION, "last": None}
+    with pytest.raises(ValueError, match=r"no site is left to forge \('#0': within a torch\.autograd\.Function"):
+        forged_fx.transform(model, stats, 0.5, include="#0")
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_of_a_modules_own_calls_is_an_error_and_no_other_gradient(reentrant):
+    """They run anew in the backward, when the module does not."""
+    torch.manual_seed(0)
+    model = ByHand(lambda x, w: checkpoint(F.linear, x, w, use_reentrant=reentrant)).eval()
+    x = torch.randn(6, 4)
+    stats = forged_fx.calibrate(model, [x])
+    assert {name: site.left_out for name, site in stats.sites.items()} == {"#0": None, "last": None}
+    forged = forged_fx.transform(model, stats, 0.5)
+    with torch.no_grad():
+        assert not torch.equal(forged(x), model(x))
+    with pytest.raises(
+        RuntimeError, match=r"'the model' checkpoints calls that it makes itself: .* no threshold reaches"
+    ):
+        forged(x.clone().requires_grad_())
+    within = nn.Sequential(ByHand(F.linear), nn.Linear(2, 2)).eval()
+    forged = forged_fx.transform(within, forged_fx.calibrate(within, [x]), 0.5, graph=False)
+    found = []
+    for run in (forged[0], lambda x: checkpoint(forged[0], x, use_reentrant=reentrant)):
+        run(leaf := x.clone().requires_grad_()).square().sum().backward()
+        found.append(leaf.grad)
+    assert torch.equal(*found)

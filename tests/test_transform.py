@@ -387,6 +387,18 @@ def test_a_call_without_an_argument_that_calibration_gave_is_refused(model, x):
         assert torch.equal(both(x, 2 * mask)["logits"], model(x, 2 * mask)["logits"])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_thresholds_are_float32_whatever_the_default_is(model, stats, x, dtype):
+    expected = forged_fx.transform(model, stats, 0.3)
+    torch.set_default_dtype(dtype)
+    try:
+        forged = forged_fx.transform(model, stats, 0.3)
+        forged_fx.set_ratio(forged, 0.3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, forged.buffers(), expected.buffers()))
+
+
 def test_a_forged_models_statistics_are_its_own(model, x):
     """Whatever becomes of the caller's."""
     stats = forged_fx.calibrate(model, [x])
