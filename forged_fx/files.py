@@ -89,7 +89,9 @@ def whole(path: Path, kind: FileKind | None = None) -> Iterator[Path]:
     _sweep(path)
     try:
         make_beside(part, path)  # a folder that cannot be written to says so now
+        mode = part.stat().st_mode
         yield part
+        os.chmod(part, mode)  # (safetensors makes files that no one else can read)
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)

@@ -168,8 +168,9 @@ class Search(Recorded):
     def small_print(self) -> str:
         return (
             f"{self.threat.norm} ball of radius {self.threat.eps:.6g}, seed {self.facts['seed']}; scored on the "
-            f"{self.near} inputs nearest to the boundary of {self.seen}, confirmed on {self.kept} others (attacks: "
-            f"{self.facts['attacks']}); {self.facts['stopped']}"
+            f"{self.near} inputs nearest to the boundary of {self.seen}, "
+            + (f"confirmed on {self.kept} others" if self.finalists else f"{self.kept} others kept, and not needed")
+            + f" (attacks: {self.facts['attacks']}); {self.facts['stopped']}"
         )
 
     def tables(self) -> list[Table]:

@@ -370,7 +370,7 @@ class Stats:
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"there are no calibration statistics at {os.fspath(path)}: write them with "
-                "forged_fx.calibrate(model, batches).save(path)"
+                "forged_fx.calibrate(model, batches).save(path), or forged-fx calibrate --out"
             ) from None
         except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, OverflowError, OSError) as error:
             fault = f"it lacks {error}" if isinstance(error, KeyError) else error

@@ -157,7 +157,10 @@ def not_forged(model: torch.nn.Module, what: str) -> str:
             f"this {kind} has thresholds, and no record of its forging, which programs do not keep: {what} takes the "
             "forged model that it was exported from"
         )
-    return f"this {kind} is not forged: {what} takes what forged_fx.transform returned"
+    return (
+        f"this {kind} is not forged: {what} takes what forged_fx.transform returned (and no plain model that is "
+        "compiled with statistics among the options)"
+    )
 
 
 def thresholds_of(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         if code == INTERRUPTED:  # typer's answer to Ctrl-C
             _say("interrupted")
-        return code or 0
+        return 0 if _is_verdict_of_several(code) else code or 0
     except TyperException as error:  # the command line
         said = error.format_message()
         if said:  # with no_args_is_help the help was printed, and there is nothing to say
@@ -92,6 +92,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ERROR
     finally:
         _handle(before)
+
+
+def _is_verdict_of_several(code: int | None) -> bool:
+    """torchrun takes whatever is not 0 for a failure, and ends the other processes."""
+    from forged_fx.processes import place  # late: it imports torch
+
+    return code is not None and ERROR < code < INTERRUPTED and place()[1] > 1
 
 
 def _line(error: Exception) -> str:

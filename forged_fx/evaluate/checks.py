@@ -50,6 +50,7 @@ def inputs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         )
     if x.dim() < 2 or x.numel() == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected a batch of inputs, (n, channels, height, width)")
+    x = x.detach()
     finite(x)
     low, high = float(x.min()), float(x.max())
     if low < 0 or high > 1:

@@ -154,7 +154,8 @@ class Journal:
             if kind:
                 error.add_note(f"what is done is kept in {self.folder.parent}: the same call goes on from there")
                 with suppress(OSError):  # a full disk may be what stopped it
-                    self.log(f"stopped by {kind.__name__}: {error}; the same call goes on from here")
+                    what = f"{kind.__name__}: {error}".removesuffix(": ")
+                    self.log(f"stopped by {what}; the same call goes on from here")
         finally:
             self._lock.release()
 

@@ -61,7 +61,8 @@ FORBID = {
     JUMPS: "the model jumps where its gradient knows nothing of it, and no attack saw through that: judge the model "
     "that it was traced or exported from, or pass bpda=, under which its backward is the straight-through one",
     FOREIGN: "unattacked it, or its base, is hardly better than guessing: the labels are probably not the classes that "
-    "it was trained on, or in another order; look at what it predicts for some inputs",
+    "it was trained on, or in another order, or its inputs have to be normalised (--normalize in a terminal); look at "
+    "what it predicts for some inputs",
 }
 
 
