@@ -114,7 +114,7 @@ def lipschitz(
     by power iteration, and Hutchinson's estimate (1989) for the Frobenius norm. And the largest |f(x + d) - f(x)| / |d|
     found (both norms L2), which sees the jumps that no derivative sees: d climbs by `steps` sign steps within Linf
     balls of eps, eps / 10 and eps / 100, along the gradients of both models, straight-through too, and each d is tried
-    on both. Where all of x lies in [0, 1], so does x + d.
+    on both; what is found in a ball counts in those around it. Where all of x lies in [0, 1], so does x + d.
 
     Neither model is changed; both run in eval mode, on their device. Rows of a batch must not depend on each other.
     Called within `forged_fx.straight_through`, it finds what it finds outside.
