@@ -263,7 +263,6 @@ _CONTEXTS: list[tuple[Any, str, str]] = [
     (torch.inference_mode, "__enter__", "sets inference mode"),
     (torch, "is_inference_mode_enabled", "asks for inference mode"),
     (torch.nn.attention, torch_internals.CHOOSE_ATTENTION, "sets the kernels of attention"),
-    (torch.no_grad, "__enter__", "sets the grad mode"),
     (torch.enable_grad, "__enter__", "sets the grad mode"),
     (torch.set_grad_enabled, "__init__", "sets the grad mode"),
     (torch.autograd.graph.saved_tensors_hooks, "__enter__", "says how tensors are saved for the backward"),

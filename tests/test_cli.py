@@ -512,6 +512,16 @@ def test_only_the_first_process_prints(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_a_verdict_is_no_failure_of_a_process(monkeypatch, capsys):
+    """torchrun would end the others, and whatever they print."""
+    command = ["compare", "demo", "demo"]
+    assert main(command) in EXIT_CODES.values() and main(command) > 1
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(command) == 0
+    assert main(["compare", "demo", "gone"]) == 1
+
+
 def test_a_rank_without_a_world_is_alone(monkeypatch, capsys):
     """`joined` sees one process there, so it scans every batch, and prints."""
     monkeypatch.setenv("RANK", "2")

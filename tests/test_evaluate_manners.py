@@ -462,3 +462,12 @@ def test_a_frozen_script_is_refused():
     script = torch.jit.freeze(torch.jit.trace(planted.linear(), planted.inputs(2)))
     with pytest.raises(ValueError, match="frozen by"):
         evaluate(script, x=planted.inputs(6), y=torch.zeros(6, dtype=torch.int64))
+
+
+def test_inputs_may_be_those_that_a_gradient_was_asked_of():
+    base, x = linear(classes=3), inputs(6)
+    y = base(x).argmax(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = forged_fx.evaluate(base, x=x.clone().requires_grad_(), y=y, eps=0.1, attacks=["apgd-ce"])
+    assert result.n == 6

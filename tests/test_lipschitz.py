@@ -240,6 +240,8 @@ def test_steps_see_the_jump():
     x = torch.full((4, 1), 0.501)
     found = forged_fx.lipschitz(model, forged, x, eps=0.1, steps=10)
     assert rows(found, SPECTRAL)["true gradient"].forged == 1
+    sizes = [rows(found, LARGEST)[f"within {eps}"].forged for eps in (0.001, 0.01, 0.1)]
+    assert sizes == sorted(sizes)  # a smaller ball is a part of a larger one
     jump = rows(found, LARGEST)["within 0.1"]
     assert jump.base == pytest.approx(1, rel=1e-4) and jump.forged > 0.5 / 0.1
     assert rows(found, LARGEST)["within 0.01"].forged > 0.5 / 0.01

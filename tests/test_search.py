@@ -172,6 +172,7 @@ def test_where_nothing_can_help_it_says_so(toy):
     stats = forged_fx.calibrate(sound, [x])
     found = forged_fx.search(sound, stats, x, y, **QUICK | {"budget": 12})
     assert found.best is None and not found.finalists and found.sentence.startswith("nothing beats the base")
+    assert f"{found.kept} others kept, and not needed (attacks: " in found.small_print
     with pytest.raises(ValueError, match="nothing beats the base"):
         found.forge(sound, stats)
 

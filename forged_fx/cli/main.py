@@ -96,9 +96,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _is_verdict_of_several(code: int | None) -> bool:
     """torchrun takes whatever is not 0 for a failure, and ends the other processes."""
+    if code is None or not ERROR < code < INTERRUPTED:
+        return False
     from forged_fx.processes import place  # late: it imports torch
 
-    return code is not None and ERROR < code < INTERRUPTED and place()[1] > 1
+    return place()[1] > 1
 
 
 def _line(error: Exception) -> str:
