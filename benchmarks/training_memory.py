@@ -12,12 +12,10 @@ import sys
 
 import torch
 from models import load, model_name
+from overhead import MODELS
 from torch import Tensor, nn
 
 import forged_fx
-
-MODELS = ["torchvision:resnet18", "torchvision:resnet50", "preact:28-4", "timm:convnext_tiny"]
-MODELS += ["timm:vit_small_patch16_224", "timm:swin_tiny_patch4_window7_224"]
 
 
 def kept(model: nn.Module, run: nn.Module, x: Tensor) -> float:

@@ -26,7 +26,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from forged_fx import torch_internals
-from forged_fx.bpda import straight_through_enabled
+from forged_fx.bpda import let_through, straight_through_enabled
 from forged_fx.frames import Compilation, Frame, passes
 from forged_fx.hoist import hoist
 from forged_fx.kinds import OWN, choose
@@ -91,8 +91,7 @@ def _straight_through(graph: fx.Graph) -> None:
             _straight_through(inside[0].graph)
             inside[0].recompile()
         elif node.target in THRESHOLD_OPS:
-            node.args = node.args[: THRESHOLD_OPS[node.target]]
-            node.kwargs = {**node.kwargs, "straight_through": True}
+            node.args, node.kwargs = let_through(node.target, node.args, node.kwargs)
 
 
 def _forged_or_no_model(gm: fx.GraphModule) -> bool:

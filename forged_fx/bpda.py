@@ -40,8 +40,13 @@ class straight_through(Backward):
         # within it, and guards what it compiled on the types of those that are active.
         kwargs = kwargs or {}
         if func in THRESHOLD_OPS:
-            args, kwargs = args[: THRESHOLD_OPS[func]], {**kwargs, "straight_through": True}
+            args, kwargs = let_through(func, args, kwargs)
         return func(*args, **kwargs)
+
+
+def let_through(func: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a call of `THRESHOLD_OPS` that asks for the straight-through gradient."""
+    return args[: THRESHOLD_OPS[func]], {**kwargs, "straight_through": True}
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from forged_fx.modes import as_found, uncompiled
 from forged_fx.observe import Observer, Sighting
 from forged_fx.processes import Processes, attempt, joined, result
 from forged_fx.progress import track
-from forged_fx.randomness import kept_randomness, seed
+from forged_fx.randomness import seeded
 from forged_fx.sites import (
     COMPLEX,
     CONSTANT_INPUT,
@@ -152,8 +152,7 @@ def scan(
                 given.append(names)
             what = f"batch {first + n - 1} (counted from 0)"
             try:
-                with kept_randomness():
-                    seed(first + n - 1)  # what a model draws for a batch is the same wherever it is scanned
+                with seeded(first + n - 1):  # what a model draws for a batch is the same wherever it is scanned
                     in_halves(partial(run.batch, what), args, kwargs, partial(model_inputs, batch, model), what)
             except Exception as error:
                 if why := _why(error, model, batch, args, kwargs):

@@ -65,7 +65,11 @@ class _SiteTracer(fx.Tracer):
     def __init__(self, opened: set[str]) -> None:
         super().__init__()
         self.opened = opened
-        self.functions = torch_internals.forwards_of_functions()
+        functions = torch_internals.forwards_of_functions()
+        self.refused = {
+            torch_internals.CHECKPOINT: "checkpoints activations, which a graph would not do",
+            **dict.fromkeys(functions, "runs an autograd.Function, whose backward a graph would drop"),
+        }
 
     def is_leaf_module(self, module: torch.nn.Module, name: str) -> bool:
         return name not in self.opened
@@ -78,10 +82,8 @@ class _SiteTracer(fx.Tracer):
         return super().proxy(node)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if torch_internals.checkpointed():
-            raise Untraceable("its forward checkpoints activations, which a graph would not do")
-        if torch_internals.runs_any(self.functions):
-            raise Untraceable("its forward runs an autograd.Function, whose backward a graph would drop")
+        if code := torch_internals.running(self.refused):
+            raise Untraceable(f"its forward {self.refused[code]}")
         return super().create_node(*args, **kwargs)
 
 

@@ -63,9 +63,12 @@ def writes(node: fx.Node, root: nn.Module) -> bool:
         return False
     if schemas := schemas_of(node.target):  # an operator says it itself
         return any(schema.is_mutable for schema in schemas)
+    return _is_named_in_place(node) or not _is_known_call(node) or _asks_in_place(node) or "out" in node.kwargs
+
+
+def _is_named_in_place(node: fx.Node) -> bool:
     name = _function_name(node)
-    in_place = (name.endswith("_") and not name.endswith("__")) or name in _WRITING
-    return in_place or not _is_known_call(node) or _asks_in_place(node) or "out" in node.kwargs
+    return (name.endswith("_") and not name.endswith("__")) or name in _WRITING
 
 
 def _asks_in_place(node: fx.Node) -> bool:
@@ -84,8 +87,8 @@ def may_ask_in_place(args: tuple, kwargs: Mapping[str, Any]) -> bool:
 def written_attribute(graph: fx.Graph) -> str | None:
     """The name of a tensor of the model's that a call of the graph surely writes into; None if none does."""
     for node in graph.nodes:
-        name, x = _function_name(node), next(iter(node.args), None)
-        if not is_call(node) or not ((name.endswith("_") and not name.endswith("__")) or name in _WRITING):
+        x = next(iter(node.args), None)
+        if not is_call(node) or not _is_named_in_place(node):
             continue
         while isinstance(x, fx.Node) and is_call(x) and x.target not in _FRESH_FUNCTIONS:
             x = next(iter(x.args), None)

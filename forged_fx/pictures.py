@@ -147,7 +147,10 @@ def ratios(name: str, rows: Sequence[tuple[str, Sequence[Ratio]]], label: str) -
         ends = [end for _, marks in rows for mark in marks for end in mark if end and math.isfinite(end)] + [0.95, 1.05]
         zero = any(end == 0 for _, marks in rows for mark in marks for end in mark)
         if max(ends) > 8 * min(ends):
-            axes.set_xscale("symlog" if zero else "log", **({"linthresh": min(ends)} if zero else {}))
+            if zero:
+                axes.set_xscale("symlog", linthresh=min(ends))
+            else:
+                axes.set_xscale("log")
             axes.minorticks_off()
         axes.set_xlim(-0.05 * min(ends) if zero else min(ends) * 0.95, max(ends) * 1.05)
         axes.xaxis.set_major_formatter("{x:g}")  # not as a power, which is a formula

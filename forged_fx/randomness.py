@@ -57,3 +57,11 @@ def seed(value: int) -> None:
     random.seed(value)
     if numpy := sys.modules.get("numpy.random"):
         numpy.seed(value % 2**32)  # more it does not take
+
+
+@contextlib.contextmanager
+def seeded(value: int) -> Iterator[None]:
+    """Within it the random generators begin there; afterwards they are where they were."""
+    with kept_randomness():
+        seed(value)
+        yield

@@ -25,7 +25,7 @@ from forged_fx.evaluate.threat import Threat
 from forged_fx.extras import need
 from forged_fx.files import whole
 from forged_fx.processes import Processes, joined
-from forged_fx.randomness import kept_randomness, seed
+from forged_fx.randomness import seeded
 from forged_fx.rows import Table, write_csv
 
 FORMAT = 1
@@ -155,8 +155,7 @@ class Run:
 
 def answers(model: nn.Module, x: Tensor, batch_size: int) -> list[float]:
     """What a finished run keeps in its facts of the model's unattacked logits."""
-    with kept_randomness():
-        seed(0)  # a model may draw
+    with seeded(0):  # a model may draw
         return summary(checks.answers(model, x, batch_size, "model"))
 
 

@@ -307,17 +307,19 @@ def forge_regions(model: torch.nn.Module, stats: Stats, wanted: list[str], choic
     sites_of: dict[str, list[str]] = {}
     for site in wanted:
         sites_of.setdefault(module_of(site), []).append(site)
-    for name, module in model.named_modules():
+
+    def is_around(name: str) -> bool:
         inside = f"{name}." if name else ""
-        if isinstance(module, _FUSES_CHILDREN) and any(m.startswith(inside) for m in sites_of):
+        return any(m != name and m.startswith(inside) for m in sites_of)
+
+    for name, module in model.named_modules():
+        if isinstance(module, _FUSES_CHILDREN) and is_around(name):
             sites_of.setdefault(name, [])
     reached: dict[str, str] = {}
     for name, sites in sites_of.items():
         module = model.get_submodule(name)
         rows = [stats.sites[site] for site in sites]
-        inside = f"{name}." if name else ""
-        around = any(m != name and m.startswith(inside) for m in sites_of)  # a pass may begin here
-        layer = bool(rows) and all(row.layer for row in rows) and not around
+        layer = bool(rows) and all(row.layer for row in rows) and not is_around(name)  # (there a pass may begin)
         module.threshold_buffers = {}
         plans = {mark: _plan(name, [stats.sites[s] for s in sites if mark_of(s) == mark]) for mark in "#@"}
         for site, row in zip(sites, rows, strict=True):

@@ -13,7 +13,7 @@ from forged_fx.calibrate import check_batches, model_inputs
 from forged_fx.evaluate import checks, fingerprint, scale
 from forged_fx.modes import as_found
 from forged_fx.progress import track
-from forged_fx.randomness import kept_randomness, seed
+from forged_fx.randomness import seeded
 from forged_fx.rows import Rows, share, text
 from forged_fx.sites import is_activation, module_of
 from forged_fx.stats import SiteStats
@@ -133,8 +133,7 @@ def sparsity(forged: torch.nn.Module, batches: Iterable[Any], *, max_batches: in
     with as_found(forged), torch.no_grad():
         for batch in track(batches, "counting zeros", max_batches):
             args, kwargs = model_inputs(batch, forged)
-            with kept_randomness(), counts:
-                seed(ran)  # as in calibration
+            with seeded(ran), counts:  # as in calibration
                 forged(*args, **kwargs)
             if sick := counts.sick():
                 raise ValueError(

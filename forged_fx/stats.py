@@ -213,8 +213,7 @@ class Stats:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Stats):
             return NotImplemented
-        keys = ("sites", "modules", "batches", "contexts", "given", "at_times", "not_layers", "calls", "no_sites")
-        return all(getattr(self, key) == getattr(other, key) for key in keys)
+        return self.__getstate__() == other.__getstate__()
 
     def __repr__(self) -> str:
         left_out = sum(site.left_out is not None for site in self.sites.values())
@@ -319,7 +318,7 @@ class Stats:
             match_sites([pattern], list(self.sites), what)
         found = {}
         for name in names:
-            pattern = next((p for p in (name, *given) if p in given and (p == name or fnmatchcase(name, p))), None)
+            pattern = next((p for p in (name, *given) if p in given and means(p, name)), None)
             if pattern is None:
                 raise ValueError(f"no {what} for site {name!r}: add a glob such as '*' for all other sites")
             found[name] = given[pattern]
@@ -521,10 +520,15 @@ def match_sites(patterns: list[str], names: list[str], what: str) -> list[str]:
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise TypeError(f"{what}: {checked.short(pattern)} is no name of a site, nor a glob, which are text")
-        if not any(name == pattern or fnmatchcase(name, pattern) for name in names):
+        if not any(means(pattern, name) for name in names):
             close = difflib.get_close_matches(pattern, names, n=3)
             some = ", ".join(map(repr, close or names[:5]))
             more = ", ..." if len(names) > 5 else ""
             hint = f"did you mean {some}?" if close else f"the sites are {some}{more}"
             raise ValueError(f"{what}: {pattern!r} matches no site; {hint}")
-    return [name for name in names if any(name == p or fnmatchcase(name, p) for p in patterns)]
+    return [name for name in names if any(means(pattern, name) for pattern in patterns)]
+
+
+def means(pattern: str, name: str) -> bool:
+    """Whether a site's name, or a glob over them, means the site of this name."""
+    return pattern == name or fnmatchcase(name, pattern)

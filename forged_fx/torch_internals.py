@@ -11,7 +11,7 @@ import re
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -251,11 +251,6 @@ def memory_of(tensor: torch.Tensor) -> int | None:
         return None
 
 
-def checkpointed() -> bool:
-    """Whether an activation checkpoint is running this code."""
-    return any(frame.f_code is CHECKPOINT for frame in _frames())
-
-
 def checkpoints_itself(module: torch.nn.Module) -> bool:
     """Whether a checkpoint that the module's own forward has begun is running this code."""
     for frame in _frames():
@@ -281,9 +276,9 @@ def forwards_of_functions() -> set[types.CodeType]:
     return found - {torch.autograd.Function.forward.__code__}
 
 
-def runs_any(codes: set[types.CodeType]) -> bool:
-    """Whether one of these is running this code."""
-    return any(frame.f_code in codes for frame in _frames())
+def running(codes: Container[types.CodeType]) -> types.CodeType | None:
+    """The innermost of these that is running this code; None if none is."""
+    return next((frame.f_code for frame in _frames() if frame.f_code in codes), None)
 
 
 def modules_on_stack(in_hooks: bool = True) -> Iterator[torch.nn.Module]:

@@ -8,7 +8,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +27,7 @@ from forged_fx.regions import forge_regions
 from forged_fx.rewrite import WHOLE, Placed, find_calls, insert_thresholds, number
 from forged_fx.sites import ACTIVATIONS as ACTIVATION_CALLS
 from forged_fx.sites import CALLS, FIXED_FILTER, UNSEEN, Origin, is_activation, mark_of, module_of
-from forged_fx.stats import Ratio, Stats, match_sites
+from forged_fx.stats import Ratio, Stats, match_sites, means
 from forged_fx.thresholds import (
     HoldsThresholds,
     lost,
@@ -134,15 +133,11 @@ def _rebuild(body: dict, imports: str, class_name: str, meta: dict, *_: Any) -> 
     plain = reduce_graph_module(body, imports)
     forged = ForgedModule(plain, plain.graph, class_name)
     hold(forged, pickled)
-    forged.__dict__.update((name, body[name]) for name in _left_out(body, vars(forged)))
+    # what torch.fx leaves out: hooks, and attributes that a user has set
+    forged.__dict__.update((n, v) for n, v in body.items() if n.endswith("_hooks") or n not in vars(forged))
     forged.meta = meta
     forged.training = body["training"]
     return forged
-
-
-def _left_out(held: Mapping[str, Any], copied: Mapping[str, Any]) -> list[str]:
-    """What torch.fx leaves out of a copy: hooks, and attributes that a user has set."""
-    return [name for name in held if name.endswith("_hooks") or name not in copied]
 
 
 @of_ordinary_tensors
@@ -496,7 +491,7 @@ def set_ratio(forged: torch.nn.Module, ratio: Ratio) -> None:
     for (module, record), names in zip(found, sites, strict=True):
         own = ratio
         if isinstance(ratio, Mapping):  # of the patterns those that mean this model
-            own = {p: r for p, r in ratio.items() if any(p == name or fnmatchcase(name, p) for name in names)}
+            own = {pattern: r for pattern, r in ratio.items() if any(means(pattern, name) for name in names)}
         values.append((in_force(module, record), record.choice.values(record.stats, own)))
     for buffers, of_sites in values:
         _write(buffers, of_sites)

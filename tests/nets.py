@@ -1,5 +1,6 @@
 """Networks that more than one test needs."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -36,3 +37,14 @@ class PreActResNet(nn.Module):
 
     def forward(self, x):
         return self.fc(torch.relu(self.bn(self.blocks(self.conv(x)))).mean((2, 3)))
+
+
+def vit_in_a_folder(folder):
+    """A small image classifier of Hugging Face's, with its processor, as from_pretrained reads it."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        image_size=8, patch_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    transformers.ViTForImageClassification(config).save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from nets import vit_in_a_folder
 from safetensors.torch import save_file
 
 import forged_fx
@@ -260,13 +261,7 @@ def test_a_program_that_transform_wrote_is_a_model_like_any_other(capsys):
 
 
 def test_a_program_of_hugging_faces_gives_logits_where_transformers_is_not_known(capsys, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.ViTConfig(
-        image_size=8, patch_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
-    )
-    transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
-    transformers.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path)
+    vit_in_a_folder(tmp_path)
     x = np.random.default_rng(0).integers(0, 256, (4, 3, 8, 8), np.uint8)
     np.savez(tmp_path / "x.npz", x=x, y=np.zeros(4, int))
     data, model = ["--data", f"npz:{tmp_path}/x.npz"], f"hf:{tmp_path}"

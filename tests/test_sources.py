@@ -13,6 +13,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from nets import vit_in_a_folder
 from safetensors.torch import save_file
 from torch import nn
 
@@ -106,13 +107,7 @@ def test_normalisations():
 
 
 def test_a_folder_of_hugging_face(x, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.ViTConfig(
-        image_size=8, patch_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
-    )
-    transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
-    transformers.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path)
+    vit_in_a_folder(tmp_path)
     model = load_model(f"hf:{tmp_path}")
     assert model.normalize == ((0.5,) * 3, (0.5,) * 3) and model.size == 8
     assert torch.equal(model.classifier()(x), model.module(pixel_values=(x - 0.5) / 0.5).logits)

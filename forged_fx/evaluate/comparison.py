@@ -59,9 +59,9 @@ class Comparison:
         """In the words of `evaluate`: of `b` beside `a`, in the worst case. A gain takes attacks by the same rows, and
         nothing that says that those on `b` failed; a loss, the same of `a`; that it did not lose, nothing that forbids
         to say so; and as many inputs as `evaluate` wants."""
-        found = {1: "gain", 0: "no measurable gain", -1: "loss"}[self.paired().direction]
         if self.few:
             return "cannot say"
+        found = {1: "gain", 0: "no measurable gain", -1: "loss"}[self.paired().direction]
         better = self.a if found == "loss" else self.b
         doubtful = self.a.plan != self.b.plan or better.doubts or better.verdict == "masking"
         forbidden = found == "no measurable gain" and any(name in FORBID for name in self.b.doubts)

@@ -51,7 +51,7 @@ WORDS: Mapping[type, Mapping[str, str]] = {Run: TERMS, Sweep: SWEEP_TERMS, Searc
 
 
 def _head(title: str, about: str, verdict: str, figures: str, sentence: str) -> str:
-    soft = f'<p class="soft">{html.escape(about)}</p>' if about else ""
+    soft = _soft(about) if about else ""
     tone = f'<p class="verdict {TONES.get(verdict, "")}">{html.escape(verdict)}</p>'
     return f"<header><h1>{html.escape(title)}</h1>{soft}{tone}{figures}{_said(sentence)}</header>"
 
@@ -241,7 +241,7 @@ def _gallery(run: Run) -> str:
             f"{largest:.3g} a pixel</figcaption></figure>"
         )
     note = "As it is; attacked; the difference of the two, enlarged to the full range around grey."
-    return section("What broke the model", f'<p class="soft">{note}</p><div class="gallery">{"".join(figures)}</div>')
+    return section("What broke the model", f'{_soft(note)}<div class="gallery">{"".join(figures)}</div>')
 
 
 def _class(run: Run, number: int) -> str:
@@ -253,9 +253,9 @@ def _findings(run: Run) -> str:
     raised = "".join(_finding(f) for f in findings if f.raised)
     quiet = [f for f in findings if not f.raised]
     if not findings:
-        return section("Signs that attacks failed", '<p class="soft">No check was made.</p>')
+        return section("Signs that attacks failed", _soft("No check was made."))
     rest = "".join(_finding(f) for f in quiet)
-    none = "" if raised else '<p class="soft">None.</p>'
+    none = "" if raised else _soft("None.")
     folded = f"<details><summary>{len(quiet)} checks that raise nothing</summary>{rest}</details>" if quiet else ""
     return section("Signs that attacks failed", none + raised + folded)
 
@@ -278,7 +278,7 @@ def _rows(run: Run) -> str:
         ]
         tables.append(f"<h3>{html.escape(side.name)}</h3>{table(headings, rows)}")
     note = "Each row attacks only what the rows above it left standing."
-    return section("Row by row", f'<p class="soft">{note}</p>{"".join(tables)}')
+    return section("Row by row", _soft(note) + "".join(tables))
 
 
 def _sites(run: Run) -> str:
@@ -298,7 +298,7 @@ def _sites(run: Run) -> str:
     return section(
         "Site by site",
         _caution(run, run.sites.forging)
-        + f'<p class="soft">Captured as {html.escape(notes)}. *: any size. A click on a heading sorts.</p>'
+        + _soft(f"Captured as {notes}. *: any size. A click on a heading sorts.")
         + table(headings, rows, sortable=True),
     )
 
@@ -313,7 +313,7 @@ def _reactions(run: Run) -> str:
     folded = table(headings, sites, sortable=True)
     more = f"<details><summary>{len(sites)} gains by site</summary>{folded}</details>" if sites else ""
     caution = _caution(run, run.lipschitz.forging)
-    return section("Small changes", f'{caution}<p class="soft">{note}</p>{table(headings, ends)}{more}')
+    return section("Small changes", f"{caution}{_soft(note)}{table(headings, ends)}{more}")
 
 
 def _cost(run: Run) -> str:

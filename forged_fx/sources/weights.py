@@ -101,11 +101,13 @@ def _within(found: Any, place: str = "", depth: int = DEPTH) -> Iterator[tuple[s
 
 def _named_as(weights: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     """The weights by the names that are wanted, if what all their names begin with makes the difference; and that."""
-    tied = [[other for other in wanted if wanted[other] is value] for value in wanted.values()]
+    tied: dict[int, list[str]] = {}  # names, by the tensor that they have in common
+    for name, value in wanted.items():
+        tied.setdefault(id(value), []).append(name)
 
     def whole(found: dict[str, Tensor]) -> dict[str, Tensor]:
         """With what a file may leave out: safetensors keeps one of a tensor's names, old BatchNorms had no counter."""
-        given = [(names, name) for names in tied for name in names if name in found]
+        given = [(names, name) for names in tied.values() for name in names if name in found]
         counters = {f"{name.removesuffix('running_mean')}{BATCHES}" for name in found if name.endswith("running_mean")}
         counted = {name: wanted[name] for name in counters & wanted.keys()}
         return counted | {other: found[name] for names, name in given for other in names} | found
