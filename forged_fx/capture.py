@@ -315,8 +315,9 @@ def _check_arguments(graph: fx.Graph) -> None:
 def _require(argument: fx.Node) -> None:
     """Have a graph refuse calls without an argument: the forward would do something else, and a graph cannot ask."""
     graph = argument.graph
-    with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
+    with graph.inserting_after(argument):  # (what fixes another argument stands ahead of it)
         there = graph.call_function(operator.is_not, (argument, None))
+    with graph.inserting_after(there):
         graph.call_function(torch_internals.assertion, (there, _LEFT_OUT.format(argument.target)))
 
 

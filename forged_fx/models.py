@@ -29,7 +29,7 @@ def copied(model: torch.nn.Module, shared: Iterable[torch.Tensor] = ()) -> torch
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     try:
-        return copy.deepcopy(model, memo)
+        twin = copy.deepcopy(model, memo)
     except Exception as error:
         for path, module in model.named_modules():
             for name, value in vars(module).items():
@@ -42,6 +42,11 @@ def copied(model: torch.nn.Module, shared: Iterable[torch.Tensor] = ()) -> torch
                         "give its class a __deepcopy__"
                     ) from error
         raise
+    modes = {path: module.training for path, module in model.named_modules()}
+    for path, module in twin.named_modules():  # (the outer ones first, whose train() reaches all within)
+        if module.training is not modes.get(path, module.training):
+            module.train(modes[path])  # torchvision's feature extractors are always copied in train mode
+    return twin
 
 
 _HELD = ("_parameters", "_buffers", "_modules")

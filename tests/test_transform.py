@@ -337,6 +337,19 @@ def test_the_model_is_untouched(stats, x):
     assert torch.equal(before["conv.weight"], model.conv.weight)
 
 
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_feature_extractor_stays_in_its_mode(graph):
+    feature_extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 2))
+    extractor, x = feature_extraction.create_feature_extractor(net.eval(), {"1": "a", "3": "b"}), torch.randn(2, 3, 8, 8)
+    forged = forged_fx.transform(extractor, forged_fx.calibrate(extractor, [x]), 0, graph=graph)
+    before = copy.deepcopy(forged.state_dict())
+    assert not any(module.training for module in forged.modules())
+    found, expected = forged(x), extractor(x)
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert all(torch.equal(before[key], value) for key, value in forged.state_dict().items())
+
+
 def test_train_and_eval_mode_still_switch(model, stats, x):
     forged = forged_fx.transform(model, stats, 0)
     forged.train()
@@ -366,6 +379,29 @@ def test_forward_keeps_its_signature(model, stats, x):
         forged(x, mask=torch.ones(6))
     masked = forged_fx.calibrate(model, [{"x": x, "mask": torch.ones(6)}])
     assert forged_fx.transform(model, masked, 0)(x, mask=torch.zeros(6))["features"][0].abs().max() == 0
+
+
+class _Between(nn.Module):
+    """Calibrated with its last argument, and not the one before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x, scale=1.0, mask=None):
+        y = self.fc(x) * scale
+        return y if mask is None else y * mask
+
+
+def test_an_argument_may_be_left_out_ahead_of_one_that_is_given():
+    model, x, mask = _Between().eval(), torch.randn(5, 6), torch.tensor([0.0, 1, 2, 3, 4, 5])
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [{"x": x, "mask": mask}]), 0)
+    assert isinstance(forged, torch.fx.GraphModule)
+    assert torch.equal(forged(x, mask=mask), model(x, mask=mask))
+    with pytest.raises(AssertionError, match="calibration gave 'mask'"):
+        forged(x)
+    with pytest.raises(AssertionError, match="specialized"):
+        forged(x, 2.0, mask)
 
 
 def test_a_call_without_an_argument_that_calibration_gave_is_refused(model, x):
