@@ -16,13 +16,14 @@ from typing import Any
 import torch
 import torch.fx as fx
 import torch.nn.attention
+from torch.overrides import TorchFunctionMode
 
 from forged_fx import torch_internals
 from forged_fx.containers import HELD
 from forged_fx.models import copied
 from forged_fx.modes import kept_buffers
 from forged_fx.randomness import generator_state, kept_randomness
-from forged_fx.sites import module_of
+from forged_fx.sites import module_of, only_looks
 
 Traced = tuple[fx.Graph, dict[str, torch.Tensor]]  # a graph, and the tensors that were made for it, by name
 
@@ -87,6 +88,26 @@ class _SiteTracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
 
+_HELD = {torch.Tensor.dtype.__get__, torch.Tensor.device.__get__}  # looks at what a cast of the graph changes
+
+
+class _NoValues(TorchFunctionMode):
+    """Refuses a forward that computes with the model's own tensors out of the tracer's sight (it follows `self.weight`,
+    and no `self.parameters()`): a graph would hold what comes of them as they are now."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.tensors = {id(tensor): n for n, tensor in (*model.named_parameters(), *model.named_buffers())}
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function in _HELD or not only_looks(function, result):
+            for value in torch_internals.tree_leaves((args, kwargs)):
+                if name := self.tensors.get(id(value)):
+                    raise Untraceable(f"its forward reads the values of {name!r} by another way than its attribute")
+        return result
+
+
 def opened_modules(sites: Iterable[str], layers: set[str]) -> set[str]:
     """The modules to look into: those that run a site in their own code, and all that contain one.
 
@@ -115,6 +136,8 @@ def capture(model: torch.nn.Module, opened: set[str], given: set[str], contexts:
             raise Untraceable(f"{name or 'the model'!r} has hooks, which a graph does not run")
         if any(vars(module).get(hooks) for hooks in _STATE_DICT_HOOKS):
             raise Untraceable(f"{name or 'the model'!r} has hooks on its state dict, which a graph would not have")
+        if own := [n for n in _TELLS if getattr(type(module), n) is not getattr(torch.nn.Module, n)]:
+            raise Untraceable(f"{name or 'the model'!r} has {own[0]}() of its own, which a graph would not have")
     if "forward" in vars(model):
         raise Untraceable("its forward was set on this one model, and a graph is of its class's")
     if type(model).__call__ is not torch.nn.Module.__call__ and not isinstance(model, fx.GraphModule):
@@ -170,6 +193,13 @@ def capture(model: torch.nn.Module, opened: set[str], given: set[str], contexts:
                 _require(node)
     return traced
 
+
+# What a class may answer otherwise than others, which nobody would notice in a graph. (Where `_load_from_state_dict` is
+# a class's own, a checkpoint that only it could read is refused.)
+_TELLS = (
+    "parameters", "named_parameters", "buffers", "named_buffers", "named_modules", "requires_grad_", "_apply",
+    "state_dict", "_save_to_state_dict", "load_state_dict",
+)  # fmt: skip
 
 _STATE_DICT_HOOKS = (
     "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_state_dict_pre_hooks", "_state_dict_hooks",
@@ -231,7 +261,8 @@ def _trace(model: torch.nn.Module, opened: set[str], given: set[str]) -> Traced:
     try:
         with kept_buffers(model) as written, kept_randomness() as drawn, _contexts_refused(), warnings.catch_warnings():
             warnings.filterwarnings("error", "Was not able to add assertion")
-            graph = _SiteTracer(opened).trace(model, concrete_args=defaults or None)
+            with _NoValues(model):
+                graph = _SiteTracer(opened).trace(model, concrete_args=defaults or None)
             drew = drawn()
     except Untraceable:
         raise

@@ -41,10 +41,40 @@ def _warning(register: Callable) -> Callable:
 
 
 def check_place(holder: nn.Module, name: str, value: Any) -> None:
-    """Warn of a module that is about to take the place of one that does not run: a wrapper of it, say."""
+    """Warn of what is about to be set in vain: a module in the place of one that does not run (a wrapper of it, say),
+    or a number or flag that the forward read when the graph was made."""
     own = vars(holder).get("_modules", {}).get(name)
     if isinstance(own, Container) and isinstance(value, nn.Module):
         warnings.warn(_nothing(own.forged_path, "what takes its place"), stacklevel=3)
+    if name in vars(holder).get(ATTRIBUTES, ()):
+        warnings.warn(
+            f"setting {name!r} changes nothing that this forged model computes: it is one graph, and what its forward "
+            "read there is a part of it. Set it in the plain model, and forge that; or forge it with "
+            "forged_fx.transform(..., graph=False)",
+            stacklevel=3,
+        )
+
+
+# Where a module of a graph names the attributes that the model's had: people read them (timm's `pretrained_cfg`).
+ATTRIBUTES = "forged_attributes"
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format)
+_OF_TORCH = {*vars(nn.Module()), ATTRIBUTES}
+
+
+def take_attributes(module: nn.Module, other: nn.Module) -> None:
+    """Give the module what the other has besides parameters, buffers and modules: numbers, text, and groups of them."""
+    own = {n: v for n, v in vars(other).items() if n not in _OF_TORCH and not n.startswith("_") and _is_plain(v)}
+    theirs = {n: v for n, v in own.items() if not hasattr(module, n)}
+    vars(module).update(theirs, **{ATTRIBUTES: tuple(theirs)})
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_plain, (*value, *value.values())))
+    return (
+        all(map(_is_plain, value)) if isinstance(value, tuple | list | set | frozenset) else isinstance(value, _PLAIN)
+    )
 
 
 class Container(nn.Module):
@@ -153,6 +183,7 @@ def skeleton(model: nn.Module, opened: set[str], tensors: set[str]) -> nn.Module
             return made.get(id(module), module)
         container = made[id(module)] = container_for(module)(path)
         hold(container, module)
+        take_attributes(container, module)
         container.training = module.training
         for name, child in container._modules.items():
             if child is not None:

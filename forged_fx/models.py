@@ -42,6 +42,12 @@ def copied(model: torch.nn.Module, shared: Iterable[torch.Tensor] = ()) -> torch
                         "give its class a __deepcopy__"
                     ) from error
         raise
+    own = {id(module) for module in model.modules() if device_of(module, None)}  # (an Identity may well be in both)
+    if both := [path for path, module in twin.named_modules() if id(module) in own]:
+        raise RuntimeError(
+            f"the model cannot be copied, and is not changed in place: {both[0]!r} would be a part of both, as the "
+            f"__deepcopy__ of {type(model.get_submodule(both[0])).__name__} returns the module itself"
+        )
     modes = {path: module.training for path, module in model.named_modules()}
     for path, module in twin.named_modules():  # (the outer ones first, whose train() reaches all within)
         if module.training is not modes.get(path, module.training):

@@ -34,6 +34,7 @@ from forged_fx.sites import (
     data_operands,
     joined,
     names_of,
+    only_looks,
     operand_name,
     replace,
 )
@@ -48,9 +49,6 @@ _FLAT = (Tensor, *_SCALARS, torch.dtype, torch.device)
 
 # Which dimension of its result a norm holds the channels in; None: the last.
 _NORMS = {F.batch_norm: 1, F.instance_norm: 1, F.group_norm: 1, F.layer_norm: None, F.rms_norm: None}
-
-# What a layer may ask of its input besides its one call: nothing that hands its values on.
-_LOOKS = {"__get__", "dim", "size", "stride", "numel", "is_contiguous", "is_floating_point", "ndimension"}
 
 
 class Sighting(NamedTuple):
@@ -311,8 +309,8 @@ class Observer:
         return args, kwargs
 
     def called(self, function: Callable, args: tuple, kwargs: dict, result: Any) -> None:
-        """Note a use of a running module's first argument, other than a look at its shape and the like."""
-        if getattr(function, "__name__", "") not in _LOOKS or isinstance(result, Tensor):
+        """Note a use of a running module's first argument: a layer may look at it besides its one call."""
+        if not only_looks(function, result):
             self._used((*args, *kwargs.values()))
 
     def _used(self, values: Iterable[Any]) -> None:

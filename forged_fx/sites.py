@@ -264,6 +264,14 @@ def _open(function: Callable) -> Callable:
 # Compositions to look inside of, each with its opened twin.
 OPENED: dict[Callable, Callable] = {F.multi_head_attention_forward: _open(F.multi_head_attention_forward)}
 
+_LOOKS = {"__get__", "dim", "size", "stride", "numel", "is_contiguous", "is_floating_point", "ndimension", "__len__"}
+
+
+def only_looks(function: Callable, result: Any) -> bool:
+    """Whether a call asked a tensor for its shape, dtype and the like, and for none of its values."""
+    return getattr(function, "__name__", "") in _LOOKS and not isinstance(result, Tensor)
+
+
 CONSTANT_INPUT = "its input is a constant: it does not depend on the model's input"
 FIXED_FILTER = "its weight is fixed: no parameter is a part of it"
 UNSEEN = "where its other operand comes from was not seen: it may be data as well"

@@ -48,7 +48,7 @@ class HoldsThresholds(torch.nn.Module):
         leaves = self._leaves()
         for name, value in self.state_dict(keep_vars=True).items():  # a module with two names has it under both
             if name.rpartition(".")[2] in leaves:
-                state_dict.setdefault(prefix + name, valued(value).detach())
+                _keep(state_dict, prefix + name, value)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _leaves(self) -> set[str]:
@@ -56,10 +56,15 @@ class HoldsThresholds(torch.nn.Module):
 
 
 def keep_thresholds(module: torch.nn.Module, state_dict: dict, prefix: str, *_: Any) -> None:
-    """A hook on loading a module's state dict: thresholds that it does not name keep their values."""
+    """A hook on loading a module's state dict: thresholds that it does not name keep their values, and those of a
+    checkpoint in half precision become float32 again, whether they are copied or assigned."""
     for name, buffer in module._buffers.items():
         if name.startswith(PREFIX) and buffer is not None:
-            state_dict.setdefault(prefix + name, valued(buffer).detach())
+            _keep(state_dict, prefix + name, buffer)
+
+
+def _keep(state_dict: dict, name: str, buffer: Tensor) -> None:
+    state_dict[name] = state_dict.get(name, valued(buffer).detach()).to(torch.float32)
 
 
 def moved(value: Tensor, device: torch.device | None) -> Tensor:

@@ -17,7 +17,7 @@ import torch.fx as fx
 from forged_fx import in_place, write_back
 from forged_fx.audit import AuditFailed, alike, audit, audit_at_work, same
 from forged_fx.capture import Untraceable, capture, opened_modules
-from forged_fx.containers import ListContainer, Numbered, check_place, container_for, hold, skeleton
+from forged_fx.containers import ListContainer, Numbered, check_place, container_for, hold, skeleton, take_attributes
 from forged_fx.effects import written_attribute
 from forged_fx.fuse import fuse as fuse_producers
 from forged_fx.kinds import OWN, Choice, choose
@@ -546,6 +546,7 @@ def _forge_whole(model: torch.nn.Module, stats: Stats, wanted: list[str], choice
     except SyntaxError as error:
         raise Untraceable(f"its graph cannot be written as Python: {error}") from error
     hold(forged, held)
+    take_attributes(forged, held)
     if gone := keys - forged.state_dict().keys():
         raise Untraceable(f"the graph cannot hold {min(gone)!r}")
     forged.meta["threshold_buffers"] = buffers

@@ -288,6 +288,83 @@ class Lists(nn.Module):
         return self.fc(nn.functional.linear(x, torch.cat(list(self.parts.parameters()))).tanh())
 
 
+# how a forward gets at its own tensors
+AROUND = {
+    "the first of parameters()": lambda m: next(m.parameters()).detach().norm(),
+    "a module's own mapping": lambda m: m.fc._parameters["weight"].detach().norm(),
+    "a number out of named_parameters()": lambda m: dict(m.named_parameters())["fc.bias"].max().item(),
+    "state_dict()": lambda m: m.state_dict()["fc.weight"].norm(),
+    "named_buffers()": lambda m: 1 + dict(m.named_buffers())["norm.running_mean"].norm(),
+    "a dtype": lambda m: torch.full((1,), 0.1, dtype=next(m.parameters()).dtype),
+    "a device": lambda m: torch.full((1,), 0.1, device=next(m.parameters()).device),
+}
+
+
+@pytest.mark.parametrize("reads", AROUND.values(), ids=AROUND)
+def test_what_a_forward_reads_around_the_tracer_is_read_in_each_run(reads):
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            return self.norm(self.fc(x)) * reads(self)
+
+    torch.manual_seed(0)
+    model, other = Reads().eval(), Reads().double().eval()
+    other.norm.running_mean += 3
+    forged = forged_at_zero(model).double()
+    forged.load_state_dict(other.state_dict())
+    assert torch.equal(forged(x_of().double()), other(x_of().double()))
+    assert "reads" in str(forged_fx.describe(forged)) and not is_whole(forged)
+
+
+def test_a_forward_may_ask_a_weight_for_its_shape():
+    class Asks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            width = next(self.parameters()).shape[1] + len(dict(self.named_parameters())["fc.bias"])
+            return self.fc(x) / width
+
+    assert is_whole(forged_at_zero(Asks().eval()))
+
+
+class Own(nn.Sequential):
+    def __init__(self):
+        super().__init__(OrderedDict(body=nn.Linear(4, 4), head=nn.Linear(4, 2)))
+
+
+class OwnParameters(Own):
+    def parameters(self, recurse=True):
+        return self.head.parameters(recurse)
+
+
+class OwnStateDict(Own):
+    def state_dict(self, *args, **kwargs):
+        return self.head.state_dict(*args, **kwargs)
+
+
+class OwnRequiresGrad(Own):
+    def requires_grad_(self, requires_grad=True):
+        self.head.requires_grad_(requires_grad)
+        return self
+
+
+@pytest.mark.parametrize("kind", [OwnParameters, OwnStateDict, OwnRequiresGrad])
+def test_what_a_class_answers_in_its_own_way_it_goes_on_answering(kind):
+    model = kind().eval()
+    forged = forged_at_zero(model)
+    for one in (model, forged):
+        one.requires_grad_(False)
+    assert [p.shape for p in model.parameters()] == [p.shape for p in forged.parameters()]
+    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in forged.parameters()]
+    assert [name for name in forged.state_dict() if "forged" not in name] == [*model.state_dict()]
+    assert "() of its own" in str(forged_fx.describe(forged))
+
+
 @pytest.mark.parametrize("kind", [Normalizes, Lists])
 def test_what_a_forward_makes_of_the_models_tensors_is_made_in_each_run(kind):
     """Of those that the forged model has then: loaded, cast, trained; and the plain model's stay its own."""

@@ -157,6 +157,36 @@ def test_who_counts_on_the_running_of_what_does_not_run_is_told(made, model, sta
     assert len(seen) == 3 + 8
 
 
+class Tempered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.temperature, self.config = nn.Linear(6, 3), 2.0, {"mean": (0.5, 0.5), "names": ["a"]}
+        self.kept = [torch.zeros(1)]
+
+    def forward(self, x):
+        return self.fc(x) / self.temperature
+
+
+@pytest.mark.parametrize("made", [lambda m: m, copy.deepcopy, copy.copy, pickled])
+def test_attributes_can_be_read_and_who_sets_one_is_told(made, x):
+    model = nn.Sequential(Tempered(), nn.ReLU()).eval()
+    model.name = "net"
+    forged = made(forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-4))
+    assert (forged.name, forged[0].temperature, forged[0].config) == ("net", 2.0, model[0].config)
+    assert not hasattr(forged[0], "kept")  # tensors are where a state dict shows them
+    before = forged(x)
+    for module, attribute in ((forged[0], "temperature"), (forged, "name")):
+        with pytest.warns(UserWarning, match=f"setting '{attribute}' changes nothing.*graph=False"):
+            setattr(module, attribute, 4.0)
+        assert getattr(module, attribute) == 4.0
+    assert torch.equal(forged(x), before)
+    forged.note = forged[0].note = "a user's own"
+    forged.note = forged[0].note = "and again"
+    modules = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-4, graph=False)
+    modules[0].temperature = 4.0
+    assert torch.equal(modules(x), before / 2)
+
+
 @pytest.mark.parametrize("kind", ["hard", "clamp"])
 def test_module_by_module_on_request(kind, model, stats, x):
     ratio = {"hard": 2**-3, "clamp": 0.5}[kind]

@@ -100,6 +100,31 @@ def test_a_copy_of_what_was_parametrized_since(graph):
 
 
 @pytest.mark.parametrize("graph", [True, False])
+def test_a_module_that_will_not_be_copied_is_not_changed(graph):
+    class Single(nn.Linear):
+        def __deepcopy__(self, memo):
+            return self
+
+    model, x = nn.Sequential(OrderedDict(encoder=Single(4, 4), head=nn.Linear(4, 2))).eval(), x_of()
+    stats, before = forged_fx.calibrate(model, [x]), model(x)
+    with pytest.raises(RuntimeError, match=r"'encoder' would be a part of both.*Single returns the module itself"):
+        forged_fx.transform(model, stats, 0.5, graph=graph)
+    assert type(model.encoder) is Single and not [*model.buffers()] and torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize("assign", [True, False])
+def test_thresholds_of_a_half_checkpoint_are_float32(graph, assign):
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval(), x_of()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0.25, graph=graph)
+    half = {name: value.half() for name, value in forged.state_dict().items()}
+    forged.load_state_dict(half, assign=assign)
+    assert {value.dtype for value in forged.buffers()} == {torch.float32}
+    assert all(torch.equal(value, half[name].float()) for name, value in forged.named_buffers())
+    assert forged.float()(x).isfinite().all()
+
+
+@pytest.mark.parametrize("graph", [True, False])
 def test_a_part_loads_a_plain_parts_weights(graph):
     """A backbone's checkpoint, say; thresholds that it does not name stay as they are."""
     torch.manual_seed(0)

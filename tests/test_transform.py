@@ -341,7 +341,10 @@ def test_the_model_is_untouched(stats, x):
 def test_a_feature_extractor_stays_in_its_mode(graph):
     feature_extraction = pytest.importorskip("torchvision.models.feature_extraction")
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 2))
-    extractor, x = feature_extraction.create_feature_extractor(net.eval(), {"1": "a", "3": "b"}), torch.randn(2, 3, 8, 8)
+    extractor, x = (
+        feature_extraction.create_feature_extractor(net.eval(), {"1": "a", "3": "b"}),
+        torch.randn(2, 3, 8, 8),
+    )
     forged = forged_fx.transform(extractor, forged_fx.calibrate(extractor, [x]), 0, graph=graph)
     before = copy.deepcopy(forged.state_dict())
     assert not any(module.training for module in forged.modules())
