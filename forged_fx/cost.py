@@ -7,6 +7,7 @@ input, what attention's kernel or a matrix product returns.
 """
 
 import copy
+import operator
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from forged_fx import torch_internals
-from forged_fx.hoist import COPIES, VIEWS, hoist, made_by, written_by_inductor
+from forged_fx.hoist import COPIES, MOVES, VIEWS, hoist, made_by, read_by, read_whole, written_by_inductor
 from forged_fx.lowering import register_lowerings
 from forged_fx.models import copies
 from forged_fx.modes import as_found
@@ -28,6 +30,9 @@ from forged_fx.within import thresholds_within
 
 aten = torch.ops.aten
 SELECTIONS = (aten.select.int, aten.slice.Tensor)
+JOINS = (aten.cat.default, aten.stack.default)
+# Parts of the names of calls that read around a place: what they read is written first.
+AROUND = ("pool", "index", "upsample", "grid_sampler", "im2col", "unfold")
 FREE, SHARED, WRITE, LAUNCH = "free", "shared", "one more write", "a kernel of its own"
 
 
@@ -151,13 +156,22 @@ def price(threshold: fx.Node, given: str = "the network's input") -> Cost:
         return Cost(FREE, 0, f"a part of {' and '.join(dict.fromkeys(map(_name, threshold.users)))} behind it")
     if not written_by_inductor(x):
         return Cost(LAUNCH, 2 * size, f"its input comes from {maker}", prologue)
-    if x.target in SELECTIONS:
+    made, whole = made_by(x), _whole(x)
+    of_all = made if whole.target is operator.getitem else whole
+    later = _later(of_all, threshold)
+    raw = [
+        reader
+        for reader in read_whole(of_all)
+        if reader is not threshold and (_needs_memory(reader) or _reads_around(reader) or _runs_later(reader, later))
+    ]
+    is_part = whole.target is operator.getitem and (raw or _other_parts_are_written(of_all, threshold))
+    if x.target in SELECTIONS or is_part:
         return Cost(LAUNCH, 2 * size, f"its input is a part of what {_maker(x.args[0], given)} makes", prologue)
-    behind = _behind(threshold)
-    for reader in x.users:
-        if reader is not threshold and (reader in behind or _needs_memory(reader)):
-            return Cost(WRITE, size, f"{_name(reader)} reads the raw result of {maker}", prologue)
-    beside = [user for user in x.users if user.target in THRESHOLD_OPS and any(map(_needs_memory, user.users))]
+    if made.target in JOINS and any(_is_written_for_others(part, made) for part in made.args[0]):
+        return Cost(LAUNCH, 2 * size, f"what {maker} joins is written there by what makes it", prologue)
+    if raw:
+        return Cost(WRITE, size, f"{_name(raw[0])} reads the raw result of {maker}", prologue)
+    beside = [user for user in read_by(whole) if user.target in THRESHOLD_OPS and _is_written(user)]
     if len(beside) < 2:
         return Cost(FREE, 0, f"a part of {maker}")
     # No one reads the raw result: one of its thresholds is written in its place.
@@ -197,17 +211,67 @@ def _needs_memory(reader: fx.Node) -> bool:
     if reader.target in COPIES:
         return False
     if reader.target in VIEWS:
-        return any(_needs_memory(next_reader) for next_reader in reader.users)
-    # (A convolution reads by a library, also where its result, which a bias is added to, is a kernel of Inductor's.)
-    return reader.target is aten.convolution.default or torch_internals.is_library_call(reader)
+        return any(map(_needs_memory, reader.users))
+    if reader.target in SELECTIONS:
+        return _is_written(reader)
+    return _reads_by_a_library(reader)
 
 
-def _behind(node: fx.Node) -> set[fx.Node]:
-    """Everything that depends on the node."""
-    found, waiting = set(), [node]
-    while waiting:
-        for user in waiting.pop().users:
-            if user not in found:
-                found.add(user)
-                waiting.append(user)
+def _reads_by_a_library(node: fx.Node) -> bool:
+    """(So does a convolution, also where its result, which a bias is added to, is a kernel of Inductor's.)"""
+    is_convolution = node.target is aten.convolution.default
+    return is_convolution or (node.target not in MOVES and torch_internals.is_library_call(node))
+
+
+def _whole(x: fx.Node) -> fx.Node:
+    """Of what the value is a view that has all of its elements."""
+    return _whole(x.args[0]) if x.target in VIEWS and x.target is not operator.getitem else x
+
+
+def _other_parts_are_written(split: fx.Node, threshold: fx.Node) -> bool:
+    """Whether other parts of the value than the threshold's are in memory, as they are or behind theirs."""
+    others = [reader for reader in read_by(split) if reader is not threshold]
+    return any(_is_written(other) if other.target in THRESHOLD_OPS else _needs_memory(other) for other in others)
+
+
+def _is_written(value: fx.Node) -> bool:
+    """Whether something reads the value, as it is or behind its threshold, out of memory."""
+    return any(_is_written(user) if user.target in THRESHOLD_OPS else _needs_memory(user) for user in value.users)
+
+
+def _is_written_for_others(part: fx.Node, join: fx.Node) -> bool:
+    """Whether a kernel of Inductor's writes the value, which others read than this cat: it writes it there, too."""
+    return written_by_inductor(part) and any(reader is not join for reader in read_by(made_by(part)))
+
+
+def _reads_around(reader: fx.Node) -> bool:
+    return any(word in _name(reader) for word in AROUND)
+
+
+def _later(made: fx.Node, threshold: fx.Node) -> set[fx.Node]:
+    """What cannot be in the kernel that makes the value: what depends on the threshold, or on a library's call that
+    depends on the value."""
+    found: set[fx.Node] = set()
+    depend = {made}
+    for node in made.graph.nodes:
+        inputs = node.all_input_nodes
+        if not depend.isdisjoint(inputs):
+            depend.add(node)
+            if node is threshold or _reads_by_a_library(node) or not found.isdisjoint(inputs):
+                found.add(node)
     return found
+
+
+def _runs_later(reader: fx.Node, later: set[fx.Node]) -> bool:
+    """Whether the reader becomes a part of such a kernel. (What is written is computed where its input is.)"""
+    if reader in later or _is_written(reader) or _reduces(reader):
+        return reader in later
+    return any(_runs_later(user, later) for user in reader.users)
+
+
+def _reduces(node: fx.Node) -> bool:
+    """Whether the call gives fewer elements than it reads, as a sum does: they are written, whoever reads them."""
+    value, read = node.meta["val"], node.all_input_nodes[0].meta["val"]
+    if not isinstance(value, torch.Tensor):
+        return True  # a mean and a variance, say
+    return statically_known_true(value.numel() < read.numel())

@@ -111,6 +111,15 @@ def read_by(node: fx.Node) -> list[fx.Node]:
     return [reader for user in node.users for reader in (read_by(user) if user.target in VIEWS else [user])]
 
 
+SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int}
+
+
+def read_whole(node: fx.Node) -> list[fx.Node]:
+    """Those of them that read all of it, and not a part that a split gives."""
+    users = [user for user in node.users if user.target not in SPLITS]
+    return [reader for user in users for reader in (read_whole(user) if user.target in VIEWS else [user])]
+
+
 def hoist(graph: fx.Graph) -> None:
     """Move every threshold of the graph as far up as the rule lets it, and merge those that do the same."""
     _merge(graph)

@@ -134,6 +134,61 @@ def test_the_rule_on_graphs_of_aten_calls(make, beside, behind, kind, size):
     assert (found.kind, found.bytes) == (kind, size) and not found.prologue
 
 
+class Stem(nn.Module):
+    """What `rest` makes of a value that a kernel of Inductor's computes, by 3x3 convolutions a and b."""
+
+    def __init__(self, rest):
+        super().__init__()
+        self.stem, self.norm, self.rest = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), rest
+        self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.one, self.other = nn.Conv2d(4, 8, 1), nn.Conv2d(4, 8, 1)
+        self.join, self.gain = nn.Conv2d(16, 8, 1), nn.Parameter(torch.rand(8, 1, 1))
+
+    def forward(self, x):
+        return self.rest(self, self.norm(self.stem(x)).relu())
+
+
+def split(m, h):
+    one, other = h.chunk(2, 1)
+    return m.one(one) + m.other(other)
+
+
+def split_once(m, h):
+    one, other = h.chunk(2, 1)
+    return m.one(one) + other.mean(1, keepdim=True)
+
+
+def cosine(m, h):
+    return m.a(h) + m.b(c := h.cos()) + c
+
+
+# What becomes of the value -> site: the kind of its price. What else reads it runs in one kernel with what follows, and
+# that comes later; or reads around a place; or its own result is in memory anyway.
+READERS = {
+    "scaled, beside a residual": (lambda m, h: m.a(h) + h * m.gain, {"a": WRITE}),
+    "a gate": (lambda m, h: m.a(h) * h.sigmoid(), {"a": WRITE}),
+    "behind a library's call": (lambda m, h: m.a(h) + m.b(h.mean((2, 3), keepdim=True)) * h, {"a": WRITE, "b": FREE}),
+    "pooled by the mean": (lambda m, h: m.a(h) + m.b(F.avg_pool2d(h, 3, 1, 1)), {"a": WRITE, "b": FREE}),
+    "pooled by max": (lambda m, h: m.a(h).mean() + m.b(F.max_pool2d(h, 2)), {"a": WRITE, "b": FREE}),
+    "one that is written": (cosine, {"a": FREE, "b": WRITE}),
+    "a mean": (lambda m, h: m.a(h) + h.mean(), {"a": FREE}),
+    "a mean by itself": (lambda m, h: (m.a(h), h.mean((2, 3))), {"a": FREE}),
+    "joined with what it makes": (lambda m, h: m.join(torch.cat([m.a(h).relu(), h], 1)), {"a": WRITE, "join": LAUNCH}),
+    "joined alone": (lambda m, h: m.join(torch.cat([m.a(h).relu(), m.b(h).relu()], 1)), {"a": FREE, "join": FREE}),
+    "both halves": (split, {"one": LAUNCH, "other": LAUNCH}),
+    "half of it": (split_once, {"one": FREE}),
+    "a selection": (lambda m, h: m.a(h) + m.b(h[:, :, :2, :2]).mean(), {"a": WRITE, "b": LAUNCH}),
+}
+
+
+@pytest.mark.parametrize(("rest", "kinds"), READERS.values(), ids=READERS)
+def test_who_else_reads_what_a_threshold_reads(rest, kinds):
+    torch.manual_seed(0)
+    model, x = Stem(rest).eval(), torch.rand(2, 3, 8, 8)
+    costs = forged_fx.cost(forged_fx.transform(model, forged_fx.calibrate(model, [x])), (x,))
+    assert {site: (costs[site].alone or costs[site]).kind for site in kinds} == kinds
+
+
 PRODUCTS = {
     "a product": (lambda x, w, b: x.view(48, 6) @ b, True),
     "two products": (lambda x, w, b: (x.view(48, 6) @ b, x.view(-1, 6) @ b), False),
