@@ -6,11 +6,12 @@ of its own, which reads and writes the input once more, where no kernel of Induc
 input, what attention's kernel or a matrix product returns.
 """
 
+import contextvars
 import copy
 import operator
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -80,31 +81,50 @@ def cost(forged: torch.nn.Module, args: tuple, kwargs: dict[str, Any] | None = N
         )
     if not isinstance(args, tuple):
         raise TypeError(f"args is {type(args).__name__}: pass the forward's arguments as a tuple, (x,)")
-    found: dict[str, Cost] = {}
-    given = "the network's input"
-
-    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable:
-        nonlocal given
-        graph, given = _Graph(gm, given), "what runs ahead of a graph break"
-        run = torch_internals.on_inductors_graph(gm, inputs, graph.read)
-
-        def priced(*args: Any) -> Any:
-            for site, of_it in graph.costs([sites.get(id(arg)) for arg in args]):
-                if site not in found or of_it.bytes > found[site].bytes:  # (it may be in several graphs)
-                    found[site] = of_it
-            return run(*args)
-
-        return priced
-
     register_lowerings()
     tensors = {id(tensor): tensor for tensor in (*forged.parameters(), *forged.buffers())}
     twin = copy.deepcopy(forged, tensors)  # what is compiled here must not count against the user's own compilations
-    with torch.no_grad(), as_found(twin), kept_randomness(), torch.compiler.set_stance("default"):
-        for run in (twin, torch.compile(twin, backend=backend)):  # of a wrong input the model itself says it best
-            own_args, own_kwargs = copies((args, kwargs or {}))
-            run(*own_args, **own_kwargs)
+    collected = _collecting.set(_Collected(sites))
+    try:
+        with torch.no_grad(), as_found(twin), kept_randomness(), torch.compiler.set_stance("default"):
+            for run in (twin, torch.compile(twin, backend=_backend)):  # of a wrong input the model itself says it best
+                own_args, own_kwargs = copies((args, kwargs or {}))
+                with torch_internals.many_compilations():
+                    run(*own_args, **own_kwargs)
+        found = _collecting.get().found
+    finally:
+        _collecting.reset(collected)
     unseen = Cost(LAUNCH, 0, "it runs uncompiled")
     return {site: found.get(site, unseen) for site in sites.values()}
+
+
+@dataclass
+class _Collected:
+    """What one call of `cost` has found. sites: id of a threshold's buffer -> site. given: what a next graph reads."""
+
+    sites: dict[int, str]
+    found: dict[str, Cost] = field(default_factory=dict)
+    given: str = "the network's input"
+
+
+_collecting: contextvars.ContextVar[_Collected] = contextvars.ContextVar("forged_fx.cost")
+
+
+def _backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable:
+    """One for all calls of `cost`, so that Dynamo has what it compiled for an earlier one: a module that is no graph
+    shares its code with the user's model, and few compilations are let to one code."""
+    collected = _collecting.get()
+    graph, collected.given = _Graph(gm, collected.given), "what runs ahead of a graph break"
+    run = torch_internals.on_inductors_graph(gm, inputs, graph.read)
+
+    def priced(*args: Any) -> Any:
+        now = _collecting.get()
+        for site, of_it in graph.costs([now.sites.get(id(arg)) for arg in args]):
+            if site not in now.found or of_it.bytes > now.found[site].bytes:  # (it may be in several graphs)
+                now.found[site] = of_it
+        return run(*args)
+
+    return priced
 
 
 class _Graph:

@@ -76,6 +76,7 @@ NAMES = {
     # the compiler
     "torch._TorchCompileWrapper": "is how torch.compile holds a backend",
     "torch._dynamo.backends.common.aot_autograd": "makes the graph of ATen calls that costs are read from",
+    "torch._dynamo.config": "says how often Dynamo compiles one code",
     "torch._dynamo.eval_frame.OptimizedModule": "is a compiled module, whose calls are checked",
     "torch._dynamo.eval_frame.innermost_backend": "finds the backend of a compiled module",
     "torch._dynamo.exc.BackendCompilerFailed": "is how a missing C++ compiler shows",
@@ -509,6 +510,13 @@ def graph_pass(run: Callable[[fx.Graph], None], version: bytes) -> Any:
             return version
 
     return Pass()
+
+
+def many_compilations() -> AbstractContextManager:
+    """Within it, Dynamo compiles a code as often as it is asked to."""
+    from torch._dynamo import config
+
+    return config.patch(recompile_limit=sys.maxsize, accumulated_recompile_limit=sys.maxsize)
 
 
 def on_inductors_graph(gm: fx.GraphModule, inputs: list[Any], read: Callable[[fx.Graph], None]) -> Callable:

@@ -335,6 +335,30 @@ def test_it_leaves_no_trace_in_the_model(made):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_asking_often_takes_nothing_from_what_the_user_may_compile():
+    """A model that is forged module by module runs its class's own code, which Dynamo compiles a few times only."""
+
+    class Plain(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    made, x = [], torch.rand(2, 4)
+
+    def backend(gm, inputs):
+        made.append(gm)
+        return gm.forward
+
+    torch._dynamo.reset()
+    for _ in range(torch._dynamo.config.recompile_limit + 1):
+        model = Plain(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+        forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), graph=False)
+        costs = forged_fx.cost(forged, (x,))
+        assert [cost.kind for cost in costs.values()] == [LAUNCH, FREE]
+    with torch.no_grad():
+        torch.compile(forged, backend=backend)(x)
+    assert made
+
+
 def test_modules_that_no_compiler_enters():
     torch.manual_seed(0)
     model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)).eval()
