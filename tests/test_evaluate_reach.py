@@ -139,6 +139,49 @@ def test_rounding_to_half_precision_is_no_hidden_jump(made, monkeypatch):
     assert ADDS not in raised(result)
 
 
+class ByHand(nn.Module):
+    """A threshold without a name."""
+
+    def __init__(self, layer, t):
+        super().__init__()
+        self.layer, self.t = layer, t
+
+    def forward(self, x):
+        return self.layer(torch.where(x.abs() < self.t, 0, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_hides_no_other_jump(made, monkeypatch, dtype):
+    """The base's share is that of its copy in the same dtype; as it was, no share explained anything."""
+    planted.hurry(monkeypatch)
+    base, x, *_ = made
+    stats, model = forged_fx.calibrate(base, [x]), copy.deepcopy(base)
+    for name in stats.sites:
+        model[int(name)] = ByHand(model[int(name)], 0.1 * stats.sites[name].c_max)
+    half = Changed(model.to(dtype), before=lambda x: x.to(dtype), after=lambda logits: logits.float())
+    result = judged(made, half)
+    assert ADDS in raised(result) and result.verdict in ("cannot say", "masking")
+    assert {p.dtype for p in base.parameters()} == {torch.float32}
+
+
+def test_a_base_that_does_not_run_in_the_models_dtype_explains_nothing(made, monkeypatch):
+    planted.hurry(monkeypatch)
+    base, x, y, _ = made
+
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = base
+
+        def forward(self, x):
+            return self.net(x.float())
+
+    half = Changed(copy.deepcopy(base).bfloat16(), before=lambda x: x.round(decimals=1).bfloat16())
+    result = forged_fx.evaluate(half, Wide(), x=x, y=y, eps=EPS, attacks=["apgd-ce"])
+    (finding,) = [f for f in result.findings if f.name == ADDS]
+    assert not finding.raised and "does not run in torch.bfloat16" in finding.note
+
+
 def test_of_data_parallel_the_module_within_is_attacked(made, monkeypatch):
     planted.hurry(monkeypatch)
     monkeypatch.setattr(nn.DataParallel, "forward", lambda self, x: in_a_thread(self.module, x))

@@ -255,8 +255,9 @@ def test_presets_and_names():
     assert attacks.choose("thorough").names[:4] == list(attacks.AUTOATTACK)
     plan = attacks.choose(["noise", "square", "mi-fgsm", "apgd-ce", "apgd-ce", "strongest"])
     assert (plan.true, plan.bpda, plan.transfer) == (("square", "apgd-ce"), ("apgd-ce",), ("mi-fgsm",))
-    assert plan.further == ("noise", "strongest") and not plan.smooth
-    assert attacks.choose("apgd-t") == attacks.choose(["apgd-t"])
+    assert plan.further == ("noise", "strongest") and plan.smooth == ("apgd-ce",)
+    assert attacks.choose("apgd-t") == attacks.choose(["apgd-t"]) and not attacks.choose("apgd-t").smooth
+    assert attacks.choose(["apgd-ce", "apgd-t"]) == attacks.choose("quick")
 
 
 def test_named_extras_run_without_a_base(monkeypatch):

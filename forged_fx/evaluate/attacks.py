@@ -232,4 +232,5 @@ def choose(attacks: str | list[str] | tuple[str, ...]) -> Plan:
         )
     stages = {name: ATTACKS[name].stage if name in ATTACKS else "further" for name in names}
     true, moved, more = (tuple(n for n in names if stages[n] == s) for s in ("true gradient", "transfer", "further"))
-    return Plan(true, tuple(name for name in true if ATTACKS[name].gradient), (), moved, more)
+    smooth = tuple(name for name in true if name in _SMOOTH)
+    return Plan(true, tuple(name for name in true if ATTACKS[name].gradient), smooth, moved, more)

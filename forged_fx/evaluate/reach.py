@@ -13,13 +13,15 @@ from math import inf
 import torch
 from torch import Tensor, fx, nn
 
+from forged_fx.capture import in_a_line
 from forged_fx.evaluate import blocks as unit
 from forged_fx.evaluate.blocks import Outcome
 from forged_fx.evaluate.compiled import ROUNDING
 from forged_fx.evaluate.findings import Measured
 from forged_fx.evaluate.gradients import Logits, combined, gradient
-from forged_fx.evaluate.harness import Subject
+from forged_fx.evaluate.harness import Subject, predict
 from forged_fx.evaluate.probes import PROBED
+from forged_fx.models import copied
 
 PARTS = 16  # of the segment, each with the gradient at its middle
 JUMPS = 0.05  # share that may not add up: at most 0.019 on plain networks, 0.07 to 1 on most forged ones (the docs)
@@ -92,29 +94,49 @@ def thresholds(side: Subject, own: bool, alike: bool) -> Measured:
 
 def jumps(side: Subject, base: Subject | None, alike: bool) -> Measured:
     """Which share of what the logits change no gradient adds up to: the median of the first inputs. Twice the base's
-    share is what its arithmetic (bfloat16, say) explains."""
+    share, in the model's dtype, is what its arithmetic (bfloat16, say) explains."""
     if base is None:
         return "there is no base"
     if alike:
         return "the model is its base, to rounding"
     if any(side.changes.values()):
         return "BPDA sees through the model"
-    if _is_coarse(side.model) and not _is_coarse(base.model):
-        return "its arithmetic is coarser than its base's, and jumps of itself"
-    share = _missing(side)
-    return share, JUMPS if share <= JUMPS else max(JUMPS, 2 * _missing(base))
+    share = _missing(side, side.attacked)
+    if share <= JUMPS:
+        return share, JUMPS
+    dtype, plain = _coarse(side.model), base.attacked
+    if dtype is not None and _coarse(base.model) is None:
+        plain = _Cast(base.attacked, dtype)
+        try:
+            predict(plain, base.x[:1], 1)
+        except Exception as error:
+            return f"its arithmetic is coarser than its base's, which does not run in {dtype} ({in_a_line(error)})"
+    return share, max(JUMPS, 2 * _missing(base, plain))
 
 
-def _is_coarse(model: nn.Module) -> bool:
-    return any(p.is_floating_point() and torch.finfo(p.dtype).bits < 32 for p in model.parameters())
+def _coarse(model: nn.Module) -> torch.dtype | None:
+    """The dtype of half precision that parameters of the model have; None: they have none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point() and torch.finfo(p.dtype).bits < 32), None)
 
 
-def _missing(side: Subject) -> float:
+class _Cast(nn.Module):
+    """A copy of a model in another dtype."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = copied(model).to(dtype), dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x.to(self.dtype)).float()
+
+
+def _missing(side: Subject, model: nn.Module) -> float:
+    """model: the side's, or its copy in another dtype."""
     some = torch.arange(min(PROBED, len(side.x)))
 
     def ask(indices: Tensor) -> Outcome:
         x, _ = side.inputs(indices)
-        logits = Logits(side.attacked, side.batch_size)
+        logits = Logits(model, side.batch_size)
         way = side.threat.step(x, (torch.rand(x.shape) - 0.5).to(x.device)) - x
         with torch.no_grad():
             change = combined(logits(x + way)) - combined(logits(x))
@@ -124,4 +146,5 @@ def _missing(side: Subject) -> float:
         return {"missing": ((change - sums.sum(0)).abs() / size).median().nan_to_num(1.0).double().cpu()}
 
     fields = {"missing": (torch.float64, 0)}
-    return next(iter(side.blocks.run(f"{side.name} jumps", some, ask, fields)))[1]["missing"].item()
+    name = f"{side.name} jumps" + (f" in {model.dtype}" if isinstance(model, _Cast) else "")
+    return next(iter(side.blocks.run(name, some, ask, fields)))[1]["missing"].item()
