@@ -386,6 +386,14 @@ def other_call(module: str, seen: str, made: str) -> RuntimeError:
     )
 
 
+def other_weight(site: str, seen: str, made: str) -> RuntimeError:
+    """What is raised where a site's data meets another parameter than it did in calibration."""
+    return RuntimeError(
+        f"the data of site {site!r} met the parameter {seen!r} in calibration, and meets {made!r}: its threshold is the "
+        f"other's. Leave it out, exclude={site!r}, or make modules of their own of the two"
+    )
+
+
 def operand_name(call: str, index: int) -> str:
     """A call with several data inputs (bilinear) has a site for each: the later ones carry `:1`, `:2`."""
     return call if index == 0 else f"{call}:{index}"

@@ -305,3 +305,31 @@ def test_statistics_say_which_activations_work_in_place(tmp_path):
     stats.save(tmp_path / "stats")
     for found in (stats, Stats.load(tmp_path / "stats"), stats.merge(copy.deepcopy(stats))):
         assert {name: site.in_place for name, site in found.sites.items()} == {"0": False, "1@0": True, "2@0": False}
+
+
+class OfTasks(nn.Module):
+    """Its own product meets the weight of the task that is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.heads = nn.Linear(6, 8), nn.ParameterDict({"a": torch.randn(3, 8), "b": torch.randn(3, 8)})
+
+    def forward(self, x, task="a"):
+        return F.linear(self.fc(x), self.heads[task])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_threshold_is_of_the_parameter_that_its_data_met(compiled):
+    torch._dynamo.reset()
+    model, x = OfTasks().eval(), torch.randn(16, 6)
+    stats = forged_fx.calibrate(model, [{"x": x, "task": "a"}])
+    assert stats.sites["#0"].weight == "heads.a"
+    expected = forged_fx.transform(model, stats, 0.1, graph=False)
+    forged = expected
+    if compiled:
+        forged = torch.compile(model, backend="forged", options={"stats": stats, "ratio": 0.1})
+    with torch.no_grad():
+        assert torch.allclose(forged(x, task="a"), expected(x, task="a"), atol=1e-6)
+        with pytest.raises(Exception, match=r"met the parameter 'heads.a' in calibration, and meets 'heads.b'"):
+            forged(x, task="b")
+        assert torch.allclose(forged(x, task="a"), expected(x, task="a"), atol=1e-6)
