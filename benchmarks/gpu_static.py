@@ -20,6 +20,7 @@ to time on, so the row shows what is launched where its own template wins.
 import argparse
 import copy
 import csv
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -101,7 +102,8 @@ def measure(name: str, batch: int, dtype: str, mode: str, architecture: str, onl
         return len(kernels), sum(kernel.bytes for kernel in kernels) / 1e6
 
     plain, plain_mb = run(model, "inductor")
-    where, where_mb = run(with_where(forged), "inductor")
+    is_graph = isinstance(forged, torch.fx.GraphModule)  # (else there are no nodes to write out)
+    where, where_mb = run(with_where(forged), "inductor") if is_graph else (math.nan, math.nan)
     with mock.patch.object(backend, "offer", offer):
         ours, mb = run(forged, "forged")
     launches, bytes_by = Counter(), Counter()

@@ -42,6 +42,7 @@ from forged_fx.thresholds import thresholds_of
 from forged_fx.transform import LAYERS, select
 
 OPTIONS = ("stats", "ratio", "kind", "where", "statistic", "include", "exclude", "strict")
+_OF_TRANSFORM = ("only", "fuse", "graph", "example")
 
 # For each plain model that is being compiled, what all of its graphs and recompilations share, by the options.
 _compilations: WeakKeyDictionary[torch.nn.Module, list[tuple[dict, Compilation]]] = WeakKeyDictionary()
@@ -137,11 +138,17 @@ def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         if key.replace("-", "_") not in known:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"ours are {', '.join(OPTIONS)}, the rest Inductor's"
+            hint = "forged_fx.transform takes it: compile what that returns" if key in _OF_TRANSFORM else hint
             raise ValueError(f"backend 'forged' has no option {key!r}; {hint}")
     options = {key.replace("-", "_"): value for key, value in options.items()}  # both are Inductor's spelling
     ours = {key: value for key, value in options.items() if key in OPTIONS}
     if ours and "stats" not in ours:
         raise ValueError(f"options {', '.join(ours)} need 'stats' too: what forged_fx.calibrate returned, or its file")
+    if ours and not isinstance(ours["stats"], Stats | str | os.PathLike):
+        kind = type(ours["stats"]).__name__
+        raise TypeError(f"option 'stats' is {kind}: pass what forged_fx.calibrate returned, or its file's path")
+    if ours.get("strict", True) not in (True, False):
+        raise ValueError(f"option 'strict' is {ours['strict']!r}: True, or False")
     return ours, {key: value for key, value in options.items() if key not in OPTIONS}
 
 

@@ -195,6 +195,11 @@ def _why(error: Exception, model: torch.nn.Module, batch: Any, args: tuple, kwar
             f"{_running(error, model)!r} runs a part of itself through torch.compile, as torch.cond and flex_attention "
             "do, which cannot be watched: calibrate a model with plain code there, `if` or scaled_dot_product_attention"
         )
+    if isinstance(error, RuntimeError) and "does not require grad" in str(error):
+        return RuntimeError(
+            "the model takes a gradient in its forward, and calibrate runs without them: put torch.enable_grad() "
+            "around that part of the forward"
+        )
     if isinstance(error, TypeError) and isinstance(batch, tuple | list) and len(batch) > 1:
         try:
             inspect.signature(model.forward).bind(*args, **kwargs)
@@ -297,7 +302,8 @@ class _Scan:
             )
         if seen.module not in self.modules:
             self.modules[seen.module] = parameter_shapes(self.observer.model.get_submodule(seen.module))
-        unmeasured = _unmeasured(x)
+        vmapped = any(isinstance(v, Tensor) and torch_internals.is_vmapped(v) for v in (x, weight))
+        unmeasured = VMAPPED if vmapped else _unmeasured(x)
         one = SiteStats(
             kind=seen.kind,
             shape=tuple(x.shape),
@@ -307,7 +313,7 @@ class _Scan:
             layer=seen.reads_module_input,
             once=seen.first_run,
             in_place=seen.in_place,
-            left_out=seen.operand.left_out or unmeasured,
+            left_out=unmeasured or seen.operand.left_out,
             calls=1,
             channel=seen.channel,
         )
@@ -330,8 +336,6 @@ class _Scan:
 
 def _unmeasured(x: Tensor) -> str | None:
     """Why the magnitudes of a site's input cannot be measured; None: they can."""
-    if torch_internals.is_vmapped(x):
-        return VMAPPED
     if x.layout != torch.strided:
         return NOT_DENSE
     if x.is_complex():

@@ -197,7 +197,7 @@ def capture(model: torch.nn.Module, opened: set[str], given: set[str], contexts:
 # What a class may answer otherwise than others, which nobody would notice in a graph. (Where `_load_from_state_dict` is
 # a class's own, a checkpoint that only it could read is refused.)
 _TELLS = (
-    "parameters", "named_parameters", "buffers", "named_buffers", "named_modules", "requires_grad_", "_apply",
+    "parameters", "named_parameters", "buffers", "named_buffers", "named_modules", "requires_grad_", "_apply", "eval",
     "state_dict", "_save_to_state_dict", "load_state_dict",
 )  # fmt: skip
 

@@ -107,8 +107,10 @@ class Compilation:
             f"sites {', '.join(map(repr, names))} did not run in any graph that torch.compile made: their code runs "
             "uncompiled (beside an LSTM or GRU, torch._dynamo.config.allow_rnn=True lets Dynamo in), in attention's "
             "fused eval-mode kernel (torch.backends.mha.set_fastpath_enabled(False) opens it), or beyond "
-            "torch._dynamo.config.recompile_limit; or this input took a branch that none in calibration took. Forge "
-            "the model with forged_fx.transform, leave them out with exclude=, or accept it with strict=False"
+            "torch._dynamo.config.recompile_limit; or an input that the model refused (it raised an error of its own) "
+            "had Dynamo give its code up, until torch._dynamo.reset(); or this input took a branch that none in "
+            "calibration took. Forge the model with forged_fx.transform, leave them out with exclude=, or accept it "
+            "with strict=False"
         )
 
 

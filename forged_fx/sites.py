@@ -389,8 +389,8 @@ def other_call(module: str, seen: str, made: str) -> RuntimeError:
 def other_weight(site: str, seen: str, made: str) -> RuntimeError:
     """What is raised where a site's data meets another parameter than it did in calibration."""
     return RuntimeError(
-        f"the data of site {site!r} met the parameter {seen!r} in calibration, and meets {made!r}: its threshold is the "
-        f"other's. Leave it out, exclude={site!r}, or make modules of their own of the two"
+        f"the data of site {site!r} met the parameter {seen!r} in calibration, and meets {made!r}: the threshold is "
+        f"of the first. Leave it out, exclude={site!r}, or make modules of their own of the two"
     )
 
 

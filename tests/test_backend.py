@@ -241,6 +241,9 @@ def test_batch_sizes_and_moved_thresholds_do_not_recompile(model, stats, x):
         ({"ratio": 0.1}, "ratio need 'stats' too"),
         ({"max_autotun": True}, "did you mean 'max_autotune"),
         ("freezing", "options='freezing': a dict, such as {'stats': stats}"),
+        ({"stats": None}, "option 'stats' is NoneType: pass what forged_fx.calibrate returned"),
+        ({"stats": "stats.safetensors", "strict": "no"}, "option 'strict' is 'no': True, or False"),
+        ({"stats": "stats.safetensors", "only": "free"}, "no option 'only'; forged_fx.transform takes it"),
     ],
 )
 def test_options_are_checked(model, x, options, message):

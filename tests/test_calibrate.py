@@ -1,5 +1,6 @@
 """calibrate: what it records, what it leaves alone, what it refuses."""
 
+import contextlib
 import copy
 
 import numpy as np
@@ -533,12 +534,30 @@ def test_buffers_that_a_forward_replaces_are_handed_back():
         assert torch.equal(forged(x), model(x))
 
 
+def test_a_model_that_takes_a_gradient_is_told_that_there_is_none():
+    class Force(nn.Module):
+        def __init__(self, context):
+            super().__init__()
+            self.fc, self.context = nn.Linear(8, 1), context
+
+        def forward(self, x):
+            with self.context():
+                x = x.detach().requires_grad_()
+                return torch.autograd.grad(self.fc(x).sum(), x)[0]
+
+    x = torch.randn(4, 8)
+    with pytest.raises(RuntimeError, match=r"takes a gradient in its forward.*torch.enable_grad\(\) around"):
+        forged_fx.calibrate(Force(contextlib.nullcontext), [x])
+    assert "fc" in forged_fx.calibrate(Force(torch.enable_grad), [x]).sites
+
+
 @pytest.mark.parametrize(
     "call, why",
     [
         (lambda x, w: (torch.fft.rfft(x) @ torch.complex(w, w)).abs(), COMPLEX),
         (lambda x, w: x.to_sparse() @ w, NOT_DENSE),
         (lambda x, w: torch.vmap(lambda row: row @ w)(x), VMAPPED),
+        (lambda x, w: torch.vmap(lambda part: F.linear(x, part.mT))(w[None])[0], VMAPPED),
         (lambda x, w: ((10 * x).long() @ (10 * w).long()).float(), OTHER_DTYPE),
     ],
 )
