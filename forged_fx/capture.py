@@ -88,7 +88,7 @@ class _SiteTracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
 
-_HELD = {torch.Tensor.dtype.__get__, torch.Tensor.device.__get__}  # looks at what a cast of the graph changes
+_CAST = {torch.Tensor.dtype.__get__, torch.Tensor.device.__get__}  # looks at what `.half()` or `.to("cuda")` changes
 
 
 class _NoValues(TorchFunctionMode):
@@ -101,10 +101,10 @@ class _NoValues(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        if function in _HELD or not only_looks(function, result):
+        if function in _CAST or not only_looks(function, result):
             for value in torch_internals.tree_leaves((args, kwargs)):
                 if name := self.tensors.get(id(value)):
-                    raise Untraceable(f"its forward reads the values of {name!r} by another way than its attribute")
+                    raise Untraceable(f"its forward reads {name!r} by another way than its attribute, once for a graph")
         return result
 
 

@@ -72,9 +72,9 @@ def take_attributes(module: nn.Module, other: nn.Module) -> None:
 def _is_plain(value: Any) -> bool:
     if isinstance(value, dict):
         return all(map(_is_plain, (*value, *value.values())))
-    return (
-        all(map(_is_plain, value)) if isinstance(value, tuple | list | set | frozenset) else isinstance(value, _PLAIN)
-    )
+    if isinstance(value, tuple | list | set | frozenset):
+        return all(map(_is_plain, value))
+    return isinstance(value, _PLAIN)
 
 
 class Container(nn.Module):
