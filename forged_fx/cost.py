@@ -1,9 +1,10 @@
 """What each threshold costs in compiled code, read off the graph that Inductor gets.
 
 A threshold is free where it becomes a part of the kernel that writes its input anyway, or of those that read it. It
-costs one write more where something else reads the input too and needs it raw: a residual stream. And it costs a kernel
-of its own, which reads and writes the input once more, where no kernel of Inductor's makes the input: the network's
-input, what attention's kernel or a matrix product returns.
+costs one write more where something else reads the input too and needs it raw: a residual stream, say, which runs in a
+later kernel, or a pool, which reads around a place. And it costs a kernel of its own, which reads and writes the input
+once more, where no kernel of Inductor's makes the input: the network's input, what attention's kernel or a matrix
+product returns; or none makes all of it: one part of several.
 """
 
 import contextvars
@@ -284,14 +285,20 @@ def _later(made: fx.Node, threshold: fx.Node) -> set[fx.Node]:
 
 def _runs_later(reader: fx.Node, later: set[fx.Node]) -> bool:
     """Whether the reader becomes a part of such a kernel. (What is written is computed where its input is.)"""
-    if reader in later or _is_written(reader) or _reduces(reader):
-        return reader in later
-    return any(_runs_later(user, later) for user in reader.users)
+    waiting, seen = [reader], set()
+    while waiting:
+        node = waiting.pop()
+        if node in later:
+            return True
+        if node not in seen and not _is_written(node) and not _reduces(node):
+            seen.add(node)
+            waiting += node.users
+    return False
 
 
 def _reduces(node: fx.Node) -> bool:
     """Whether the call gives fewer elements than it reads, as a sum does: they are written, whoever reads them."""
-    value, read = node.meta["val"], node.all_input_nodes[0].meta["val"]
+    value, read = node.meta.get("val"), [x.meta.get("val") for x in node.all_input_nodes]
     if not isinstance(value, torch.Tensor):
         return True  # a mean and a variance, say
-    return statically_known_true(value.numel() < read.numel())
+    return any(isinstance(x, torch.Tensor) and statically_known_true(value.numel() < x.numel()) for x in read)
