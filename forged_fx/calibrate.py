@@ -195,7 +195,7 @@ def _why(error: Exception, model: torch.nn.Module, batch: Any, args: tuple, kwar
             f"{_running(error, model)!r} runs a part of itself through torch.compile, as torch.cond and flex_attention "
             "do, which cannot be watched: calibrate a model with plain code there, `if` or scaled_dot_product_attention"
         )
-    if isinstance(error, RuntimeError) and "does not require grad" in str(error):
+    if isinstance(error, RuntimeError) and "element 0 of tensors does not require grad" in str(error):
         return RuntimeError(
             "the model takes a gradient in its forward, and calibrate runs without them: put torch.enable_grad() "
             "around that part of the forward"

@@ -88,12 +88,13 @@ class _SiteTracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
 
-_CAST = {torch.Tensor.dtype.__get__, torch.Tensor.device.__get__}  # looks at what `.half()` or `.to("cuda")` changes
+# Looks at what `.half()` or `.to("cuda")` changes.
+_CAST = {getattr(torch.Tensor, name).__get__ for name in ("dtype", "device", "itemsize", "nbytes", "is_cuda")}
 
 
 class _NoValues(TorchFunctionMode):
-    """Refuses a forward that computes with the model's own tensors out of the tracer's sight (it follows `self.weight`,
-    and no `self.parameters()`): a graph would hold what comes of them as they are now."""
+    """Refuses a forward that computes with the model's own tensors out of the tracer's sight: a graph would hold what
+    comes of them as they are now. (It follows `self.weight`, and beside data what `self.parameters()` gives.)"""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
@@ -102,7 +103,8 @@ class _NoValues(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = function(*args, **(kwargs or {}))
         if function in _CAST or not only_looks(function, result):
-            for value in torch_internals.tree_leaves((args, kwargs)):
+            given = torch_internals.tree_leaves((args, kwargs))
+            for value in given if not any(isinstance(v, fx.Proxy) for v in given) else []:
                 if name := self.tensors.get(id(value)):
                     raise Untraceable(f"its forward reads {name!r} by another way than its attribute, once for a graph")
         return result
@@ -197,7 +199,7 @@ def capture(model: torch.nn.Module, opened: set[str], given: set[str], contexts:
 # What a class may answer otherwise than others, which nobody would notice in a graph. (Where `_load_from_state_dict` is
 # a class's own, a checkpoint that only it could read is refused.)
 _TELLS = (
-    "parameters", "named_parameters", "buffers", "named_buffers", "named_modules", "requires_grad_", "_apply", "eval",
+    "parameters", "named_parameters", "buffers", "named_buffers", "named_modules", "requires_grad_", "_apply",
     "state_dict", "_save_to_state_dict", "load_state_dict",
 )  # fmt: skip
 

@@ -46,10 +46,10 @@ def check_place(holder: nn.Module, name: str, value: Any) -> None:
     own = vars(holder).get("_modules", {}).get(name)
     if isinstance(own, Container) and isinstance(value, nn.Module):
         warnings.warn(_nothing(own.forged_path, "what takes its place"), stacklevel=3)
-    if name in vars(holder).get(ATTRIBUTES, ()):
+    if name in vars(holder).get(ATTRIBUTES, ()) and value != vars(holder).get(name):
         warnings.warn(
             f"setting {name!r} changes nothing that this forged model computes: it is one graph, and what its forward "
-            "read there is a part of it. Set it in the plain model, and forge that; or forge it with "
+            "may have read there is a part of it. Set it in the plain model, and forge that; or forge it with "
             "forged_fx.transform(..., graph=False)",
             stacklevel=3,
         )
@@ -59,22 +59,24 @@ def check_place(holder: nn.Module, name: str, value: Any) -> None:
 ATTRIBUTES = "forged_attributes"
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format)
-_OF_TORCH = {*vars(nn.Module()), ATTRIBUTES}
+_NOT_THEIRS = {*vars(nn.Module()), ATTRIBUTES, "forged_path"}
 
 
 def take_attributes(module: nn.Module, other: nn.Module) -> None:
     """Give the module what the other has besides parameters, buffers and modules: numbers, text, and groups of them."""
-    own = {n: v for n, v in vars(other).items() if n not in _OF_TORCH and not n.startswith("_") and _is_plain(v)}
+    own = {n: v for n, v in vars(other).items() if n not in _NOT_THEIRS and not n.startswith("_") and _is_plain(v)}
     theirs = {n: v for n, v in own.items() if not hasattr(module, n)}
     vars(module).update(theirs, **{ATTRIBUTES: tuple(theirs)})
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(map(_is_plain, (*value, *value.values())))
-    if isinstance(value, tuple | list | set | frozenset):
-        return all(map(_is_plain, value))
-    return isinstance(value, _PLAIN)
+def _is_plain(value: Any, around: tuple[int, ...] = ()) -> bool:
+    """Of these very types: what is derived from them may be anything, and beyond pickling. around: what holds it."""
+    if type(value) in _PLAIN:
+        return True
+    if id(value) in around or type(value) not in (dict, tuple, list, set, frozenset):
+        return False
+    inside = (*value, *value.values()) if type(value) is dict else value
+    return all(_is_plain(part, (*around, id(value))) for part in inside)
 
 
 class Container(nn.Module):

@@ -20,7 +20,7 @@ import torch.fx as fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from forged_fx import torch_internals
-from forged_fx.hoist import COPIES, MOVES, VIEWS, hoist, made_by, read_by, read_whole, written_by_inductor
+from forged_fx.hoist import COPIES, MOVES, SPLITS, VIEWS, hoist, made_by, read_by, read_whole, written_by_inductor
 from forged_fx.lowering import register_lowerings
 from forged_fx.models import copies
 from forged_fx.modes import as_found
@@ -84,11 +84,12 @@ def cost(forged: torch.nn.Module, args: tuple, kwargs: dict[str, Any] | None = N
         raise TypeError(f"args is {type(args).__name__}: pass the forward's arguments as a tuple, (x,)")
     register_lowerings()
     tensors = {id(tensor): tensor for tensor in (*forged.parameters(), *forged.buffers())}
-    twin = copy.deepcopy(forged, tensors)  # what is compiled here must not count against the user's own compilations
+    twin = copy.deepcopy(forged, tensors)  # a graph's code is its own: what is compiled here leaves the user's alone
     collected = _collecting.set(_Collected(sites))
     try:
         with torch.no_grad(), as_found(twin), kept_randomness(), torch.compiler.set_stance("default"):
-            for run in (twin, torch.compile(twin, backend=_backend)):  # of a wrong input the model itself says it best
+            compiled = torch.compile(twin, backend=_backend, dynamic=False)  # (a dynamic graph has one size's bytes)
+            for run in (twin, compiled):  # of a wrong input the model itself says it best
                 own_args, own_kwargs = copies((args, kwargs or {}))
                 with torch_internals.many_compilations():
                     run(*own_args, **own_kwargs)
@@ -112,14 +113,15 @@ _collecting: contextvars.ContextVar[_Collected] = contextvars.ContextVar("forged
 
 
 def _backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable:
-    """One for all calls of `cost`, so that Dynamo has what it compiled for an earlier one: a module that is no graph
-    shares its code with the user's model, and few compilations are let to one code."""
+    """One for all calls of `cost`, so that Dynamo has what it compiled for an earlier one of a model that is alike: one
+    that is no graph shares its code with the user's, and few compilations are let to one code."""
     collected = _collecting.get()
     graph, collected.given = _Graph(gm, collected.given), "what runs ahead of a graph break"
     run = torch_internals.on_inductors_graph(gm, inputs, graph.read)
 
     def priced(*args: Any) -> Any:
-        now = _collecting.get()
+        if (now := _collecting.get(None)) is None:  # where PyTorch was told to run whatever is compiled
+            return run(*args)
         for site, of_it in graph.costs([now.sites.get(id(arg)) for arg in args]):
             if site not in now.found or of_it.bytes > now.found[site].bytes:  # (it may be in several graphs)
                 now.found[site] = of_it
@@ -297,7 +299,10 @@ def _runs_later(reader: fx.Node, later: set[fx.Node]) -> bool:
 
 
 def _reduces(node: fx.Node) -> bool:
-    """Whether the call gives fewer elements than it reads, as a sum does: they are written, whoever reads them."""
+    """Whether the call gives fewer elements than it reads, as a sum does: they are written, whoever reads them. (Parts
+    of what there is are not.)"""
+    if node.target in (*SELECTIONS, *SPLITS, operator.getitem, aten.glu.default):
+        return False
     value, read = node.meta.get("val"), [x.meta.get("val") for x in node.all_input_nodes]
     if not isinstance(value, torch.Tensor):
         return True  # a mean and a variance, say

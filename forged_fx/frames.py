@@ -21,7 +21,7 @@ from torch import Tensor
 from forged_fx import torch_internals
 from forged_fx.kinds import Choice, Value
 from forged_fx.rewrite import CallNode, Placed, outermost
-from forged_fx.sites import Numbering, call_name, call_of, module_of, operand_name, other_weight, unseen_call
+from forged_fx.sites import Numbering, call_name, call_of, check_weight, module_of, operand_name, unseen_call
 from forged_fx.stats import Ratio, Stats
 from forged_fx.thresholds import near_to, tensors_beside
 
@@ -174,13 +174,10 @@ class Frame:
         self._lifted = [torch_internals.lifted_value(node) for node in gm.graph.find_nodes(op="placeholder")]
         self.bound = False  # some call is known by the module that it was compiled for
         self.names = [self._name(call, in_graph[call.module], inputs, shared) for call in calls]
-        called = {id(p): name for name, p in compilation.root().named_parameters()}
         for name, call in zip(self.names, calls, strict=True):
-            seen = compilation.stats.sites[name].weight if name in compilation.values else None
-            weight = self._weight(call, inputs)
-            met = None if weight is None else called.get(id(self._lifted[weight]))
-            if seen and met and met != seen:
-                raise other_weight(name, seen, met)
+            site, weight = compilation.stats.sites.get(name), self._weight(call, inputs)
+            if site and site.weight and not site.layer and weight is not None and name in compilation.values:
+                check_weight(name, compilation.root(), (site.weight,), [self._lifted[weight]])
 
     def _name(self, call: CallNode, group: list[CallNode], inputs: dict[fx.Node, int], shared: bool) -> str:
         weight = self._weight(call, inputs)

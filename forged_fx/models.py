@@ -42,17 +42,22 @@ def copied(model: torch.nn.Module, shared: Iterable[torch.Tensor] = ()) -> torch
                         "give its class a __deepcopy__"
                     ) from error
         raise
-    own = {id(module) for module in model.modules() if device_of(module, None)}  # (an Identity may well be in both)
-    if both := [path for path, module in twin.named_modules() if id(module) in own]:
-        raise RuntimeError(
-            f"the model cannot be copied, and is not changed in place: {both[0]!r} would be a part of both, as the "
-            f"__deepcopy__ of {type(model.get_submodule(both[0])).__name__} returns the module itself"
-        )
     modes = {path: module.training for path, module in model.named_modules()}
     for path, module in twin.named_modules():  # (the outer ones first, whose train() reaches all within)
         if module.training is not modes.get(path, module.training):
             module.train(modes[path])  # torchvision's feature extractors are always copied in train mode
     return twin
+
+
+def check_apart(model: torch.nn.Module, twin: torch.nn.Module, paths: Iterable[str]) -> None:
+    """RuntimeError where one of the modules of these names is in both: what is done to the copy is done to it."""
+    there, here = dict(model.named_modules()), dict(twin.named_modules())
+    for path in paths:
+        if path in there and there[path] is here.get(path):
+            raise RuntimeError(
+                f"the model cannot be copied, and is not changed in place: {path!r} would be a part of both, as the "
+                f"__deepcopy__ of {type(there[path]).__name__} returns the module itself"
+            )
 
 
 _HELD = ("_parameters", "_buffers", "_modules")

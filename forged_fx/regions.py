@@ -29,15 +29,14 @@ from forged_fx.sites import (
     ACTIVATIONS,
     CALLS,
     OPENED,
-    Call,
     Key,
     call_of,
+    check_weight,
     get,
     is_activation,
     mark_of,
     module_of,
     other_call,
-    other_weight,
     replace,
     unseen_call,
 )
@@ -52,8 +51,8 @@ _FUSES_CHILDREN = (torch.nn.TransformerEncoder, torch.nn.TransformerEncoderLayer
 @dataclass(frozen=True)
 class Forge:
     """What to do to one operand: of which kind of call it is and where it sits there, the operator's name, its buffers'
-    names, its other arguments, whether the call leaves its result in the operand, and its site. weight: the name of the
-    parameter that it meets, within the module; None: it is not the module's, or made from some."""
+    names, its other arguments, whether the call leaves its result in the operand, and its site. weights: the names, in
+    the module, of the parameter that it meets; none: it is not the module's, or made from some."""
 
     kind: str
     key: Key
@@ -62,24 +61,11 @@ class Forge:
     rest: tuple[int, ...]
     in_place: bool = False
     site: str = ""
-    weight: str | None = None
+    weights: tuple[str, ...] = ()
 
     def __call__(self, region: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
         parameters = [getattr(region, name) for name in self.buffers]
         return getattr(torch.ops.forged_fx, self.function)(x, *parameters, *self.rest)
-
-    def check_weight(self, region: torch.nn.Module, call: Call, args: tuple, kwargs: dict) -> None:
-        """RuntimeError where the operand meets another parameter of the module's."""
-        met = [v for _, _, v in call.operands(args, kwargs) if isinstance(v, torch.nn.Parameter)]
-        if not met or self.weight is None:
-            return
-        try:
-            seen = region.get_parameter(self.weight)
-        except AttributeError:  # it was exchanged for something else
-            return
-        if not any(v is seen for v in met):
-            for other in (name for name, p in region.named_parameters() if any(p is v for v in met)):
-                raise other_weight(self.site, self.weight, other)
 
     def into(self, region: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
         """The same in the memory of x."""
@@ -276,7 +262,9 @@ class _OwnCalls(TorchFunctionMode):
                     "backward, where no threshold reaches them. Put them into a module of their own, and calibrate; or "
                     "compile the plain model, with backend='forged' and options={'stats': ...}"
                 )
-            forge.check_weight(self.region, call, args, kwargs)
+            met = [v for _, _, v in call.operands(args, kwargs) if isinstance(v, torch.nn.Parameter)]
+            if met and forge.weights:
+                check_weight(forge.site, self.region, forge.weights, met)
             in_place = function in ACTIVATIONS and works_in_place(function, args, kwargs)
             new = (forge.into if in_place else forge)(self.region, x)
             args, kwargs = replace(args, kwargs, forge.key, new)
@@ -335,9 +323,11 @@ def forge_regions(model: torch.nn.Module, stats: Stats, wanted: list[str], choic
         if isinstance(module, _FUSES_CHILDREN) and is_around(name):
             sites_of.setdefault(name, [])
     reached: dict[str, str] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, sites in sites_of.items():
         module = model.get_submodule(name)
         rows = [stats.sites[site] for site in sites]
+        own = [*module.named_parameters(remove_duplicate=False)]
         layer = bool(rows) and all(row.layer for row in rows) and not is_around(name)  # (there a pass may begin)
         module.threshold_buffers = {}
         plans = {mark: _plan(name, [stats.sites[s] for s in sites if mark_of(s) == mark]) for mark in "#@"}
@@ -346,9 +336,8 @@ def forge_regions(model: torch.nn.Module, stats: Stats, wanted: list[str], choic
             module.threshold_buffers[site] = names = register(module, site, kind, row, model)
             known = row.in_place is not None  # older files do not say it
             in_place = row.in_place if known else is_activation(site) and getattr(module, "inplace", False)
-            inside = f"{name}." if name else ""
-            weight = row.weight.removeprefix(inside) if row.weight and row.weight.startswith(inside) else None
-            forge = Forge(row.kind, row.key, kind.function, names, kind.rest(row), bool(in_place), site, weight)
+            weights = tuple(n for n, p in own if row.weight and p is parameters.get(row.weight))
+            forge = Forge(row.kind, row.key, kind.function, names, kind.rest(row), bool(in_place), site, weights)
             plans[mark_of(site)].operands.setdefault(call_of(site), []).append(forge)
         module.forged_plan = plans["@" if layer and is_activation(sites[0]) else "#"]
         if plans["@"].operands and not layer:

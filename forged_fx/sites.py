@@ -19,7 +19,7 @@ import functools
 import operator
 import re
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -386,12 +386,29 @@ def other_call(module: str, seen: str, made: str) -> RuntimeError:
     )
 
 
-def other_weight(site: str, seen: str, made: str) -> RuntimeError:
-    """What is raised where a site's data meets another parameter than it did in calibration."""
-    return RuntimeError(
-        f"the data of site {site!r} met the parameter {seen!r} in calibration, and meets {made!r}: the threshold is "
-        f"of the first. Leave it out, exclude={site!r}, or make modules of their own of the two"
-    )
+def check_weight(site: str, owner: torch.nn.Module, seen: Iterable[str], met: list[Tensor]) -> None:
+    """RuntimeError where a site's data meets another parameter of the owner's than it did in calibration.
+
+    seen: the names that one has there. What is no parameter of the owner's (functional_call's, say) is let be.
+    """
+    held = [parameter for name in seen if (parameter := _parameter(owner, name)) is not None]
+    if not held or any(parameter is value for parameter in held for value in met):
+        return
+    other = next((name for name, parameter in owner.named_parameters() for value in met if parameter is value), None)
+    if other is not None:
+        raise RuntimeError(
+            f"the data of site {site!r} met the parameter {next(iter(seen))!r} in calibration, and meets {other!r}: "
+            f"the threshold is of the first. Leave it out, exclude={site!r}, or make modules of their own of the two"
+        )
+
+
+def _parameter(owner: torch.nn.Module, name: str) -> Tensor | None:
+    """A parameter by its name; None where something else is there by now."""
+    path, _, leaf = name.rpartition(".")
+    try:
+        return owner.get_submodule(path)._parameters.get(leaf)
+    except AttributeError:
+        return None
 
 
 def operand_name(call: str, index: int) -> str:

@@ -64,7 +64,8 @@ def keep_thresholds(module: torch.nn.Module, state_dict: dict, prefix: str, *_: 
 
 
 def _keep(state_dict: dict, name: str, buffer: Tensor) -> None:
-    state_dict[name] = state_dict.get(name, valued(buffer).detach()).to(torch.float32)
+    given = state_dict.setdefault(name, valued(buffer).detach())
+    state_dict[name] = given.to(torch.float32) if isinstance(given, Tensor) else given
 
 
 def moved(value: Tensor, device: torch.device | None) -> Tensor:

@@ -177,6 +177,10 @@ READERS = {
     "joined alone": (lambda m, h: m.join(torch.cat([m.a(h).relu(), m.b(h).relu()], 1)), {"a": FREE, "join": FREE}),
     "both halves": (split, {"one": LAUNCH, "other": LAUNCH}),
     "half of it": (split_once, {"one": FREE}),
+    "a part, scaled": (lambda m, h: m.a(h) + (h * m.gain)[:, :4].mean(), {"a": FREE}),
+    "a part, scaled, later": (lambda m, h: m.a(h)[:, :4] + (h * m.gain)[:, :4], {"a": WRITE}),
+    "both parts, scaled": (lambda m, h: m.one(m.a(h)[:, :4] + torch.mul(*(h * m.gain).chunk(2, 1))), {"a": WRITE}),
+    "a gated linear unit": (lambda m, h: m.a(h)[:, :4] + F.glu(h, 1), {"a": WRITE}),
     "a selection": (lambda m, h: m.a(h) + m.b(h[:, :, :2, :2]).mean(), {"a": WRITE, "b": LAUNCH}),
 }
 
@@ -333,6 +337,28 @@ def test_it_leaves_no_trace_in_the_model(made):
     with torch.no_grad():
         torch.compile(forged, backend="eager")(x)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_bytes_are_of_the_input_that_is_given(graph):
+    torch._dynamo.reset()
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval(), torch.rand(64, 4)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), graph=graph)
+    for n in (2, 4, 8, 64):
+        assert forged_fx.cost(forged, (x[:n],))["0"].bytes == 2 * 4 * 4 * n
+
+
+def test_what_was_compiled_for_a_price_runs_elsewhere_too():
+    """Dynamo may be told to run whatever is compiled for a code."""
+    torch._dynamo.reset()
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval(), torch.rand(2, 4)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), graph=False)
+    with torch.no_grad():
+        compiled, expected = torch.compile(forged, backend="eager"), forged(x)
+        assert torch.equal(compiled(x), expected)
+        forged_fx.cost(forged, (x,))
+        with torch.compiler.set_stance("eager_on_recompile"):
+            assert torch.allclose(compiled(x), expected)
 
 
 def test_asking_often_takes_nothing_from_what_the_user_may_compile():

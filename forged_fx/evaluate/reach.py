@@ -21,7 +21,7 @@ from forged_fx.evaluate.findings import Measured
 from forged_fx.evaluate.gradients import Logits, combined, gradient
 from forged_fx.evaluate.harness import Subject, predict
 from forged_fx.evaluate.probes import PROBED
-from forged_fx.models import copied
+from forged_fx.models import check_apart, copied
 
 PARTS = 16  # of the segment, each with the gradient at its middle
 JUMPS = 0.05  # share that may not add up: at most 0.019 on plain networks, 0.07 to 1 on most forged ones (the docs)
@@ -106,8 +106,8 @@ def jumps(side: Subject, base: Subject | None, alike: bool) -> Measured:
         return share, JUMPS
     dtype, plain = _coarse(side.model), base.attacked
     if dtype is not None and _coarse(base.model) is None:
-        plain = _Cast(base.attacked, dtype)
         try:
+            plain = _Cast(base.attacked, dtype)
             predict(plain, base.x[:1], 1)
         except Exception as error:
             return f"its arithmetic is coarser than its base's, which does not run in {dtype} ({in_a_line(error)})"
@@ -124,7 +124,9 @@ class _Cast(nn.Module):
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.model, self.dtype = copied(model).to(dtype), dtype
+        twin = copied(model)
+        check_apart(model, twin, (path for path, _ in model.named_modules()))
+        self.model, self.dtype = twin.to(dtype), dtype
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x.to(self.dtype)).float()
