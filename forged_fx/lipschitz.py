@@ -31,6 +31,7 @@ PROBES = 32  # random vectors of the Frobenius norm's estimate
 POWER = 100  # iterations of the spectral norm's
 RADII = (1.0, 0.1, 0.01)  # shares of eps
 RESAMPLES = 2000
+FEW = 10  # below as many inputs the bootstrap of a skewed mean is much too sure of itself: no interval is given
 
 SITE_WHOLE, SITE_NONZERO = "gain of what is kept / of all", "gain of what is kept / of what was not 0"
 SPECTRAL, FROBENIUS = "Jacobian, spectral norm", "Jacobian, Frobenius norm"
@@ -138,6 +139,8 @@ def lipschitz(
     batch_size = checked.whole_number(batch_size, "batch_size", 1)
     if not parameters_of(forged):
         raise ValueError(f"this {type(forged).__name__} is not forged: pass the plain model first, then the forged one")
+    if parameters_of(model):
+        raise ValueError(f"the first {type(model).__name__} is forged, too: pass the plain model first")
     if not isinstance(x, Tensor) or not x.is_floating_point() or not len(x):
         raise ValueError("x must be a floating-point tensor (n, ...) of at least one input")
     checks.finite(x)
@@ -199,6 +202,14 @@ def _check_pair(model: torch.nn.Module, forged: torch.nn.Module) -> None:
             f"the forged model was not made from this plain one ({what}): pass the model that transform was given, in "
             "the dtype and with the weights that the forged one has"
         )
+    buffers = dict(forged.named_buffers())
+    for name, value in model.named_buffers():  # (of other buffers a forward may change some, counters say)
+        same = name not in buffers or not name.endswith(("running_mean", "running_var"))
+        if not same and fingerprint.of_tensors([("", value)]) != fingerprint.of_tensors([("", buffers[name])]):
+            raise ValueError(
+                f"the buffer {name!r} is not the same in the two, as where one of them ran in train mode since: pass "
+                "the model that transform was given, as it was then"
+            )
 
 
 def jacobian_norms(
@@ -293,7 +304,7 @@ def _figure(what: str, where: str, base: Tensor, forged: Tensor) -> Figure:
     base, forged = base[usable], forged[usable]
     ratios = (forged / base).numpy()
     ratio = float(ratios.mean())
-    low, high = interval(ratios) if math.isfinite(ratio) else (None, None)
+    low, high = interval(ratios) if math.isfinite(ratio) and len(ratios) >= FEW else (None, None)
     return Figure(what, where, float(base.mean()), float(forged.mean()), ratio, low, high, len(ratios))
 
 

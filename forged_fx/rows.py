@@ -90,7 +90,7 @@ def write_csv(path: Path, columns: Sequence[str], records: Iterable[dict[str, An
 
 def text(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table as text: what begins with a letter is set to the left, numbers to the right."""
-    lines = [list(headings), *map(list, rows)]
+    lines = [[checked.visible(cell) for cell in line] for line in (headings, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(headings))]
     left = [all(line[i][:1].isalpha() or not line[i] for line in lines[1:]) or i == 0 for i in range(len(headings))]
     shown = [

@@ -8,7 +8,6 @@ The cheap attack ranks and proves nothing: a search takes what looks best among 
 it is. That is why the figure that counts comes from other inputs, and is corrected for the number of finalists.
 """
 
-import hashlib
 import math
 import os
 import random
@@ -408,12 +407,12 @@ def split(x: Tensor, y: Tensor, confirm: float | tuple[Tensor, Tensor], seed: in
     A share is drawn within each class, so that both sides are alike however x is sorted. Copies of an input stay on
     the same side.
     """
-    prints = _prints(x)
+    prints = checks.prints(x)
     if isinstance(confirm, tuple | list) and len(confirm) == 2:
         kept_x, kept_y = checks.inputs(*confirm)
         if kept_x.shape[1:] != x.shape[1:]:
             raise ValueError(f"confirm has inputs of shape {tuple(kept_x.shape[1:])}, and x {tuple(x.shape[1:])}")
-        if seen := len(set(prints) & set(_prints(kept_x))):
+        if seen := len(set(prints) & set(checks.prints(kept_x))):
             raise ValueError(
                 f"confirm has {seen} inputs that are in x too, where the search sees them: give others, or a share of x"
             )
@@ -430,11 +429,6 @@ def split(x: Tensor, y: Tensor, confirm: float | tuple[Tensor, Tensor], seed: in
         )
     of_y = kept.to(y.device)
     return (x[~kept], y[~of_y]), (x[kept], y[of_y])
-
-
-def _prints(x: Tensor) -> list[bytes]:
-    """Of each input, by which copies are known."""
-    return [hashlib.sha256(one.numpy().tobytes()).digest() for one in x.cpu()]
 
 
 def _confirmed(results: Sequence[tuple[Configuration, Path | None, Result]], max_natural_loss: float) -> list[Finalist]:

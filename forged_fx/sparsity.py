@@ -111,7 +111,7 @@ def sparsity(forged: torch.nn.Module, batches: Iterable[Any], *, max_batches: in
 
     The model runs as it is, in eval mode and without gradients, and is left as it was. Every element is counted. The
     prediction is that of the histogram which calibration took: on the calibration data the two agree to within one
-    percentage point.
+    percentage point at small ratios, as what is predicted is of each site alone.
 
     Args:
         forged: what `transform` returned, its thresholds where they are now.

@@ -1,5 +1,6 @@
 """How forging trades natural accuracy for robustness: one model, many ratios and kinds, one pool of examples."""
 
+import functools
 import json
 import math
 import os
@@ -32,7 +33,7 @@ from forged_fx.evaluate.verdict import VERDICTS
 from forged_fx.extras import need
 from forged_fx.files import whole
 from forged_fx.kinds import KINDS
-from forged_fx.models import device_of
+from forged_fx.models import device_of, unwrapped
 from forged_fx.recorded import LIMIT, Recorded, answers, running, within
 from forged_fx.rows import Table, share
 from forged_fx.stats import Ends, Stats, is_number
@@ -393,7 +394,7 @@ def _speeds(models: Mapping[str, nn.Module], x: Tensor, rounds: int) -> dict[str
     device = device_of(models[BASE], x.device)
     batch = x.clone().to(device)  # a model may write into it
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    calls = {("eager", name): lambda one=one: one(batch) for name, one in models.items()}
+    calls = {("eager", name): functools.partial(unwrapped(one), batch) for name, one in models.items()}
     seconds = interleave(calls, rounds, wait)
     shares = {name: seconds["eager", BASE] / seconds["eager", name] for name in models if name != BASE}
     return {name: tuple(map(float, np.quantile(found, (0.5, 0.25, 0.75)))) for name, found in shares.items()}

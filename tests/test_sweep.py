@@ -418,3 +418,39 @@ def test_a_configuration_reads_as_people_write_it(toy):
     assert {row.site: row.forging for row in forged_fx.describe(forged)} == {"1": "clamp", "3": "band"}
     with pytest.raises(ValueError, match="forges nothing"):
         Configuration().forge(model, forged_fx.calibrate(model, [x]))
+
+
+class Rounds(torch.nn.Module):
+    """Its gradient is 0, and no attack knows what to make of it."""
+
+    def forward(self, x):
+        return (x * 16).round() / 16
+
+
+def test_it_says_no_more_than_evaluate_where_no_attack_sees_through():
+    base, x, y = planted.small()
+    model, how = torch.nn.Sequential(Rounds(), *base).eval(), {"eps": 0.1, "attacks": ["apgd-ce"]}
+    stats = forged_fx.calibrate(model, [x])
+    *_, point = forged_fx.sweep(model, stats, x, y, ratios=[2**-9], rounds=0, **how).points
+    result = forged_fx.evaluate(forged_fx.transform(model, stats, 2**-9), model, x=x, y=y, **how)
+    assert point.verdict == result.verdict == "cannot say"
+
+
+def test_copies_of_inputs_are_no_further_inputs(toy):
+    model, x, y = toy
+    with pytest.warns(UserWarning, match=r"3 of 9 inputs are copies of others.*more than these inputs show"):
+        forged_fx.evaluate(model, x=torch.cat([x[:6], x[:3]]), y=torch.cat([y[:6], y[:3]]), eps=0.1, attacks="apgd-ce")
+
+
+def test_throughput_is_that_of_eager_models(toy, monkeypatch):
+    model, x, y = toy
+    seen = []
+    timing = sys.modules["forged_fx.sweep"]
+
+    def interleave(calls, *_):
+        seen.extend(call.func for call in calls.values())
+        return dict.fromkeys(calls, np.ones(3))
+
+    monkeypatch.setattr(timing, "interleave", interleave)
+    forged_fx.sweep(torch.compile(model, backend="eager"), [x], x, y, **OPTIONS | {"rounds": 1})
+    assert seen and not any(hasattr(one, "_orig_mod") for one in seen)

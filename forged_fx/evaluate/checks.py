@@ -1,6 +1,8 @@
 """What is asked of the caller's input; and the caller's models, handed back as they were found."""
 
+import hashlib
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -63,7 +65,18 @@ def inputs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"y has shape {tuple(y.shape)}; expected one class index per input, ({len(x)},){hint}")
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise TypeError(f"y is {y.dtype}; expected class indices, int64")
+    if copies := len(x) - len(set(prints(x))):
+        warnings.warn(
+            f"{copies} of {len(x)} inputs are copies of others, and p-values and intervals take each for one of its "
+            "own: they promise more than these inputs show",
+            stacklevel=4,
+        )
     return x.detach().contiguous(), y.detach().long()  # attacks take views
+
+
+def prints(x: Tensor) -> list[bytes]:
+    """Of each input, by which copies are known."""
+    return [hashlib.sha256(one.numpy().tobytes()).digest() for one in x.detach().cpu()]
 
 
 def context(bpda: Any) -> None:

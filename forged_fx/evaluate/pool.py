@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from forged_fx.bpda import straight_through
 from forged_fx.evaluate import reach
 from forged_fx.evaluate.attacks import Plan
 from forged_fx.evaluate.blocks import Blocks
+from forged_fx.evaluate.compiled import ROUNDING
 from forged_fx.evaluate.findings import Case, examine, foreign
 from forged_fx.evaluate.gradients import Context
 from forged_fx.evaluate.harness import Subject
@@ -21,7 +23,7 @@ from forged_fx.evaluate.protocol import contest
 from forged_fx.evaluate.result import Side, doubts, judged
 from forged_fx.evaluate.terminal import Progress
 from forged_fx.evaluate.threat import Threat
-from forged_fx.evaluate.verdict import FOREIGN
+from forged_fx.evaluate.verdict import FOREIGN, JUMPS, OUT_OF_REACH
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,20 @@ def judge(
     strange = [FOREIGN] if wrong > bound else []
     base_drift = functools.cache(lambda: drift(sides[0]))
     for side, mine in zip(sides[1:], logits[1:], strict=True):
-        same = reach.apart(side, sides[0], mine, logits[0]) == 0
-        outcome = side.side()
-        verdict = judged(outcome, base, complete=plan.complete, same=same, doubts=strange)
-        if verdict[0] == "gain":  # else no finding changes it, and the probes are spared
+        apart = reach.apart(side, sides[0], mine, logits[0])
+        same, alike, outcome = apart == 0, apart <= ROUNDING, side.side()
+        reached = {
+            OUT_OF_REACH: reach.thresholds(side, bpda is straight_through, alike),
+            JUMPS: reach.jumps(side, sides[0], alike),
+        }
+        raised = [name for name, found in reached.items() if not isinstance(found, str) and found[0] > found[1]]
+        verdict = judged(outcome, base, complete=plan.complete, same=same, doubts=[*strange, *raised])
+        if verdict[0] == "gain":  # else no other finding changes it, and the probes are spared
             probes = probe(side, settings[side.name], bpda)
-            drawn = base_drift()
-            findings = examine(Case(outcome, base, same, mine, probes, training=0, outside=0, base_drift=drawn))
-            verdict = judged(outcome, base, complete=plan.complete, same=same, doubts=doubts(findings))
+            case = Case(
+                outcome, base, same, mine, probes, training=0, outside=0, base_drift=base_drift(),
+                thresholds=reached[OUT_OF_REACH], jumps=reached[JUMPS],
+            )  # fmt: skip
+            verdict = judged(outcome, base, complete=plan.complete, same=same, doubts=doubts(examine(case)))
         found[side.name] = Judged(outcome, *verdict)
     return found
