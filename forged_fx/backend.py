@@ -138,7 +138,8 @@ def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         if key.replace("-", "_") not in known:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"ours are {', '.join(OPTIONS)}, the rest Inductor's"
-            hint = "forged_fx.transform takes it: compile what that returns" if key in _OF_TRANSFORM else hint
+            if key in _OF_TRANSFORM:
+                hint = "forged_fx.transform takes it: compile what that returns"
             raise ValueError(f"backend 'forged' has no option {key!r}; {hint}")
     options = {key.replace("-", "_"): value for key, value in options.items()}  # both are Inductor's spelling
     ours = {key: value for key, value in options.items() if key in OPTIONS}

@@ -102,11 +102,12 @@ class _NoValues(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        if function in _CAST or not only_looks(function, result):
-            given = torch_internals.tree_leaves((args, kwargs))
-            for value in given if not any(isinstance(v, fx.Proxy) for v in given) else []:
-                if name := self.tensors.get(id(value)):
-                    raise Untraceable(f"its forward reads {name!r} by another way than its attribute, once for a graph")
+        if only_looks(function, result) and function not in _CAST:
+            return result
+        given = torch_internals.tree_leaves((args, kwargs))
+        read = next((name for value in given if (name := self.tensors.get(id(value)))), None)
+        if read and not any(isinstance(value, fx.Proxy) for value in given):
+            raise Untraceable(f"its forward reads {read!r} by another way than its attribute, once for a graph")
         return result
 
 

@@ -85,19 +85,18 @@ def cost(forged: torch.nn.Module, args: tuple, kwargs: dict[str, Any] | None = N
     register_lowerings()
     tensors = {id(tensor): tensor for tensor in (*forged.parameters(), *forged.buffers())}
     twin = copy.deepcopy(forged, tensors)  # a graph's code is its own: what is compiled here leaves the user's alone
-    collected = _collecting.set(_Collected(sites))
+    compiled = torch.compile(twin, backend=_backend, dynamic=False)  # (a dynamic graph has one size's bytes)
+    mine = _Collected(sites)
+    before, how = _collecting.set(mine), torch_internals.many_compilations()
     try:
-        with torch.no_grad(), as_found(twin), kept_randomness(), torch.compiler.set_stance("default"):
-            compiled = torch.compile(twin, backend=_backend, dynamic=False)  # (a dynamic graph has one size's bytes)
+        with torch.no_grad(), as_found(twin), kept_randomness(), torch.compiler.set_stance("default"), how:
             for run in (twin, compiled):  # of a wrong input the model itself says it best
                 own_args, own_kwargs = copies((args, kwargs or {}))
-                with torch_internals.many_compilations():
-                    run(*own_args, **own_kwargs)
-        found = _collecting.get().found
+                run(*own_args, **own_kwargs)
     finally:
-        _collecting.reset(collected)
+        _collecting.reset(before)
     unseen = Cost(LAUNCH, 0, "it runs uncompiled")
-    return {site: found.get(site, unseen) for site in sites.values()}
+    return {site: mine.found.get(site, unseen) for site in sites.values()}
 
 
 @dataclass
@@ -180,15 +179,15 @@ def price(threshold: fx.Node, given: str = "the network's input") -> Cost:
     if not written_by_inductor(x):
         return Cost(LAUNCH, 2 * size, f"its input comes from {maker}", prologue)
     made, whole = made_by(x), _whole(x)
-    of_all = made if whole.target is operator.getitem else whole
-    later = _later(of_all, threshold)
+    is_part = made is not whole  # of a split
+    later = _later(made, threshold)
     raw = [
         reader
-        for reader in read_whole(of_all)
+        for reader in read_whole(made)
         if reader is not threshold and (_needs_memory(reader) or _reads_around(reader) or _runs_later(reader, later))
     ]
-    is_part = whole.target is operator.getitem and (raw or _other_parts_are_written(of_all, threshold))
-    if x.target in SELECTIONS or is_part:
+    others = [reader for reader in read_by(made) if reader is not threshold]
+    if x.target in SELECTIONS or (is_part and (raw or any(map(_reads_memory, others)))):
         return Cost(LAUNCH, 2 * size, f"its input is a part of what {_maker(x.args[0], given)} makes", prologue)
     if made.target in JOINS and any(_is_written_for_others(part, made) for part in made.args[0]):
         return Cost(LAUNCH, 2 * size, f"what {maker} joins is written there by what makes it", prologue)
@@ -251,15 +250,14 @@ def _whole(x: fx.Node) -> fx.Node:
     return _whole(x.args[0]) if x.target in VIEWS and x.target is not operator.getitem else x
 
 
-def _other_parts_are_written(split: fx.Node, threshold: fx.Node) -> bool:
-    """Whether other parts of the value than the threshold's are in memory, as they are or behind theirs."""
-    others = [reader for reader in read_by(split) if reader is not threshold]
-    return any(_is_written(other) if other.target in THRESHOLD_OPS else _needs_memory(other) for other in others)
-
-
 def _is_written(value: fx.Node) -> bool:
     """Whether something reads the value, as it is or behind its threshold, out of memory."""
-    return any(_is_written(user) if user.target in THRESHOLD_OPS else _needs_memory(user) for user in value.users)
+    return any(map(_reads_memory, value.users))
+
+
+def _reads_memory(reader: fx.Node) -> bool:
+    """Whether the reader, of a threshold those behind it, needs what it reads in memory."""
+    return _is_written(reader) if reader.target in THRESHOLD_OPS else _needs_memory(reader)
 
 
 def _is_written_for_others(part: fx.Node, join: fx.Node) -> bool:

@@ -175,8 +175,8 @@ class Frame:
         self.bound = False  # some call is known by the module that it was compiled for
         self.names = [self._name(call, in_graph[call.module], inputs, shared) for call in calls]
         for name, call in zip(self.names, calls, strict=True):
-            site, weight = compilation.stats.sites.get(name), self._weight(call, inputs)
-            if site and site.weight and not site.layer and weight is not None and name in compilation.values:
+            weight = self._weight(call, inputs) if name in compilation.values else None
+            if weight is not None and (site := compilation.stats.sites[name]).weight and not site.layer:
                 check_weight(name, compilation.root(), (site.weight,), [self._lifted[weight]])
 
     def _name(self, call: CallNode, group: list[CallNode], inputs: dict[fx.Node, int], shared: bool) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -191,10 +191,11 @@ def lipschitz(
 
 def _check_pair(model: torch.nn.Module, forged: torch.nn.Module) -> None:
     """ValueError unless the two have the same parameters, of which a wrapper may have changed the names."""
-    here, there = (
-        {name: fingerprint.of_tensors([("", value)]) for name, value in one.named_parameters()}
-        for one in (model, forged)
-    )
+
+    def prints(values: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+        return {name: fingerprint.of_tensors([("", value)]) for name, value in values}
+
+    here, there = (prints(one.named_parameters()) for one in (model, forged))
     if sorted(here.values()) != sorted(there.values()):
         apart = [name for name in here if name in there and here[name] != there[name]]
         what = f"{apart[0]!r} is not the same" if apart else f"{len(here)} parameters, and the forged one {len(there)}"
@@ -202,14 +203,13 @@ def _check_pair(model: torch.nn.Module, forged: torch.nn.Module) -> None:
             f"the forged model was not made from this plain one ({what}): pass the model that transform was given, in "
             "the dtype and with the weights that the forged one has"
         )
-    buffers = dict(forged.named_buffers())
-    for name, value in model.named_buffers():  # (of other buffers a forward may change some, counters say)
-        same = name not in buffers or not name.endswith(("running_mean", "running_var"))
-        if not same and fingerprint.of_tensors([("", value)]) != fingerprint.of_tensors([("", buffers[name])]):
-            raise ValueError(
-                f"the buffer {name!r} is not the same in the two, as where one of them ran in train mode since: pass "
-                "the model that transform was given, as it was then"
-            )
+    statistics = ("running_mean", "running_var")  # (other buffers a forward may change: counters, say)
+    here, there = (prints(b for b in one.named_buffers() if b[0].endswith(statistics)) for one in (model, forged))
+    if apart := [name for name in here if name in there and here[name] != there[name]]:
+        raise ValueError(
+            f"the buffer {apart[0]!r} is not the same in the two, as where one of them ran in train mode since: pass "
+            "the model that transform was given, as it was then"
+        )
 
 
 def jacobian_norms(

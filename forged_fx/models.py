@@ -17,11 +17,12 @@ def copies(inputs: Any) -> Any:
     return torch_internals.tree_map(lambda value: value.clone() if isinstance(value, torch.Tensor) else value, inputs)
 
 
-def copied(model: torch.nn.Module, shared: Iterable[torch.Tensor] = ()) -> torch.nn.Module:
+def copied(model: torch.nn.Module, shared: Iterable[torch.Tensor] = (), own: Iterable[str] = ()) -> torch.nn.Module:
     """A deep copy, which shares these tensors. Of what a run has left in the modules (a weight that hooks compute, a
     cache), which PyTorch does not copy, it has the values.
 
-    Raises RuntimeError where something else cannot be copied; it names what.
+    own: the names of modules that are about to be changed. Raises RuntimeError where one of them would be the model's,
+    or something cannot be copied; it names what.
     """
     memo: dict[int, Any] = {id(tensor): tensor for tensor in shared}
     for module in model.modules():
@@ -46,18 +47,13 @@ def copied(model: torch.nn.Module, shared: Iterable[torch.Tensor] = ()) -> torch
     for path, module in twin.named_modules():  # (the outer ones first, whose train() reaches all within)
         if module.training is not modes.get(path, module.training):
             module.train(modes[path])  # torchvision's feature extractors are always copied in train mode
-    return twin
-
-
-def check_apart(model: torch.nn.Module, twin: torch.nn.Module, paths: Iterable[str]) -> None:
-    """RuntimeError where one of the modules of these names is in both: what is done to the copy is done to it."""
     there, here = dict(model.named_modules()), dict(twin.named_modules())
-    for path in paths:
-        if path in there and there[path] is here.get(path):
-            raise RuntimeError(
-                f"the model cannot be copied, and is not changed in place: {path!r} would be a part of both, as the "
-                f"__deepcopy__ of {type(there[path]).__name__} returns the module itself"
-            )
+    if both := [path for path in own if path in there and there[path] is here.get(path)]:
+        raise RuntimeError(
+            f"the model cannot be copied, and is not changed in place: {both[0]!r} would be a part of both, as the "
+            f"__deepcopy__ of {type(there[both[0]]).__name__} returns the module itself"
+        )
+    return twin
 
 
 _HELD = ("_parameters", "_buffers", "_modules")

@@ -21,7 +21,7 @@ from forged_fx.containers import ListContainer, Numbered, check_place, container
 from forged_fx.effects import written_attribute
 from forged_fx.fuse import fuse as fuse_producers
 from forged_fx.kinds import OWN, Choice, choose
-from forged_fx.models import check_apart, copied, is_sharded, unwrapped
+from forged_fx.models import copied, is_sharded, unwrapped
 from forged_fx.modes import of_ordinary_tensors
 from forged_fx.regions import forge_regions
 from forged_fx.rewrite import WHOLE, Placed, find_calls, insert_thresholds, number
@@ -328,7 +328,7 @@ def _forge_modules(
     why: Exception,
 ) -> tuple[torch.nn.Module, set[str]]:
     """The same module by module. why: it is not one graph."""
-    forged = _copied(model, wanted)
+    forged = copied(model, own=sorted(opened_modules(wanted, set())))
     reached = forge_regions(forged, stats, wanted, choice)
     forged.forging = record = Forging(stats, reached, dict(left_out), choice.of(wanted), not_whole=str(why))
     missed, ran = audit(model, forged, wanted, *example) if example else ([], set())
@@ -515,7 +515,7 @@ def _forge_whole(model: torch.nn.Module, stats: Stats, wanted: list[str], choice
     if written := written_attribute(graph):
         raise Untraceable(f"its forward writes into {written!r}, which a graph would not do")
     keys, own = model.state_dict().keys(), {name for name, _ in _tensors_of(model)}
-    model = _copied(model, wanted)
+    model = copied(model, own=sorted(opened_modules(wanted, set())))
     for name, value in constants.items():
         model.register_buffer(name, value, persistent=False)
     buffers: dict[str, tuple[str, ...]] = {}
@@ -555,13 +555,6 @@ def _forge_whole(model: torch.nn.Module, stats: Stats, wanted: list[str], choice
     if container_for(model) is ListContainer:
         forged.meta["numbered"] = True
     return forged
-
-
-def _copied(model: torch.nn.Module, wanted: list[str]) -> torch.nn.Module:
-    """A copy, of which the modules that are about to be changed are its own."""
-    twin = copied(model)
-    check_apart(model, twin, sorted(opened_modules(wanted, set())))
-    return twin
 
 
 def _tensors_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

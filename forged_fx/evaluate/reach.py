@@ -21,7 +21,7 @@ from forged_fx.evaluate.findings import Measured
 from forged_fx.evaluate.gradients import Logits, combined, gradient
 from forged_fx.evaluate.harness import Subject, predict
 from forged_fx.evaluate.probes import PROBED
-from forged_fx.models import check_apart, copied
+from forged_fx.models import copied
 
 PARTS = 16  # of the segment, each with the gradient at its middle
 JUMPS = 0.05  # share that may not add up: at most 0.019 on plain networks, 0.07 to 1 on most forged ones (the docs)
@@ -124,8 +124,7 @@ class _Cast(nn.Module):
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        twin = copied(model)
-        check_apart(model, twin, (path for path, _ in model.named_modules()))
+        twin = copied(model, own=dict(model.named_modules()))
         self.model, self.dtype = twin.to(dtype), dtype
 
     def forward(self, x: Tensor) -> Tensor:
