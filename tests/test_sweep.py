@@ -434,6 +434,7 @@ def test_it_says_no_more_than_evaluate_where_no_attack_sees_through():
     *_, point = forged_fx.sweep(model, stats, x, y, ratios=[2**-9], rounds=0, **how).points
     result = forged_fx.evaluate(forged_fx.transform(model, stats, 2**-9), model, x=x, y=y, **how)
     assert point.verdict == result.verdict == "cannot say"
+    assert "no attack saw through them" in point.sentence and "no attack saw through them" in result.sentence
 
 
 def test_copies_of_inputs_are_no_further_inputs(toy):
