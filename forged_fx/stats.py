@@ -345,7 +345,7 @@ class Stats:
         header: dict[str, Any] = {
             "format": FORMAT,
             "batches": self.batches,
-            **{key: sorted(getattr(self, key)) for key in ("contexts", "given", *_LATER_SETS)},
+            **{key: sorted(getattr(self, key)) for key in _SETS},
             "calls": self.calls,
             "modules": self.modules,
             "channel_counts": {},
@@ -388,13 +388,14 @@ class Stats:
             header = checked.parse((file.metadata() or {}).get(STATS_KEY) or _none_in(file))
             if header["format"] != FORMAT:
                 raise ValueError(f"its format is {checked.short(header['format'])}, and this version reads {FORMAT}")
+            header = _LATER | header
             n = len(header["sites"])
             c_max = _array(file, "c_max", (n,), "F32")
             counts = _array(file, "counts", (n, len(_COUNTS)), "I64")
             bins = _array(file, "histogram", (n, BINS), "I64")
             known = "lowest" in file.keys()
             lowest = _array(file, "lowest", (n,), "F32") if known else np.full(n, -np.inf, np.float32)
-            of_channels = checked.fit(header.get("channel_counts", {}), dict[str, int], "channel_counts")
+            of_channels = checked.fit(header["channel_counts"], dict[str, int], "channel_counts")
             channels = {i: _channel_counts(file, i, count) for i, count in of_channels.items()}
         if not np.isfinite(c_max).all() or any((a < 0).any() for a in (c_max, counts, bins)):
             raise ValueError("a maximum or a count is negative or not finite")
@@ -422,19 +423,9 @@ class Stats:
         modules = checked.fit(header["modules"], dict[str, dict[str, tuple[int, ...]]], "modules")
         for name, site in sites.items():
             _check_site(name, site, modules)
-        contexts, given = (set(checked.fit(header[key], list[str], key)) for key in ("contexts", "given"))
-        at_times, not_layers, no_sites = (set(checked.fit(header.get(key, []), list[str], key)) for key in _LATER_SETS)
-        return cls(
-            sites,
-            modules,
-            checked.fit(header["batches"], int, "batches"),
-            contexts,
-            given,
-            at_times=at_times,
-            not_layers=not_layers,
-            calls=checked.fit(header.get("calls", {}), dict[str, int], "calls"),
-            no_sites=no_sites,
-        )
+        sets: dict[str, Any] = {key: set(checked.fit(header[key], list[str], key)) for key in _SETS}
+        batches = checked.fit(header["batches"], int, "batches")
+        return cls(sites, modules, batches, calls=checked.fit(header["calls"], dict[str, int], "calls"), **sets)
 
 
 def _none_in(file: Any) -> Any:
@@ -450,7 +441,9 @@ _COUNTS = ("calls", "elements", "sampled", "zeros")
 _TEXT_FIELDS = tuple(f.name for f in fields(SiteStats) if f.name not in _ARRAYS + _COUNTS)
 # what the files of every version say of a site; of what they do not, a field's default holds
 _ALWAYS = ("kind", "shape", "weight_shape", "weight", "key", "layer", "once", "module_calls", "left_out")
-_LATER_SETS = ("at_times", "not_layers", "no_sites")  # of `Stats`, which the first files did not have
+_SETS = ("contexts", "given", "at_times", "not_layers", "no_sites")  # of `Stats`, in a file's header
+# what the headers of the first files did not have
+_LATER: dict[str, Any] = {"at_times": [], "not_layers": [], "no_sites": [], "calls": {}, "channel_counts": {}}
 _HINTS = get_type_hints(SiteStats)
 if _unsaid := [f.name for f in fields(SiteStats) if "merge" not in f.metadata]:
     raise TypeError(f"SiteStats.{_unsaid[0]} does not say how two scans' are merged: give it a rule, metadata=_SUM say")
