@@ -12,7 +12,7 @@ import copy
 import operator
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ import torch.fx as fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from forged_fx import torch_internals
-from forged_fx.hoist import COPIES, MOVES, SPLITS, VIEWS, hoist, made_by, read_by, read_whole, written_by_inductor
+from forged_fx.hoist import MOVES, SPLITS, VIEWS, hoist, made_by, read_by, read_whole, written_by_inductor
 from forged_fx.lowering import register_lowerings
 from forged_fx.models import copies
 from forged_fx.modes import as_found
@@ -36,6 +36,7 @@ JOINS = (aten.cat.default, aten.stack.default)
 # Parts of the names of calls that read around a place: what they read is written first.
 AROUND = ("pool", "index", "upsample", "grid_sampler", "im2col", "unfold")
 FREE, SHARED, WRITE, LAUNCH = "free", "shared", "one more write", "a kernel of its own"
+TRIPS = {FREE: 0, WRITE: 1, LAUNCH: 2}  # of the input to or from memory, beyond those of the plain model
 
 
 @dataclass(frozen=True)
@@ -174,31 +175,32 @@ def price(threshold: fx.Node, given: str = "the network's input") -> Cost:
     size = x.meta["val"].numel() * x.meta["val"].element_size()
     size = size if isinstance(size, int) else size.node.hint
     maker, prologue = _maker(x, given), _read_by_products(threshold)
-    if threshold.users and not any(map(_needs_memory, threshold.users)):
-        return Cost(FREE, 0, f"a part of {' and '.join(dict.fromkeys(map(_name, threshold.users)))} behind it")
+
+    def costs(kind: str, why: str) -> Cost:
+        return Cost(kind, TRIPS[kind] * size, why, prologue and kind != FREE)
+
+    if threshold.users and not any(map(_needs_memory, read_by(threshold))):
+        return costs(FREE, f"a part of {' and '.join(dict.fromkeys(map(_name, threshold.users)))} behind it")
     if not written_by_inductor(x):
-        return Cost(LAUNCH, 2 * size, f"its input comes from {maker}", prologue)
+        return costs(LAUNCH, f"its input comes from {maker}")
     made, whole = made_by(x), _whole(x)
     is_part = made is not whole  # of a split
     later = _later(made, threshold)
-    raw = [
-        reader
-        for reader in read_whole(made)
-        if reader is not threshold and (_needs_memory(reader) or _reads_around(reader) or _runs_later(reader, later))
-    ]
-    others = [reader for reader in read_by(made) if reader is not threshold]
-    if x.target in SELECTIONS or (is_part and (raw or any(map(_reads_memory, others)))):
-        return Cost(LAUNCH, 2 * size, f"its input is a part of what {_maker(x.args[0], given)} makes", prologue)
+    others = [reader for reader in read_whole(made) if reader is not threshold]
+    raw = [r for r in others if _needs_memory(r) or _reads_around(r) or _runs_later(r, later)]
+    if x.target in SELECTIONS or (is_part and (raw or _is_written(made, but=threshold))):
+        return costs(LAUNCH, f"its input is a part of what {_maker(x.args[0], given)} makes")
     if made.target in JOINS and any(_is_written_for_others(part, made) for part in made.args[0]):
-        return Cost(LAUNCH, 2 * size, f"what {maker} joins is written there by what makes it", prologue)
+        return costs(LAUNCH, f"what {maker} joins is written there by what makes it")
     if raw:
-        return Cost(WRITE, size, f"{_name(raw[0])} reads the raw result of {maker}", prologue)
+        return costs(WRITE, f"{_name(raw[0])} reads the raw result of {maker}")
+    free = costs(FREE, f"a part of {maker}")
     beside = [user for user in read_by(whole) if user.target in THRESHOLD_OPS and _is_written(user)]
     if len(beside) < 2:
-        return Cost(FREE, 0, f"a part of {maker}")
+        return free
     # No one reads the raw result: one of its thresholds is written in its place.
-    written = Cost(WRITE, size, f"another threshold of what {maker} makes is written, too", prologue)
-    return Cost(FREE, 0, f"a part of {maker}", alone=written) if threshold is beside[0] else written
+    written = costs(WRITE, f"another threshold of what {maker} makes is written, too")
+    return replace(free, alone=written) if threshold is beside[0] else written
 
 
 def _read_by_products(node: fx.Node) -> bool:
@@ -228,15 +230,9 @@ def _name(node: fx.Node) -> str:
 
 def _needs_memory(reader: fx.Node) -> bool:
     """Whether the reader cannot be in the kernel that makes the value."""
-    if reader.op == "output":
-        return True
-    if reader.target in COPIES:
-        return False
-    if reader.target in VIEWS:
-        return any(map(_needs_memory, reader.users))
     if reader.target in SELECTIONS:
         return _is_written(reader)
-    return _reads_by_a_library(reader)
+    return reader.op == "output" or _reads_by_a_library(reader)
 
 
 def _reads_by_a_library(node: fx.Node) -> bool:
@@ -245,19 +241,15 @@ def _reads_by_a_library(node: fx.Node) -> bool:
     return is_convolution or (node.target not in MOVES and torch_internals.is_library_call(node))
 
 
+def _is_written(value: fx.Node, but: fx.Node | None = None) -> bool:
+    """Whether something reads the value, as it is or behind a threshold, out of memory. but: a reader left out."""
+    readers = (reader for reader in read_by(value) if reader is not but)
+    return any(_is_written(r) if r.target in THRESHOLD_OPS else _needs_memory(r) for r in readers)
+
+
 def _whole(x: fx.Node) -> fx.Node:
     """Of what the value is a view that has all of its elements."""
     return _whole(x.args[0]) if x.target in VIEWS and x.target is not operator.getitem else x
-
-
-def _is_written(value: fx.Node) -> bool:
-    """Whether something reads the value, as it is or behind its threshold, out of memory."""
-    return any(map(_reads_memory, value.users))
-
-
-def _reads_memory(reader: fx.Node) -> bool:
-    """Whether the reader, of a threshold those behind it, needs what it reads in memory."""
-    return _is_written(reader) if reader.target in THRESHOLD_OPS else _needs_memory(reader)
 
 
 def _is_written_for_others(part: fx.Node, join: fx.Node) -> bool:
