@@ -213,12 +213,8 @@ class ForgedCalls(ForgedParent):
 
     @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.forged_pass.enter()
-        try:
-            with _OwnCalls(self):
-                return super(ForgedParent, self).forward(*args, **kwargs)
-        finally:
-            self.forged_pass.leave()
+        with _OwnCalls(self):
+            return super().forward(*args, **kwargs)
 
 
 class _OwnCalls(TorchFunctionMode):
