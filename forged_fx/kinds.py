@@ -185,6 +185,10 @@ class Choice:
     def of(self, sites: list[str]) -> "Choice":
         return Choice({site: self.kinds[site] for site in sites}, self.statistic)
 
+    def off(self, stats: Stats) -> dict[str, tuple[Value, ...]]:
+        """Site name -> what its buffers hold where it is the identity."""
+        return {site: self[site].off(stats.sites[site]) for site in self.kinds}
+
     def tried(self, stats: Stats) -> dict[str, tuple[Value, ...]]:
         """Site name -> what its buffers hold for an audit: values that change much of the site's input."""
         return {site: self[site].tried(stats.sites[site]) for site in self.kinds}

@@ -305,10 +305,10 @@ def _plan(module: str, rows: list[SiteStats]) -> Plan:
     return Plan(module, all(r.once for r in rows), max((r.module_calls for r in rows), default=sys.maxsize), {})
 
 
-def forge_regions(model: torch.nn.Module, stats: Stats, wanted: list[str], choice: Choice) -> dict[str, str]:
-    """Forge the modules that run the wanted sites, in place; returns for each site how it was reached."""
+def forge_regions(model: torch.nn.Module, stats: Stats, choice: Choice) -> dict[str, str]:
+    """Forge the modules that run the chosen sites, in place; returns for each site how it was reached."""
     sites_of: dict[str, list[str]] = {}
-    for site in wanted:
+    for site in choice.kinds:
         sites_of.setdefault(module_of(site), []).append(site)
 
     def is_around(name: str) -> bool:

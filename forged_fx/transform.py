@@ -20,14 +20,14 @@ from forged_fx.capture import Untraceable, capture, opened_modules
 from forged_fx.containers import ListContainer, Numbered, check_place, container_for, hold, skeleton, take_attributes
 from forged_fx.effects import written_attribute
 from forged_fx.fuse import fuse as fuse_producers
-from forged_fx.kinds import OWN, Choice, choose
+from forged_fx.kinds import OWN, Choice, Kind, choose
 from forged_fx.models import copied, is_sharded, unwrapped
 from forged_fx.modes import of_ordinary_tensors
 from forged_fx.regions import forge_regions
 from forged_fx.rewrite import WHOLE, Placed, find_calls, insert_thresholds, number
 from forged_fx.sites import ACTIVATIONS as ACTIVATION_CALLS
 from forged_fx.sites import CALLS, FIXED_FILTER, UNSEEN, Origin, is_activation, mark_of, module_of
-from forged_fx.stats import Ratio, Stats, match_sites, means
+from forged_fx.stats import Ratio, SiteStats, Stats, match_sites, means
 from forged_fx.thresholds import (
     HoldsThresholds,
     lost,
@@ -241,7 +241,7 @@ def transform(
                 f"only='free' leaves none of {len(costly)} sites forged: forged_fx.describe says what each would cost",
                 stacklevel=3,
             )
-    forged, ran = _forge(model, stats, wanted, left_out, choice, example, strict, graph)
+    forged, ran = _forge(model, Forging(stats, {}, left_out, choice), example, strict, graph)
     record = forging_of(forged)
     record.audited = example is not None
     if example:
@@ -282,56 +282,49 @@ def check_example(example: Any) -> None:
 
 
 def _forge(
-    model: torch.nn.Module,
-    stats: Stats,
-    wanted: list[str],
-    left_out: dict[str, str],
-    choice: Choice,
-    example: Any,
-    strict: bool,
-    graph: bool,
+    model: torch.nn.Module, asked: Forging, example: Any, strict: bool, graph: bool
 ) -> tuple[torch.nn.Module, set[str]]:
     """The forged model, its thresholds off, and the sites that the audit saw `model` run.
 
-    As one graph, else, where that is not exactly the model or not asked for, module by module.
+    As one graph, else, where that is not exactly the model or not asked for, module by module. asked: the record of it,
+    in which nothing is reached yet.
     """
-    forged: torch.nn.Module
+    wanted = [*asked.choice.kinds]
     try:
         if not graph:
             raise Untraceable("as graph=False asked for")
-        forged = _forge_whole(model, stats, wanted, choice)
-        forged.meta["forged_fx"] = Forging(stats, dict.fromkeys(wanted, "in the graph"), left_out, choice)
-        missed, ran = audit(model, forged, wanted, *example) if example else ([], set())
+        forged = _forge_whole(model, asked.stats, asked.choice)
+        forged.meta["forged_fx"] = dataclasses.replace(asked, reached=dict.fromkeys(wanted, "in the graph"))
+        if not example:
+            return forged, set()
+        missed, ran = audit(model, forged, wanted, *example)
         if missed:
             raise Untraceable(f"the graph does not run the sites {', '.join(missed)}")
-        if example:
-            _audit_at_work(model, forged, example)
+        _audit_at_work(model, forged, example)
         return forged, ran
     except (Untraceable, AuditFailed) as error:
         why = error
     try:
-        return _forge_modules(model, stats, wanted, left_out, choice, example, strict, why)
+        return _forge_modules(model, asked, example, strict, why)
     except AuditFailed:
-        opened = copy.copy(stats)  # in which no module is a layer: each runs as written, and its calls are forged
-        opened.sites = {name: dataclasses.replace(site, layer=False) for name, site in stats.sites.items()}
-        return _forge_modules(model, opened, wanted, left_out, choice, example, strict, why)
+        opened = copy.copy(asked.stats)  # in which no module is a layer: each runs as written, and its calls are forged
+        opened.sites = {name: dataclasses.replace(site, layer=False) for name, site in opened.sites.items()}
+        return _forge_modules(model, dataclasses.replace(asked, stats=opened), example, strict, why)
 
 
 def _forge_modules(
-    model: torch.nn.Module,
-    stats: Stats,
-    wanted: list[str],
-    left_out: dict[str, str],
-    choice: Choice,
-    example: Any,
-    strict: bool,
-    why: Exception,
+    model: torch.nn.Module, asked: Forging, example: Any, strict: bool, why: Exception
 ) -> tuple[torch.nn.Module, set[str]]:
     """The same module by module. why: it is not one graph."""
+    wanted = [*asked.choice.kinds]
     forged = copied(model, own=sorted(opened_modules(wanted, set())))
-    reached = forge_regions(forged, stats, wanted, choice)
-    forged.forging = record = Forging(stats, reached, dict(left_out), choice.of(wanted), not_whole=str(why))
-    missed, ran = audit(model, forged, wanted, *example) if example else ([], set())
+    reached = forge_regions(forged, asked.stats, asked.choice)
+    forged.forging = record = Forging(
+        asked.stats, reached, dict(asked.left_out), asked.choice.of(wanted), not_whole=str(why)
+    )
+    if not example:
+        return forged, set()
+    missed, ran = audit(model, forged, wanted, *example)
     if missed and strict:
         raise RuntimeError(
             f"sites {', '.join(map(repr, missed))} cannot be reached: the audit did not see their thresholds run. "
@@ -340,8 +333,7 @@ def _forge_modules(
     for site in missed:
         del record.reached[site], record.choice.kinds[site]
         record.left_out[site] = "the audit did not see its threshold run"
-    if example:
-        _audit_at_work(model, forged, example)
+    _audit_at_work(model, forged, example)
     return forged, ran
 
 
@@ -349,19 +341,18 @@ def _audit_at_work(model: torch.nn.Module, forged: torch.nn.Module, example: Any
     """With thresholds that change much; behind it they change nothing again."""
     record, buffers = forging_of(forged), parameters_of(forged)
     changes: dict[str, Callable] = {
-        site: functools.partial(_changed, kind.op, buffers[site], kind.rest(record.stats.sites[site]))
+        site: functools.partial(_changed, record.choice[site], record.stats.sites[site], buffers[site])
         for site in record.reached
-        for kind in [record.choice[site]]
     }
     _write(buffers, record.choice.tried(record.stats))
     try:
         audit_at_work(model, forged, changes, *example)
     finally:
-        _write(buffers, {site: record.choice[site].off(record.stats.sites[site]) for site in record.reached})
+        _write(buffers, record.choice.off(record.stats))
 
 
-def _changed(op: Callable, parameters: tuple[torch.Tensor, ...], rest: tuple, x: torch.Tensor) -> torch.Tensor:
-    return op(x, *parameters, *rest)
+def _changed(kind: Kind, site: SiteStats, parameters: tuple[torch.Tensor, ...], x: torch.Tensor) -> torch.Tensor:
+    return kind.op(x, *parameters, *kind.rest(site))
 
 
 def _check_seen(stats: Stats, ran: set[str], record: Forging, strict: bool) -> None:
@@ -505,8 +496,9 @@ def _write(buffers: Mapping[str, tuple[torch.Tensor, ...]], values: Mapping[str,
                 buffer.copy_(torch.as_tensor(value, dtype=torch.float32, device=buffer.device))
 
 
-def _forge_whole(model: torch.nn.Module, stats: Stats, wanted: list[str], choice: Choice) -> ForgedModule:
+def _forge_whole(model: torch.nn.Module, stats: Stats, choice: Choice) -> ForgedModule:
     """The model as one graph, with thresholds that change nothing yet. Raises Untraceable."""
+    wanted = [*choice.kinds]
     if stats.at_times:
         raise Untraceable(f"only some of calibration's batches gave {', '.join(map(repr, sorted(stats.at_times)))}")
     layer_sites = {name for name, site in stats.sites.items() if site.layer}
