@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-import forged_fx.ops  # noqa: F401 (defines the op)
 from forged_fx.sites import CALLS, Call, Numbering, Origin, data_operands, get, joined, operand_name, replace
 
 # A module that is a site as a whole, by the mark in the site's name.
