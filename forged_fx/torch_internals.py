@@ -404,10 +404,10 @@ def guard_identity(gm: fx.GraphModule) -> None:
     owners = {}
     for node in gm.graph.find_nodes(op="placeholder"):
         if isinstance(lifted_value(node), torch.nn.Parameter):
-            source = _root(node.meta["grapharg"].source)
-            owners[source.name] = source
-    for source in owners.values():
-        install_guard(source.make_guard(GuardBuilder.ID_MATCH))
+            *_, root = _path(node.meta["grapharg"].source)  # a local or a global variable of the frame
+            owners[root.name] = root
+    for root in owners.values():
+        install_guard(root.make_guard(GuardBuilder.ID_MATCH))
 
 
 def guard_equal(a: fx.Node, b: fx.Node) -> None:
@@ -442,18 +442,14 @@ def is_local(node: fx.Node) -> bool:
     from torch._dynamo.source import AttrSource, GlobalSource
 
     source = getattr(node.meta.get("grapharg"), "source", None)
-    while hasattr(source, "base"):
-        if isinstance(source, AttrSource):
-            return False
-        source = source.base
-    return not isinstance(source, GlobalSource)
+    return not any(isinstance(step, AttrSource | GlobalSource) for step in _path(source))
 
 
-def _root(source: Any) -> Any:
-    """What Dynamo's path to a value starts from: a local or a global variable of the frame."""
+def _path(source: Any) -> Iterator[Any]:
+    """Dynamo's path to a value, from the value back to the variable of the frame that it starts from."""
+    yield source
     while hasattr(source, "base"):
-        source = source.base
-    return source
+        yield (source := source.base)
 
 
 def _guard(source: Any, holds: Callable[[Any], bool], text: str, at_root: bool = False) -> None:
