@@ -187,7 +187,7 @@ def price(threshold: fx.Node, given: str = "the network's input") -> Cost:
     is_part = made is not whole  # of a split
     later = _later(made, threshold)
     others = [reader for reader in read_whole(made) if reader is not threshold]
-    raw = [r for r in others if _needs_memory(r) or _reads_around(r) or _runs_later(r, later)]
+    raw = [r for r in others if _needs_memory(r) or _reads_around(r) or r in later]
     if x.target in SELECTIONS or (is_part and (raw or _is_written(made, but=threshold))):
         return costs(LAUNCH, f"its input is a part of what {_maker(x.args[0], given)} makes")
     if made.target in JOINS and any(_is_written_for_others(part, made) for part in made.args[0]):
@@ -263,29 +263,19 @@ def _reads_around(reader: fx.Node) -> bool:
 
 def _later(made: fx.Node, threshold: fx.Node) -> set[fx.Node]:
     """What cannot be in the kernel that makes the value: what depends on the threshold, or on a library's call that
-    depends on the value."""
+    depends on the value; and what becomes a part of their kernels. (What is written is computed where its input is.)"""
     found: set[fx.Node] = set()
-    depend = {made}
+    depend = {made: None}  # in order
     for node in made.graph.nodes:
         inputs = node.all_input_nodes
-        if not depend.isdisjoint(inputs):
-            depend.add(node)
+        if not depend.keys().isdisjoint(inputs):
+            depend[node] = None
             if node is threshold or _reads_by_a_library(node) or not found.isdisjoint(inputs):
                 found.add(node)
+    for node in reversed(depend):
+        if node not in found and not found.isdisjoint(node.users) and not _is_written(node) and not _reduces(node):
+            found.add(node)
     return found
-
-
-def _runs_later(reader: fx.Node, later: set[fx.Node]) -> bool:
-    """Whether the reader becomes a part of such a kernel. (What is written is computed where its input is.)"""
-    waiting, seen = [reader], set()
-    while waiting:
-        node = waiting.pop()
-        if node in later:
-            return True
-        if node not in seen and not _is_written(node) and not _reduces(node):
-            seen.add(node)
-            waiting += node.users
-    return False
 
 
 def _reduces(node: fx.Node) -> bool:
