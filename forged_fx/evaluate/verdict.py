@@ -41,7 +41,7 @@ that agree on fewer than 73 inputs. The sentence says which number of inputs wou
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -132,26 +132,20 @@ def weigh(
     """
     true, worst = right("true gradient"), right()
     lost = _lost(true & ~worst, again[0])
+    right_true, right_worst, taken = (int(part.sum()) for part in (true, worst, lost))
+    alone = Evidence(len(true), right_true, right_worst, taken, complete=complete, finders=finders, doubts=doubts)
     if base_right is None:
-        right_true, right_worst, number_lost = (int(part.sum()) for part in (true, worst, lost))
-        return Evidence(
-            len(true), right_true, right_worst, number_lost, complete=complete, finders=finders, doubts=doubts
-        )
+        return alone
     base_true, base_worst = base_right("true gradient"), base_right()
     base_lost = _lost(base_true & ~base_worst, again[1])
-    return Evidence(
-        n=len(true),
-        true=int(true.sum()),
-        worst=int(worst.sum()),
+    return replace(
+        alone,
         taken=int((lost & ~base_lost).sum()),
         base_true=int(base_true.sum()),
         base_worst=int(base_worst.sum()),
         spared=int((base_lost & ~lost).sum()),
         paired=paired,
-        complete=complete,
         same=same,
-        finders=finders,
-        doubts=doubts,
     )
 
 
