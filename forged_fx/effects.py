@@ -41,7 +41,7 @@ def draws(node: fx.Node, root: nn.Module) -> bool:
         return any(_module_draws(module) for module in modules_of(node, root))
     if not is_call(node):
         return False
-    name = _function_name(node)
+    name = _name(node.target)
     return not _is_known_call(node) or name.strip("_") == "normal" or any(word in name for word in _RANDOM_WORDS)
 
 
@@ -51,7 +51,7 @@ def _module_draws(module: nn.Module) -> bool:
 
 # ---- writes
 
-_OPERATORS = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()
+_OPERATORS = "add sub mul div truediv floordiv mod pow matmul and or xor lshift rshift".split()
 _WRITING = {"setitem", "__setitem__", *(f"i{name}" for name in _OPERATORS), *(f"__i{name}__" for name in _OPERATORS)}
 
 
@@ -63,11 +63,12 @@ def writes(node: fx.Node, root: nn.Module) -> bool:
         return False
     if schemas := schemas_of(node.target):  # an operator says it itself
         return any(schema.is_mutable for schema in schemas)
-    return _is_named_in_place(node) or not _is_known_call(node) or _asks_in_place(node) or "out" in node.kwargs
+    return named_in_place(node.target) or not _is_known_call(node) or _asks_in_place(node) or "out" in node.kwargs
 
 
-def _is_named_in_place(node: fx.Node) -> bool:
-    name = _function_name(node)
+def named_in_place(function: Any) -> bool:
+    """Whether a function, or a method that is given by name, writes into its first argument, as its name says."""
+    name = _name(function)
     return (name.endswith("_") and not name.endswith("__")) or name in _WRITING
 
 
@@ -88,7 +89,7 @@ def written_attribute(graph: fx.Graph) -> str | None:
     """The name of a tensor of the model's that a call of the graph surely writes into; None if none does."""
     for node in graph.nodes:
         x = next(iter(node.args), None)
-        if not is_call(node) or not _is_named_in_place(node):
+        if not is_call(node) or not named_in_place(node.target):
             continue
         while isinstance(x, fx.Node) and is_call(x) and x.target not in _FRESH_FUNCTIONS:
             x = next(iter(x.args), None)
@@ -115,8 +116,8 @@ def is_fresh(node: fx.Node, root: nn.Module) -> bool:
 # ---- what is known
 
 
-def _function_name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+def _name(function: Any) -> str:
+    return function if isinstance(function, str) else getattr(function, "__name__", "")
 
 
 def _is_known_call(node: fx.Node) -> bool:

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from forged_fx import torch_internals
+from forged_fx.effects import named_in_place
 from forged_fx.modes import fast_path_off, module_hooks
 from forged_fx.sites import (
     ACTIVATIONS,
@@ -133,7 +134,7 @@ class _Origins:
             made_from = Origin.DATA  # as `data_operands` takes it to be
         if function in _FROM_PYTHON and not tensors:
             made_from = Origin.UNKNOWN
-        for target in _tensors((args[0] if args and _writes(function) else None, kwargs.get("out"))):
+        for target in _tensors((args[0] if args and named_in_place(function) else None, kwargs.get("out"))):
             if joined(self.of(target), made_from) is not self.of(target):
                 for tensor in self._in_memory_of(target):
                     self.mark((tensor,), joined(self.of(tensor), made_from))
@@ -145,12 +146,6 @@ class _Origins:
         memory = memory_of(tensor)
         others = [] if memory is None else [other for other in self._known if memory_of(other) == memory]
         return [tensor, *others]
-
-
-def _writes(function: Callable) -> bool:
-    """Whether the function writes into its first argument, by its name."""
-    name = getattr(function, "__name__", "")
-    return name.endswith("_") and (not name.endswith("__") or name == "__setitem__" or name.startswith("__i"))
 
 
 def _is_number(index: Tensor) -> bool:
