@@ -40,7 +40,7 @@ def run(
     from forged_fx.models import device_of
     from forged_fx.report.run import SPEEDS, save_speeds
 
-    chosen = [mode.strip() for mode in modes.split(",")]
+    chosen = options.names(modes)
     if unknown := [mode for mode in chosen if mode not in throughput.MODES]:
         raise typer.BadParameter(f"--modes {unknown[0]}: choose of {', '.join(throughput.MODES)}")
     if folder is not None:

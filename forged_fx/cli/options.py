@@ -155,10 +155,15 @@ def ratios(text: str) -> Any:
     return by_kind
 
 
+def names(text: str) -> list[str]:
+    """The names that a text lists."""
+    return [name.strip() for name in text.split(",")]
+
+
 def attacks(text: str) -> str | list[str]:
     """A preset's name, or names of attacks."""
-    names = [name.strip() for name in text.split(",")]
-    return names[0] if len(names) == 1 else names
+    given = names(text)
+    return given[0] if len(given) == 1 else given
 
 
 def kind(text: str) -> str | dict[str, str]:

@@ -62,7 +62,7 @@ def run(
         seen = given.share(images.batches(batch, calibrate_limit))
     else:
         seen = given.seen(calibrate or data, resize, batch, calibrate_limit)
-    chosen = [kind.strip() for kind in kinds.split(",")] if kinds is not None else None
+    chosen = None if kinds is None else options.names(kinds)
     given_only: dict[str, Any] = {"kinds": chosen, "seconds": seconds, "finalists": finalists}
     with output.resumable(folder):
         result = forged_fx.search(

@@ -53,7 +53,7 @@ def run(
     found = given.model(model, weights, normalize, device)
     x, y = given.images(data, split, resize, usual="test").tensors(limit)
     seen = given.seen(calibrate or data, resize, batch, calibrate_limit)
-    chosen = [kind.strip() for kind in kinds.split(",")] if kinds is not None else None
+    chosen = None if kinds is None else options.names(kinds)
     with output.resumable(folder):
         result = forged_fx.sweep(
             found.classifier(),
