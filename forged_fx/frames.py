@@ -165,7 +165,7 @@ class Frame:
         self.examples: list[Tensor] = []
         self.counted: list[Counted] = []
         self._index: dict[str, int] = {}  # label of a counted call -> its index
-        self._names: dict[tuple | int, str] = {}  # a scalar and its device, or the id of a tensor -> its buffer
+        self._buffer_of: dict[tuple | int, str] = {}  # a scalar and its device, or the id of a tensor -> its buffer
         inputs = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
         inputs |= {inner: inputs[outer] for inner, outer in outermost(gm.graph).items() if outer in inputs}
         in_graph: dict[str, list[CallNode]] = {}
@@ -243,15 +243,15 @@ class Frame:
     def _buffer(self, value: Value, tensor: Tensor) -> str:
         """A buffer's name. Equal scalars are one here, so that sites with one input share one result."""
         key = (value, tensor.device) if isinstance(value, float) else id(tensor)
-        if key not in self._names:
-            self._names[key] = name = f"forged_threshold_{len(self._names)}"
+        if key not in self._buffer_of:
+            self._buffer_of[key] = name = f"forged_threshold_{len(self._buffer_of)}"
             self.gm.register_buffer(name, tensor)
             torch_internals.declare_buffer(self.gm, name)
-        return self._names[key]
+        return self._buffer_of[key]
 
     def scalars(self) -> list[float]:
         """The values of the scalar buffers, in the graph's order."""
-        return [key[0] for key in self._names if isinstance(key, tuple)]
+        return [key[0] for key in self._buffer_of if isinstance(key, tuple)]
 
     def _one_of(self, module: str) -> str | None:
         """A site that stands for those that a call may turn out to be when it runs: they must be forged alike."""
