@@ -173,9 +173,9 @@ class Search(Recorded):
         )
 
     def tables(self) -> list[Table]:
-        return [*([self._confirmed()] if self.finalists else []), self._tried()]
+        return [*([self._judged()] if self.finalists else []), self._tried()]
 
-    def _confirmed(self) -> Table:
+    def _judged(self) -> Table:
         headings = "configuration", "worst case", "base", "points", "95 % interval", "p", "Holm p", "natural", "base"
         rows = []
         for f in self.finalists:
