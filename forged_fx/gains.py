@@ -21,6 +21,7 @@ from forged_fx.sites import CALLS, Key, get, replace
 from forged_fx.torch_internals import tree_map
 from forged_fx.within import thresholds_within
 
+_NAMES = ("whole", "nonzero", "kept")
 ITERATIONS = 300  # at most
 TOLERANCE = 1e-5  # two estimates in a row that are this close, relative, end the iteration
 
@@ -37,20 +38,42 @@ class Gains:
 def gains(forged: torch.nn.Module, x: Tensor, seed: int = 0) -> dict[str, Gains]:
     """Site, named as `sites_within` does, -> its gains, for each of the inputs x (n, ...); the sites whose call was
     seen to read the threshold's result as it is."""
-    watch = _Watch(thresholds_within(forged), len(x), seed)
-    with as_found(forged), torch.no_grad(), fast_path_off(), watch:
-        forged(x.clone())  # a model may write into what it is given
-    return watch.found
+    sites, n = thresholds_within(forged), len(x)
+
+    def watch(part: Tensor, sites: dict[int, str], rows: dict[str, list[int]] | None) -> _Watch:
+        seen = _Watch(sites, len(part), seed, rows)
+        with as_found(forged), torch.no_grad(), fast_path_off(), seen:
+            forged(part.clone())  # a model may write into what it is given
+        return seen
+
+    rows = watch(x[:1], sites, None).rows
+    together = watch(x, sites, rows)
+    apart = {buffer: site for buffer, site in sites.items() if site in together.apart}
+    alone = [watch(x[i : i + 1], apart, rows).found for i in range(n)] if apart else []
+    found = {}
+    for site in rows:
+        if site not in together.apart:
+            found |= {site: together.found[site]} if site in together.found else {}
+        elif all(site in of_one for of_one in alone):
+            found[site] = Gains(*(torch.cat([getattr(of_one[site], k) for of_one in alone]) for k in _NAMES))
+    return found
 
 
 class _Watch(TorchFunctionMode):
-    """Sees the forged functions' results, and the calls that read them."""
+    """Sees the forged functions' results, and the calls that read them.
 
-    def __init__(self, sites: dict[int, str], n: int, seed: int) -> None:
+    rows: how many rows each call's operand has if the model is given one input, None: to find that out and measure
+    nothing. apart: the sites of which another number came with n inputs than n times that, as where attention puts
+    dimension 0 behind the next, so that it is not known whose row is whose.
+    """
+
+    def __init__(self, sites: dict[int, str], n: int, seed: int, rows: dict[str, list[int]] | None) -> None:
         super().__init__()
-        self.sites, self.n = sites, n
+        self.sites, self.n, self.of_one = sites, n, rows
         self.generator = torch.Generator().manual_seed(seed)
         self.pending: dict[int, tuple[str, Tensor, Tensor, Tensor]] = {}
+        self.rows: dict[str, list[int]] = {}
+        self.apart: set[str] = set()
         self.found: dict[str, Gains] = {}
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -80,6 +103,14 @@ class _Watch(TorchFunctionMode):
 
     def _measure(self, function: Any, args: tuple, kwargs: dict, key: Key) -> None:
         site, y, kept, nonzero = self.pending.pop(id(get(args, kwargs, key)))
+        rows = self.rows.setdefault(site, [])
+        rows.append(len(y))
+        if self.of_one is None:
+            return
+        if self.n > 1 and len(y) != self.n * sum(self.of_one.get(site, [])[len(rows) - 1 : len(rows)]):
+            self.apart.add(site)
+        if site in self.apart:
+            return
         # In float64, so that a bias does not drown what it is subtracted from.
         args, kwargs = tree_map(lambda v: v.double() if isinstance(v, Tensor) else v, (args, kwargs))
 
@@ -93,22 +124,19 @@ class _Watch(TorchFunctionMode):
         new = Gains(whole.expand(on_kept.shape), on_nonzero, on_kept)
         if site in self.found:  # a module that runs several times
             before = self.found[site]
-            new = Gains(*(torch.maximum(getattr(before, k), getattr(new, k)) for k in ("whole", "nonzero", "kept")))
+            new = Gains(*(torch.maximum(getattr(before, k), getattr(new, k)) for k in _NAMES))
         self.found[site] = new
 
     def _whole(self, call: Callable[[Tensor], Tensor], mask: Tensor) -> Tensor:
         """Of one row, as all are alike; unless the other operand has a matrix for each, and the largest is wanted."""
         try:
-            return self._norms(call, mask[:1])
+            return spectral_norms(call, mask[:1], self.generator).max()
         except RuntimeError:
-            return self._norms(call, mask).max()
+            return spectral_norms(call, mask, self.generator).max()
 
     def _norms(self, call: Callable[[Tensor], Tensor], mask: Tensor) -> Tensor:
         """For each input of the model: the largest over those rows of the operand that belong to it."""
-        rows = spectral_norms(call, mask, self.generator)
-        if len(rows) < self.n or len(rows) % self.n:  # it does not say whose row it is
-            return rows.max(0, keepdim=True).values
-        return rows.view(self.n, -1).amax(1)
+        return spectral_norms(call, mask, self.generator).view(self.n, -1).amax(1)
 
 
 def spectral_norms(call: Callable[[Tensor], Tensor], mask: Tensor, generator: torch.Generator) -> Tensor:

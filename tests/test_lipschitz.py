@@ -22,6 +22,7 @@ from forged_fx.lipschitz import (
     jacobian_norms,
 )  # fmt: skip
 from forged_fx.report import run
+from forged_fx.thresholds import thresholds_of
 
 
 def norm(matrix):
@@ -191,7 +192,7 @@ def test_tokens_and_windows_belong_to_their_input():
     assert gains_of.gains(forged, x)["fc"].kept.tolist() == pytest.approx(expected, rel=1e-3)
 
 
-def test_rows_that_belong_to_no_input_count_by_the_largest():
+def test_where_the_rows_do_not_say_whose_they_are_each_input_is_measured_by_itself():
     class Loose(nn.Module):
         def __init__(self):
             super().__init__()
@@ -203,10 +204,31 @@ def test_rows_that_belong_to_no_input_count_by_the_largest():
     torch.manual_seed(0)
     model, x = Loose().eval(), torch.randn(3, 6, 4)
     forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0.3)
-    kept = x.reshape(-1, 4)[1:].abs() >= forged.get_buffer("fc.forged_threshold")
+    kept = x[:, 1:].abs() >= forged.get_buffer("fc.forged_threshold")
     found = gains_of.gains(forged, x)["fc"]
-    assert found.kept.tolist() == pytest.approx([max(norm(model.fc.weight * m) for m in kept)], rel=1e-3)
-    assert found.whole.tolist() == pytest.approx([norm(model.fc.weight)], rel=1e-3)
+    assert found.kept.tolist() == pytest.approx([max(norm(model.fc.weight * m) for m in t) for t in kept], rel=1e-3)
+    assert found.whole.tolist() == pytest.approx([norm(model.fc.weight)] * 3, rel=1e-3)
+
+
+@pytest.mark.parametrize("tokens", [3, 4, 6])
+def test_attention_that_puts_the_tokens_first_lends_no_input_another_ones_rows(tokens):
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mha = nn.MultiheadAttention(6, 2, batch_first=True)
+
+        def forward(self, x):
+            return self.mha(x, x, x)[0].sum(1)
+
+    torch.manual_seed(0)
+    model, x = Attention().eval(), torch.randn(3, tokens, 6)
+    x[1] *= 0.05  # nothing is kept of it
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0.2)
+    (site, t), *_ = thresholds_of(forged).items()
+    found = gains_of.gains(forged, x)
+    expected = [max(norm(model.mha.in_proj_weight * m) for m in one) for one in x.abs() >= t]
+    assert found[site].kept.tolist() == pytest.approx(expected, rel=1e-3) and expected[1] == 0
+    assert len({len(values.kept) for values in found.values()}) == 1
 
 
 def test_a_site_that_runs_twice_counts_by_the_larger(x):
