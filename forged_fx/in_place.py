@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from forged_fx import cpu, ops, torch_internals
@@ -198,7 +199,14 @@ def rectify(x: Tensor, t: Tensor, relu: nn.Module | bool, references: int = 0) -
 
 
 def _is_relu(module: Any) -> bool:
-    return type(module) is nn.ReLU and is_as_its_class(module) and not has_any_global_hook()
+    """Whether a call of the module is PyTorch's ReLU: others put functions of their own in its place, too."""
+    usual = type(module) is nn.ReLU and is_as_its_class(module) and not has_any_global_hook()
+    return usual and _is_of(nn.ReLU.forward, torch.nn.modules.activation) and _is_of(F.relu, F)
+
+
+def _is_of(function: Any, library: Any) -> bool:
+    """Whether a function is written in that file."""
+    return getattr(getattr(function, "__code__", None), "co_filename", None) == library.__file__
 
 
 def note(x: Tensor, t: Tensor, y: Tensor) -> tuple | None:
@@ -242,8 +250,11 @@ def _plain(x: Tensor, other: Tensor) -> bool:
 
 
 def _alone(x: Tensor) -> bool:
-    """Whether nobody else, in Python or within PyTorch, has this memory, and none of its elements share a place."""
+    """Whether nobody else, in Python or within PyTorch, has this memory, none of its elements share a place, and it
+    may be written to here."""
     if torch_internals.owners(x) != _ONE_TENSOR or not _dense(x):
+        return False
+    if x.is_inference() and not torch.is_inference_mode_enabled():
         return False
     return x.untyped_storage().resizable()  # else it was numpy's, or another library's, before it was a tensor's
 

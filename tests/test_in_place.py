@@ -207,8 +207,9 @@ def test_a_relu_and_a_threshold_are_one_pass(relu):
 
 
 @pytest.mark.parametrize("relu", [nn.ReLU(), nn.ReLU(inplace=True)])
-def test_a_relu_is_a_relu_when_it_runs(relu):
-    """Another module in its place, hooks, and who else has its input's memory are asked for in each run."""
+def test_a_relu_is_a_relu_when_it_runs(relu, monkeypatch):
+    """Another module in its place, hooks, what PyTorch's is patched with, and who else has its input's memory are asked
+    for in each run."""
     x = torch.randn(2, 4, 6, 6)
     forged = rectified(relu, x)
     operators = ("relu", "relu_", "hardshrink", "threshold", "threshold_")
@@ -236,6 +237,11 @@ def test_a_relu_is_a_relu_when_it_runs(relu):
     relu.forward = lambda h: 2 * h
     both_ways((0, 0, 1, 0, 0))
     del relu.forward
+    both_ways((0, 0, 0, 0, 1))
+    for owner, name in ((nn.ReLU, "forward"), (F, "relu")):
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, lambda *args, **_: 2 * args[-1 if owner is nn.ReLU else 0])
+            both_ways((0, 0, 1, 0, 0))
     both_ways((0, 0, 0, 0, 1))
 
 
@@ -323,6 +329,19 @@ def test_what_a_hook_keeps_stays_as_it_was(forged, x):
         assert not found["second"]
         values = kept.flatten() if isinstance(kept, torch.Tensor) else torch.tensor([]).set_(kept)
         assert torch.equal(values, copied.flatten())
+
+
+def test_what_was_made_in_inference_mode_is_written_to_there_alone(forged, x):
+    with torch.no_grad():
+        expected = forged(x)
+    twice = torch.inference_mode()(lambda _, args, out: out * 1)
+    handles = [forged.get_submodule(name).register_forward_hook(twice) for name in ("act", "joined", "pooled")]
+    with torch.no_grad():
+        assert torch.equal(forged(x), expected)
+    with torch.inference_mode():
+        assert torch.equal(forged(x), expected)
+        assert addresses(forged, lambda: forged(x))["second"]
+    assert len(handles) == 3
 
 
 def test_memory_of_another_library_is_not_taken(x):
