@@ -116,6 +116,11 @@ class ForgedModule(Numbered, HoldsThresholds, fx.GraphModule):
         twin.recompile()
         return twin
 
+    def _replicate_for_data_parallel(self) -> "ForgedModule":
+        twin = self.__copy__()
+        twin.__dict__ |= {"_parameters": {}, "_is_replica": True}  # nn.DataParallel gives it others, as plain tensors
+        return twin
+
     def __reduce__(self) -> tuple:
         _, (body, imports) = super().__reduce__()
         return _rebuild, (body, imports, type(self).__name__, self.meta)

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import sys
 from collections import OrderedDict
 
 import pytest
@@ -139,3 +140,31 @@ def test_a_part_loads_a_plain_parts_weights(graph):
     assert before and all(torch.equal(value, before[name]) for name, value in forged.named_buffers())
     twin = pickle.loads(pickle.dumps(copy.deepcopy(forged)))
     assert twin.get_submodule("head").load_state_dict(model.head.state_dict()) == ([], [])
+
+
+class Shifted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.shift = nn.Linear(4, 4), nn.Parameter(torch.rand(4))
+
+    def forward(self, x):
+        return self.layer(x + self.shift)
+
+
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.filterwarnings("error")
+def test_data_parallel_gives_its_replicas_their_parameters(graph, monkeypatch):
+    """nn.DataParallel sets copies of parameters, which are plain tensors; here those of another device of the CPU."""
+    model, x = Shifted().eval(), torch.rand(3, 4)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-1, graph=graph)
+    replicate = sys.modules["torch.nn.parallel.replicate"]
+    monkeypatch.setattr(replicate, "_get_device_index", lambda *_: 0)
+    clones = lambda tensors, devices, detach=False: [[t.clone() for t in tensors] for _ in devices]  # noqa: E731
+    monkeypatch.setattr(replicate, "_broadcast_coalesced_reshape", clones)
+    one, other = replicate.replicate(forged, [0, 1])
+    assert torch.equal(one(x), forged(x)) and torch.equal(other(x), forged(x))
+    assert one.shift is not forged.shift and dict(forged.named_parameters()).keys() == {
+        "layer.weight", "layer.bias", "shift"
+    }  # fmt: skip
+    one(x).sum().backward()
+    assert forged.shift.grad.any()
