@@ -50,7 +50,7 @@ def gains(forged: torch.nn.Module, x: Tensor, seed: int = 0) -> dict[str, Gains]
     together = watch(x, sites, rows)
     apart = {buffer: site for buffer, site in sites.items() if site in together.apart}
     alone = [watch(x[i : i + 1], apart, rows).found for i in range(n)] if apart else []
-    found = {}
+    found: dict[str, Gains] = {}
     for site in rows:
         if site not in together.apart:
             found |= {site: together.found[site]} if site in together.found else {}
