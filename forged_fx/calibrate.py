@@ -27,6 +27,7 @@ from forged_fx.randomness import seeded
 from forged_fx.sites import (
     COMPLEX,
     CONSTANT_INPUT,
+    FORGEABLE,
     NOT_DENSE,
     OTHER_DTYPE,
     SCRIPTED,
@@ -97,6 +98,8 @@ def calibrate(
     if where not in ("linear+conv", "activations"):
         raise ValueError(f"where={where!r}: calibrate records 'linear+conv', or 'activations' besides")
     model = unwrapped(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("this model is TorchScript, which cannot be opened: calibrate the model that it was made from")
     if thresholds_of(model):
         raise ValueError("this model is forged already, and is measured behind its thresholds: calibrate the plain one")
 
@@ -115,10 +118,11 @@ def calibrate(
         raise ValueError("calibrate got no batch: an iterator that was already used up gives none a second time")
     if stats.sites and not any(site.elements or site.left_out in UNMEASURED for site in stats.sites.values()):
         raise ValueError("calibrate saw no element: every batch was empty")
-    if not stats.sites:
+    if not any(site.left_out in FORGEABLE for site in stats.sites.values()):
+        one = "".join(f"; {name!r} is left out: {site.left_out}" for name, site in [*stats.sites.items()][:1])
         warnings.warn(
             "calibrate saw no linear, convolution or matrix product of data with weights, so there is nothing to forge "
-            "(quantized layers, and operators that a library brings along, are out of its sight)",
+            f"(quantized layers, and operators that a library brings along, are out of its sight{one})",
             stacklevel=3,
         )
     return stats
@@ -157,7 +161,7 @@ def scan(
             except Exception as error:
                 if why := _why(error, model, batch, args, kwargs):
                     raise type(why)(f"{why} ({in_a_line(error)})") from error
-                error.add_note(f"calibrate was at {what}{_looks(args, kwargs)}")
+                error.add_note(f"calibrate was at {what}{_looks(model, args, kwargs)}")
                 raise
     for name in _scripted(model):
         run.sites[name] = SiteStats("scripted", None, (), None, (), layer=False, left_out=SCRIPTED)
@@ -211,10 +215,21 @@ def _why(error: Exception, model: torch.nn.Module, batch: Any, args: tuple, kwar
     return None
 
 
-def _looks(args: tuple, kwargs: dict) -> str:
-    """Shape and dtype of the first tensor that the model was given, for a message."""
-    first = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
-    return "" if first is None else f", of shape {tuple(first.shape)}, {first.dtype}"
+def _looks(model: torch.nn.Module, args: tuple, kwargs: dict) -> str:
+    """Shape and dtype of the first tensor that the model was given, and what it may want instead, for a message."""
+    leaves = tree_leaves((args, kwargs))
+    x = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
+    if x is None:
+        kinds = ", ".join(dict.fromkeys(type(leaf).__name__ for leaf in leaves))
+        return f", which holds {kinds} and no tensor: torch.as_tensor(...) makes one"
+    wanted = next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype)
+    if x.dtype == torch.uint8:
+        hint = ": if these are pixels, pass x.float() / 255"
+    elif x.is_floating_point() and x.dtype != wanted:
+        hint = f", and the weights are {wanted}: cast the batches, x.to({wanted}), or the model"
+    else:
+        hint = ": is that the size that the model takes (on a terminal, --resize SIDE)?" if x.dim() == 4 else ""
+    return f", of shape {tuple(x.shape)}, {x.dtype}{hint}"
 
 
 def _running(error: Exception, model: torch.nn.Module) -> str:

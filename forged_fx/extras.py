@@ -10,4 +10,6 @@ def need(module: str, extra: str = "eval") -> Any:
         return import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise ImportError(f"this needs {package} ({error}): pip install forged_fx[{extra}]") from error
+        raise ImportError(
+            f"this needs {package} ({error}): in a checkout of forged_fx, pip install '.[{extra}]'"
+        ) from error

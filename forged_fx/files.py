@@ -114,11 +114,20 @@ def make_beside(beside: Path, path: Path) -> None:
         beside.touch()
 
 
+def make_room(path: Path) -> None:
+    """Make the folder that a file is to be in; an OSError, ahead of all work, where no file can be made there."""
+    with _said(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = path.with_name(f".{path.name}.{os.getpid()}.part")
+        probe.touch()
+        probe.unlink()
+
+
 @contextmanager
 def _said(path: Path) -> Iterator[None]:
     try:
         yield
-    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+    except (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
         raise type(error)(
             f"no file can be made in {path.parent} ({error.strerror}): make that folder, or put {path.name} into one "
             "that can be written to"

@@ -32,7 +32,7 @@ from forged_fx.evaluate.threat import Threat
 from forged_fx.models import device_of
 from forged_fx.recorded import LIMIT, Recorded, answers, running, within
 from forged_fx.rows import Table
-from forged_fx.stats import Stats, is_number
+from forged_fx.stats import Stats, given_stats, is_number
 from forged_fx.transform import select
 from forged_fx.trials import Spent, Trial, Trials, loses_too_much
 
@@ -257,7 +257,7 @@ def search(
         FileExistsError: `folder` holds the run of another call. BlockingIOError: another process works on it.
     """
     checks.module(model, "model", "search forges")
-    stats = stats if isinstance(stats, Stats) else Stats.load(stats)
+    stats = given_stats(stats, "search")
     seed, batch_size = checked.whole_number(seed, "seed"), checked.whole_number(batch_size, "batch_size", 1)
     budget, finalists = checked.whole_number(budget, "budget"), checked.whole_number(finalists, "finalists")
     if seconds is not None and not is_number(seconds):

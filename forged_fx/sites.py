@@ -285,6 +285,7 @@ IN_FUNCTION = "within a torch.autograd.Function, which has a backward of its own
 OTHER_CALL = "it was another kind of call in another batch, or had its data in another place"
 OTHER_WEIGHT = "its data met another parameter in another batch: modules of their own would tell them apart"
 UNMEASURED = (SCRIPTED, COMPLEX, NOT_DENSE, OTHER_DTYPE, VMAPPED)
+FORGEABLE = (None, FIXED_FILTER, UNSEEN)  # by default, or where include= asks for it
 
 
 class Operand(NamedTuple):

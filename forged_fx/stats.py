@@ -428,6 +428,18 @@ class Stats:
         return cls(sites, modules, batches, calls=checked.fit(header["calls"], dict[str, int], "calls"), **sets)
 
 
+def given_stats(stats: Any, who: str) -> Stats:
+    """What a call was given for statistics, read where it is a file's path. who: the call, for the TypeError."""
+    if isinstance(stats, Stats):
+        return stats
+    if not isinstance(stats, str | os.PathLike):
+        raise TypeError(
+            f"{who} takes statistics that forged_fx.calibrate returned, or their file's path, not "
+            f"{type(stats).__name__}"
+        )
+    return Stats.load(stats)
+
+
 def _none_in(file: Any) -> Any:
     names = sorted(file.keys())
     more = ", ..." if len(names) > 3 else ""

@@ -26,8 +26,8 @@ from forged_fx.modes import of_ordinary_tensors
 from forged_fx.regions import forge_regions
 from forged_fx.rewrite import WHOLE, Placed, find_calls, insert_thresholds, number
 from forged_fx.sites import ACTIVATIONS as ACTIVATION_CALLS
-from forged_fx.sites import CALLS, FIXED_FILTER, UNSEEN, Origin, is_activation, mark_of, module_of
-from forged_fx.stats import Ratio, SiteStats, Stats, match_sites, means
+from forged_fx.sites import CALLS, FORGEABLE, Origin, is_activation, mark_of, module_of
+from forged_fx.stats import Ratio, SiteStats, Stats, given_stats, match_sites, means
 from forged_fx.thresholds import (
     HoldsThresholds,
     lost,
@@ -208,13 +208,8 @@ def transform(
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"transform takes the model first, then its statistics; the model is {type(model).__name__}")
-    if not isinstance(stats, Stats | str | os.PathLike):
-        raise TypeError(
-            f"transform takes statistics that forged_fx.calibrate returned, or their file's path, not "
-            f"{type(stats).__name__}"
-        )
+    stats = Stats().merge(given_stats(stats, "transform"))  # the forged model's own
     check_example(example)
-    stats = Stats().merge(stats) if isinstance(stats, Stats) else Stats.load(stats)  # the forged model's own
     model = unwrapped(model)
     if fuse not in (None, True, False):
         raise ValueError(f"fuse={fuse!r}: True, False, or None to decide by the model's device")
@@ -441,7 +436,7 @@ def select(
     names = _places(stats, where)
     by_default = [name for name in names if stats.sites[name].left_out is None]
     chosen = match_sites(include, names, "include") if include is not None else by_default
-    chosen = [name for name in chosen if stats.sites[name].left_out in (None, FIXED_FILTER, UNSEEN)]
+    chosen = [name for name in chosen if stats.sites[name].left_out in FORGEABLE]
     dropped = match_sites(exclude, names, "exclude") if exclude is not None else []
     wanted = [name for name in chosen if name not in dropped]
     reasons = {name: stats.sites[name].left_out or "not in include" for name in names if name not in chosen}
@@ -472,7 +467,10 @@ def in_force(module: torch.nn.Module, record: Forging) -> dict[str, tuple[torch.
 
 
 def set_ratio(forged: torch.nn.Module, ratio: Ratio) -> None:
-    """Set every threshold of a forged model to `ratio * c_max`, in place: nothing is traced or compiled again.
+    """Set every threshold of a forged model to `ratio * c_max`, in place.
+
+    Nothing is traced or compiled again, but once where layers that read the same tensor are given different thresholds.
+
 
     ratio: as in `transform`, for the kind that each site has; None turns them all off.
     Raises ValueError for a model that is not forged, or whose layers were replaced since, and as `transform` does.

@@ -1,5 +1,7 @@
 """Arguments of no use are refused at once, in words that name the argument, what it is, and the next step."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -94,8 +96,23 @@ CASES = {
     "a search of nothing": (TypeError, "search forges an nn", lambda m, s, f: forged_fx.search(None, s, X, Y, **WITH)),
     "no statistics": (
         TypeError,
-        "Stats.load takes a path, not NoneType",
+        "search takes statistics that forged_fx.calibrate returned, or their file's path, not NoneType",
         lambda m, s, f: forged_fx.search(m, None, X, Y, **WITH),
+    ),
+    "batches for statistics": (
+        TypeError,
+        "search takes statistics .*, not list",
+        lambda m, s, f: forged_fx.search(m, [X], X, Y, **WITH),
+    ),
+    "a traced model": (
+        ValueError,
+        "TorchScript, which cannot be opened: calibrate the model that it was made from",
+        lambda m, s, f: forged_fx.calibrate(torch.jit.trace(m, X), [X]),
+    ),
+    "another shape": (
+        RuntimeError,
+        r"the model fails on a batch of shape \(6, 4\).*expected 4D input",
+        lambda m, s, f: forged_fx.evaluate(nn.BatchNorm2d(5).eval(), x=X[:, 0, 0], y=Y, **WITH),
     ),
     "no budget": (TypeError, "budget=None", lambda m, s, f: forged_fx.search(m, s, X, Y, **WITH, budget=None)),
     "no number": (TypeError, "seconds='3'", lambda m, s, f: forged_fx.search(m, s, X, Y, **WITH, seconds="3")),
@@ -136,6 +153,22 @@ CASES = {
     "no such search": (FileNotFoundError, "nope holds no search.json", lambda m, s, f: Search.load("nope")),
     "no path": (TypeError, "Search.load takes a path, not int", lambda m, s, f: Search.load(1)),
 }
+
+
+@pytest.mark.parametrize(
+    ("batch", "hint"),
+    [
+        ((X * 255).byte(), r"of shape \(6, 1, 4, 4\), torch.uint8: if these are pixels, pass x.float\(\) / 255"),
+        (X.double(), r"torch.float64, and the weights are torch.float32: cast the batches, x.to\(torch.float32\)"),
+        (X[..., 1:], r"of shape \(6, 1, 4, 3\), torch.float32: is that the size that the model takes"),
+        ({"input": X.numpy()}, r"which holds ndarray and no tensor: torch.as_tensor\(...\) makes one"),
+    ],
+    ids=["bytes", "dtype", "size", "numpy"],
+)
+def test_calibration_names_what_a_batch_lacks(batch, hint, given):
+    with pytest.raises((RuntimeError, TypeError)) as raised:
+        forged_fx.calibrate(given[0], [batch])
+    assert re.search(hint, raised.value.__notes__[0])
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -25,6 +25,7 @@ from forged_fx.cli.main import COMMANDS, EXIT_NOTE
 from forged_fx.evaluate.verdict import EXIT_CODES
 from forged_fx.files import PROGRAM, STATISTICS, WEIGHTS
 from forged_fx.lipschitz import Lipschitz
+from forged_fx.sparsity import Sparsity
 
 MODEL = ["forged_fx.digits:cnn", "--weights", "demo/model.safetensors", "--data", "digits"]
 
@@ -210,6 +211,43 @@ def test_a_folder_is_of_one_kind(capsys, tmp_path):
 def test_an_empty_name_is_no_runs_folder(command, capsys):
     assert main([command, *MODEL, "--stats", "demo/stats.safetensors", "--folder", ""]) == 2
     assert "it names no folder" in one_line(capsys)
+
+
+@pytest.mark.parametrize("command", ["sparsity", "lipschitz", "bench"])
+def test_figures_are_put_beside_a_run_that_is_there(command, capsys, tmp_path):
+    assert main([command, *MODEL, "--stats", "demo/stats.safetensors", "--folder", f"{tmp_path}/runn"]) == 2
+    assert "there is no such folder" in one_line(capsys) and not (tmp_path / "runn").exists()
+
+
+@pytest.mark.parametrize("command", ["sparsity", "lipschitz"])
+@pytest.mark.parametrize("where", ["a file", "/proc/nowhere"])
+def test_where_no_file_can_be_made_is_said_ahead_of_all_work(command, where, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(given, "model", None)
+    monkeypatch.chdir(tmp_path)
+    Path("a file").write_text("mine")
+    assert main([command, *MODEL, "--stats", "s", "--save", f"{where}/rows.csv"]) == 1
+    assert "no file can be made in" in one_line(capsys)
+
+
+def test_what_was_measured_is_printed_even_if_it_cannot_be_kept(capsys, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Sparsity, "save", fail)
+    command = ["sparsity", *MODEL, "--stats", "demo/stats.safetensors", "--limit", "9"]
+    assert main([*command, "--save", f"{tmp_path}/rows.csv"]) == 1
+    out, err = capsys.readouterr()
+    assert "zero before" in out and "no space left" in err
+
+
+def test_a_warning_is_one_line(capsys):
+    before = warnings.formatwarning
+    said = []
+    main_of = lambda: said.append(warnings.formatwarning("two\nlines", UserWarning, "file.py", 3))  # noqa: E731
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys.modules["forged_fx.cli.main"], "app", lambda **_: main_of())
+        assert main([]) == 0
+    assert said == ["forged-fx: warning: two lines\n"] and warnings.formatwarning is before
 
 
 def test_an_empty_folder_name_is_not_the_working_directory(capsys):

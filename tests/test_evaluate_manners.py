@@ -371,8 +371,8 @@ X, Y = inputs(4), torch.tensor([0, 1, 2, 3])
         ({"x": X[0], "y": Y[0]}, ValueError, r"x\[None\]"),
         ({"x": X.double()}, TypeError, r"x\.float\(\)"),
         ({"x": (X * 255).byte()}, TypeError, r"x\.float\(\)"),
-        ({"x": X * 255}, ValueError, "normalisation into the model"),
-        ({"x": X - 0.5}, ValueError, "outside \\[0, 1\\]"),
+        ({"x": X * 255}, ValueError, "outside \\[0, 1\\].*divide by 255"),
+        ({"x": X - 0.5}, ValueError, "outside \\[0, 1\\].*normalisation into the model"),
         ({"x": X * torch.nan}, ValueError, "NaN"),
         ({"x": X[0, 0, 0]}, ValueError, "batch of inputs"),
         ({"x": X[:0], "y": Y[:0]}, ValueError, "batch of inputs"),
@@ -427,7 +427,7 @@ def test_another_default_dtype_is_named(small):
 def test_missing_packages_are_named(small, monkeypatch):
     model, x, y = small
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
-    with pytest.raises(ImportError, match=r"needs pyautoattack .*: pip install forged_fx\[eval\]"):
+    with pytest.raises(ImportError, match=r"needs pyautoattack .*in a checkout .*, pip install '\.\[eval\]'"):
         evaluate(model, x=x, y=y)
 
 

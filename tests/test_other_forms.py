@@ -128,6 +128,8 @@ def test_rows_of_operators_have_their_operands():
 def test_no_site_at_all_is_said():
     with pytest.warns(UserWarning, match="no linear, convolution or matrix product.*nothing to forge"):
         forged_fx.calibrate(nn.ReLU(), [X])
+    with pytest.warns(UserWarning, match="nothing to forge.*'#0' is left out: a fused recurrent kernel"):
+        forged_fx.calibrate(nn.LSTM(X.shape[-1], 2), [X[0]])
 
 
 # ---- what calibration did not see

@@ -42,9 +42,8 @@ def run(
 
     chosen = options.names(modes)
     if unknown := [mode for mode in chosen if mode not in throughput.MODES]:
-        raise typer.BadParameter(f"--modes {unknown[0]}: choose of {', '.join(throughput.MODES)}")
-    if folder is not None:
-        FIGURES.check(folder / SPEEDS)
+        raise typer.BadParameter(f"--modes {unknown[0]}: choose from {', '.join(throughput.MODES)}")
+    output.check(lambda _: FIGURES, run=folder, name=SPEEDS)
     found = given.model(model, weights, normalize, device)
     x, _ = given.images(data, None, resize, usual="train").batches(batch)[0]
     if len(x) < batch:
@@ -52,7 +51,7 @@ def run(
     forged = given.forged(found, stats, ratio, kind, where, statistic, include, exclude, x)
     pair = (found.classifier(), found.classifier(forged))
     speeds = throughput.compare(*pair, x.to(device_of(forged)), rounds=rounds, modes=chosen)
-    if folder is not None:
-        save_speeds(folder, speeds, of_forging(forged))
     document = {"batch": len(x), "rounds": rounds, "speeds": [vars(speed) for speed in speeds]}
     output.show(document, throughput.text(speeds), json)
+    if folder is not None:
+        save_speeds(folder, speeds, of_forging(forged))

@@ -45,12 +45,12 @@ def run(
     from forged_fx.models import device_of
     from forged_fx.report.run import LIPSCHITZ
 
-    output.check(Lipschitz, save, folder and folder / LIPSCHITZ)
+    output.check(Lipschitz.file, run=folder, name=LIPSCHITZ, save=save)
     found = given.model(model, weights, normalize, device)
     x = given.images(data, split, resize, usual="test").pixels(limit)
     forged = given.forged(found, stats, ratio, kind, where, statistic, include, exclude, x[:2])
     pair = (found.classifier(), found.classifier(forged))
     radius = options.number(eps, "eps")
     rows = forged_fx.lipschitz(*pair, x.to(device_of(forged)), eps=radius, steps=steps, batch_size=batch)
-    output.keep(rows, save, folder and folder / LIPSCHITZ)
     output.show({"rows": rows.records(), **rows.more()}, str(rows), json)
+    output.keep(rows, save, folder and folder / LIPSCHITZ)

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from types import FrameType
@@ -67,7 +68,9 @@ for _name in COMMANDS:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    before = _handle(_as_interruption)
+    before, warned = _handle(_as_interruption), warnings.formatwarning
+    if not os.environ.get(DEBUG):
+        warnings.formatwarning = _warning
     try:
         code = app(args=None if argv is None else list(argv), standalone_mode=False)
         sys.stdout.flush()
@@ -92,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ERROR
     finally:
         _handle(before)
+        warnings.formatwarning = warned
 
 
 def _is_verdict_of_several(code: int | None) -> bool:
@@ -110,6 +114,11 @@ def _line(error: Exception) -> str:
     notes = " ".join(f"({' '.join(note.split())})" for note in getattr(error, "__notes__", []))
     text = f"{text} {notes}" if notes else text
     return text if ours else f"{type(error).__name__}: {text} ({DEBUG}=1 shows where)"
+
+
+def _warning(message: Warning | str, *_: Any, **__: Any) -> str:
+    """A warning in one line, without the place in the code."""
+    return f"forged-fx: warning: {' '.join(str(message).split())}\n"
 
 
 def _hint(error: TyperException) -> str:

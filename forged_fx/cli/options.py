@@ -35,7 +35,9 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Without
 Data = Annotated[
     str,
     typer.Option(
-        metavar="DATA", help="digits, npz:FILE, imagefolder:DIR, cifar10:DIR, mnist:DIR, or hf:NAME; pixels in [0, 1]."
+        metavar="DATA",
+        help="digits, npz:FILE, imagefolder:DIR (or imagefolder-as-text:, imagefolder-as-numbers:), cifar10:DIR, "
+        "mnist:DIR, or hf:NAME; pixels in [0, 1].",
     ),
 ]
 Split = Annotated[
@@ -96,7 +98,7 @@ Beside = Annotated[
     Path | None,
     typer.Option(parser=_folder, metavar="DIR", help="A run of evaluate, whose page is to show the figures."),
 ]
-Save = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write FILE.json, .csv or .svg.")]
+Save = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write FILE.json, .csv, .svg, .png or .pdf.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 
 KIND, WHERE = "hard", "linear+conv"

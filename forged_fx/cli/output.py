@@ -12,6 +12,8 @@ from typing import Any
 
 import typer
 
+from forged_fx.files import FileKind, make_room
+
 
 class Interrupted(BaseException):
     """Ctrl-C, with what was kept and how to go on: no error, and nothing that handles errors handles it."""
@@ -81,18 +83,23 @@ def apart(arguments: Mapping[str, Any]) -> None:
                 )
 
 
-def check(rows: type[Any], *paths: Path | None) -> None:
-    """FileExistsError if one of these files, in which `keep` is to put such rows, is there and of another kind."""
-    for path in paths:
+def check(kind_of: Callable[[Path], FileKind], *, run: Path | None, name: str, save: Path | None = None) -> None:
+    """An error, ahead of all work, if one of these files cannot be written, or is there and of another kind.
+
+    run: a run's folder, which has to be there; name: what the file in it is called. save: another file.
+    """
+    if run is not None and not run.is_dir():
+        raise typer.BadParameter(f"--folder {run}: there is no such folder; evaluate --folder {run} makes one")
+    for path in (run and run / name, save):
         if path is not None:
-            rows.file(path).check(path)
+            kind_of(path).check(path)
+            make_room(path)
 
 
 def keep(rows: Any, *paths: Path | None) -> None:
     """Write rows (see `forged_fx.rows`) as each path's ending says: .json and .csv as text, others as a picture."""
     for path in paths:
         if path is not None and first():
-            path.parent.mkdir(parents=True, exist_ok=True)
             rows.save(path) if path.suffix in (".json", ".csv") else rows.plot(path)
 
 

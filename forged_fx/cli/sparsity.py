@@ -42,10 +42,10 @@ def run(
     from forged_fx.report.run import SPARSITY
     from forged_fx.sparsity import Sparsity
 
-    output.check(Sparsity, save, folder and folder / SPARSITY)
+    output.check(Sparsity.file, run=folder, name=SPARSITY, save=save)
     found = given.model(model, weights, normalize, device)
     batches = given.images(data, split, resize, usual="test").batches(batch, limit)
     forged = given.forged(found, stats, ratio, kind, where, statistic, include, exclude, batches[0][0][:2])
     rows = forged_fx.sparsity(forged, (found.inputs(x) for x, _ in batches))
-    output.keep(rows, save, folder and folder / SPARSITY)
     output.show({"rows": rows.records(), **rows.more()}, str(rows), json)
+    output.keep(rows, save, folder and folder / SPARSITY)

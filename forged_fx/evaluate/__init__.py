@@ -15,14 +15,18 @@
     threat.py       what an attacker may do: the ball and the box
     checks.py       what is asked of the caller's input, and the model handed back as it was found
     probes.py       what is measured on a model to find out whether attacks on it can be trusted
+    reach.py        whether anything that is run sees through what was made of the base
+    scale.py        whether inputs have the size that calibration saw
     findings.py     the table of checks: a figure, a bound, raised or not
     statistics.py   paired comparison of two accuracies
     verdict.py      from figures to one word
     result.py       what was found: rows, outcomes by example, adversarial examples
+    fingerprint.py  SHA-256 of tensors and files: which model and which data a figure belongs to
+    answers.py      what a model answered, in a few numbers: whether its code is still what it was
     gallery.py      a few broken inputs as they were, for a page to show
     record.py       the same as a folder
     comparison.py   two results on the same examples, side by side
-    report.py       the table, and progress on a terminal
+    terminal.py     the table, and progress on a terminal
 
 Importing this package needs torch only; pyautoattack, rich and safetensors are imported when first used.
 """

@@ -56,10 +56,12 @@ def inputs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     finite(x)
     low, high = float(x.min()), float(x.max())
     if low < 0 or high > 1:
-        raise ValueError(
-            f"x spans [{low:g}, {high:g}], outside [0, 1] where attacks stay; put the normalisation into the model "
-            "(nn.Sequential(normalise, model)) and pass pixels in [0, 1]"
+        how = (
+            "divide by 255"
+            if low >= 0 and 2 < high <= 255
+            else "put the normalisation into the model (nn.Sequential(normalise, model)) and pass pixels in [0, 1]"
         )
+        raise ValueError(f"x spans [{low:g}, {high:g}], outside [0, 1] where attacks stay; {how}")
     if y.dim() != 1 or len(y) != len(x):
         hint = "" if y.dim() else "; of one input, pass x[None] and y[None]"
         raise ValueError(f"y has shape {tuple(y.shape)}; expected one class index per input, ({len(x)},){hint}")
@@ -101,7 +103,7 @@ def ask(model: nn.Module, x: Tensor, who: str) -> Any:
     take: their dtype, their size, their number."""
     try:
         return model(x.clone())
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ValueError, IndexError) as error:
         if ran_out(error):
             raise
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype)

@@ -142,9 +142,12 @@ def _fetch(source: Source, name: str, rest: str) -> Model:
         raise
     except Exception as error:  # each hub has its own for a network that is not there
         reason = (str(error) or type(error).__name__).strip().partition("\n")[0]
+        if name.startswith("hf:"):  # whose networks are described there, too
+            how = "is the name right? A folder that holds it is hf:DIR"
+        else:
+            how = f"give --weights FILE, or --weights {RANDOM} for what does not depend on them"
         raise ValueError(
-            f"the weights of {name} could not be fetched ({type(error).__name__}: {reason[:200]}): give --weights "
-            f"FILE, or --weights {RANDOM} for what does not depend on them"
+            f"the weights of {name} could not be fetched ({type(error).__name__}: {reason[:200]}): {how}"
         ) from error
 
 
@@ -276,7 +279,11 @@ def _function(name: str, trained: bool) -> Model:
             raise TypeError(f"{name} is called without arguments, and is {error}: name a function of none") from error
         except ValueError:  # what is not written in Python does not say what it takes
             pass
-        module = function()
+        try:
+            module = function()
+        except Exception as error:
+            error.add_note(f"raised by {name}")
+            raise
     if not isinstance(module, nn.Module):
         raise ValueError(f"{name} gives {type(module).__name__}: it must be a function that returns an nn.Module")
     return Model(name, copy.deepcopy(module))  # the function may give others the same one, or be the module itself
