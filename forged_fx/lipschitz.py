@@ -152,7 +152,7 @@ def lipschitz(
             for part in x.split(batch_size):
                 for one, who in ((model, "plain model"), (forged, "forged model")):
                     checks.output(checks.ask(one, part, who), who)
-            scale.warn(scale.of(forged, x, batch_size), "lipschitz")
+            scale.warn(scale.of(forged, x, batch_size), "lipschitz", 4)
         _check_pair(model, forged)
         seed_all(seed)
         for i, part in enumerate(track(list(x.split(batch_size)), "measuring")):

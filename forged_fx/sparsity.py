@@ -146,7 +146,7 @@ def sparsity(forged: torch.nn.Module, batches: Iterable[Any], *, max_batches: in
     if counts.first is not None:
         of_first = sites[counts.first]
         c_max = of_first.record.stats.sites[of_first.site].c_max
-        scale.warn((float(counts.largest), c_max), "sparsity")
+        scale.warn((float(counts.largest), c_max), "sparsity", 3)
     found = Sparsity()
     found.forging = fingerprint.of_forging(forged)
     for name, within in sites.items():

@@ -163,8 +163,9 @@ def test_inputs_that_mean_nothing_and_inputs_of_another_scale():
         for scale in (255, 1 / 255):
             with pytest.warns(
                 UserWarning, match=rf"{name}: the first forged site is given values of up to .* saw 0\.9"
-            ):
+            ) as warned:
                 measure(scale * x)
+            assert {warning.filename for warning in warned} == {__file__}  # the caller's
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             measure(2 * x)

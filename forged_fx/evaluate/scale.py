@@ -58,12 +58,12 @@ def times_apart(seen: tuple[float, float]) -> float | None:
     return large / small if small > 0 else None
 
 
-def warn(seen: tuple[float, float] | None, what: str) -> None:
+def warn(seen: tuple[float, float] | None, what: str, stacklevel: int) -> None:
     """Warn where the two of `of` are too far apart for inputs of one scale. what: the call that shows figures."""
     if seen is not None and (times_apart(seen) or 0) > APART:
         warnings.warn(
             f"{what}: the first forged site is given values of up to {seen[0]:.4g} here, and calibration saw "
             f"{seen[1]:.4g} there at most. Are these inputs scaled as those of calibration were (to [0, 1], "
             "normalised)? If not, the figures are not of what was calibrated",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
