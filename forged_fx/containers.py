@@ -44,6 +44,8 @@ def check_place(holder: nn.Module, name: str, value: Any) -> None:
     """Warn of what is about to be set in vain: a module in the place of one that does not run (a wrapper of it, say),
     or a number or flag that the forward read when the graph was made."""
     own = vars(holder).get("_modules", {}).get(name)
+    if vars(holder).get("_is_replica"):
+        return  # nn.DataParallel puts together what it copied
     if isinstance(own, Container) and isinstance(value, nn.Module):
         warnings.warn(_nothing(own.forged_path, "what takes its place"), stacklevel=3)
     if name in vars(holder).get(ATTRIBUTES, ()) and value != vars(holder).get(name):

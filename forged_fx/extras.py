@@ -11,5 +11,5 @@ def need(module: str, extra: str = "eval") -> Any:
     except ImportError as error:
         package = module.partition(".")[0]
         raise ImportError(
-            f"this needs {package} ({error}): in a checkout of forged_fx, pip install '.[{extra}]'"
+            f'this needs {package} ({error}): in a checkout of forged_fx, pip install ".[{extra}]"'
         ) from error

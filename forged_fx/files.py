@@ -3,6 +3,7 @@
 import glob
 import mmap
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -118,9 +119,8 @@ def make_room(path: Path) -> None:
     """Make the folder that a file is to be in; an OSError, ahead of all work, where no file can be made there."""
     with _said(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        probe = path.with_name(f".{path.name}.{os.getpid()}.part")
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
 
 
 @contextmanager

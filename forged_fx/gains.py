@@ -21,14 +21,14 @@ from forged_fx.sites import CALLS, Key, get, replace
 from forged_fx.torch_internals import tree_map
 from forged_fx.within import thresholds_within
 
-_NAMES = ("whole", "nonzero", "kept")
 ITERATIONS = 300  # at most
 TOLERANCE = 1e-5  # two estimates in a row that are this close, relative, end the iteration
 
 
 @dataclass
 class Gains:
-    """Of one site, for each input: float64 [inputs]; whole is the same for all."""
+    """Of one site, for each input, or one value where it is not known whose rows are whose: float64 [inputs] or [1];
+    whole is the same for all."""
 
     whole: Tensor
     nonzero: Tensor
@@ -38,42 +38,31 @@ class Gains:
 def gains(forged: torch.nn.Module, x: Tensor, seed: int = 0) -> dict[str, Gains]:
     """Site, named as `sites_within` does, -> its gains, for each of the inputs x (n, ...); the sites whose call was
     seen to read the threshold's result as it is."""
-    sites, n = thresholds_within(forged), len(x)
-
-    def watch(part: Tensor, sites: dict[int, str], rows: dict[str, list[int]] | None) -> _Watch:
-        seen = _Watch(sites, len(part), seed, rows)
-        with as_found(forged), torch.no_grad(), fast_path_off(), seen:
-            forged(part.clone())  # a model may write into what it is given
-        return seen
-
-    rows = watch(x[:1], sites, None).rows
-    together = watch(x, sites, rows)
-    apart = {buffer: site for buffer, site in sites.items() if site in together.apart}
-    alone = [watch(x[i : i + 1], apart, rows).found for i in range(n)] if apart else []
-    found: dict[str, Gains] = {}
-    for site in rows:
-        if site not in together.apart:
-            found |= {site: together.found[site]} if site in together.found else {}
-        elif all(site in of_one for of_one in alone):
-            found[site] = Gains(*(torch.cat([getattr(of_one[site], k) for of_one in alone]) for k in _NAMES))
-    return found
+    sites = thresholds_within(forged)
+    backwards = _Watch(sites, len(x), seed)
+    watch = _Watch(sites, len(x), seed, backwards.prints)
+    with as_found(forged), torch.no_grad(), fast_path_off():
+        for one, inputs in ((backwards, x.flip(0)), (watch, x.clone())):  # a model may write into what it is given
+            with one:
+                forged(inputs)
+    return watch.found
 
 
 class _Watch(TorchFunctionMode):
     """Sees the forged functions' results, and the calls that read them.
 
-    rows: how many rows each call's operand has if the model is given one input, None: to find that out and measure
-    nothing. apart: the sites of which another number came with n inputs than n times that, as where attention puts
-    dimension 0 behind the next, so that it is not known whose row is whose.
+    backwards: the prints of a run with the inputs in reverse, which tell whose rows are whose; None: this is that run,
+    and nothing is measured.
     """
 
-    def __init__(self, sites: dict[int, str], n: int, seed: int, rows: dict[str, list[int]] | None) -> None:
+    def __init__(
+        self, sites: dict[int, str], n: int, seed: int, backwards: dict[str, list[Tensor]] | None = None
+    ) -> None:
         super().__init__()
-        self.sites, self.n, self.of_one = sites, n, rows
+        self.sites, self.n, self.backwards = sites, n, backwards
         self.generator = torch.Generator().manual_seed(seed)
         self.pending: dict[int, tuple[str, Tensor, Tensor, Tensor]] = {}
-        self.rows: dict[str, list[int]] = {}
-        self.apart: set[str] = set()
+        self.prints: dict[str, list[Tensor]] = {}  # of each call's operand
         self.found: dict[str, Gains] = {}
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -103,28 +92,31 @@ class _Watch(TorchFunctionMode):
 
     def _measure(self, function: Any, args: tuple, kwargs: dict, key: Key) -> None:
         site, y, kept, nonzero = self.pending.pop(id(get(args, kwargs, key)))
-        rows = self.rows.setdefault(site, [])
-        rows.append(len(y))
-        if self.of_one is None:
+        calls = self.prints.setdefault(site, [])
+        calls.append(_print(y))
+        if self.backwards is None:
             return
-        if self.n > 1 and len(y) != self.n * sum(self.of_one.get(site, [])[len(rows) - 1 : len(rows)]):
-            self.apart.add(site)
-        if site in self.apart:
-            return
+        order = _order(calls[-1], self.backwards.get(site, [])[len(calls) - 1 :][:1], self.n)
         # In float64, so that a bias does not drown what it is subtracted from.
         args, kwargs = tree_map(lambda v: v.double() if isinstance(v, Tensor) else v, (args, kwargs))
 
         def call(v: Tensor) -> Tensor:
             return function(*(given := replace(args, kwargs, key, v))[0], **given[1])
 
+        if order == COLUMNS:
+            as_made, kept, nonzero = call, kept.transpose(0, 1), nonzero.transpose(0, 1)
+
+            def call(v: Tensor) -> Tensor:
+                return as_made(v.transpose(0, 1)).transpose(0, 1)
+
         # Each is found from below, and what a smaller set reaches, a larger one does too.
-        on_kept = self._norms(call, kept)
-        on_nonzero = torch.maximum(self._norms(call, nonzero), on_kept)
-        whole = torch.maximum(self._whole(call, torch.ones_like(y, dtype=torch.bool)), on_nonzero.max())
+        on_kept = self._norms(call, kept, order)
+        on_nonzero = torch.maximum(self._norms(call, nonzero, order), on_kept)
+        whole = torch.maximum(self._whole(call, torch.ones_like(kept)), on_nonzero.max())
         new = Gains(whole.expand(on_kept.shape), on_nonzero, on_kept)
         if site in self.found:  # a module that runs several times
             before = self.found[site]
-            new = Gains(*(torch.maximum(getattr(before, k), getattr(new, k)) for k in _NAMES))
+            new = Gains(*(torch.maximum(getattr(before, k), getattr(new, k)) for k in ("whole", "nonzero", "kept")))
         self.found[site] = new
 
     def _whole(self, call: Callable[[Tensor], Tensor], mask: Tensor) -> Tensor:
@@ -134,9 +126,41 @@ class _Watch(TorchFunctionMode):
         except RuntimeError:
             return spectral_norms(call, mask, self.generator).max()
 
-    def _norms(self, call: Callable[[Tensor], Tensor], mask: Tensor) -> Tensor:
+    def _norms(self, call: Callable[[Tensor], Tensor], mask: Tensor, order: str | None) -> Tensor:
         """For each input of the model: the largest over those rows of the operand that belong to it."""
-        return spectral_norms(call, mask, self.generator).view(self.n, -1).amax(1)
+        rows = spectral_norms(call, mask, self.generator)
+        if order is None:
+            return rows.max(0, keepdim=True).values
+        return rows.view(-1, self.n).amax(0) if order == TURNS else rows.view(self.n, -1).amax(1)
+
+
+def _print(y: Tensor) -> Tensor:
+    """What tells the rows of an operand apart, and within them the places of dimension 1: (rows, places)."""
+    y = y.abs()
+    return y.flatten(2).sum(2, dtype=torch.float32) if y.dim() > 2 else y.sum(-1, dtype=torch.float32).view(len(y), 1)
+
+
+# How the inputs lie in an operand: the rows of one behind those of another; a row of each in turn, as where attention
+# flattens what has the tokens first; or along dimension 1.
+BLOCKS, TURNS, COLUMNS = "blocks", "turns", "columns"
+
+
+def _order(here: Tensor, backwards: list[Tensor], n: int) -> str | None:
+    """The order that the inputs' own reversal reverses; None if none is, or only some inputs run the call.
+
+    backwards: the operand's print in the run with the inputs in reverse, if that made the call.
+    """
+    rows, places = here.shape
+    found = {}
+    for there in backwards:
+        if there.shape == here.shape and rows % n == 0:
+            found[BLOCKS] = there.view(n, -1, places).flip(0).view(rows, places)
+            found[TURNS] = there.view(-1, n, places).flip(1).view(rows, places)
+        if there.shape == here.shape and places == n:
+            found[COLUMNS] = there.flip(1)
+    alike = {order: float(torch.isclose(here, there, rtol=1e-3).float().mean()) for order, there in found.items()}
+    best = max(alike, key=alike.__getitem__, default=None)
+    return best if best is not None and alike[best] > 0.95 else None  # (rounding may take a value over a threshold)
 
 
 def spectral_norms(call: Callable[[Tensor], Tensor], mask: Tensor, generator: torch.Generator) -> Tensor:

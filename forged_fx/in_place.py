@@ -199,7 +199,7 @@ def rectify(x: Tensor, t: Tensor, relu: nn.Module | bool, references: int = 0) -
 
 
 def _is_relu(module: Any) -> bool:
-    """Whether a call of the module is PyTorch's ReLU: others put functions of their own in its place, too."""
+    """Whether a call of the module is PyTorch's ReLU, whose two functions others put their own in the place of, too."""
     usual = type(module) is nn.ReLU and is_as_its_class(module) and not has_any_global_hook()
     return usual and _is_of(nn.ReLU.forward, torch.nn.modules.activation) and _is_of(F.relu, F)
 

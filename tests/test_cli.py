@@ -247,7 +247,7 @@ def test_a_warning_is_one_line(capsys):
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(sys.modules["forged_fx.cli.main"], "app", lambda **_: main_of())
         assert main([]) == 0
-    assert said == ["forged-fx: warning: two lines\n"] and warnings.formatwarning is before
+    assert said == ["forged-fx: UserWarning: two lines\n"] and warnings.formatwarning is before
 
 
 def test_an_empty_folder_name_is_not_the_working_directory(capsys):

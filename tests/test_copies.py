@@ -145,7 +145,7 @@ def test_a_part_loads_a_plain_parts_weights(graph):
 class Shifted(nn.Module):
     def __init__(self):
         super().__init__()
-        self.layer, self.shift = nn.Linear(4, 4), nn.Parameter(torch.rand(4))
+        self.layer, self.shift = nn.Sequential(nn.Linear(4, 4)), nn.Parameter(torch.rand(4))
 
     def forward(self, x):
         return self.layer(x + self.shift)
@@ -164,7 +164,7 @@ def test_data_parallel_gives_its_replicas_their_parameters(graph, monkeypatch):
     one, other = replicate.replicate(forged, [0, 1])
     assert torch.equal(one(x), forged(x)) and torch.equal(other(x), forged(x))
     assert one.shift is not forged.shift and dict(forged.named_parameters()).keys() == {
-        "layer.weight", "layer.bias", "shift"
+        "layer.0.weight", "layer.0.bias", "shift"
     }  # fmt: skip
     one(x).sum().backward()
     assert forged.shift.grad.any()

@@ -427,7 +427,7 @@ def test_another_default_dtype_is_named(small):
 def test_missing_packages_are_named(small, monkeypatch):
     model, x, y = small
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
-    with pytest.raises(ImportError, match=r"needs pyautoattack .*in a checkout .*, pip install '\.\[eval\]'"):
+    with pytest.raises(ImportError, match=r"needs pyautoattack .*in a checkout .*, pip install \"\.\[eval\]\""):
         evaluate(model, x=x, y=y)
 
 

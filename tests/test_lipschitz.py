@@ -22,7 +22,6 @@ from forged_fx.lipschitz import (
     jacobian_norms,
 )  # fmt: skip
 from forged_fx.report import run
-from forged_fx.thresholds import thresholds_of
 
 
 def norm(matrix):
@@ -192,7 +191,7 @@ def test_tokens_and_windows_belong_to_their_input():
     assert gains_of.gains(forged, x)["fc"].kept.tolist() == pytest.approx(expected, rel=1e-3)
 
 
-def test_where_the_rows_do_not_say_whose_they_are_each_input_is_measured_by_itself():
+def test_rows_that_belong_to_no_input_count_by_the_largest():
     class Loose(nn.Module):
         def __init__(self):
             super().__init__()
@@ -204,31 +203,56 @@ def test_where_the_rows_do_not_say_whose_they_are_each_input_is_measured_by_itse
     torch.manual_seed(0)
     model, x = Loose().eval(), torch.randn(3, 6, 4)
     forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0.3)
-    kept = x[:, 1:].abs() >= forged.get_buffer("fc.forged_threshold")
+    kept = x.reshape(-1, 4)[1:].abs() >= forged.get_buffer("fc.forged_threshold")
     found = gains_of.gains(forged, x)["fc"]
-    assert found.kept.tolist() == pytest.approx([max(norm(model.fc.weight * m) for m in t) for t in kept], rel=1e-3)
-    assert found.whole.tolist() == pytest.approx([norm(model.fc.weight)] * 3, rel=1e-3)
+    assert found.kept.tolist() == pytest.approx([max(norm(model.fc.weight * m) for m in kept)], rel=1e-3)
+    assert found.whole.tolist() == pytest.approx([norm(model.fc.weight)], rel=1e-3)
+
+
+class Attention(nn.Module):
+    """PyTorch's: the tokens first ahead of the first product, and flattened with the inputs ahead of the last one."""
+
+    def __init__(self):
+        super().__init__()
+        self.mha = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.mha(x, x, x)[0].sum(1)
 
 
 @pytest.mark.parametrize("tokens", [3, 4, 6])
-def test_attention_that_puts_the_tokens_first_lends_no_input_another_ones_rows(tokens):
-    class Attention(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.mha = nn.MultiheadAttention(6, 2, batch_first=True)
-
-        def forward(self, x):
-            return self.mha(x, x, x)[0].sum(1)
-
+def test_no_input_is_lent_another_ones_rows(tokens):
     torch.manual_seed(0)
     model, x = Attention().eval(), torch.randn(3, tokens, 6)
-    x[1] *= 0.05  # nothing is kept of it
+    x[1] *= 0.05
     forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0.2)
-    (site, t), *_ = thresholds_of(forged).items()
+    together, alone = gains_of.gains(forged, x), [gains_of.gains(forged, one[None]) for one in x]
+    assert len(together) == len(forged.state_dict().keys() - model.state_dict().keys())
+    for site, found in together.items():
+        assert found.kept.tolist() == pytest.approx([one[site].kept.item() for one in alone], rel=2e-3)
+    first = next(iter(together.values()))
+    assert first.kept[1] == 0 < first.kept[0]  # nothing is kept of it
+
+
+def test_a_site_that_some_inputs_run_and_a_model_of_one_batch_size():
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.h = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            x, first = x.view(4, -1), x[:, 0] > 0
+            y = x.new_zeros(4, 6)
+            y[first] = self.a(x[first])
+            y[~first] = self.b(x[~first])
+            return self.h(y)
+
+    torch.manual_seed(0)
+    model, x = Branch().eval(), torch.randn(4, 6)
+    x[:, 0] = torch.tensor([1.0, -1, -1, -1])
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0.1)
     found = gains_of.gains(forged, x)
-    expected = [max(norm(model.mha.in_proj_weight * m) for m in one) for one in x.abs() >= t]
-    assert found[site].kept.tolist() == pytest.approx(expected, rel=1e-3) and expected[1] == 0
-    assert len({len(values.kept) for values in found.values()}) == 1
+    assert {site: len(values.kept) for site, values in found.items()} == {"a": 1, "b": 1, "h": 4}
 
 
 def test_a_site_that_runs_twice_counts_by_the_larger(x):
@@ -241,7 +265,7 @@ def test_a_site_that_runs_twice_counts_by_the_larger(x):
             self.forged, self.shifts = forged, shifts
 
         def forward(self, x):
-            return sum(self.forged(x.roll(shift, 0)) for shift in self.shifts)
+            return sum(self.forged(x.roll(shift, 1)) for shift in self.shifts)
 
     once, other = (gains_of.gains(Twice(shift), x)["0"].kept for shift in (0, 1))
     both = gains_of.gains(Twice(0, 1), x)["0"]

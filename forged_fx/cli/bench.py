@@ -52,6 +52,8 @@ def run(
     pair = (found.classifier(), found.classifier(forged))
     speeds = throughput.compare(*pair, x.to(device_of(forged)), rounds=rounds, modes=chosen)
     document = {"batch": len(x), "rounds": rounds, "speeds": [vars(speed) for speed in speeds]}
-    output.show(document, throughput.text(speeds), json)
-    if folder is not None:
-        save_speeds(folder, speeds, of_forging(forged))
+    try:
+        output.show(document, throughput.text(speeds), json)
+    finally:  # whoever reads what is printed may have enough
+        if folder is not None:
+            save_speeds(folder, speeds, of_forging(forged))

@@ -52,5 +52,7 @@ def run(
     pair = (found.classifier(), found.classifier(forged))
     radius = options.number(eps, "eps")
     rows = forged_fx.lipschitz(*pair, x.to(device_of(forged)), eps=radius, steps=steps, batch_size=batch)
-    output.show({"rows": rows.records(), **rows.more()}, str(rows), json)
-    output.keep(rows, save, folder and folder / LIPSCHITZ)
+    try:
+        output.show({"rows": rows.records(), **rows.more()}, str(rows), json)
+    finally:  # whoever reads what is printed may have enough
+        output.keep(rows, save, folder and folder / LIPSCHITZ)

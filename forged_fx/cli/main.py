@@ -69,7 +69,7 @@ for _name in COMMANDS:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     before, warned = _handle(_as_interruption), warnings.formatwarning
-    if not os.environ.get(DEBUG):
+    if not os.environ.get(DEBUG) and _is_main_thread():
         warnings.formatwarning = _warning
     try:
         code = app(args=None if argv is None else list(argv), standalone_mode=False)
@@ -95,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ERROR
     finally:
         _handle(before)
-        warnings.formatwarning = warned
+        if _is_main_thread():
+            warnings.formatwarning = warned
 
 
 def _is_verdict_of_several(code: int | None) -> bool:
@@ -116,9 +117,9 @@ def _line(error: Exception) -> str:
     return text if ours else f"{type(error).__name__}: {text} ({DEBUG}=1 shows where)"
 
 
-def _warning(message: Warning | str, *_: Any, **__: Any) -> str:
+def _warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> str:
     """A warning in one line, without the place in the code."""
-    return f"forged-fx: warning: {' '.join(str(message).split())}\n"
+    return f"{_who()}: {category.__name__}: {' '.join(str(message).split())}\n"
 
 
 def _hint(error: TyperException) -> str:
@@ -127,14 +128,21 @@ def _hint(error: TyperException) -> str:
 
 
 def _say(text: str) -> None:
+    print(f"{_who()}: {text}", file=sys.stderr)
+
+
+def _who() -> str:
     rank = os.environ.get("RANK")
-    who = "forged-fx" if rank is None else f"forged-fx, process {rank}"
-    print(f"{who}: {text}", file=sys.stderr)
+    return "forged-fx" if rank is None else f"forged-fx, process {rank}"
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _handle(handler: Any) -> Any:
     """Set what SIGTERM does; returns what it did. Only a program's main thread may."""
-    if threading.current_thread() is threading.main_thread():
+    if _is_main_thread():
         return signal.signal(signal.SIGTERM, handler)
     return None
 
