@@ -112,7 +112,7 @@ def calibrate(
         return resumed(model, batches, Path(checkpoint), max_batches=max_batches, **measured)
 
     with joined(shard, "calibrate") as processes:
-        _agree(processes, model, batches)
+        _agree(processes, model, batches, where=where, channels=channels)
         stats = together(processes, own)
     if stats.batches == 0:
         raise ValueError("calibrate got no batch: an iterator that was already used up gives none a second time")
@@ -250,9 +250,17 @@ def _running(error: Exception, model: torch.nn.Module) -> str:
     return found or "the model"
 
 
-def _agree(processes: Processes, model: torch.nn.Module, batches: Iterable[Any]) -> None:
-    """ValueError where a sharded model would wait for ever: its processes run every forward pass together."""
-    if processes.size == 1 or not is_sharded(model) or not isinstance(batches, Sized):
+def _agree(processes: Processes, model: torch.nn.Module, batches: Iterable[Any], **asked: Any) -> None:
+    """ValueError where the processes scan different models or for different things, whose statistics would be no
+    model's; or where a sharded model would wait for ever: its processes run every forward pass together."""
+    if processes.size == 1:
+        return
+    from forged_fx.evaluate import fingerprint, journal  # late: evaluate serves models of any make
+
+    sharded = is_sharded(model)
+    weights = "sharded" if sharded else fingerprint.of_tensors(model.named_parameters())
+    journal.agree(processes, asked | {"architecture": fingerprint.of_architecture(model), "weights": weights})
+    if not sharded or not isinstance(batches, Sized):
         return
     lengths = [int(length) for length in processes.gather(str(len(batches)).encode())]
     if len(set(lengths)) > 1:

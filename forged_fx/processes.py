@@ -159,9 +159,11 @@ def result(answer: bytes, who: str) -> bytes:
         return answer[1:]
     name, text = json.loads(answer[1:])
     kind = getattr(builtins, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, Exception)):
-        kind, text = RuntimeError, f"{name}: {text}"
-    raise kind(f"{who}: {text}")
+    if isinstance(kind, type) and issubclass(kind, Exception):
+        with suppress(TypeError):  # some are made of more than a text
+            error = kind(f"{who}: {text}")
+            raise error
+    raise RuntimeError(f"{who}: {name}: {text}")
 
 
 def place() -> tuple[int, int]:

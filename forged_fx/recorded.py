@@ -174,7 +174,7 @@ def running(
         checked.folder(folder, kind.NAME)
     with ExitStack() as stack:
         processes = stack.enter_context(joined(shard, kind.NAME))
-        agree(processes, call)
+        agree(processes, call, folder="none" if folder is None else "given")
         blocks, shown = Blocks(seed, processes), terminal.Progress(progress if processes.rank == 0 else False)
         journal = finished = None
         if folder is not None:

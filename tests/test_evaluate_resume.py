@@ -262,6 +262,17 @@ def test_files_of_others_are_left_alone(call):
     assert snapshot(folder).items() >= before.items()
 
 
+def test_a_link_leads_to_no_files_of_others(call, tmp_path):
+    (tmp_path / "theirs").mkdir()
+    for name in ("call.json", "precious.txt"):
+        (tmp_path / "theirs" / name).write_text("{}")
+    call["folder"].mkdir(exist_ok=True)
+    (call["folder"] / "unfinished").symlink_to(tmp_path / "theirs")
+    with pytest.raises(FileExistsError, match="unfinished is a link"):
+        planted.evaluate(**call)
+    assert {path.name for path in (tmp_path / "theirs").iterdir()} == {"call.json", "precious.txt"}
+
+
 def test_a_folder_within_does_not_keep_the_result_back(unfinished):
     folder = unfinished["folder"] / "unfinished" / ".ipynb_checkpoints"
     folder.mkdir()

@@ -7,6 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+
+from forged_fx.calibrate import _agree
+from forged_fx.evaluate.blocks import Blocks
+from forged_fx.evaluate.journal import agree
+from forged_fx.processes import Processes, attempt, result
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +56,51 @@ def test_a_process_that_ends_in_a_scan_is_an_error_and_nothing_is_scanned_twice(
     assert text.startswith("another process of this call of calibrate has ended or cannot be reached")
     first, second = told["go_on"]["found"]
     assert first == [told["calibrated"], 0] and second == [told["calibrated"], 1]
+
+
+class Two(Processes):
+    """This process, and another one that answers what `other` makes of its answer."""
+
+    def __init__(self, other):
+        super().__init__(0, 2)
+        self.other = other
+
+    def gather(self, data, what=""):
+        return [data, self.other(data)]
+
+
+def test_answers_to_different_work_are_not_taken_for_each_other():
+    blocks = Blocks(0, Two(lambda data: data.replace(b"one", b"two")))
+    with pytest.raises(RuntimeError, match=r'at different work: \[\["one", 0\]\], and \[\["two", 0\]\]'):
+        list(blocks.run("one", torch.arange(3), lambda block: {}, None))
+
+
+def test_processes_that_make_different_calls_are_told_so():
+    for there in ({"folder": "none"}, {"models": {"b": 1, "a": 2}}):
+        call = {"models": {"a": 2, "b": 1}}
+        other = json.dumps({**call, "folder": "given"} | there).encode()
+        with pytest.raises(ValueError, match=r"folder is none in process 1|the order of models is b, a in process 1"):
+            agree(Two(lambda data, other=other: other), call, folder="given")
+    agree(Two(lambda data: data), call, folder="given")
+
+
+def test_a_scan_is_of_one_model():
+    model, other = nn.Sequential(nn.Linear(3, 3), nn.ReLU()), nn.Sequential(nn.Linear(3, 3), nn.SiLU())
+    other.load_state_dict(model.state_dict())
+    told = []
+    _agree(Two(lambda data: told.append(data) or data), model, [], where="linear+conv", channels=False)
+    for another, asked in ((other, {}), (nn.Sequential(nn.Linear(3, 3), nn.ReLU()), {}), (model, {"channels": True})):
+        with pytest.raises(ValueError, match=r"different calls: (architecture|weights|channels) is"):
+            _agree(Two(lambda _: told[0]), another, [], **{"where": "linear+conv", "channels": False} | asked)
+
+
+@pytest.mark.parametrize(
+    "error", [UnicodeDecodeError("utf-8", b"x", 0, 1, "no"), ExceptionGroup("two", [ValueError()])]
+)
+def test_an_error_that_is_made_of_more_than_a_text_says_where_it_was_raised(error):
+    def fail():
+        raise error
+
+    _, answer = attempt(fail)
+    with pytest.raises(RuntimeError, match=f"process 1: {type(error).__name__}: "):
+        result(answer, "process 1")

@@ -19,7 +19,7 @@ from forged_fx.digits import one_thread
 from forged_fx.evaluate import attacks, findings
 from forged_fx.evaluate.attacks import ATTACKS, Attack
 from forged_fx.evaluate.findings import CHECKS
-from forged_fx.sweep import Sweep, shares_changed
+from forged_fx.sweep import Sweep, _grid, shares_changed
 
 RATIOS = {"hard": [0.0, 0.25], "clamp": [0.9]}
 OPTIONS = {"eps": 0.1, "ratios": RATIOS, "kinds": ("hard", "clamp"), "attacks": ["apgd-ce"], "rounds": 0}
@@ -247,6 +247,17 @@ def test_another_calibration_and_another_timing_are_another_sweep(toy, tmp_path)
     forged_fx.sweep(model, stats, x, y, **timed, batch_size=5)
     with pytest.raises(FileExistsError, match="timed: 5 there, 7 here"):
         forged_fx.sweep(model, stats, x, y, **timed, batch_size=7)
+
+
+def test_points_in_another_order_are_another_sweep(toy, tmp_path):
+    """Its points stand in their order; and a set, which has none that two processes agree on, is put into one."""
+    model, x, y = toy
+    call = OPTIONS | {"attacks": ["noise"], "kinds": None, "folder": tmp_path, "ratios": [0.25, 0.5]}
+    found = forged_fx.sweep(model, [x], x, y, **call)
+    assert [point.ratio for point in found.points] == [0.25, 0.5]
+    with pytest.raises(FileExistsError, match=r"the order of models: .*0\.25, .*0\.5 there, .*0\.5, .*0\.25 here"):
+        forged_fx.sweep(model, [x], x, y, **call | {"ratios": [0.5, 0.25]})
+    assert _grid([0.25], {"soft", "hard", "clamp"}) == [(kind, 0.25) for kind in ("clamp", "hard", "soft")]
 
 
 @pytest.mark.parametrize("name", ["sweep.csv", "sweep.svg", "sweep.examples.safetensors", "sweep.stats.safetensors"])

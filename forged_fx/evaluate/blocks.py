@@ -5,6 +5,7 @@ not from how many inputs the model is fed at a time, nor from what ran before, n
 That is why a block's outcome may come from the journal of an earlier run, or from another process.
 """
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -123,7 +124,14 @@ class Blocks:
             return self._do(task.block, task.job.work)
 
         error, answer = attempt(mine) if self.processes.rank < len(team) else (None, b"")
-        answers = self.processes.gather(answer, team[0].job.name)[: len(team)]
+        # What they are at goes along: of processes that went different ways, each answer would stand for another's.
+        at = json.dumps([(task.job.name, task.number) for task in team])
+        told = [
+            data.partition(b"\n")[::2] for data in self.processes.gather(at.encode() + b"\n" + answer, team[0].job.name)
+        ]
+        if apart := [there for there, _ in told if there != at.encode()]:
+            raise RuntimeError(f"the processes that share a run are at different work: {at}, and {apart[0].decode()}")
+        answers = [answer for _, answer in told[: len(team)]]
         for task, answer in zip(team, answers, strict=True):
             if self.journal and task.job.fields and answer[:1] == b"+":
                 self.journal.keep(task.job.name, task.number, answer[1:])

@@ -47,6 +47,8 @@ class Journal:
         self.folder = Path(folder) / UNFINISHED
         if Path(folder).exists() and not Path(folder).is_dir():
             raise FileExistsError(f"{folder} is a file, and a run is kept in a folder: choose another name")
+        if self.folder.is_symlink():
+            raise FileExistsError(f"{self.folder} is a link, and what is in it would be deleted: take it away")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._no_others()
         self._lock = filelock.FileLock(self.folder / "lock")
@@ -246,16 +248,19 @@ def check(there: Call, here: Call, folder: Path) -> None:
         )
 
 
-def agree(processes: Processes, call: Call) -> None:
-    """ValueError, with every difference, unless all processes make the same call."""
-    calls = [json.loads(data) for data in processes.gather(json.dumps(call).encode())]
+def agree(processes: Processes, call: Call, **more: Any) -> None:
+    """ValueError, with every difference, unless all processes make the same call. more: what it has besides."""
+    calls = [json.loads(data) for data in processes.gather(json.dumps(call | more).encode())]
     different = {
         f"{name} is {mine} in process {rank}, {first} in process 0"
         for rank, one in enumerate(calls)
         for name, first, mine in differences(calls[0], one)
     }
     if different:
-        raise ValueError(f"the processes that share a run make different calls: {'; '.join(sorted(different))}")
+        raise ValueError(
+            f"the processes that share a run make different calls: {'; '.join(sorted(different))} (shard=False keeps "
+            "each to itself)"
+        )
 
 
 def differences(there: Any, here: Any, name: str = "") -> Iterator[tuple[str, str, str]]:
@@ -265,6 +270,8 @@ def differences(there: Any, here: Any, name: str = "") -> Iterator[tuple[str, st
             inner = f"{name}.{key}" if name else key
             if inner not in IGNORED:
                 yield from differences(there.get(key), here.get(key), inner)
+        if list(there) != list(here) and there.keys() == here.keys():  # what is done first is another
+            yield f"the order of {name or 'arguments'}", _short(", ".join(there)), _short(", ".join(here))
     elif json.dumps(there) != json.dumps(here):
         yield name, _short(there), _short(here)
 

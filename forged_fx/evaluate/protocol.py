@@ -159,7 +159,7 @@ def evaluate(
             "versions": versions,
         }
         whole = call(threat, **asked, model=subject.identity, base=rival and rival.identity)
-        agree(processes, whole)
+        agree(processes, whole, folder="none" if folder is None else "given")
         command = list(sys.argv)
         if folder is not None:
             journal, finished = begin(folder, whole | {"command": command}, processes)
