@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 
 from forged_fx import channels, checked, histogram, ops, torch_internals
 from forged_fx.capture import in_a_line
@@ -258,7 +259,8 @@ def _agree(processes: Processes, model: torch.nn.Module, batches: Iterable[Any],
     from forged_fx.evaluate import fingerprint, journal  # late: evaluate serves models of any make
 
     sharded = is_sharded(model)
-    weights = "sharded" if sharded else fingerprint.of_tensors(model.named_parameters())
+    made = ((n, p) for n, p in model.named_parameters() if not isinstance(p, UninitializedParameter))
+    weights = "sharded" if sharded else fingerprint.of_tensors(made)
     journal.agree(processes, asked | {"architecture": fingerprint.of_architecture(model), "weights": weights})
     if not sharded or not isinstance(batches, Sized):
         return

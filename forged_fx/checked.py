@@ -5,7 +5,7 @@ import numbers
 import os
 import stat
 import types
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -101,7 +101,12 @@ def several(given: Any, name: str, what: str) -> list[Any]:
     """An argument that holds several, as a list; TypeError for one by itself, which Python would take apart or not."""
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise TypeError(f"{name}={given!r}: a list of {what}, such as [{given!r}]")
-    return sorted(given, key=repr) if isinstance(given, Set) else list(given)  # a set has another order in each process
+    if not isinstance(given, set | frozenset):
+        return list(given)
+    try:  # a set has another order in each process
+        return sorted(given)
+    except TypeError:
+        return sorted(given, key=repr)
 
 
 def whole_number(given: Any, name: str, least: int | None = None) -> int:

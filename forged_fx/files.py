@@ -5,7 +5,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,7 +84,7 @@ def whole(path: Path, kind: FileKind | None = None) -> Iterator[Path]:
     """
     if kind is not None:
         kind.check(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = _part(path)
     with _said(path):
         part.unlink(missing_ok=True)  # in a folder of someone else's it may be a link to anywhere
     _sweep(path)
@@ -115,12 +115,16 @@ def make_beside(beside: Path, path: Path) -> None:
         beside.touch()
 
 
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
 def make_room(path: Path) -> None:
     """Make the folder that a file is to be in; an OSError, ahead of all work, where no file can be made there."""
     with _said(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        with tempfile.TemporaryFile(dir=path.parent), suppress(FileNotFoundError):
+            os.lstat(_part(path))  # a name may be too long
 
 
 @contextmanager

@@ -21,31 +21,43 @@ from forged_fx.sites import CALLS, Key, get, replace
 from forged_fx.torch_internals import tree_map
 from forged_fx.within import thresholds_within
 
+_FIELDS = ("whole", "nonzero", "kept")
 ITERATIONS = 300  # at most
 TOLERANCE = 1e-5  # two estimates in a row that are this close, relative, end the iteration
 
 
 @dataclass
 class Gains:
-    """Of one site, for each input, or one value where it is not known whose rows are whose: float64 [inputs] or [1];
-    whole is the same for all."""
+    """Of one site, for each input that runs it: float64 [inputs]; whole is the same for all. each: False where it is
+    not known whose rows are whose, and there is one value, [1]."""
 
     whole: Tensor
     nonzero: Tensor
     kept: Tensor
+    each: bool = True
 
 
 def gains(forged: torch.nn.Module, x: Tensor, seed: int = 0) -> dict[str, Gains]:
     """Site, named as `sites_within` does, -> its gains, for each of the inputs x (n, ...); the sites whose call was
     seen to read the threshold's result as it is."""
     sites = thresholds_within(forged)
-    backwards = _Watch(sites, len(x), seed)
-    watch = _Watch(sites, len(x), seed, backwards.prints)
-    with as_found(forged), torch.no_grad(), fast_path_off():
-        for one, inputs in ((backwards, x.flip(0)), (watch, x.clone())):  # a model may write into what it is given
-            with one:
-                forged(inputs)
-    return watch.found
+
+    def run(x: Tensor, sites: dict[int, str], backwards: dict[str, list[Tensor]] | None) -> _Watch:
+        watch = _Watch(sites, len(x), seed, backwards)
+        with as_found(forged), torch.no_grad(), fast_path_off(), watch:
+            forged(x.clone())  # a model may write into what it is given
+        return watch
+
+    together = run(x, sites, run(x.flip(0), sites, None).prints)
+    apart = {buffer: site for buffer, site in sites.items() if site in together.apart}
+    alone: list[dict[str, Gains]] = []
+    if apart:
+        with contextlib.suppress(Exception):  # of a model that takes so many inputs and no others: one value, then
+            alone = [run(x[i : i + 1], apart, {}).found for i in range(len(x))]
+    for site in apart.values():
+        if own := [of_one[site] for of_one in alone if site in of_one]:
+            together.found[site] = Gains(*(torch.cat([getattr(values, k) for values in own]) for k in _FIELDS))
+    return together.found
 
 
 class _Watch(TorchFunctionMode):
@@ -63,6 +75,7 @@ class _Watch(TorchFunctionMode):
         self.generator = torch.Generator().manual_seed(seed)
         self.pending: dict[int, tuple[str, Tensor, Tensor, Tensor]] = {}
         self.prints: dict[str, list[Tensor]] = {}  # of each call's operand
+        self.apart: set[str] = set()  # sites of whose rows it is not known whose they are
         self.found: dict[str, Gains] = {}
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -94,9 +107,11 @@ class _Watch(TorchFunctionMode):
         site, y, kept, nonzero = self.pending.pop(id(get(args, kwargs, key)))
         calls = self.prints.setdefault(site, [])
         calls.append(_print(y))
-        if self.backwards is None:
+        if self.backwards is None or not y.numel():
             return
         order = _order(calls[-1], self.backwards.get(site, [])[len(calls) - 1 :][:1], self.n)
+        if order is None:
+            self.apart.add(site)
         # In float64, so that a bias does not drown what it is subtracted from.
         args, kwargs = tree_map(lambda v: v.double() if isinstance(v, Tensor) else v, (args, kwargs))
 
@@ -116,7 +131,8 @@ class _Watch(TorchFunctionMode):
         new = Gains(whole.expand(on_kept.shape), on_nonzero, on_kept)
         if site in self.found:  # a module that runs several times
             before = self.found[site]
-            new = Gains(*(torch.maximum(getattr(before, k), getattr(new, k)) for k in ("whole", "nonzero", "kept")))
+            new = Gains(*(torch.maximum(getattr(before, k), getattr(new, k)) for k in _FIELDS))
+        new.each = site not in self.apart
         self.found[site] = new
 
     def _whole(self, call: Callable[[Tensor], Tensor], mask: Tensor) -> Tensor:
@@ -135,9 +151,10 @@ class _Watch(TorchFunctionMode):
 
 
 def _print(y: Tensor) -> Tensor:
-    """What tells the rows of an operand apart, and within them the places of dimension 1: (rows, places)."""
-    y = y.abs()
-    return y.flatten(2).sum(2, dtype=torch.float32) if y.dim() > 2 else y.sum(-1, dtype=torch.float32).view(len(y), 1)
+    """What tells the rows of an operand apart, and within them the places of dimension 1: (rows, places). Sums with
+    weights drawn at random: plain ones would be the same of one-hot rows."""
+    inner = y.float().flatten(2) if y.dim() > 2 else y.float()[:, None]
+    return inner @ torch.rand(inner.shape[2], generator=torch.Generator().manual_seed(0)).to(inner.device)
 
 
 # How the inputs lie in an operand: the rows of one behind those of another; a row of each in turn, as where attention
@@ -151,6 +168,8 @@ def _order(here: Tensor, backwards: list[Tensor], n: int) -> str | None:
     backwards: the operand's print in the run with the inputs in reverse, if that made the call.
     """
     rows, places = here.shape
+    if n == 1:
+        return BLOCKS
     found = {}
     for there in backwards:
         if there.shape == here.shape and rows % n == 0:
@@ -158,7 +177,11 @@ def _order(here: Tensor, backwards: list[Tensor], n: int) -> str | None:
             found[TURNS] = there.view(-1, n, places).flip(1).view(rows, places)
         if there.shape == here.shape and places == n:
             found[COLUMNS] = there.flip(1)
-    alike = {order: float(torch.isclose(here, there, rtol=1e-3).float().mean()) for order, there in found.items()}
+    alike = {}
+    for order, there in found.items():
+        told = (here != 0) | (there != 0)  # what is 0 everywhere tells nothing
+        same = torch.isclose(here, there, rtol=1e-3)[told]
+        alike[order] = float(same.float().mean()) if len(same) else 1.0
     best = max(alike, key=alike.__getitem__, default=None)
     return best if best is not None and alike[best] > 0.95 else None  # (rounding may take a value over a threshold)
 

@@ -158,12 +158,11 @@ def result(answer: bytes, who: str) -> bytes:
     if answer[:1] == b"+":
         return answer[1:]
     name, text = json.loads(answer[1:])
-    kind = getattr(builtins, name, None)
+    kind, error = getattr(builtins, name, None), None
     if isinstance(kind, type) and issubclass(kind, Exception):
         with suppress(TypeError):  # some are made of more than a text
             error = kind(f"{who}: {text}")
-            raise error
-    raise RuntimeError(f"{who}: {name}: {text}")
+    raise error or RuntimeError(f"{who}: {name}: {text}")
 
 
 def place() -> tuple[int, int]:

@@ -191,7 +191,7 @@ def test_tokens_and_windows_belong_to_their_input():
     assert gains_of.gains(forged, x)["fc"].kept.tolist() == pytest.approx(expected, rel=1e-3)
 
 
-def test_rows_that_belong_to_no_input_count_by_the_largest():
+def test_where_the_rows_do_not_say_whose_they_are_each_input_is_run_by_itself():
     class Loose(nn.Module):
         def __init__(self):
             super().__init__()
@@ -203,10 +203,10 @@ def test_rows_that_belong_to_no_input_count_by_the_largest():
     torch.manual_seed(0)
     model, x = Loose().eval(), torch.randn(3, 6, 4)
     forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0.3)
-    kept = x.reshape(-1, 4)[1:].abs() >= forged.get_buffer("fc.forged_threshold")
+    kept = x[:, 1:].abs() >= forged.get_buffer("fc.forged_threshold")
     found = gains_of.gains(forged, x)["fc"]
-    assert found.kept.tolist() == pytest.approx([max(norm(model.fc.weight * m) for m in kept)], rel=1e-3)
-    assert found.whole.tolist() == pytest.approx([norm(model.fc.weight)], rel=1e-3)
+    assert found.kept.tolist() == pytest.approx([max(norm(model.fc.weight * m) for m in t) for t in kept], rel=1e-3)
+    assert found.whole.tolist() == pytest.approx([norm(model.fc.weight)] * 3, rel=1e-3)
 
 
 class Attention(nn.Module):
@@ -253,6 +253,42 @@ def test_a_site_that_some_inputs_run_and_a_model_of_one_batch_size():
     forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0.1)
     found = gains_of.gains(forged, x)
     assert {site: len(values.kept) for site, values in found.items()} == {"a": 1, "b": 1, "h": 4}
+
+
+def test_rows_that_weigh_the_same_are_told_apart():
+    """Letters, one-hot, with the tokens first: seven of eight inputs' worth of them."""
+
+    class Letters(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(5, 4)
+
+        def forward(self, x):
+            return self.fc(x.transpose(0, 1)).sum(0)
+
+    torch.manual_seed(0)
+    x = nn.functional.one_hot(torch.randint(0, 5, (4, 8)), 5).float()
+    x[0] = x[0, 0]
+    model = Letters().eval()
+    with torch.no_grad():
+        model.fc.weight.mul_(torch.tensor([1.0, 5, 20, 80, 300]))
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0.5)
+    together, alone = gains_of.gains(forged, x)["fc"], [gains_of.gains(forged, one[None])["fc"] for one in x]
+    assert together.kept.tolist() == pytest.approx([one.kept.item() for one in alone], rel=1e-3)
+    assert len(set(together.kept.tolist())) > 1
+
+
+def test_what_a_random_model_gives_is_of_each_input_whatever_the_batch_size():
+    class Noisy(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x + 0.1 * torch.randn_like(x))
+
+    torch.manual_seed(0)
+    model, x = Noisy(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).eval(), torch.rand(12, 6)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0.3)
+    for size in (1, 5, 12):
+        found = forged_fx.lipschitz(model, forged, x, steps=1, batch_size=size)
+        assert {row.n for row in found if row.what == SITE_WHOLE} == {12}
 
 
 def test_a_site_that_runs_twice_counts_by_the_larger(x):

@@ -104,3 +104,12 @@ def test_an_error_that_is_made_of_more_than_a_text_says_where_it_was_raised(erro
     _, answer = attempt(fail)
     with pytest.raises(RuntimeError, match=f"process 1: {type(error).__name__}: "):
         result(answer, "process 1")
+
+
+@pytest.mark.parametrize("kind", [TypeError, ValueError, FileExistsError])
+def test_an_error_of_another_process_is_of_the_same_kind(kind):
+    def fail():
+        raise kind("no")
+
+    with pytest.raises(kind, match=r"^process 1: no$"):
+        result(attempt(fail)[1], "process 1")

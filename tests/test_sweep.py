@@ -257,6 +257,11 @@ def test_points_in_another_order_are_another_sweep(toy, tmp_path):
     assert [point.ratio for point in found.points] == [0.25, 0.5]
     with pytest.raises(FileExistsError, match=r"the order of models: .*0\.25, .*0\.5 there, .*0\.5, .*0\.25 here"):
         forged_fx.sweep(model, [x], x, y, **call | {"ratios": [0.5, 0.25]})
+    assert _grid({"soft": [1.0], "hard": {0.5, 1e-5}}, None) == [
+        ("soft", 1.0), ("hard", 1e-5), ("hard", 0.5)
+    ]  # fmt: skip
+    by_kind = {"soft": [0.1], "clamp": [0.9]}
+    assert _grid(by_kind, by_kind.keys()) == [("soft", 0.1), ("clamp", 0.9)]
     assert _grid([0.25], {"soft", "hard", "clamp"}) == [(kind, 0.25) for kind in ("clamp", "hard", "soft")]
 
 

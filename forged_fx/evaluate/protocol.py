@@ -159,7 +159,8 @@ def evaluate(
             "versions": versions,
         }
         whole = call(threat, **asked, model=subject.identity, base=rival and rival.identity)
-        agree(processes, whole, folder="none" if folder is None else "given")
+        layers = [fingerprint.of_architecture(one) for one in (model, base) if one is not None]
+        agree(processes, whole, folder="none" if folder is None else "given", layers=layers)
         command = list(sys.argv)
         if folder is not None:
             journal, finished = begin(folder, whole | {"command": command}, processes)
