@@ -19,7 +19,7 @@ from forged_fx import channels, checked, histogram, ops, torch_internals
 from forged_fx.capture import in_a_line
 from forged_fx.channels import ChannelCounts
 from forged_fx.memory import in_halves, ran_out
-from forged_fx.models import device_of, is_sharded, unwrapped
+from forged_fx.models import device_of, dtype_of, is_sharded, unwrapped
 from forged_fx.modes import as_found, uncompiled
 from forged_fx.observe import Observer, Sighting
 from forged_fx.processes import Processes, attempt, joined, result
@@ -229,7 +229,7 @@ def _hint(model: torch.nn.Module, args: tuple, kwargs: dict) -> str:
     if x is None:
         kinds = ", ".join(dict.fromkeys(type(leaf).__name__ for leaf in tree_leaves((args, kwargs)))) or "nothing"
         return f", which holds {kinds} and no tensor: torch.as_tensor(...) makes one"
-    wanted = next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype)
+    wanted = dtype_of(model, x.dtype)
     if x.dtype == torch.uint8:
         return ": if these are pixels, pass x.float() / 255"
     if x.is_floating_point() and x.dtype != wanted:

@@ -123,8 +123,12 @@ def _sum(inputs: Any) -> str:
 
 
 def _resumed(model: torch.nn.Module, source: Replayed | Indexed, path: Path, where: str, channels: bool) -> Stats:
-    asked = {"model": fingerprint.of_model(model), "where": where, "channels": channels}
-    asked["architecture"] = fingerprint.of_architecture(model)
+    asked = {
+        "model": fingerprint.of_model(model),
+        "architecture": fingerprint.of_architecture(model),
+        "where": where,
+        "channels": channels,
+    }
     stats, there = _read(path)
     different = [key for key, value in asked.items() if there.get(key, value) != value]
     if different:

@@ -146,7 +146,6 @@ def lipschitz(
     checks.finite(x)
     boxed = 0 <= x.min() and x.max() <= 1
     sites: dict[str, list[Gains]] = {}
-    merged: set[str] = set()  # sites that have one value of several inputs, and so one in all
     found: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = {}  # what, where -> (base, forged) of each batch
     with as_found(model, forged), fast_path_off(), callers_gradient_off(), kept_randomness():
         with torch.no_grad():
@@ -159,7 +158,6 @@ def lipschitz(
         for i, part in enumerate(track(list(x.split(batch_size)), "measuring")):
             for site, values in gains(forged, part, seed).items():
                 sites.setdefault(site, []).append(values)
-                merged |= set() if values.each else {site}
             base = jacobian_norms(model, part, seed)
             for name, context in (("true gradient", nullcontext), ("straight-through", straight_through)):
                 norms = jacobian_norms(forged, part, seed, context)
@@ -177,7 +175,7 @@ def lipschitz(
     for what, below in ((SITE_WHOLE, "whole"), (SITE_NONZERO, "nonzero")):
         for site, seen in sites.items():
             whole, kept = (torch.cat([getattr(values, key) for values in seen]) for key in (below, "kept"))
-            if site in merged:
+            if not all(values.each for values in seen):  # one value of several inputs: one of all, then
                 whole, kept = whole.max()[None], kept.max()[None]
             result.append(_figure(what, site, whole, kept))
     steps_of: dict[str, tuple[Tensor, Tensor]] = {}

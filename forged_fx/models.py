@@ -87,6 +87,11 @@ def device_of(model: torch.nn.Module, default: torch.device | None = CPU) -> tor
     return next((tensor.device for tensor in itertools.chain(model.parameters(), model.buffers())), default)
 
 
+def dtype_of(model: torch.nn.Module, default: torch.dtype) -> torch.dtype:
+    """That of its first floating-point parameter; `default` if it has none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), default)
+
+
 def is_sharded(model: torch.nn.Module) -> bool:
     """Whether torch.distributed.fsdp.fully_shard has spread the model's parameters over processes."""
     if not torch.distributed.is_available():

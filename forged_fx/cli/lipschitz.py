@@ -52,7 +52,4 @@ def run(
     pair = (found.classifier(), found.classifier(forged))
     radius = options.number(eps, "eps")
     rows = forged_fx.lipschitz(*pair, x.to(device_of(forged)), eps=radius, steps=steps, batch_size=batch)
-    try:
-        output.show({"rows": rows.records(), **rows.more()}, str(rows), json)
-    finally:  # whoever reads what is printed may have enough
-        output.keep(rows, save, folder and folder / LIPSCHITZ)
+    output.show_and_keep(rows, json, save, folder and folder / LIPSCHITZ)

@@ -96,11 +96,15 @@ def check(kind_of: Callable[[Path], FileKind], *, run: Path | None, name: str, s
             make_room(path)
 
 
-def keep(rows: Any, *paths: Path | None) -> None:
-    """Write rows (see `forged_fx.rows`) as each path's ending says: .json and .csv as text, others as a picture."""
-    for path in paths:
-        if path is not None and first():
-            rows.save(path) if path.suffix in (".json", ".csv") else rows.plot(path)
+def show_and_keep(rows: Any, as_json: bool, *paths: Path | None) -> None:
+    """Print rows (see `forged_fx.rows`), and write them as each path's ending says: .json and .csv as text, others as a
+    picture. Where one of the two fails, the other is done all the same."""
+    try:
+        show({"rows": rows.records(), **rows.more()}, str(rows), as_json)
+    finally:
+        for path in paths:
+            if path is not None and first():
+                rows.save(path) if path.suffix in (".json", ".csv") else rows.plot(path)
 
 
 @contextlib.contextmanager

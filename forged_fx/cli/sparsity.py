@@ -47,7 +47,4 @@ def run(
     batches = given.images(data, split, resize, usual="test").batches(batch, limit)
     forged = given.forged(found, stats, ratio, kind, where, statistic, include, exclude, batches[0][0][:2])
     rows = forged_fx.sparsity(forged, (found.inputs(x) for x, _ in batches))
-    try:
-        output.show({"rows": rows.records(), **rows.more()}, str(rows), json)
-    finally:  # whoever reads what is printed may have enough
-        output.keep(rows, save, folder and folder / SPARSITY)
+    output.show_and_keep(rows, json, save, folder and folder / SPARSITY)

@@ -125,13 +125,13 @@ class Blocks:
 
         error, answer = attempt(mine) if self.processes.rank < len(team) else (None, b"")
         # What they are at goes along: of processes that went different ways, each answer would stand for another's.
-        at = json.dumps([(task.job.name, task.number) for task in team])
-        told = [
-            data.partition(b"\n")[::2] for data in self.processes.gather(at.encode() + b"\n" + answer, team[0].job.name)
-        ]
-        if apart := [there for there, _ in told if there != at.encode()]:
-            raise RuntimeError(f"the processes that share a run are at different work: {at}, and {apart[0].decode()}")
-        answers = [answer for _, answer in told[: len(team)]]
+        at = json.dumps([(task.job.name, task.number) for task in team]).encode()
+        told = [data.partition(b"\n") for data in self.processes.gather(at + b"\n" + answer, team[0].job.name)]
+        if apart := [there for there, _, _ in told if there != at]:
+            raise RuntimeError(
+                f"the processes that share a run are at different work: {at.decode()}, and {apart[0].decode()}"
+            )
+        answers = [answer for _, _, answer in told[: len(team)]]
         for task, answer in zip(team, answers, strict=True):
             if self.journal and task.job.fields and answer[:1] == b"+":
                 self.journal.keep(task.job.name, task.number, answer[1:])

@@ -15,7 +15,7 @@ from forged_fx.bpda import callers_gradient_off
 from forged_fx.capture import in_a_line
 from forged_fx.evaluate.threat import NORMS, Threat
 from forged_fx.memory import ran_out
-from forged_fx.models import device_of
+from forged_fx.models import device_of, dtype_of
 from forged_fx.modes import as_found
 from forged_fx.randomness import kept_randomness
 from forged_fx.stats import is_number
@@ -106,7 +106,7 @@ def ask(model: nn.Module, x: Tensor, who: str) -> Any:
     except (RuntimeError, AssertionError, ValueError, IndexError) as error:
         if ran_out(error):
             raise
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), x.dtype)
+        dtype = dtype_of(model, x.dtype)
         if dtype != x.dtype:
             raise TypeError(
                 f"the {who} has {dtype} weights and does not take {x.dtype} inputs ({in_a_line(error)}): pass "
