@@ -44,7 +44,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch._inductor.config as inductor
 from ahead import Job, ahead
@@ -58,7 +57,7 @@ from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
 import forged_fx
 from forged_fx.capture import in_a_line
 from forged_fx.thresholds import thresholds_of
-from forged_fx.throughput import interleave
+from forged_fx.throughput import interleave, relative
 from forged_fx.transform import forging_of
 
 COPY_BYTES = 2**28  # of the tensor whose copy is timed: more than any cache holds
@@ -319,12 +318,12 @@ def measure_model(name: str, dtype: torch.dtype, mode: Mode, args: argparse.Name
         )
         ran = {which: kernels(call) if args.device == "cuda" else [] for which, (_, call) in found.items()}
     base, ours = times["", "plain"], times["", "forged"]
-    low, ratio, high = np.quantile(base / ours, (0.25, 0.5, 0.75))
+    median, low, high = relative(base, ours)
     forged, _ = found["forged"]
     return {
         "plain_ms": 1e3 * base.min(),
         "forged_ms": 1e3 * ours.min(),
-        "ratio": ratio,
+        "ratio": median,
         "low": low,
         "high": high,
         **profiled(ran["plain"], ran["forged"]),

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 
 import forged_fx
 from forged_fx.observe import Observer
-from forged_fx.throughput import interleave
+from forged_fx.throughput import interleave, relative
 
 MODELS = (
     "torchvision:resnet18",
@@ -231,13 +231,13 @@ def measure(
             else:
                 seconds |= compile_time(model, forged, x, max(2, rounds // 5))
         for (mode, variant), taken in seconds.items():
-            low, ratio, high = np.quantile(seconds[mode, "plain"] / taken, (0.25, 0.5, 0.75))
-            missed = ratio < max(filter(None, AIMS.get((mode, variant), NO_AIM)), default=0)
+            median, low, high = relative(seconds[mode, "plain"], taken)
+            missed = median < max(filter(None, AIMS.get((mode, variant), NO_AIM)), default=0)
             known = missed and (mode, variant) in runs
             differences = where_time_goes.differences(runs[mode, "plain"], runs[mode, variant]) if known else []
             yield {
                 "model": name, "batch": batch, "dtype": dtype, "mode": mode, "variant": variant,
-                "ms": 1e3 * taken.min(), "ratio": ratio, "low": low, "high": high, "rounds": len(taken),
+                "ms": 1e3 * taken.min(), "ratio": median, "low": low, "high": high, "rounds": len(taken),
                 "differences": differences,
             }  # fmt: skip
 

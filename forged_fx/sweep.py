@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,7 +36,7 @@ from forged_fx.models import device_of, unwrapped
 from forged_fx.recorded import LIMIT, Recorded, answers, running, within
 from forged_fx.rows import Table, share
 from forged_fx.stats import Ends, Stats, is_number
-from forged_fx.throughput import interleave
+from forged_fx.throughput import interleave, relative
 from forged_fx.transform import select
 
 EXAMPLES, STATISTICS = "sweep.examples.safetensors", "sweep.stats.safetensors"  # a result may lie beside them
@@ -396,5 +395,4 @@ def _speeds(models: Mapping[str, nn.Module], x: Tensor, rounds: int) -> dict[str
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     calls = {("eager", name): functools.partial(unwrapped(one), batch) for name, one in models.items()}
     seconds = interleave(calls, rounds, wait)
-    shares = {name: seconds["eager", BASE] / seconds["eager", name] for name in models if name != BASE}
-    return {name: tuple(map(float, np.quantile(found, (0.5, 0.25, 0.75)))) for name, found in shares.items()}
+    return {name: relative(seconds["eager", BASE], seconds["eager", name]) for name in models if name != BASE}

@@ -60,7 +60,11 @@ def compare(
             variants[mode, name] = functools.partial(way(module), x)
     with torch.no_grad(), as_found(model, forged):
         seconds = interleave(variants, rounds, lambda: torch.cuda.synchronize() if x.is_cuda else None)
-    return [_speed(mode, seconds[mode, "plain"], seconds[mode, "forged"]) for mode in modes]
+    speeds = []
+    for mode in modes:
+        plain, ours = seconds[mode, "plain"], seconds[mode, "forged"]
+        speeds.append(Speed(mode, float(plain.min()), float(ours.min()), *relative(plain, ours)))
+    return speeds
 
 
 def text(speeds: Iterable[Speed]) -> str:
@@ -109,6 +113,10 @@ def _time(call: Callable[[], object], times: int, wait: Callable[[], object], cl
     return (clock() - began) / times
 
 
-def _speed(mode: str, plain: np.ndarray, forged: np.ndarray) -> Speed:
-    low, ratio, high = np.quantile(plain / forged, (0.25, 0.5, 0.75))
-    return Speed(mode, float(plain.min()), float(forged.min()), float(ratio), float(low), float(high))
+def relative(base: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
+    """(median, lower quartile, upper quartile) of the throughput of `other` as a share of the base's, of one round.
+
+    base, other: seconds per call in each round, as `interleave` returns them.
+    """
+    median, low, high = np.quantile(base / other, (0.5, 0.25, 0.75))
+    return float(median), float(low), float(high)
