@@ -179,6 +179,13 @@ def _segformer() -> Built:
     return model, (), {"pixel_values": torch.randn(2, 3, 64, 64)}
 
 
+def _poolformer() -> Built:
+    from transformers import PoolFormerConfig, PoolFormerForImageClassification
+
+    model = PoolFormerForImageClassification(PoolFormerConfig(hidden_sizes=[8, 16, 16, 32], depths=[1] * 4))
+    return model, (), {"pixel_values": torch.randn(2, 3, 64, 64)}
+
+
 HUGGING_FACE: dict[str, Callable[[], Built]] = {
     "bert": _bert,
     "gpt2": _gpt2,
@@ -191,6 +198,7 @@ HUGGING_FACE: dict[str, Callable[[], Built]] = {
     "wav2vec2": _wav2vec2,
     "dinov2": _dinov2,
     "segformer": _segformer,
+    "poolformer": _poolformer,
 }
 
 

@@ -22,7 +22,7 @@ from forged_fx.ops import THRESHOLD_OPS
 from forged_fx.randomness import kept_randomness, seed
 from forged_fx.sites import is_activation
 from forged_fx.thresholds import thresholds_of
-from forged_fx.torch_internals import TorchDispatchMode, tree_leaves
+from forged_fx.torch_internals import TorchDispatchMode, tree_leaves, tree_structure
 
 
 class AuditFailed(RuntimeError):
@@ -177,15 +177,18 @@ def _repeatably(run: Callable, args: tuple, kwargs: dict) -> Any:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Bit-for-bit equality of nested outputs."""
-    left, right = tree_leaves(a), tree_leaves(b)
-    return len(left) == len(right) and all(map(_same_leaf, left, right))
+    """Bit-for-bit equality of nested outputs, in containers of the same classes."""
+    return _throughout(_same_leaf, a, b)
 
 
 def alike(a: Any, b: Any) -> bool:
     """Equality of nested outputs within rounding: up to the root of the dtype's epsilon, as a share of the largest."""
+    return _throughout(_alike_leaf, a, b)
+
+
+def _throughout(holds: Callable[[Any, Any], bool], a: Any, b: Any) -> bool:
     left, right = tree_leaves(a), tree_leaves(b)
-    return len(left) == len(right) and all(map(_alike_leaf, left, right))
+    return tree_structure(a) == tree_structure(b) and all(map(holds, left, right))
 
 
 def _alike_leaf(a: Any, b: Any) -> bool:

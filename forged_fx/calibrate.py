@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedParameter
 
 from forged_fx import channels, checked, histogram, ops, torch_internals
 from forged_fx.capture import in_a_line
@@ -256,13 +255,10 @@ def _agree(processes: Processes, model: torch.nn.Module, batches: Iterable[Any],
     model's; or where a sharded model would wait for ever: its processes run every forward pass together."""
     if processes.size == 1:
         return
-    from forged_fx.evaluate import fingerprint, journal  # late: evaluate serves models of any make
+    from forged_fx.evaluate import journal  # late: evaluate serves models of any make
 
-    sharded = is_sharded(model)
-    made = ((n, p) for n, p in model.named_parameters() if not isinstance(p, UninitializedParameter))
-    weights = "sharded" if sharded else fingerprint.of_tensors(made)
-    journal.agree(processes, asked | {"architecture": fingerprint.of_architecture(model), "weights": weights})
-    if not sharded or not isinstance(batches, Sized):
+    journal.agree(processes, asked, {"the model": model})
+    if not is_sharded(model) or not isinstance(batches, Sized):
         return
     lengths = [int(length) for length in processes.gather(str(len(batches)).encode())]
     if len(set(lengths)) > 1:

@@ -10,6 +10,7 @@ import inspect
 import operator
 import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -32,7 +33,27 @@ class Untraceable(Exception):
     """A module that cannot become a graph without changing what it does; the message says why."""
 
 
-class _Buffer(fx.Proxy):
+class _Value(fx.Proxy):
+    """Stands for what only a run knows. torch.fx refuses most that code may ask of it; a set or a dictionary would take
+    it for something else than its value, and find nothing."""
+
+    def __getattr__(self, name: str) -> "_Attribute":
+        return _Attribute(self, name)
+
+    def __hash__(self) -> int:
+        self.tracer.asked = "looks a value up in a set or a dictionary"
+        raise TypeError("a set or a dictionary is asked for a value that only a run knows")
+
+    def __len__(self) -> int:
+        self.tracer.asked = "asks for a length"
+        return super().__len__()
+
+
+class _Attribute(fx.proxy.Attribute, _Value):
+    """Stands for an attribute of such a value: its shape, its dtype."""
+
+
+class _Buffer(_Value):
     """Stands for a buffer of the model's. How large it is is the model's own, and no run's."""
 
     def __init__(self, node: fx.Node, tracer: fx.Tracer, value: torch.Tensor) -> None:
@@ -66,6 +87,7 @@ class _SiteTracer(fx.Tracer):
     def __init__(self, opened: set[str]) -> None:
         super().__init__()
         self.opened = opened
+        self.asked: str | None = None  # what the forward does with a value; it may catch the error that this is
         functions = torch_internals.forwards_of_functions()
         self.refused = {
             torch_internals.CHECKPOINT: "checkpoints activations, which a graph would not do",
@@ -80,13 +102,38 @@ class _SiteTracer(fx.Tracer):
             owner, _, name = node.target.rpartition(".")
             if isinstance(value := self.root.get_submodule(owner)._buffers.get(name), torch.Tensor):
                 return _Buffer(node, self, value)
-        return super().proxy(node)
+        return _Value(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        self.asked = "decides by a value"
+        return super().to_bool(obj)
+
+    def iter(self, obj: fx.Proxy) -> Iterator:
+        self.asked = "goes through a value"
+        return super().iter(obj)
+
+    def create_arg(self, a: Any) -> Any:
+        if type(a) is OrderedDict:
+            return self.create_node("call_function", ordered, (self.create_arg(list(a.items())),), {})
+        if isinstance(a, dict | list) and type(a) not in _CONTAINERS:
+            raise Untraceable(f"its forward makes {type(a).__name__}, in the place of which a graph has no such class")
+        return super().create_arg(a)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if code := torch_internals.running(self.refused):
             raise Untraceable(f"its forward {self.refused[code]}")
         return super().create_node(*args, **kwargs)
 
+
+def ordered(items: list[tuple[Any, Any]]) -> Any:
+    """The OrderedDict that a forward makes of them; a graph calls this."""
+    for value in torch_internals.tree_leaves(items):
+        if isinstance(value, fx.Proxy):  # a graph is unpickled by tracing it again: the call is to stay one
+            return value.tracer.create_proxy("call_function", ordered, (items,), {})
+    return OrderedDict(items)
+
+
+_CONTAINERS = (dict, list, fx.immutable_collections.immutable_dict, fx.immutable_collections.immutable_list)
 
 # Looks at what `.half()` or `.to("cuda")` changes.
 _CAST = {getattr(torch.Tensor, name).__get__ for name in ("dtype", "device", "itemsize", "nbytes", "is_cuda")}
@@ -264,8 +311,9 @@ def _trace(model: torch.nn.Module, opened: set[str], given: set[str]) -> Traced:
     try:
         with kept_buffers(model) as written, kept_randomness() as drawn, _contexts_refused(), warnings.catch_warnings():
             warnings.filterwarnings("error", "Was not able to add assertion")
+            tracer = _SiteTracer(opened)
             with _NoValues(model):
-                graph = _SiteTracer(opened).trace(model, concrete_args=defaults or None)
+                graph = tracer.trace(model, concrete_args=defaults or None)
             drew = drawn()
     except Untraceable:
         raise
@@ -273,6 +321,8 @@ def _trace(model: torch.nn.Module, opened: set[str], given: set[str]) -> Traced:
         raise Untraceable(f"a graph cannot hold an argument to its default: {in_a_line(warning)}") from warning
     except Exception as error:  # tracing runs the user's code on proxies: anything can be raised from it
         raise Untraceable(f"torch.fx cannot trace {_what(model)}: {in_a_line(error)}") from error
+    if tracer.asked:
+        raise Untraceable(f"its forward {tracer.asked} that only a run knows, and catches the error")
     if drew:
         raise Untraceable("its forward draws random numbers, which a graph would hold as they fell once")
     if written:

@@ -163,6 +163,7 @@ def answers(model: nn.Module, x: Tensor, batch_size: int) -> list[float]:
 def running(
     kind: type[Recorded],
     call: Call,
+    model: nn.Module,
     *,
     seed: int,
     folder: str | os.PathLike[str] | None,
@@ -174,7 +175,7 @@ def running(
         checked.folder(folder, kind.NAME)
     with ExitStack() as stack:
         processes = stack.enter_context(joined(shard, kind.NAME))
-        agree(processes, call, folder="none" if folder is None else "given")
+        agree(processes, call, {"the model": model}, folder="none" if folder is None else "given")
         blocks, shown = Blocks(seed, processes), terminal.Progress(progress if processes.rank == 0 else False)
         journal = finished = None
         if folder is not None:

@@ -299,7 +299,7 @@ def search(
         "versions": {name: version(name) for name in ("forged_fx", "pyautoattack", "torch")},
     }
     folder = None if folder is None else Path(folder)
-    with running(Search, call, seed=seed, folder=folder, progress=progress, shard=shard) as run:
+    with running(Search, call, model, seed=seed, folder=folder, progress=progress, shard=shard) as run:
         if run.finished:
             return run.again(model, x, batch_size)
         with checks.at_peace({"model": model}), run.shown:

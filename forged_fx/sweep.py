@@ -272,7 +272,10 @@ def sweep(
         "stats": fingerprint.of_sites({name: stats.sites[name] for name in sites}),
         "versions": {name: version(name) for name in ("forged_fx", "pyautoattack", "torch")},
     }
-    with running(Sweep, call, seed=seed, folder=folder, progress=progress, shard=shard) as run, ExitStack() as stack:
+    with (
+        running(Sweep, call, model, seed=seed, folder=folder, progress=progress, shard=shard) as run,
+        ExitStack() as stack,
+    ):
         if run.finished:
             return run.again(model, x, batch_size)
         if folder is not None:

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import enum
+import pickle
 import re
 from collections import OrderedDict
 
@@ -12,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import forged_fx
+from forged_fx import audit
 
 
 class Mode(enum.Enum):
@@ -387,3 +389,91 @@ def test_what_a_forward_makes_of_the_models_tensors_is_made_in_each_run(kind):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     cast = forged_at_zero(other).bfloat16()
     assert torch.equal(cast(x.bfloat16()), copy.deepcopy(other).bfloat16()(x.bfloat16()))
+
+
+def looks_up(x):
+    return {6: 2.0}.get(x.shape[0], 1.0)
+
+
+def looks_in_a_set(x):
+    return 2.0 if x.shape[0] in {6} else 1.0
+
+
+def catches(ask):
+    def factor(x):
+        try:
+            return 2.0 if ask(x) else 1.0
+        except Exception:
+            return 1.0
+
+    return factor
+
+
+# what code may ask of a value, and how it may miss that torch.fx does not know
+ASKED = {
+    "a dictionary": looks_up,
+    "a set": looks_in_a_set,
+    "a truth, caught": catches(lambda x: x.max() > 2),
+    "a length, caught": catches(lambda x: len(x) == 6),
+    "its rows, caught": catches(lambda x: sum(row[0].abs() for row in x) > 1),
+    "a set, caught": catches(lambda x: x.shape[0] in {6}),
+}
+
+
+@pytest.mark.parametrize("asks", ASKED.values(), ids=ASKED)
+def test_what_a_forward_asks_of_its_input_is_asked_in_each_run(asks):
+    class Asks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.fc(x) * asks(x)
+
+    model, x = Asks().eval(), x_of()
+    stats = forged_fx.calibrate(model, [x[:3] / 100, x])  # an audit, of the first, sees nothing
+    forged = forged_fx.transform(model, stats, 0)
+    assert not is_whole(forged)
+    for one in (x, x / 100, -x, x[:3]):
+        assert torch.equal(forged(one), model(one))
+
+
+class Named(OrderedDict):
+    """A class of results, as libraries have them."""
+
+
+torch.utils._pytree.register_pytree_node(
+    Named, lambda d: (list(d.values()), list(d)), lambda values, keys: Named(zip(keys, values, strict=True))
+)
+
+
+class Returns(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.fc, self.kind = nn.Linear(4, 4), kind
+
+    def forward(self, x):
+        return [self.kind([("out", self.fc(x)), ("features", {"x": x})])]
+
+
+@pytest.mark.parametrize(("kind", "whole"), [(dict, True), (OrderedDict, True), (Named, False)])
+def test_results_are_in_containers_of_the_models_own(kind, whole, tmp_path):
+    model, x = Returns(kind).eval(), x_of()
+    stats = forged_fx.calibrate(model, [x])
+    stats.save(tmp_path / "stats.safetensors")
+    forged = forged_fx.transform(model, stats, 0)
+    with pytest.warns(UserWarning, match="without an audit"):
+        from_file = forged_fx.transform(model, tmp_path / "stats.safetensors", 0)
+    again = pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(forged))))
+    for one in (forged, from_file, again, copy.deepcopy(forged)):
+        (found,) = one(x)
+        assert is_whole(one) is whole and type(found) is kind and [*found] == ["out", "features"]
+        assert torch.equal(found["out"], model(x)[0]["out"])
+
+
+def test_an_audit_looks_at_the_containers_too():
+    x = x_of()
+    same = [{"a": x}, (x, [x])], [{"a": x}, (x, [x])]
+    assert audit.same(*same) and audit.alike(*same)
+    for a, b in (({"a": x}, OrderedDict(a=x)), ((x,), [x]), ({"a": x}, {"b": x}), ([x, [x]], [[x], x])):
+        assert not audit.same(a, b) and not audit.alike(a, b)

@@ -80,18 +80,33 @@ def test_processes_that_make_different_calls_are_told_so():
         call = {"models": {"a": 2, "b": 1}}
         other = json.dumps({**call, "folder": "given"} | there).encode()
         with pytest.raises(ValueError, match=r"folder is none in process 1|the order of models is b, a in process 1"):
-            agree(Two(lambda data, other=other: other), call, folder="given")
-    agree(Two(lambda data: data), call, folder="given")
+            agree(Two(lambda data, other=other: other), call, {}, folder="given")
+    agree(Two(lambda data: data), call, {}, folder="given")
 
 
 def test_a_scan_is_of_one_model():
-    model, other = nn.Sequential(nn.Linear(3, 3), nn.ReLU()), nn.Sequential(nn.Linear(3, 3), nn.SiLU())
-    other.load_state_dict(model.state_dict())
+    def made(activation):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), activation)
+
+    model, trained, trained_here = (made(nn.ReLU()) for _ in range(3))
+    model.register_buffer("sparse", torch.eye(3).to_sparse())
+    trained.load_state_dict({name: 1 + value for name, value in trained.state_dict().items()})
+    trained_here[1].running_mean += 1
     told = []
-    _agree(Two(lambda data: told.append(data) or data), model, [], where="linear+conv", channels=False)
-    for another, asked in ((other, {}), (nn.Sequential(nn.Linear(3, 3), nn.ReLU()), {}), (model, {"channels": True})):
-        with pytest.raises(ValueError, match=r"different calls: (architecture|weights|channels) is"):
+    others = {
+        "layers of the model": (made(nn.SiLU()), {}),
+        "parameters of the model": (trained, {}),
+        "buffers of the model": (trained_here, {}),
+        "channels": (model, {"channels": True}),
+    }
+    for name, (another, asked) in others.items():
+        another.register_buffer("sparse", torch.eye(3).to_sparse(), persistent=False)
+        told.clear()
+        _agree(Two(lambda data: told.append(data) or data), model, [], where="linear+conv", channels=False)
+        with pytest.raises(ValueError, match=f"{name} is") as raised:
             _agree(Two(lambda _: told[0]), another, [], **{"where": "linear+conv", "channels": False} | asked)
+        assert ("broadcast(buffer, 0)" in str(raised.value)) is (name == "buffers of the model")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
+from forged_fx.models import is_sharded
 from forged_fx.stats import SiteStats
 
 
@@ -19,7 +21,8 @@ def of_tensors(named: Iterable[tuple[str, Any]]) -> str:
     for name, value in named:
         if isinstance(value, Tensor):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            flat = value.detach().cpu().contiguous().reshape(-1)
+            dense = value.detach() if value.layout is torch.strided else value.detach().to_dense()
+            flat = dense.cpu().contiguous().reshape(-1)
             flat = flat.as_strided(flat.shape, (1,))  # one element alone may have any stride, and `view` asks for 1
             digest.update(flat.view(torch.uint8).numpy().data)
         else:
@@ -53,6 +56,17 @@ def of_model(model: nn.Module) -> str:
 def of_architecture(model: nn.Module) -> str:
     """Of its modules' names and classes: models of one state may have other layers."""
     return of_tensors((name, f"{type(m).__module__}.{type(m).__qualname__}") for name, m in model.named_modules())
+
+
+def of_parts(model: nn.Module) -> dict[str, str]:
+    """Of what makes two processes' models one: layers, parameters and buffers. (Of a sharded model each has a part.)"""
+    named = {"parameters": model.named_parameters(), "buffers": model.named_buffers()}
+    tensors = {
+        part: of_tensors((name, value) for name, value in found if not is_lazy(value))
+        for part, found in named.items()
+        if not is_sharded(model)
+    }
+    return {"layers": of_architecture(model)} | tensors
 
 
 def of_forging(model: nn.Module) -> str:

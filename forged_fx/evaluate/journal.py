@@ -12,7 +12,7 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import filelock  # torch needs it too
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from forged_fx import checked
 from forged_fx.evaluate import fingerprint
@@ -248,19 +248,33 @@ def check(there: Call, here: Call, folder: Path) -> None:
         )
 
 
-def agree(processes: Processes, call: Call, **more: Any) -> None:
-    """ValueError, with every difference, unless all processes make the same call. more: what it has besides."""
+def agree(processes: Processes, call: Call, models: Mapping[str, nn.Module], **more: Any) -> None:
+    """ValueError, with every difference, unless all processes make the same call, of the same models. more: what it has
+    besides."""
+    if processes.size == 1:
+        return
+    for name, model in models.items():
+        more |= {f"{part} of {name}": value for part, value in fingerprint.of_parts(model).items()}
     calls = [json.loads(data) for data in processes.gather(json.dumps(call | more).encode())]
     different = {
-        f"{name} is {mine} in process {rank}, {first} in process 0"
+        (name, f"{name} is {mine} in process {rank}, {first} in process 0")
         for rank, one in enumerate(calls)
         for name, first, mine in differences(calls[0], one)
     }
-    if different:
-        raise ValueError(
-            f"the processes that share a run make different calls: {'; '.join(sorted(different))} (shard=False keeps "
-            "each to itself)"
-        )
+    if not different:
+        return
+    parts = {name.partition(" of ")[0] for name, _ in different if name in more}
+    raise ValueError(
+        f"the processes that share a run make different calls: {'; '.join(sorted(said for _, said in different))} "
+        + (_OWN_BUFFERS if parts == {"buffers"} else "")
+        + "(shard=False keeps each to itself)"
+    )
+
+
+_OWN_BUFFERS = (
+    "(training leaves each process running statistics of its own: for buffer in model.buffers(): "
+    "torch.distributed.broadcast(buffer, 0) gives all those of process 0) "
+)
 
 
 def differences(there: Any, here: Any, name: str = "") -> Iterator[tuple[str, str, str]]:

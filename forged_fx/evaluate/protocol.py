@@ -159,8 +159,8 @@ def evaluate(
             "versions": versions,
         }
         whole = call(threat, **asked, model=subject.identity, base=rival and rival.identity)
-        layers = [fingerprint.of_architecture(one) for one in (model, base) if one is not None]
-        agree(processes, whole, folder="none" if folder is None else "given", layers=layers)
+        models = {"the model": model} | ({} if base is None else {"the base": base})
+        agree(processes, whole, models, folder="none" if folder is None else "given")
         command = list(sys.argv)
         if folder is not None:
             journal, finished = begin(folder, whole | {"command": command}, processes)
