@@ -8,6 +8,7 @@ makes it. So any Python model can be observed, control flow included, and nothin
 import contextlib
 import sys
 import types
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -82,8 +83,8 @@ class _Origins:
     def __init__(self, model: torch.nn.Module) -> None:
         self._known = WeakTensorKeyDictionary()  # of all but data
         self._ids: set[int] = set()  # of all that were ever there: most tensors were not, and that is seen at once
-        # id of all data. An id may be another tensor's later, but not one's that was there before the first run.
-        self._data: set[int] = set()
+        # By its id, all data. (An id may be another tensor's later: one's too that comes out of code that is not seen.)
+        self._data: dict[int, weakref.ref[Tensor]] = {}
         held = (v for module in model.modules() for v in (*module._buffers.values(), *vars(module).values()))
         self._models = {id(value): value for value in held if isinstance(value, Tensor)}
         self._written = [*self._models]  # which of them are not known for what they are when a run begins
@@ -100,9 +101,17 @@ class _Origins:
         if _is_parameter(value):
             return Origin.PARAMETER
         known = self._known.get(value) if id(value) in self._ids else None
-        if known is None:
-            return Origin.DATA if id(value) in self._data else Origin.UNKNOWN
-        return known
+        if known is not None:
+            return known
+        if self._is_data(value):
+            return Origin.DATA
+        if torch_internals.is_vmapped(value):  # torch.vmap made it, out of sight, of what it was given
+            return self.of(torch_internals.unwrapped_once(value))
+        return Origin.UNKNOWN
+
+    def _is_data(self, tensor: Tensor) -> bool:
+        found = self._data.get(id(tensor))
+        return found is not None and found() is tensor
 
     def mark(self, values: Iterable[Any], origin: Origin) -> None:
         for tensor in _tensors(values):
@@ -112,7 +121,7 @@ class _Origins:
                 self._ids.add(id(tensor))
                 self._known[tensor] = origin
                 continue
-            self._data.add(id(tensor))
+            self._data[id(tensor)] = weakref.ref(tensor)
             if id(tensor) in self._ids:
                 self._known.pop(tensor, None)
                 if id(tensor) in self._models:
@@ -122,8 +131,8 @@ class _Origins:
         """Join the origins of a call's inputs: they are its results', and that of what it writes to."""
         if args and type(args[0]) is type(result) is Tensor:
             first, made = id(args[0]), id(result)
-            if first in self._data and first not in self._ids and made not in self._ids:
-                self._data.add(made)  # most calls: data first, and data out of it
+            if first not in self._ids and made not in self._ids and self._is_data(args[0]):
+                self._data[made] = weakref.ref(result)  # most calls: data first, and data out of it
                 return
         tensors = _tensors((*args, *kwargs.values()))
         made_from = joined(*map(self.of, tensors))

@@ -25,7 +25,7 @@ import torch
 from forged_fx import checked
 from forged_fx.channels import PARTS, ChannelCounts
 from forged_fx.files import STATISTICS, STATS_KEY, whole
-from forged_fx.histogram import BINS, quantile, share_below
+from forged_fx.histogram import BINS, EDGES, quantile, share_below
 from forged_fx.sites import OTHER_CALL, OTHER_WEIGHT, call_of, has_input, is_activation, mark_of, module_of
 
 FORMAT = 1
@@ -489,6 +489,8 @@ def _check_site(name: str, site: SiteStats, modules: Mapping[str, Any]) -> None:
     where = f"site {checked.short(name)}"
     if site.zeros + int(site.histogram.sum()) != site.sampled or site.sampled > site.elements:
         raise ValueError(f"{where}: its counts do not agree")
+    if site.histogram.any() and EDGES[np.flatnonzero(site.histogram)[-1]] > site.c_max:
+        raise ValueError(f"{where}: its histogram counts values above its maximum, {site.c_max:g}")
     if site.left_out is not None:
         return
     if not has_input(site.kind, site.key):

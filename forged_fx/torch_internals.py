@@ -49,6 +49,7 @@ NAMES = {
     "torch._C._functorch.maybe_current_level": "tells whether torch.func transforms are at work",
     "torch._C._functorch.TransformType.Jvp": "tells forward-mode differentiation where Dynamo's graph began it",
     "torch._C._functorch.get_interpreter_stack": "lists the torch.func transforms at work",
+    "torch._C._functorch.get_unwrapped": "tells what torch.vmap was given from what it makes of it",
     "torch._C._functorch.is_functorch_wrapped_tensor": "tells tensors within torch.vmap, which cannot be measured",
     "torch._C._len_torch_dispatch_stack": "tells whether dispatch modes are at work",
     "torch._C._len_torch_function_stack": "tells whether function modes are at work",
@@ -607,6 +608,11 @@ def forward_of(graph: fx.Graph) -> Callable:
 def is_vmapped(x: Tensor) -> bool:
     """Whether the tensor is one that a torch.func transform has made for the function that it runs."""
     return torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def unwrapped_once(x: Tensor) -> Tensor:
+    """What a torch.func transform has made such a tensor of."""
+    return torch._C._functorch.get_unwrapped(x)
 
 
 def dispatched() -> bool:

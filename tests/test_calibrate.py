@@ -578,6 +578,44 @@ def test_what_cannot_be_measured_is_left_out_with_the_reason(call, why):
     assert [*thresholds_of(forged_fx.transform(model, stats, 0.5))] == ["first", "last"]
 
 
+class AsItIs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, w):
+        return w
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 0.1 * grad
+
+
+OUT_OF_SIGHT = {
+    "vmap": lambda x, w: torch.vmap(lambda part: F.linear(x, part))(w[None])[0],
+    "a function's result": lambda x, w: F.linear(x, AsItIs.apply(w)),
+    "numpy": lambda x, w: F.linear(x, torch.from_numpy(w.detach().numpy())),
+    "a copy": lambda x, w: F.linear(x, copy.deepcopy(w.detach())),
+    "a derivative": lambda x, w: F.linear(x, torch.func.grad(lambda v: (v * v).sum())(w)),
+}
+
+
+@pytest.mark.parametrize("product", OUT_OF_SIGHT.values(), ids=OUT_OF_SIGHT)
+def test_a_tensor_made_out_of_sight_is_not_taken_for_one_that_is_gone(product):
+    """It may have the id of one that was data."""
+
+    class Busy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.weight = nn.Linear(8, 8), nn.Parameter(torch.randn(5, 8))
+
+        def forward(self, x):
+            x = self.first(x)
+            gone = [x * i for i in range(200)]
+            del gone
+            return product(x, self.weight)
+
+    for _ in range(10):
+        assert [*forged_fx.calibrate(Busy(), [torch.randn(4, 8)]).sites] == ["first", "#0"]
+
+
 def test_float64_statistics_are_what_their_file_says(tmp_path):
     x = torch.tensor([[1.0, 1 + 2**-40], [-(2 + 2**-40), 0]], dtype=torch.float64)
     stats = forged_fx.calibrate(nn.Linear(2, 3).double(), [x])

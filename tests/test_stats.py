@@ -191,6 +191,7 @@ def _edit(path, tensors=None, header=None):
         (dict(tensors={"c_max": np.array([1, -1], np.float32)}), "negative or not finite"),
         (dict(tensors={"c_max": np.array([1, np.inf], np.float32)}), "negative or not finite"),
         (dict(tensors={"c_max": np.ones(3, np.float32)}), "shape"),
+        (dict(tensors={"c_max": np.full(2, 1e-3, np.float32), "lowest": np.zeros(2, np.float32)}), "above its maximum"),
         (dict(header={"sites": 7}), "is not a file of calibration statistics"),
         (dict(header={"sites": {"a": {}, "b": {}}}), "is not a file of calibration statistics"),
     ],
