@@ -34,19 +34,44 @@ class Untraceable(Exception):
 
 
 class _Value(fx.Proxy):
-    """Stands for what only a run knows. torch.fx refuses most that code may ask of it; a set or a dictionary would take
-    it for something else than its value, and find nothing."""
+    """Stands for what only a run knows. Code that asks for more is no graph, also where torch.fx has an answer (another
+    hash, other words than the value's) and where the code catches the error."""
 
     def __getattr__(self, name: str) -> "_Attribute":
         return _Attribute(self, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _OF_PROXIES:
+            self.tracer.asked = f"sets {name!r} of a value"  # of the proxy it would be, and nobody's in a run
+        super().__setattr__(name, value)
+
     def __hash__(self) -> int:
-        self.tracer.asked = "looks a value up in a set or a dictionary"
-        raise TypeError("a set or a dictionary is asked for a value that only a run knows")
+        return self._refuse("looks up, in a set or a dictionary, a value")
 
     def __len__(self) -> int:
-        self.tracer.asked = "asks for a length"
-        return super().__len__()
+        return self._refuse("asks for the length of a value")
+
+    def __index__(self) -> int:
+        return self._refuse("takes a number from a value")
+
+    def __str__(self) -> str:
+        self.tracer.asked = "puts into words a value"
+        return repr(self)
+
+    def __format__(self, _: str) -> str:  # for a message, in all likelihood: an assertion makes it in every run
+        return repr(self)
+
+    def __deepcopy__(self, _: dict) -> fx.Proxy:
+        return self._refuse("makes a deep copy of a value")
+
+    def _refuse(self, what: str) -> Any:
+        self.tracer.asked = what
+        raise TypeError(f"the forward {what} that only a run knows")
+
+    __int__ = __float__ = __complex__ = __round__ = __divmod__ = lambda self, *_: self.__index__()
+
+
+_OF_PROXIES = ("__dict__", "tracer", "node", "_node", "root", "attr", "value")
 
 
 class _Attribute(fx.proxy.Attribute, _Value):
@@ -232,8 +257,13 @@ def capture(model: torch.nn.Module, opened: set[str], given: set[str], contexts:
     kept = {id(tensor): name for name, module in twin.named_modules() if name not in opened for tensor in _kept(module)}
     if holder := next((kept[id(value)] for value in constants.values() if id(value) in kept), None):
         raise Untraceable(f"its forward reads a tensor that {holder!r} keeps, which a graph would hold as it is now")
+    for node in graph.find_nodes(op="get_attr"):
+        if node.target in constants:  # made anew in each run: what a caller does to it, no later run should see
+            with graph.inserting_after(node):
+                own = graph.call_method("clone", (node,))
+            node.replace_all_uses_with(own, delete_user_cb=lambda user, own=own: user is not own)
     for node in graph.find_nodes(op="placeholder"):
-        if node.target in given and node.args == (None,) and node.users:
+        if node.target in given and node.args == (None,):
             try:
                 without, _ = trace(copied(model, shared), False, grad, given=given - {node.target})
                 (same,) = without.find_nodes(op="placeholder", target=node.target)
@@ -322,7 +352,7 @@ def _trace(model: torch.nn.Module, opened: set[str], given: set[str]) -> Traced:
     except Exception as error:  # tracing runs the user's code on proxies: anything can be raised from it
         raise Untraceable(f"torch.fx cannot trace {_what(model)}: {in_a_line(error)}") from error
     if tracer.asked:
-        raise Untraceable(f"its forward {tracer.asked} that only a run knows, and catches the error")
+        raise Untraceable(f"its forward {tracer.asked} that only a run knows")
     if drew:
         raise Untraceable("its forward draws random numbers, which a graph would hold as they fell once")
     if written:

@@ -25,7 +25,6 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
-from torch.utils._pytree import tree_structure as tree_structure
 
 OLDEST = (2, 11)
 
@@ -65,7 +64,6 @@ NAMES = {
     "torch.nn.Module._wrapped_call_impl.__code__": "is that of a module that was compiled in place",
     "torch.utils._python_dispatch.TorchDispatchMode": "counts the thresholds that run",
     "torch.utils._pytree.tree_leaves": "lists the tensors in a model's arguments",
-    "torch.utils._pytree.tree_structure": "tells which containers hold a model's results",
     "torch.utils._pytree.tree_map": "maps the tensors in a model's arguments",
     # processes
     "torch.distributed.distributed_c10d._get_default_store": "is where processes find each other before they connect",

@@ -4,6 +4,7 @@ Process k writes what it saw to FOLDER/k.json. With a second argument, "kill", p
 (test_faults.py).
 """
 
+import copy
 import json
 import os
 import signal
@@ -72,9 +73,13 @@ if __name__ == "__main__":
     Failing.rank = rank
     seen["failed"] = fails(model, base, call | {"folder": folder / "failed"})
     Failing.rank = -1
-    seen["done"] = 0
     # the caller's own group, as data-parallel training has it
     torch.distributed.init_process_group("gloo")
+    wrapped = copy.deepcopy(base)
+    wrapped.register_buffer("sent_around", torch.zeros(1))  # ahead of each run: processes wait for each other
+    wrapped = torch.nn.parallel.DistributedDataParallel(wrapped)
+    seen["data parallel"] = digest(forged_fx.evaluate(model, wrapped, **call))
+    seen["done"] = 0
     seen["resumed"] = digest(forged_fx.evaluate(model, base, **call, folder=folder / "failed"))
     seen["finished"] = digest(forged_fx.evaluate(model, base, **call, folder=folder / "failed"))
     if rank == 1:  # not all of the processes

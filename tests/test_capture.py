@@ -2,10 +2,11 @@
 
 import contextlib
 import copy
+import dataclasses
 import enum
 import pickle
 import re
-from collections import OrderedDict
+from collections import OrderedDict, UserDict, namedtuple
 
 import pytest
 import torch
@@ -417,6 +418,11 @@ ASKED = {
     "a length, caught": catches(lambda x: len(x) == 6),
     "its rows, caught": catches(lambda x: sum(row[0].abs() for row in x) > 1),
     "a set, caught": catches(lambda x: x.shape[0] in {6}),
+    "a number, caught": catches(lambda x: int(x.shape[0]) == 6),
+    "a count, caught": catches(lambda x: sum(1 for _ in range(x.shape[0])) == 6),
+    "words": lambda x: 2.0 if str(x.shape[0]) == "6" else 1.0,
+    "a table of words": lambda x: {"torch.Size([6, 4])": 2.0}.get(str(x.shape), 1.0),
+    "a copy, caught": catches(lambda x: bool(copy.deepcopy(x).max() > 2)),
 }
 
 
@@ -477,3 +483,99 @@ def test_an_audit_looks_at_the_containers_too():
     assert audit.same(*same) and audit.alike(*same)
     for a, b in (({"a": x}, OrderedDict(a=x)), ((x,), [x]), ({"a": x}, {"b": x}), ([x, [x]], [[x], x])):
         assert not audit.same(a, b) and not audit.alike(a, b)
+
+
+def forward_of(kind):
+    """A model of one layer, whose forward that is."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pre, self.fc, self.kept = nn.Identity(), nn.Linear(4, 4), {}
+            self.pre.register_forward_hook(self.keep)
+
+        def keep(self, module, args, out):
+            self.kept["x"] = out
+
+        forward = kind
+
+    torch.manual_seed(0)
+    return Model().eval()
+
+
+def makes_a_class(self, x):
+    result = namedtuple("Result", ["a", "b"])
+    return result(self.fc(x), x)
+
+
+def makes_a_message(self, x):
+    torch._assert(x.shape[1] == 4, f"of shape {x.shape}")
+    return self.fc(x)
+
+
+@pytest.mark.parametrize("forward", [makes_a_class, makes_a_message])
+def test_what_is_the_same_in_each_run_is_a_graph(forward):
+    model, x = forward_of(forward), x_of()
+    forged = forged_at_zero(model)
+    assert is_whole(forged) and audit.same(forged(x), model(x))
+
+
+def reads_what_a_hook_kept(self, x):
+    return self.fc(self.pre(x)) + self.kept["x"]
+
+
+def makes_a_deep_copy(self, x):
+    return self.fc(copy.deepcopy(x))
+
+
+def sets_data(self, x):
+    self.fc.weight.data = self.fc.weight.data.clamp(-0.1, 0.1)
+    return self.fc(x)
+
+
+def prints(self, x):
+    print(x.shape)
+    return self.fc(x)
+
+
+@pytest.mark.parametrize("forward", [reads_what_a_hook_kept, makes_a_deep_copy, sets_data, prints])
+def test_what_is_another_in_each_run_is_no_graph(forward, capsys):
+    model = forward_of(forward)
+    forged = forged_at_zero(model)
+    assert not is_whole(forged)
+    with torch.no_grad():
+        for one in (model, forged):
+            one.fc.weight.copy_(torch.eye(4))
+    capsys.readouterr()
+    assert torch.equal(forged(x_of(2)), model(x_of(2)))
+    assert capsys.readouterr().out == "torch.Size([6, 4])\n" * 2 * (forward is prints)
+
+
+def test_what_a_caller_does_to_a_result_is_in_no_later_run():
+    model, x = forward_of(lambda self, x: (self.fc(x), torch.zeros(()), torch.zeros(()).to(x.device))), x_of()
+    forged = forged_at_zero(model)
+    assert is_whole(forged)
+    for _ in range(2):
+        y, *losses = forged(x)
+        assert losses == [0, 0]
+        for loss in losses:
+            loss += y.sum()
+
+
+def test_a_graph_asks_for_an_argument_of_which_it_was_asked_only_whether_it_is_there():
+    model, x = forward_of(lambda self, x, flag=None: self.fc(x) * (1 if flag is None else 2)), x_of()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [{"x": x, "flag": False}]), 0)
+    assert is_whole(forged) and torch.equal(forged(x, False), model(x, False))
+    with pytest.raises(AssertionError, match="calibration gave 'flag'"):
+        forged(x)
+
+
+@dataclasses.dataclass
+class Result:
+    out: torch.Tensor
+
+
+def test_an_audit_looks_into_what_pytorch_does_not_know():
+    x = x_of()
+    assert audit.same(Result(x), Result(x.clone())) and not audit.same(Result(x), Result(x + 1))
+    assert audit.same(UserDict(a=x), UserDict(a=x)) and not audit.same(UserDict(a=x), UserDict(a=-x))

@@ -48,6 +48,7 @@ def test_every_process_has_the_result_of_one(ran, alone):
     expected = json.loads(json.dumps(sharded.digest(alone)))
     assert first["result"] == second["result"] == expected
     assert second["alone"] == expected  # shard=False
+    assert first["data parallel"] == second["data parallel"] == expected
 
 
 def test_the_folder_is_that_of_one_process(ran, alone):

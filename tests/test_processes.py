@@ -91,6 +91,7 @@ def test_a_scan_is_of_one_model():
 
     model, trained, trained_here = (made(nn.ReLU()) for _ in range(3))
     model.register_buffer("sparse", torch.eye(3).to_sparse())
+    model.register_buffer("conjugate", torch.ones(2, dtype=torch.complex64).conj())
     trained.load_state_dict({name: 1 + value for name, value in trained.state_dict().items()})
     trained_here[1].running_mean += 1
     told = []
@@ -101,7 +102,9 @@ def test_a_scan_is_of_one_model():
         "channels": (model, {"channels": True}),
     }
     for name, (another, asked) in others.items():
-        another.register_buffer("sparse", torch.eye(3).to_sparse(), persistent=False)
+        another.register_buffer("sparse", torch.eye(3).to_sparse())
+        another.register_buffer("conjugate", torch.ones(2, dtype=torch.complex64).conj())
+        another.register_buffer("cache", torch.ones(len(name)), persistent=False)  # of its own runs
         told.clear()
         _agree(Two(lambda data: told.append(data) or data), model, [], where="linear+conv", channels=False)
         with pytest.raises(ValueError, match=f"{name} is") as raised:

@@ -22,7 +22,7 @@ def of_tensors(named: Iterable[tuple[str, Any]]) -> str:
         if isinstance(value, Tensor):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
             dense = value.detach() if value.layout is torch.strided else value.detach().to_dense()
-            flat = dense.cpu().contiguous().reshape(-1)
+            flat = dense.resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
             flat = flat.as_strided(flat.shape, (1,))  # one element alone may have any stride, and `view` asks for 1
             digest.update(flat.view(torch.uint8).numpy().data)
         else:
@@ -59,8 +59,13 @@ def of_architecture(model: nn.Module) -> str:
 
 
 def of_parts(model: nn.Module) -> dict[str, str]:
-    """Of what makes two processes' models one: layers, parameters and buffers. (Of a sharded model each has a part.)"""
-    named = {"parameters": model.named_parameters(), "buffers": model.named_buffers()}
+    """Of what makes two processes' models one: layers, parameters, and the buffers that are saved (others may be what a
+    process's own runs left). Of a sharded model each has a part."""
+    saved = model.state_dict().keys()
+    named = {
+        "parameters": model.named_parameters(),
+        "buffers": ((name, value) for name, value in model.named_buffers() if name in saved),
+    }
     tensors = {
         part: of_tensors((name, value) for name, value in found if not is_lazy(value))
         for part, found in named.items()

@@ -33,6 +33,7 @@ from forged_fx.evaluate.result import Result, Row
 from forged_fx.evaluate.terminal import Progress
 from forged_fx.extras import need
 from forged_fx.memory import at_half_the_batch
+from forged_fx.models import of_this_process
 from forged_fx.processes import joined
 
 NO_BASE = "there is no base to make its examples on"
@@ -116,8 +117,10 @@ def evaluate(
         ImportError: `pip install forged_fx[eval]`.
     """
     checks.module(model, "model")
+    model = of_this_process(model)
     if base is not None:
         checks.module(base, "base")
+        base = of_this_process(base)
     threat = checks.threat(eps, norm)
     x, y = checks.inputs(x, y)
     plan = choose(attacks)
