@@ -1,5 +1,7 @@
 """Two results side by side."""
 
+from types import SimpleNamespace
+
 import planted
 import pytest
 import torch
@@ -8,7 +10,8 @@ from planted import Hidden, inputs, linear
 import forged_fx
 from forged_fx.cli import main
 from forged_fx.digits import EPS, one_thread
-from forged_fx.evaluate.verdict import EXIT_CODES
+from forged_fx.evaluate.comparison import Comparison
+from forged_fx.evaluate.verdict import EXIT_CODES, FORBID
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +84,7 @@ def test_against_itself(runs):
     result = forged_fx.compare(runs / "plain", runs / "plain")
     assert result.flips == [] and result.paired().difference == 0 and result.paired().p == 1
     assert any("same model" in caution for caution in result.cautions)
+    assert not any("may have failed" in caution for caution in result.cautions)
     assert "not measurably different" in str(result)
 
 
@@ -132,3 +136,32 @@ def test_no_gain_over_what_was_attacked_otherwise_or_by_attacks_that_may_have_fa
     assert any("b by itself is judged masking" in one for one in found.cautions)
     masking.model.broken_by[:], masking.findings, masking.plan = -1, [], found.a.plan  # nothing else stands against it
     assert found.paired().direction == 1 and found.verdict == "cannot say"
+
+
+OTHERS = ["a finding that forbids a gain alone"]
+
+
+@pytest.mark.parametrize(
+    ("direction", "a", "b", "verdict"),
+    [
+        (1, {}, {}, "gain"),
+        (0, {}, {}, "no measurable gain"),
+        (-1, {}, {}, "loss"),
+        (1, {"doubts": OTHERS}, {}, "gain"),
+        (1, {}, {"doubts": OTHERS}, "cannot say"),
+        (1, {}, {"verdict": "masking"}, "cannot say"),
+        (1, {}, {"plan": "another"}, "cannot say"),
+        (0, {}, {"doubts": OTHERS, "plan": "another"}, "no measurable gain"),
+        (0, {}, {"doubts": [*OTHERS, next(iter(FORBID))]}, "cannot say"),
+        (0, {"doubts": [next(iter(FORBID))]}, {}, "no measurable gain"),
+        (-1, {"doubts": OTHERS}, {}, "cannot say"),
+        (-1, {}, {"doubts": OTHERS, "verdict": "masking"}, "loss"),
+        (-1, {}, {"doubts": [next(iter(FORBID))]}, "loss"),
+        (-1, {}, {"plan": "another"}, "cannot say"),
+    ],
+)
+def test_what_forbids_a_verdict(monkeypatch, direction, a, b, verdict):
+    usual = {"plan": "one", "doubts": [], "verdict": "no measurable gain"}
+    pair = SimpleNamespace(direction=direction, n=1000, high=0.0)
+    monkeypatch.setattr(Comparison, "paired", lambda self: pair)
+    assert Comparison(SimpleNamespace(**usual | a), SimpleNamespace(**usual | b), ("a", "b"), []).verdict == verdict

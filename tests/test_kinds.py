@@ -325,6 +325,9 @@ def test_smooth_surrogates(name):
     assert not torch.allclose(gradient(on, 1.0), gradient(on, 0), atol=1e-2)
     assert (gradient(on, 0.3)[gradient(on, 0) == 0] != 0).any()
     assert torch.equal(gradient(off, 0.3), torch.ones_like(x))
+    # a temperature is a share of the threshold: in other units the slope is the same
+    slope, parameters = surrogate.SLOPES[name], [torch.tensor(v) for v in on]
+    assert torch.equal(slope(8 * x, *(8 * p for p in parameters), 0.3), slope(x, *parameters, 0.3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
