@@ -148,8 +148,8 @@ def audit_at_work(
 def _first_taken(run: Callable, args: tuple, kwargs: dict, another: bool) -> tuple[tuple[tuple, dict], Any]:
     """The input of a run, and its result: `another` of the kind, or where that is an error, this one."""
     if another:
-        other = tree_map(_other, (args, kwargs))
         with contextlib.suppress(Exception):
+            other = tree_map(_other, (args, kwargs))
             return other, _repeatably(run, *other)
     return (args, kwargs), _repeatably(run, args, kwargs)
 
