@@ -160,6 +160,13 @@ def ordered(items: list[tuple[Any, Any]]) -> Any:
 
 _CONTAINERS = (dict, list, fx.immutable_collections.immutable_dict, fx.immutable_collections.immutable_list)
 
+
+class Retracer(fx.Tracer):
+    """What unpickling traces a graph's code with (`_SiteTracer` needs to be told what to open)."""
+
+    proxy_buffer_attributes = True
+
+
 # Looks at what `.half()` or `.to("cuda")` changes.
 _CAST = {getattr(torch.Tensor, name).__get__ for name in ("dtype", "device", "itemsize", "nbytes", "is_cuda")}
 
@@ -257,11 +264,6 @@ def capture(model: torch.nn.Module, opened: set[str], given: set[str], contexts:
     kept = {id(tensor): name for name, module in twin.named_modules() if name not in opened for tensor in _kept(module)}
     if holder := next((kept[id(value)] for value in constants.values() if id(value) in kept), None):
         raise Untraceable(f"its forward reads a tensor that {holder!r} keeps, which a graph would hold as it is now")
-    for node in graph.find_nodes(op="get_attr"):
-        if node.target in constants:  # made anew in each run: what a caller does to it, no later run should see
-            with graph.inserting_after(node):
-                own = graph.call_method("clone", (node,))
-            node.replace_all_uses_with(own, delete_user_cb=lambda user, own=own: user is not own)
     for node in graph.find_nodes(op="placeholder"):
         if node.target in given and node.args == (None,):
             try:
@@ -271,6 +273,11 @@ def capture(model: torch.nn.Module, opened: set[str], given: set[str], contexts:
                 without = None
             if without is None or _text(graph, node) != _text(without, same):
                 _require(node)
+    for node in graph.find_nodes(op="get_attr"):
+        if node.target in constants:  # made anew in each run: what a caller does to it, no later run should see
+            with graph.inserting_after(node):
+                own = graph.call_method("clone", (node,))
+            node.replace_all_uses_with(own, delete_user_cb=lambda user, own=own: user is not own)
     return traced
 
 
@@ -357,7 +364,7 @@ def _trace(model: torch.nn.Module, opened: set[str], given: set[str]) -> Traced:
         raise Untraceable("its forward draws random numbers, which a graph would hold as they fell once")
     if written:
         raise Untraceable(f"its forward writes into {written[0]!r}, which a graph would not do")
-    graph._tracer_cls = fx.Tracer  # what unpickling retraces with; ours needs to be told what to open
+    graph._tracer_cls = Retracer
     for node in graph.find_nodes(op="placeholder"):
         if (name := node.target.removesuffix("_1")) in defaults:
             node.target = name  # the tracer renames a parameter that it fixes; callers use its own name

@@ -388,6 +388,9 @@ def test_what_a_forward_makes_of_the_models_tensors_is_made_in_each_run(kind):
         for tensor in (*forged.parameters(), *forged.buffers()):
             tensor.zero_()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    pickled = pickle.loads(pickle.dumps(forged_at_zero(model)))
+    pickled.load_state_dict(other.state_dict())
+    assert torch.equal(pickled(x), other(x))
     cast = forged_at_zero(other).bfloat16()
     assert torch.equal(cast(x.bfloat16()), copy.deepcopy(other).bfloat16()(x.bfloat16()))
 
@@ -551,15 +554,25 @@ def test_what_is_another_in_each_run_is_no_graph(forward, capsys):
     assert capsys.readouterr().out == "torch.Size([6, 4])\n" * 2 * (forward is prints)
 
 
+class Losses(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.fc(x), torch.zeros(()), torch.zeros(()).to(x.device)
+
+
 def test_what_a_caller_does_to_a_result_is_in_no_later_run():
-    model, x = forward_of(lambda self, x: (self.fc(x), torch.zeros(()), torch.zeros(()).to(x.device))), x_of()
+    model, x = Losses().eval(), x_of()
     forged = forged_at_zero(model)
     assert is_whole(forged)
-    for _ in range(2):
-        y, *losses = forged(x)
-        assert losses == [0, 0]
-        for loss in losses:
-            loss += y.sum()
+    for one in (forged, pickle.loads(pickle.dumps(forged))):
+        for _ in range(2):
+            y, *losses = one(x)
+            assert losses == [0, 0]
+            for loss in losses:
+                loss += y.sum()
 
 
 def test_a_graph_asks_for_an_argument_of_which_it_was_asked_only_whether_it_is_there():
@@ -568,6 +581,12 @@ def test_a_graph_asks_for_an_argument_of_which_it_was_asked_only_whether_it_is_t
     assert is_whole(forged) and torch.equal(forged(x, False), model(x, False))
     with pytest.raises(AssertionError, match="calibration gave 'flag'"):
         forged(x)
+
+
+def test_a_graph_of_numbers_asks_for_no_argument_that_changes_nothing():
+    model, x = forward_of(lambda self, x, flag=None: self.fc(x * torch.tensor(2.0))), x_of()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [{"x": x, "flag": torch.ones(1)}]), 0)
+    assert is_whole(forged) and torch.equal(forged(x), model(x))
 
 
 @dataclasses.dataclass
