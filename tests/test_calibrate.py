@@ -750,3 +750,18 @@ def test_an_infinite_constant_is_no_input_of_a_site():
     stats = forged_fx.calibrate(model, [torch.randn(2, 3)])
     assert {name: site.left_out for name, site in stats.sites.items()} == {"fc": None, "#0": CONSTANT_INPUT}
     forged_fx.transform(model, stats)
+
+
+def test_one_parameter_among_the_weights_is_enough_and_a_layer_of_unseen_tensors_says_why_it_is_none():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(4, 4))
+            self.register_buffer("c", torch.randn(4, 4))
+            self.unseen = [torch.randn(3, 4), torch.randn(4, 4)]
+
+        def forward(self, x):
+            return torch.einsum("ij,jk,kl->il", x, self.w, self.c) + F.linear(*self.unseen)
+
+    sites = forged_fx.calibrate(Model(), [torch.randn(3, 4)]).sites
+    assert {name: site.left_out for name, site in sites.items()} == {"#0": None, "#1": FIXED_FILTER}

@@ -168,3 +168,23 @@ def test_data_parallel_gives_its_replicas_their_parameters(graph, monkeypatch):
     }  # fmt: skip
     one(x).sum().backward()
     assert forged.shift.grad.any()
+
+
+def test_a_checkpoint_that_lacks_a_forged_modules_own_buffer_is_refused():
+    """What it need not name are thresholds; and it is they that become float32, not a module's counter."""
+
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 4))
+            self.register_buffer("times", torch.tensor(3))
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight) * self.times
+
+    model, x = nn.Sequential(Counts()).eval(), torch.rand(5, 4)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0.1)
+    with pytest.raises(RuntimeError, match=r'Missing key.*\n?.*"0.times"'):
+        forged.load_state_dict({"0.weight": model[0].weight.detach()})
+    forged.load_state_dict(model.state_dict(), assign=True)
+    assert forged.get_buffer("0.times").dtype == torch.int64

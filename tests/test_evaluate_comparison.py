@@ -165,3 +165,14 @@ def test_what_forbids_a_verdict(monkeypatch, direction, a, b, verdict):
     pair = SimpleNamespace(direction=direction, n=1000, high=0.0)
     monkeypatch.setattr(Comparison, "paired", lambda self: pair)
     assert Comparison(SimpleNamespace(**usual | a), SimpleNamespace(**usual | b), ("a", "b"), []).verdict == verdict
+
+
+def test_a_figure_is_shown_where_both_have_rows_of_its_kind(case, runs):
+    base, call = case
+    with one_thread():
+        alone = planted.evaluate(base, **call)
+        thorough = planted.evaluate(base, **(call | {"attacks": ["apgd-ce", "noise"]}))
+    names = ["worst case", "true gradient and BPDA", "true gradient alone", "no attack"]
+    assert list(forged_fx.compare(runs / "plain", alone).figures) == names
+    assert list(forged_fx.compare(alone, runs / "plain").figures) == names
+    assert list(forged_fx.compare(thorough, thorough).figures) == names

@@ -312,3 +312,16 @@ def test_a_plain_model_hides_nothing(names, base, monkeypatch):
     result = evaluate(model, planted.linear(shape=(1, 8, 8)) if base else None, x=x, y=y, eps=EPS, attacks=names)
     assert sum(row.broken for row in result.model.rows if row.attack.startswith(names[-1])) >= 5
     assert result.verdict == "cannot say"
+
+
+def test_one_hot_rows_are_probabilities_and_rows_with_a_negative_entry_are_none():
+    name, mixed = "output is a probability", torch.tensor([[-0.4, 0.7, 0.7, *[0.0] * 7]])
+    assert verdict_of(name, logits=torch.eye(10).repeat(20, 1)).raised
+    assert not verdict_of(name, logits=mixed.repeat(200, 1)).raised
+
+
+def test_without_a_base_or_further_rows_nothing_is_said_of_them():
+    given = case()
+    del given.model.rows[5:]
+    for name, found_in in (("white box above transfer", replace(given, base=None)), ("attack unfinished", given)):
+        assert found(name, found_in).value is None

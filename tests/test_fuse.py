@@ -730,3 +730,14 @@ def test_an_eps_that_is_a_tensor(made: Callable) -> None:
     for network in (model, fused):
         network.get_submodule("0").eps = torch.tensor(0.5)
     assert ran(fused, x) == {"threshold": 1} and torch.equal(fused(x), model(x))
+
+
+@pytest.mark.parametrize("ahead", [nn.Identity, nn.Dropout])
+def test_what_writes_into_the_callers_input_still_does(ahead):
+    """A layer that passes its input on makes no tensor of its own for the step behind it to write into."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(ahead(), nn.ReLU(inplace=True), nn.Linear(4, 4)).eval(), torch.randn(3, 4)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x.clone()]), 0.1, fuse=True)
+    expected, given = x.clone(), x.clone()
+    model(expected), forged(given)
+    assert torch.equal(given, expected) and not torch.equal(given, x)

@@ -668,3 +668,12 @@ def test_sums_lose_nothing():
     for order in (terms, terms[::-1]):
         total = functools.reduce(ChannelCounts.merge, [counts[terms.index(term)] for term in order])
         assert math.fsum(total.sums[:, 0]) == math.fsum(terms) == 4.0 + 1e-30
+
+
+def test_a_smooth_surrogate_by_channel_has_each_channels_parameters():
+    x, mean, width = torch.randn(2, 3, 4, 5), torch.tensor([0.0, 0.5, -0.5]), torch.tensor([0.3, 0.6, 0.9])
+    leaf = x.clone().requires_grad_()
+    with surrogate.smooth(0.3):
+        FUNCTIONS["mean"].op(leaf, mean, width, -3).sum().backward()
+    for c in range(3):
+        torch.testing.assert_close(leaf.grad[:, c], surrogate.slope(x[:, c] - mean[c], width[c], 0.3))

@@ -448,3 +448,10 @@ def test_errors_and_intervals(x):
         forged_fx.lipschitz(model, forged, x[:0])
     low, high = interval(torch.randn(400, generator=torch.Generator().manual_seed(0)).numpy())
     assert low < 0 < high and high - low == pytest.approx(2 * 1.96 / math.sqrt(400), rel=0.15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_sites_of_models_in_another_dtype_are_measured(x, dtype):
+    model = linear(bias=1.0)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0.1).to(dtype)
+    assert forged_fx.lipschitz(model.to(dtype), forged, x.to(dtype), steps=1).not_seen == []

@@ -232,3 +232,10 @@ def test_places_sums_and_files(tmp_path):
 )
 def test_places_by_name(site, place):
     assert place_of(site, SiteStats("conv2d", None, (), None, (), layer=True)) == place
+
+
+def test_inputs_of_another_scale_are_noticed_below_0_too():
+    model, x = nn.Sequential(nn.Linear(4, 6)).eval(), torch.rand(50, 4)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]))
+    with pytest.warns(UserWarning, match="the first forged site is given values of up to 2"):
+        forged_fx.sparsity(forged, [-255 * x])

@@ -102,3 +102,19 @@ def test_models_are_timed_in_eval_mode_and_left_as_they_were():
 
 def test_the_table_holds_milliseconds():
     assert "12.000" in text([Speed("eager", 0.012, 0.013, 0.92, 0.9, 0.94)])
+
+
+def test_the_clock_stops_when_the_device_has_finished():
+    """What is asked of it is queued, and takes its time when it is waited for."""
+    now, queued = 0.0, 0
+
+    def call():
+        nonlocal queued
+        queued += 1
+
+    def wait():
+        nonlocal now, queued
+        now, queued = now + queued, 0
+
+    seconds = interleave({("eager", "plain"): call}, 3, wait, lambda: now)
+    assert (seconds["eager", "plain"] == 1).all()
