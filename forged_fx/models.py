@@ -59,13 +59,6 @@ def copied(model: torch.nn.Module, shared: Iterable[torch.Tensor] = (), own: Ite
 _HELD = ("_parameters", "_buffers", "_modules")
 
 
-def of_this_process(model: torch.nn.Module) -> torch.nn.Module:
-    """The model that DistributedDataParallel was given: it has processes wait for each other in every run."""
-    from torch.nn.parallel import DistributedDataParallel
-
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     """The model that torch.compile, DistributedDataParallel or DataParallel was given: they hide its calls or rename
     its modules, and do nothing that a pass without gradients needs.

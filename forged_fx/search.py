@@ -29,7 +29,7 @@ from forged_fx.evaluate.attacks import choose
 from forged_fx.evaluate.result import Result
 from forged_fx.evaluate.statistics import LEVEL, holm
 from forged_fx.evaluate.threat import Threat
-from forged_fx.models import device_of, of_this_process
+from forged_fx.models import device_of
 from forged_fx.recorded import LIMIT, Recorded, answers, running, within
 from forged_fx.rows import Table
 from forged_fx.stats import Stats, given_stats, is_number
@@ -256,8 +256,7 @@ def search(
             since the run in `folder` began.
         FileExistsError: `folder` holds the run of another call. BlockingIOError: another process works on it.
     """
-    checks.module(model, "model", "search forges")
-    model = of_this_process(model)
+    model = checks.module(model, "model", "search forges")
     stats = given_stats(stats, "search")
     seed, batch_size = checked.whole_number(seed, "seed"), checked.whole_number(batch_size, "batch_size", 1)
     budget, finalists = checked.whole_number(budget, "budget"), checked.whole_number(finalists, "finalists")

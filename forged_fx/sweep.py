@@ -32,7 +32,7 @@ from forged_fx.evaluate.verdict import VERDICTS
 from forged_fx.extras import need
 from forged_fx.files import whole
 from forged_fx.kinds import KINDS
-from forged_fx.models import device_of, of_this_process, unwrapped
+from forged_fx.models import device_of, unwrapped
 from forged_fx.recorded import LIMIT, Recorded, answers, running, within
 from forged_fx.rows import Table, share
 from forged_fx.stats import Ends, Stats, is_number
@@ -245,8 +245,7 @@ def sweep(
             changed since the run in `folder` began.
         FileExistsError: `folder` holds the run of another call. BlockingIOError: another process works on it.
     """
-    checks.module(model, "model", "sweep forges")
-    model = of_this_process(model)
+    model = checks.module(model, "model", "sweep forges")
     threat, (x, y), plan = checks.threat(eps, norm), checks.inputs(x, y), choose(attacks)
     seed, rounds = checked.whole_number(seed, "seed"), checked.whole_number(rounds, "rounds", 0)
     batch_size = checked.whole_number(batch_size, "batch_size", 1)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from forged_fx import checked
 from forged_fx.bpda import callers_gradient_off
@@ -33,9 +34,12 @@ def threat(eps: float, norm: str) -> Threat:
     return Threat(float(eps), norm)
 
 
-def module(model: object, who: str, does: str = "evaluate judges") -> None:
+def module(model: object, who: str, does: str = "evaluate judges") -> nn.Module:
+    """The module to run, or an error. DistributedDataParallel has processes wait for each other in every run: what it
+    was given, then."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"the {who} is {type(model).__name__}; {does} an nn.Module: wrap it in one")
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def inputs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -61,17 +61,18 @@ def of_architecture(model: nn.Module) -> str:
 def of_parts(model: nn.Module) -> dict[str, str]:
     """Of what makes two processes' models one: layers, parameters, and the buffers that are saved (others may be what a
     process's own runs left). Of a sharded model each has a part."""
+    layers = {"layers": of_architecture(model)}
+    if is_sharded(model):
+        return layers
     saved = model.state_dict().keys()
-    named = {
+    tensors = {
         "parameters": model.named_parameters(),
         "buffers": ((name, value) for name, value in model.named_buffers() if name in saved),
     }
-    tensors = {
-        part: of_tensors((name, value) for name, value in found if not is_lazy(value))
-        for part, found in named.items()
-        if not is_sharded(model)
+    return layers | {
+        part: of_tensors((name, value) for name, value in named if not is_lazy(value))
+        for part, named in tensors.items()
     }
-    return {"layers": of_architecture(model)} | tensors
 
 
 def of_forging(model: nn.Module) -> str:

@@ -33,7 +33,6 @@ from forged_fx.evaluate.result import Result, Row
 from forged_fx.evaluate.terminal import Progress
 from forged_fx.extras import need
 from forged_fx.memory import at_half_the_batch
-from forged_fx.models import of_this_process
 from forged_fx.processes import joined
 
 NO_BASE = "there is no base to make its examples on"
@@ -116,11 +115,8 @@ def evaluate(
         FileExistsError: `folder` holds the run of another call. BlockingIOError: another process works on it.
         ImportError: `pip install forged_fx[eval]`.
     """
-    checks.module(model, "model")
-    model = of_this_process(model)
-    if base is not None:
-        checks.module(base, "base")
-        base = of_this_process(base)
+    model = checks.module(model, "model")
+    base = None if base is None else checks.module(base, "base")
     threat = checks.threat(eps, norm)
     x, y = checks.inputs(x, y)
     plan = choose(attacks)
