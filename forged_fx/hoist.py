@@ -9,6 +9,11 @@ about, repeats them or fills in zeros: those of `MOVES`. Values and gradients st
 the kernel that computes its input and becomes a part of it, in the order in which that kernel writes. Behind a change
 of the memory layout it would be a kernel of its own, or a slow loop.
 
+And it never makes the larger of two values the smaller one, so it commutes with a maximum: max pools are passed, where
+something else reads what they pool and wants the same threshold, so that no raw value is left to write. (Else nothing
+is gained: behind a pool there are fewer values.) Its gradient does not commute with one, as of values that are all
+dropped the first is the largest; so not where anything asks which values were the largest, as a backward does.
+
 A threshold moves past an operation only where everything that reads the operation's input wants the same threshold:
 else the raw value would have to be written beside it. And it ends behind a kernel that Inductor generates, or where it
 was: behind a library's (a convolution, a matrix product, attention) it would be a kernel of its own either way, and the
@@ -82,7 +87,7 @@ MOVES: dict[Any, Callable[[fx.Node], bool]] = {
     aten.split.Tensor: _always,
     aten.split_with_sizes.default: _always,
     aten.unbind.int: _always,
-    operator.getitem: lambda node: node.args[0].target in MOVES,  # an item of a split
+    operator.getitem: _always,
 }
 
 # Of these moves, those that copy: a threshold behind one is a part of the copy.
@@ -118,6 +123,19 @@ def read_whole(node: fx.Node) -> list[fx.Node]:
     """Those of them that read all of it, and not a part that a split gives."""
     users = [user for user in node.users if user.target not in SPLITS]
     return [reader for user in users for reader in (read_whole(user) if user.target in VIEWS else [user])]
+
+
+def _may_be_passed(node: fx.Node) -> bool:
+    move = node.args[0] if node.target is operator.getitem else node  # an item of a split, or the values of a pool
+    if move.target in torch_internals.max_pools():
+        return _has_only_full_windows(move) and len(read_by(made_by(move.args[0]))) > 1
+    return move.target in MOVES and MOVES[move.target](move)
+
+
+def _has_only_full_windows(pool: fx.Node) -> bool:
+    """Whether there is a value in each, as there is but for small inputs of dilated pools: the others give -inf."""
+    dilation = pool.args[4] if len(pool.args) > 4 else ()
+    return all(statically_known_true(step == 1) for step in dilation)
 
 
 def hoist(graph: fx.Graph) -> None:
@@ -156,7 +174,7 @@ def _merge(graph: fx.Graph) -> None:
 
 def _demands(graph: fx.Graph) -> tuple[dict[fx.Node, Demand], set[fx.Node]]:
     """What all readers of a value want, for the values where they agree; and the moves that thresholds can pass."""
-    passable = {node for node in graph.nodes if node.target in MOVES and MOVES[node.target](node)}
+    passable = {node for node in graph.nodes if node.op == "call_function" and _may_be_passed(node)}
     while True:
         demands: dict[fx.Node, Demand] = {}
         for node in reversed(graph.nodes):

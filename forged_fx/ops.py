@@ -59,7 +59,8 @@ class Function:
     name: of its rule in kernels/reference.py, whose gradient is 0 where a value is dropped and 1 where it is kept.
     parameters: names of its tensors. channels: they have an element per channel, and an int `channel` behind them says
     along which dimension of x. cpu, cpu_backward: where there is better than the reference. moves: it does the same to
-    every element and leaves 0 as it is, so that passes may move it past whatever only moves elements about. told: its
+    every element, leaves 0 as it is and the larger of two values no smaller than the other, so that passes may move it
+    past whatever only moves elements about or takes their maximum. told: its
     backward comes to the same from its result as from x, since what is dropped becomes 0, which would be dropped too.
     """
 

@@ -92,6 +92,7 @@ NAMES = {
     "torch._inductor.config": "says whether Inductor rounds as eager mode does",
     "torch._inductor.custom_graph_pass.CustomGraphPass": "is the base of our pass over Inductor's graph",
     "torch._inductor.decomposition.select_decomp_table": "has what Inductor takes apart, fused operators of ours too",
+    "torch._inductor.inductor_prims._low_memory_max_pool_with_offsets": "is a max pool in Inductor's graphs",
     "torch._inductor.ir.FlexibleLayout": "is that of a tensor whose order in memory is not settled yet",
     "torch._inductor.ir.as_storage_and_layout": "settles the order of a tensor in memory",
     "torch._inductor.ir.get_stride_order": "tells the order of a tensor in memory by its strides",
@@ -579,6 +580,15 @@ def is_library_call(node: fx.Node) -> bool:
         return _LEFT_TO_PYTORCH[node.target](node)
     products = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
     return node.target in products or node.target in lowering.fallbacks or node.target not in lowering.lowerings
+
+
+@functools.cache
+def max_pools() -> frozenset[Callable]:
+    """Inductor's calls that give the largest values of windows, and where they are."""
+    from torch._inductor.inductor_prims import _low_memory_max_pool_with_offsets
+
+    pools = "max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool2d", "adaptive_max_pool3d"
+    return frozenset((_low_memory_max_pool_with_offsets, *(getattr(aten, pool).default for pool in pools)))
 
 
 def choosing(wrap: Callable[[Any], Any]) -> AbstractContextManager:

@@ -10,6 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import forged_fx
 from forged_fx.hoist import MOVES, RENAMINGS, hoist
 from forged_fx.in_place import THRESHOLD
+from forged_fx.ops import BY_OPERATOR, FUNCTIONS
 
 threshold = torch.ops.forged_fx.threshold
 X = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -21,6 +22,7 @@ def hoisted(f, *inputs):
     """The graph of f before and behind the pass: as functions, and how the latter's thresholds are fed and read."""
     gm = make_fx(f, tracing_mode="fake")(*inputs)
     before = make_fx(f)(*inputs)
+    gm.graph.eliminate_dead_code()  # as it comes from behind autograd: no one asks where a pool's values were
     hoist(gm.graph)
     gm.graph.lint()
     gm.recompile()
@@ -180,6 +182,69 @@ def test_branches_that_differ_are_not():
         before, after, places = hoisted(f, X, T, OTHER)
         assert all(same(a, b) for a, b in zip(before(X, T, OTHER), after(X, T, OTHER), strict=True))
         assert "aten.relu.default" not in [producer for producer, _ in places], after.code
+
+
+POOLS = {
+    "3": lambda x: F.max_pool2d(x, 3, 1, 1),
+    "over the edge": lambda x: F.max_pool2d(x, 3, 2, ceil_mode=True),
+    "wide": lambda x: F.max_pool2d(x, 5, 1, 2),
+    "of rows": lambda x: F.max_pool1d(x.flatten(0, 1), 2),
+    "of volumes": lambda x: F.max_pool3d(x, 2),
+    "adaptive": lambda x: F.adaptive_max_pool2d(x, 4),
+}
+
+
+@pytest.mark.parametrize("name", [name for name, f in FUNCTIONS.items() if f.moves])
+@pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
+def test_a_max_pool_reads_what_a_layer_reads_thresholded(pool, name):
+    f = FUNCTIONS[name]
+    parameters = (OTHER, torch.tensor(1.0))[: len(f.parameters)]
+    x = X.clone()
+    x[1, :, :2, :3] = torch.tensor([float("inf"), float("-inf"), 0.25])
+
+    def beside(x, *parameters):
+        x = x.neg()
+        return f.op(x, *parameters).sin(), f.op(pool(x), *parameters).cos()
+
+    before, after, _ = hoisted(beside, x, *parameters)
+    assert all(same(a, b) for a, b in zip(before(x, *parameters), after(x, *parameters), strict=True))
+    (node,) = [node for node in after.graph.nodes if node.target in BY_OPERATOR]
+    assert node.args[0].target is torch.ops.aten.neg.default, after.code
+
+
+def test_a_max_pool_is_not_passed_where_that_is_not_exact_or_gains_nothing():
+    pool = torch.ops.aten.max_pool2d_with_indices
+
+    def raw(x, t, u):
+        x = x.relu()
+        return threshold(x, t).sin(), threshold(F.max_pool2d(x, 2), t).cos(), x.tan()
+
+    def another(x, t, u):
+        x = x.relu()
+        return threshold(x, t).sin(), threshold(F.max_pool2d(x, 2), u).cos()
+
+    def which_ones(x, t, u):  # as a backward asks: of values that are all dropped, the first is the largest
+        x = x.relu()
+        y, indices = pool(x, [2, 2])
+        return threshold(x, t).sin(), threshold(y, t).cos(), indices
+
+    def which_ones_alone(x, t, u):
+        x = x.relu()
+        return threshold(x, t).sin(), pool(x, [2, 2])[1]
+
+    def dilated(x, t, u):  # a window without a value gives -inf, which some kinds would drop
+        x = x.relu()
+        return threshold(x, t).sin(), threshold(pool(x, [2, 2], [1, 1], [1, 1], [2, 2])[0], t).cos()
+
+    def averaged(x, t, u):
+        x = x.relu()
+        return threshold(x, t).sin(), threshold(F.avg_pool2d(x, 2), t).cos()
+
+    for f in (raw, another, which_ones, which_ones_alone, dilated, averaged):
+        before, after, _ = hoisted(f, X, T, OTHER)
+        assert all(same(a, b) for a, b in zip(before(X, T, OTHER), after(X, T, OTHER), strict=True))
+        behind = [user.target for node in after.graph.nodes if node.target is THRESHOLD for user in node.users]
+        assert not any("pool" in str(target) for target in behind), f.__name__
 
 
 def test_a_result_is_computed_once():

@@ -206,6 +206,16 @@ def test_the_gradient_is_the_slope(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", [name for name, f in FUNCTIONS.items() if f.moves])
+def test_what_moves_commutes_with_a_maximum(name: str, dtype: torch.dtype) -> None:
+    """It never makes the larger of two values the smaller one."""
+    f = FUNCTIONS[name]
+    x = torch.cat([torch.linspace(-3, 3, 1001), torch.tensor([float("-inf"), float("inf")])]).to(dtype).sort().values
+    y = f.op(x, *(torch.tensor(value) for value in (0.3, 1.1)[: len(f.parameters)]))
+    assert torch.equal(y, y.cummax(0).values) and not torch.equal(y, x)
+
+
 @NEW
 def test_vmap(name: str) -> None:
     f, args = op(name), ARGS[name]
