@@ -99,3 +99,26 @@ def is_sharded(model: torch.nn.Module) -> bool:
     from torch.distributed.fsdp import FSDPModule
 
     return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def has_parts_elsewhere(model: torch.nn.Module) -> bool:
+    """Whether other processes hold a part of it: it is sharded, in whichever way, or its tensors are."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    sharded = any(isinstance(module, FullyShardedDataParallel) for module in model.modules()) or is_sharded(model)
+    return sharded or any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def waits_for_others(model: torch.nn.Module) -> bool:
+    """Whether a run of it is a run in all processes, since something within is in DistributedDataParallel."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (
+        several
+        and torch.distributed.get_world_size() > 1
+        and any(isinstance(module, DistributedDataParallel) for module in model.modules())
+    )

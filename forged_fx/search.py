@@ -256,7 +256,7 @@ def search(
             since the run in `folder` began.
         FileExistsError: `folder` holds the run of another call. BlockingIOError: another process works on it.
     """
-    model = checks.module(model, "model", "search forges")
+    model = checks.attacked(model, "model", "search forges")
     stats = given_stats(stats, "search")
     seed, batch_size = checked.whole_number(seed, "seed"), checked.whole_number(batch_size, "batch_size", 1)
     budget, finalists = checked.whole_number(budget, "budget"), checked.whole_number(finalists, "finalists")

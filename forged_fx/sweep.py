@@ -245,7 +245,7 @@ def sweep(
             changed since the run in `folder` began.
         FileExistsError: `folder` holds the run of another call. BlockingIOError: another process works on it.
     """
-    model = checks.module(model, "model", "sweep forges")
+    model = checks.attacked(model, "model", "sweep forges")
     threat, (x, y), plan = checks.threat(eps, norm), checks.inputs(x, y), choose(attacks)
     seed, rounds = checked.whole_number(seed, "seed"), checked.whole_number(rounds, "rounds", 0)
     batch_size = checked.whole_number(batch_size, "batch_size", 1)

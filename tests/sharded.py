@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from killed import hurry
 from planted import Hidden, inputs, linear, straight_through
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 import forged_fx
 from forged_fx.evaluate import blocks, fingerprint
@@ -79,6 +80,13 @@ if __name__ == "__main__":
     wrapped.register_buffer("sent_around", torch.zeros(1))  # ahead of each run: processes wait for each other
     wrapped = torch.nn.parallel.DistributedDataParallel(wrapped)
     seen["data parallel"] = digest(forged_fx.evaluate(model, wrapped, **call))
+    compiled = torch.compile(torch.nn.Sequential(wrapped))  # (each would wait for the other for ever)
+    seen["within"] = fails(model, compiled, call)
+    torch.distributed.fsdp.fully_shard(sharded := copy.deepcopy(base))
+    seen["sharded"] = fails(sharded, base, call)
+    whole = {"options": StateDictOptions(full_state_dict=True)}
+    (gathered := copy.deepcopy(base)).load_state_dict(get_model_state_dict(sharded, **whole))
+    seen["gathered"] = digest(forged_fx.evaluate(model, gathered, **call))
     seen["done"] = 0
     seen["resumed"] = digest(forged_fx.evaluate(model, base, **call, folder=folder / "failed"))
     seen["finished"] = digest(forged_fx.evaluate(model, base, **call, folder=folder / "failed"))

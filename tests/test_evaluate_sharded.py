@@ -90,6 +90,15 @@ def test_a_failure_in_one_process_is_raised_in_all_and_what_was_done_is_kept(ran
     assert first["done"] < first["blocks"]
 
 
+def test_models_that_processes_run_together_are_refused_with_the_next_step(ran):
+    for seen in ran[1:3]:
+        assert seen["gathered"] == seen["data parallel"]
+        name, text = seen["within"]
+        assert name == "ValueError" and "within the base is DistributedDataParallel" in text and ".module" in text
+        name, text = seen["sharded"]
+        assert name == "ValueError" and "the model is sharded" in text and "full_state_dict=True" in text
+
+
 def test_errors_travel_as_text():
     assert result(attempt(lambda: b"x")[1], "process 1") == b"x"
     for error, kind, words in (

@@ -16,7 +16,7 @@ from forged_fx.bpda import callers_gradient_off
 from forged_fx.capture import in_a_line
 from forged_fx.evaluate.threat import NORMS, Threat
 from forged_fx.memory import ran_out
-from forged_fx.models import device_of, dtype_of
+from forged_fx.models import device_of, dtype_of, has_parts_elsewhere, waits_for_others
 from forged_fx.modes import as_found
 from forged_fx.randomness import kept_randomness
 from forged_fx.stats import is_number
@@ -40,6 +40,23 @@ def module(model: object, who: str, does: str = "evaluate judges") -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"the {who} is {type(model).__name__}; {does} an nn.Module: wrap it in one")
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def attacked(model: object, who: str, does: str = "evaluate judges") -> nn.Module:
+    """`module`, or an error for one that several processes run together, as each attacks other inputs."""
+    model = module(model, who, does)
+    if has_parts_elsewhere(model):
+        raise ValueError(
+            f"the {who} is sharded over processes, which would have to run it together, and each attacks other inputs: "
+            "pass a model that has all of its weights, such as what torch.distributed.checkpoint.state_dict."
+            "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) gives can be loaded into"
+        )
+    if waits_for_others(model):
+        raise ValueError(
+            f"within the {who} is DistributedDataParallel, which has processes wait for each other in every run, and "
+            "each attacks other inputs: put what it was given, its .module, in its place (and compile that)"
+        )
+    return model
 
 
 def inputs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

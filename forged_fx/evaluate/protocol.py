@@ -115,8 +115,8 @@ def evaluate(
         FileExistsError: `folder` holds the run of another call. BlockingIOError: another process works on it.
         ImportError: `pip install forged_fx[eval]`.
     """
-    model = checks.module(model, "model")
-    base = None if base is None else checks.module(base, "base")
+    model = checks.attacked(model, "model")
+    base = None if base is None else checks.attacked(base, "base")
     threat = checks.threat(eps, norm)
     x, y = checks.inputs(x, y)
     plan = choose(attacks)

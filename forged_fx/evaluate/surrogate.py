@@ -21,36 +21,36 @@ TEMPERATURES = (1.0, 0.3, 0.1)
 
 
 def slope(x: Tensor, t: Tensor, temperature: float) -> Tensor:
-    """d/dx of x * sigmoid((|x| - t) / (temperature * t)), in x's shape and dtype; 1 where t is 0: nothing is cut."""
-    return _gated(x, x.abs(), t, temperature)
+    """d/dx of x * sigmoid((|x| - t) / (temperature * t)), in x's shape; 1 where t is 0: nothing is cut."""
+    return _gated(x.abs(), t, temperature)
 
 
-def _gated(x: Tensor, magnitude: Tensor, t: Tensor, temperature: float) -> Tensor:
+def _gated(magnitude: Tensor, t: Tensor, temperature: float) -> Tensor:
     """d/dx of x * sigmoid((magnitude - t) / (temperature * t)), where the magnitude is |x|, or x itself."""
-    width = (temperature * t).to(x.dtype)
+    width = temperature * t
     gate = torch.sigmoid((magnitude - t) / width)
-    return torch.where(t > 0, gate + magnitude / width * gate * (1 - gate), 1).to(x.dtype)
+    return torch.where(t > 0, gate + magnitude / width * gate * (1 - gate), 1)
 
 
-def _opening(x: Tensor, magnitude: Tensor, t: Tensor, temperature: float) -> Tensor:
+def _opening(magnitude: Tensor, t: Tensor, temperature: float) -> Tensor:
     """A slope that rises from 0 below t to 1 above: of a function that is shifted by t rather than cut there."""
-    return torch.where(t > 0, torch.sigmoid((magnitude - t) / (temperature * t)), 1).to(x.dtype)
+    return torch.where(t > 0, torch.sigmoid((magnitude - t) / (temperature * t)), 1)
 
 
 def _closing(x: Tensor, limit: Tensor, temperature: float) -> Tensor:
     """A slope that falls from 1 below the limit to 0 above."""
-    return torch.where(limit < torch.inf, torch.sigmoid((limit - x.abs()) / (temperature * limit)), 1).to(x.dtype)
+    return torch.where(limit < torch.inf, torch.sigmoid((limit - x.abs()) / (temperature * limit)), 1)
 
 
 # Function of forged_fx/ops.py -> the slope of its smooth surrogate, from x, its parameters and the temperature.
 SLOPES: dict[str, Callable[..., Tensor]] = {
     "threshold": slope,
-    "one_sided": lambda x, t, temperature: _gated(x, x, t, temperature),
-    "shifted": lambda x, t, temperature: _opening(x, x, t, temperature),
-    "soft": lambda x, t, temperature: _opening(x, x.abs(), t, temperature),
+    "one_sided": _gated,
+    "shifted": _opening,
+    "soft": lambda x, t, temperature: _opening(x.abs(), t, temperature),
     "clamp": _closing,
     "band": lambda x, t, limit, temperature: slope(x, t, temperature) * _closing(x, limit, temperature),
-    "mean": lambda x, mean, width, temperature: slope(x - mean, width, temperature).to(x.dtype),
+    "mean": lambda x, mean, width, temperature: slope(x - mean, width, temperature),
 }
 
 
