@@ -378,6 +378,7 @@ X, Y = inputs(4), torch.tensor([0, 1, 2, 3])
         ({"x": X[:0], "y": Y[:0]}, ValueError, "batch of inputs"),
         ({"y": Y[:3]}, ValueError, "one class index per input"),
         ({"y": torch.eye(10)[:4]}, ValueError, "one class index per input"),
+        ({"y": Y > 0}, TypeError, "y is torch.bool; expected class indices"),
         ({"y": Y.float()}, TypeError, "int64"),
         ({"y": Y + 7}, ValueError, "10 classes"),
         ({"y": Y - 1}, ValueError, "10 classes"),

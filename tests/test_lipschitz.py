@@ -1,5 +1,6 @@
 """lipschitz against closed forms: linear networks, orthogonal convolutions, and a jump that no derivative sees."""
 
+import contextlib
 import csv
 import json
 import math
@@ -18,6 +19,7 @@ from forged_fx.lipschitz import (
     SPECTRAL,
     STEP,
     Lipschitz,
+    _climb,
     interval,
     jacobian_norms,
 )  # fmt: skip
@@ -361,6 +363,22 @@ class Jumps(nn.Module):
 
     def forward(self, x):
         return self.layers(x)
+
+
+@pytest.mark.parametrize("boxed", [False, True])
+def test_steps_climb_on_their_own_side_of_a_kink(boxed):
+    """The function rises with the sum of all pixels from where it begins, and is flat below."""
+
+    class Kink(nn.Module):
+        def forward(self, x):
+            return (x - 0.875).flatten(1).sum(1, keepdim=True).relu()
+
+    x, radius = torch.full((32, 4), 0.875), 0.25
+    start, best = _climb(Kink(), x, radius, 20, 0, boxed, contextlib.nullcontext)
+    rises = start.sum(1) > 0
+    assert rises.any() and not rises.all()
+    assert (best[rises] == (0.125 if boxed else 0.25)).all()  # as much for each as there is room for
+    assert torch.equal(best[~rises], start[~rises])
 
 
 def test_where_the_plain_model_is_flat_a_jump_is_infinitely_larger(tmp_path):
