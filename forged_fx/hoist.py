@@ -10,9 +10,9 @@ the kernel that computes its input and becomes a part of it, in the order in whi
 of the memory layout it would be a kernel of its own, or a slow loop.
 
 And it never makes the larger of two values the smaller one, so it commutes with a maximum: max pools are passed, where
-something else reads what they pool and wants the same threshold, so that no raw value is left to write. (Else nothing
-is gained: behind a pool there are fewer values.) Its gradient does not commute with one, as of values that are all
-dropped the first is the largest; so not where anything asks which values were the largest, as a backward does.
+something else reads what they pool and wants the same threshold, as where a value and its pools are joined. (Else
+nothing is gained: behind a pool there are fewer values.) Its gradient does not commute with one, as of values that are
+all dropped the first is the largest; so not where anything asks which values were the largest, as a backward does.
 
 A threshold moves past an operation only where everything that reads the operation's input wants the same threshold:
 else the raw value would have to be written beside it. And it ends behind a kernel that Inductor generates, or where it
@@ -128,7 +128,7 @@ def read_whole(node: fx.Node) -> list[fx.Node]:
 def _may_be_passed(node: fx.Node) -> bool:
     move = node.args[0] if node.target is operator.getitem else node  # an item of a split, or the values of a pool
     if move.target in torch_internals.max_pools():
-        return _has_only_full_windows(move) and len(read_by(made_by(move.args[0]))) > 1
+        return _has_only_full_windows(move) and len(move.args[0].users) > 1
     return move.target in MOVES and MOVES[move.target](move)
 
 

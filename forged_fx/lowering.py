@@ -44,8 +44,6 @@ def _forward(f: Function, in_eager_mode: Callable, x: Any, *arguments: Any) -> A
     if offered or (meta.get("raw") and _has_several_sources(x)):
         _write(x)
     result = _pointwise(f, x, arguments, lambda index, *three: inductor().ops.where(*three))
-    if any(reader.target in torch_internals.max_pools() for reader in read_by(graph.current_node)):
-        result.realize()  # once, and not for each window that a value is in
     if not offered:
         return result
     result.realize()

@@ -169,12 +169,7 @@ READERS = {
     "a gate": (lambda m, h: m.a(h) * h.sigmoid(), {"a": WRITE}),
     "behind a library's call": (lambda m, h: m.a(h) + m.b(h.mean((2, 3), keepdim=True)) * h, {"a": WRITE, "b": FREE}),
     "pooled by the mean": (lambda m, h: m.a(h) + m.b(F.avg_pool2d(h, 3, 1, 1)), {"a": WRITE, "b": FREE}),
-    "pooled by max": (lambda m, h: m.a(h).mean() + m.b(F.max_pool2d(h, 2)), {"a": FREE, "b": FREE}),
-    "pooled by max alone": (lambda m, h: m.a(h) + F.max_pool2d(h, 3, 1, 1), {"a": WRITE}),
-    "pooled by max, and raw": (
-        lambda m, h: m.a(h).mean() + m.b(F.max_pool2d(h, 2)) * h.mean(),
-        {"a": WRITE, "b": FREE},
-    ),
+    "pooled by max": (lambda m, h: m.a(h).mean() + m.b(F.max_pool2d(h, 2)), {"a": WRITE, "b": FREE}),
     "one that is written": (cosine, {"a": FREE, "b": WRITE}),
     "a mean": (lambda m, h: m.a(h) + h.mean(), {"a": FREE}),
     "a mean by itself": (lambda m, h: (m.a(h), h.mean((2, 3))), {"a": FREE}),

@@ -188,7 +188,6 @@ POOLS = {
     "3": lambda x: F.max_pool2d(x, 3, 1, 1),
     "over the edge": lambda x: F.max_pool2d(x, 3, 2, ceil_mode=True),
     "wide": lambda x: F.max_pool2d(x, 5, 1, 2),
-    "of rows": lambda x: F.max_pool1d(x.flatten(0, 1), 2),
     "of volumes": lambda x: F.max_pool3d(x, 2),
     "adaptive": lambda x: F.adaptive_max_pool2d(x, 4),
 }
@@ -210,6 +209,17 @@ def test_a_max_pool_reads_what_a_layer_reads_thresholded(pool, name):
     assert all(same(a, b) for a, b in zip(before(x, *parameters), after(x, *parameters), strict=True))
     (node,) = [node for node in after.graph.nodes if node.target in BY_OPERATOR]
     assert node.args[0].target is torch.ops.aten.neg.default, after.code
+
+
+def test_a_value_joined_with_its_max_pools_is_thresholded_once():
+    def joined(x, t):
+        x = x.neg()
+        y = F.max_pool2d(x, 3, 1, 1)
+        return threshold(torch.cat([x, y, F.max_pool2d(y, 3, 1, 1)], 1), t).sin()
+
+    before, after, places = hoisted(joined, X, T)
+    assert same(before(X, T), after(X, T))
+    assert [producer for producer, _ in places] == ["aten.neg.default"], after.code
 
 
 def test_a_max_pool_is_not_passed_where_that_is_not_exact_or_gains_nothing():
@@ -236,11 +246,15 @@ def test_a_max_pool_is_not_passed_where_that_is_not_exact_or_gains_nothing():
         x = x.relu()
         return threshold(x, t).sin(), threshold(pool(x, [2, 2], [1, 1], [1, 1], [2, 2])[0], t).cos()
 
+    def of_a_part(x, t, u):
+        a, b = x.relu().chunk(2, 1)
+        return threshold(F.max_pool2d(a, 2), t).sin(), b.cos()
+
     def averaged(x, t, u):
         x = x.relu()
         return threshold(x, t).sin(), threshold(F.avg_pool2d(x, 2), t).cos()
 
-    for f in (raw, another, which_ones, which_ones_alone, dilated, averaged):
+    for f in (raw, another, which_ones, which_ones_alone, dilated, of_a_part, averaged):
         before, after, _ = hoisted(f, X, T, OTHER)
         assert all(same(a, b) for a, b in zip(before(X, T, OTHER), after(X, T, OTHER), strict=True))
         behind = [user.target for node in after.graph.nodes if node.target is THRESHOLD for user in node.users]

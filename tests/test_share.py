@@ -1,7 +1,5 @@
 """share: one result for sites that read one tensor, for as long as their thresholds are equal."""
 
-import contextlib
-
 import pytest
 import torch
 from torch import nn
@@ -63,75 +61,6 @@ def test_one_result_for_two_sites(x):
         torch._dynamo.reset()
         forged_fx.set_ratio(one_by_one, ratio)
         assert selections(torch.compile(one_by_one, backend="forged"), x) == count
-
-
-class Inception(nn.Module):
-    """Two layers, one of them behind a max pool. raw: what is pooled is read by something else, too."""
-
-    def __init__(self, raw=False):
-        super().__init__()
-        self.raw = raw
-        self.first, self.a, self.b = (nn.Conv2d(3, 3, 1) for _ in range(3))
-        self.pool = nn.MaxPool2d(3, 1, 1)
-
-    def forward(self, x):
-        x = self.first(x).tanh()
-        y = self.a(x) - self.b(self.pool(x))
-        return y * x if self.raw else y
-
-
-@pytest.fixture
-def pooled(request):
-    torch.manual_seed(0)
-    model, image = Inception(getattr(request, "param", False)).eval(), torch.randn(4, 3, 9, 9)
-    return model, forged_fx.calibrate(model, [image]), image
-
-
-@pytest.mark.parametrize("pooled", [True], indirect=True)
-def test_what_is_read_raw_besides_shares_nothing_with_its_max_pool(pooled):
-    """Their thresholds cannot meet, so there is nothing to compile anew where they part."""
-    model, stats, image = pooled
-    forged = forged_fx.transform(model, stats, 2**-1)
-    fast = torch.compile(forged, backend="forged")
-    torch._dynamo.utils.counters.clear()
-    for ratio in (2**-1, {"a": 2**-3, "*": 2**-2}):
-        forged.set_ratio(ratio)
-        with torch.no_grad():
-            assert torch.allclose(fast(image), forged(image), atol=1e-6), ratio
-    assert graphs() == 1
-    assert [cost.kind for cost in forged_fx.cost(forged, (image,)).values()][1:] == ["one more write", "free"]
-
-
-def test_one_result_for_a_site_and_one_behind_a_max_pool(pooled):
-    model, stats, image = pooled
-    assert stats.sites["a"].c_max == stats.sites["b"].c_max
-    forged = forged_fx.transform(model, stats, 2**-1)
-    fast = torch.compile(forged, backend="forged")
-    torch._dynamo.utils.counters.clear()
-    for ratio, compiled in ((2**-1, 1), (2**-2, 1), ({"a": 2**-3, "*": 2**-2}, 2), ({"b": 2**-3, "*": 2**-2}, 2)):
-        forged.set_ratio(ratio)
-        with torch.no_grad():
-            assert torch.allclose(fast(image), forged(image), atol=1e-6), ratio
-        assert graphs() == compiled, ratio
-    forged.set_ratio(2**-1)
-    costs = forged_fx.cost(forged, (image,))
-    assert costs["a"].free and str(costs["b"]) == "shared: with a"
-    forged.b.forged_threshold.mul_(1 + 2**-22)
-    assert not forged_fx.cost(forged, (image,))["a"].free
-
-
-@pytest.mark.parametrize("through", [False, True])
-def test_the_gradient_behind_a_max_pool(pooled, through):
-    """Where all values of a window are dropped, one that passes through goes to the largest, and not to the first."""
-    model, stats, image = pooled
-    forged = forged_fx.transform(model, stats, 2**-1)
-    largest = nn.functional.max_pool2d(model.first(image).tanh(), 3, 1, 1).abs()
-    assert (largest < forged.b.forged_threshold).float().mean() > 0.05
-    fast = torch.compile(forged, backend="forged")
-    image.requires_grad_()
-    with forged_fx.straight_through() if through else contextlib.nullcontext():
-        expected, found = (torch.autograd.grad(module(image).square().sum(), image)[0] for module in (forged, fast))
-    assert torch.allclose(expected, found, atol=1e-5)
 
 
 class Three(nn.Module):
