@@ -87,7 +87,7 @@ MOVES: dict[Any, Callable[[fx.Node], bool]] = {
     aten.split.Tensor: _always,
     aten.split_with_sizes.default: _always,
     aten.unbind.int: _always,
-    operator.getitem: _always,
+    operator.getitem: lambda node: _may_be_passed(node.args[0]),  # an item of a split, or the values of a max pool
 }
 
 # Of these moves, those that copy: a threshold behind one is a part of the copy.
@@ -126,10 +126,9 @@ def read_whole(node: fx.Node) -> list[fx.Node]:
 
 
 def _may_be_passed(node: fx.Node) -> bool:
-    move = node.args[0] if node.target is operator.getitem else node  # an item of a split, or the values of a pool
-    if move.target in torch_internals.max_pools():
-        return _has_only_full_windows(move) and len(move.args[0].users) > 1
-    return move.target in MOVES and MOVES[move.target](move)
+    if node.target in torch_internals.max_pools():
+        return _has_only_full_windows(node) and len(node.args[0].users) > 1
+    return node.target in MOVES and MOVES[node.target](node)
 
 
 def _has_only_full_windows(pool: fx.Node) -> bool:
@@ -174,7 +173,7 @@ def _merge(graph: fx.Graph) -> None:
 
 def _demands(graph: fx.Graph) -> tuple[dict[fx.Node, Demand], set[fx.Node]]:
     """What all readers of a value want, for the values where they agree; and the moves that thresholds can pass."""
-    passable = {node for node in graph.nodes if node.op == "call_function" and _may_be_passed(node)}
+    passable = {node for node in graph.nodes if _may_be_passed(node)}
     while True:
         demands: dict[fx.Node, Demand] = {}
         for node in reversed(graph.nodes):
