@@ -25,7 +25,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from forged_fx import torch_internals
+from forged_fx import behind_relu, torch_internals
 from forged_fx.bpda import let_through, straight_through_enabled
 from forged_fx.frames import Compilation, Frame, passes
 from forged_fx.hoist import hoist
@@ -112,6 +112,7 @@ def _compile(gm: fx.GraphModule, inputs: list[Any], patches: dict[str, Any], ver
 
     def inner(graph: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
         hoist(graph.graph)
+        behind_relu.join(graph.graph)
         return inductor.compile_fx_inner(graph, *args, **kwargs)
 
     ours, theirs = torch_internals.graph_pass(offer, version), patches.get("post_grad_custom_pre_pass") or []

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true as known
 
-from forged_fx import torch_internals
+from forged_fx import behind_relu, torch_internals
 from forged_fx.hoist import made_by, read_by
 from forged_fx.kernels import reference
 from forged_fx.ops import FUNCTIONS, Function
@@ -33,6 +33,8 @@ def register_lowerings() -> None:
         rows = {f.op: functools.partial(_forward, f, in_eager_mode), f.backward: functools.partial(_backward, f)}
         for op, lowering in rows.items():
             inductor().register_lowering(op, type_promotion_kind=None)(lowering)
+    behind = torch.ops.forged_fx.elementwise_threshold.default
+    inductor().register_lowering(behind, type_promotion_kind=None)(_behind_relu)
 
 
 def _forward(f: Function, in_eager_mode: Callable, x: Any, *arguments: Any) -> Any:
@@ -43,7 +45,7 @@ def _forward(f: Function, in_eager_mode: Callable, x: Any, *arguments: Any) -> A
     offered = _own_products(x) and inductor().config.prologue_fusion and meta.get("prologue")
     if offered or (meta.get("raw") and _has_several_sources(x)):
         _write(x)
-    result = _pointwise(f, x, arguments, lambda index, *three: inductor().ops.where(*three))
+    result = _pointwise(f, reference.RULES[f.name], x, arguments, _chosen)
     if not offered:
         return result
     result.realize()
@@ -57,10 +59,19 @@ def _backward(f: Function, grad: Any, x: Any, *arguments: Any) -> Any:
     def masked(index: Any, dropped: Any, *_: Any) -> Any:
         return inner.where(dropped, inner.constant(0, x.get_dtype()), load(index))
 
-    return _pointwise(f, x, arguments, masked)
+    return _pointwise(f, reference.RULES[f.name], x, arguments, masked)
 
 
-def _pointwise(f: Function, x: Any, arguments: tuple, result: Callable) -> Any:
+def _behind_relu(x: Any, t: Any, *, activation: str, function: str) -> Any:
+    """Of the operator, the one form that is left once Inductor took the others apart: see `behind_relu.join`."""
+    return _pointwise(FUNCTIONS[function], behind_relu.RULES[function], x, (t,), _chosen)
+
+
+def _chosen(index: Any, dropped: Any, instead: Any, kept: Any) -> Any:
+    return inductor().ops.where(dropped, instead, kept)
+
+
+def _pointwise(f: Function, rule: Callable, x: Any, arguments: tuple, result: Callable) -> Any:
     """result: (index, what is dropped, what takes its place, what else becomes of x) -> the value there."""
     inner, dtype, load_x = inductor().ops, x.get_dtype(), x.make_loader()
     loads = [(p.make_loader(), p.get_dtype()) for p in arguments[: len(f.parameters)]]
@@ -84,7 +95,7 @@ def _pointwise(f: Function, x: Any, arguments: tuple, result: Callable) -> Any:
             # attention's heads is a kernel of its own (swin_tiny, float16: 12 launches more).
             given = load_x(index)
         parameters = [converted(load(where), stored, o.dtype) for load, stored in loads]
-        dropped, instead, kept = reference.RULES[f.name](o, value, *parameters)
+        dropped, instead, kept = rule(o, value, *parameters)
         if isinstance(instead, int):
             instead = inner.constant(instead, dtype)
         else:
