@@ -7,6 +7,7 @@ others stay whole as `call_module`, and what a graph cannot carry is refused rat
 
 import contextlib
 import inspect
+import itertools
 import operator
 import threading
 import warnings
@@ -21,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from forged_fx import torch_internals
 from forged_fx.containers import HELD
+from forged_fx.graph_calls import AUGMENTED, ordered
 from forged_fx.models import copied
 from forged_fx.modes import kept_buffers
 from forged_fx.randomness import generator_state, kept_randomness
@@ -70,6 +72,9 @@ class _Value(fx.Proxy):
 
     __int__ = __float__ = __complex__ = __round__ = __divmod__ = lambda self, *_: self.__index__()
 
+
+for _name, _function in AUGMENTED.items():  # (a function that is set on a class is a method)
+    setattr(_Value, f"__{_name}__", _function)
 
 _OF_PROXIES = ("__dict__", "tracer", "node", "_node", "root", "attr", "value")
 
@@ -150,14 +155,6 @@ class _SiteTracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
 
-def ordered(items: list[tuple[Any, Any]]) -> Any:
-    """The OrderedDict that a forward makes of them; a graph calls this."""
-    for value in torch_internals.tree_leaves(items):
-        if isinstance(value, fx.Proxy):  # a graph is unpickled by tracing it again: the call is to stay one
-            return value.tracer.create_proxy("call_function", ordered, (items,), {})
-    return OrderedDict(items)
-
-
 _CONTAINERS = (dict, list, fx.immutable_collections.immutable_dict, fx.immutable_collections.immutable_list)
 
 
@@ -167,8 +164,11 @@ class Retracer(fx.Tracer):
     proxy_buffer_attributes = True
 
 
-# Looks at what `.half()` or `.to("cuda")` changes.
-_CAST = {getattr(torch.Tensor, name).__get__ for name in ("dtype", "device", "itemsize", "nbytes", "is_cuda")}
+# Looks at what `.half()`, `.to("cuda")`, `requires_grad_()` or a backward changes.
+_CHANGING = {
+    getattr(torch.Tensor, name).__get__
+    for name in ("dtype", "device", "itemsize", "nbytes", "is_cuda", "requires_grad", "grad", "grad_fn", "is_leaf")
+}
 
 
 class _NoValues(TorchFunctionMode):
@@ -181,7 +181,7 @@ class _NoValues(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        if only_looks(function, result) and function not in _CAST:
+        if only_looks(function, result) and function not in _CHANGING:
             return result
         given = torch_internals.tree_leaves((args, kwargs))
         read = next((name for value in given if (name := self.tensors.get(id(value)))), None)
@@ -237,19 +237,18 @@ def capture(model: torch.nn.Module, opened: set[str], given: set[str], contexts:
             return _trace(model.train(training), opened, given)
 
     before = _state(twin, opened)
-    traced = trace(twin, False, grad)
-    again = trace(twin, True, not grad, other_autocast=True)
+    # A forward may ask for all of it at once (in train mode, where there are gradients, it adds a loss).
+    changes = sorted(itertools.product((False, True), repeat=3), key=sum)
+    modes = [(train, grad != other_grad, autocast) for train, other_grad, autocast in changes]
+    traced, *others = [trace(twin, *how) for how in (modes[0], *reversed(modes[1:]))]
     after = _state(twin, opened)
-    if not _alike(traced, again):
-        another = "another thing when it runs again"
-        reasons = {
-            (False, grad, False): another,
-            (False, not grad, False): "one thing with gradients and another without",
-            (True, grad, False): "one thing in train mode and another in eval mode",
-            (False, grad, True): "one thing under autocast and another without",
-        }
-        differ = (what for how, what in reasons.items() if not _alike(traced, trace(copied(model, shared), *how)))
-        raise Untraceable(f"its forward does {next(differ, another)}")
+    if not all(_alike(traced, other) for other in others):
+        asked = (
+            ", and ".join(itertools.compress(_ASKED, change))
+            for change, how in zip(changes, modes, strict=True)
+            if not _alike(traced, trace(copied(model, shared), *how))
+        )
+        raise Untraceable(f"its forward does {next(asked, '') or 'another thing when it runs again'}")
     if changed := [name for name in before if after.get(name, before[name]) != before[name]]:
         raise Untraceable(f"its forward changes {'.'.join(changed[0][:2]).lstrip('.')!r}, which a graph would not do")
     for name in sorted(opened):
@@ -280,6 +279,12 @@ def capture(model: torch.nn.Module, opened: set[str], given: set[str], contexts:
             node.replace_all_uses_with(own, delete_user_cb=lambda user, own=own: user is not own)
     return traced
 
+
+_ASKED = (
+    "one thing in train mode and another in eval mode",
+    "one thing with gradients and another without",
+    "one thing under autocast and another without",
+)
 
 # What a class may answer otherwise than others, which nobody would notice in a graph. (Where `_load_from_state_dict` is
 # a class's own, a checkpoint that only it could read is refused.)

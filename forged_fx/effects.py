@@ -14,6 +14,7 @@ import torch.fx as fx
 from torch import nn
 
 from forged_fx.capture import is_as_its_class
+from forged_fx.graph_calls import AUGMENTED, to_be_kept
 from forged_fx.producers import row_of
 from forged_fx.rewrite import is_call
 from forged_fx.sites import CALLS, Many
@@ -59,7 +60,7 @@ def writes(node: fx.Node, root: nn.Module) -> bool:
     """Whether the node may write into its input."""
     if node.op == "call_module":
         return any(getattr(m, "inplace", False) or not _is_known(m) for m in modules_of(node, root))
-    if not is_call(node):
+    if not is_call(node) or node.meta.get(UNSEEN):
         return False
     if schemas := schemas_of(node.target):  # an operator says it itself
         return any(schema.is_mutable for schema in schemas)
@@ -110,7 +111,43 @@ def is_fresh(node: fx.Node, root: nn.Module) -> bool:
     if node.op == "call_module":
         module = root.get_submodule(node.target)
         return isinstance(module, _FRESH_MODULES) and _is_known(module)
-    return node.op == "call_function" and node.target in _FRESH_FUNCTIONS and not writes(node, root)
+    fresh = node.target in _FRESH_FUNCTIONS or node.meta.get(UNSEEN)
+    return node.op == "call_function" and bool(fresh) and not writes(node, root)
+
+
+UNSEEN = "unseen"  # marks an augmented assignment that writes where nobody looks any more: it is as good as none
+
+
+def settle(graph: fx.Graph, root: nn.Module) -> None:
+    """Mark the augmented assignments of the graph that are `UNSEEN`.
+
+    What else has read the tensor until then may have kept it for the backward, as a threshold ahead of a layer does:
+    such an assignment writes into a copy then.
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in [node for node in order if node.target in AUGMENTED.values()]:
+        x = node.args[0]
+        if not isinstance(x, fx.Node) or _is_seen(x, node, order, root, set()):
+            continue
+        if len(x.users) > 1:
+            with graph.inserting_before(node):
+                node.args = (graph.call_function(to_be_kept, (x,)), *node.args[1:])
+        node.meta[UNSEEN] = True
+
+
+def _is_seen(x: fx.Node, write: fx.Node, order: dict[fx.Node, int], root: nn.Module, asked: set[fx.Node]) -> bool:
+    """Whether anybody may look at what is in x's memory behind the write: through x, a view of it, or what it views."""
+    if x in asked:
+        return False
+    asked.add(x)
+    if x.op not in ("call_function", "call_method", "call_module"):
+        return True  # the caller's, or the model's
+    others = [user for user in x.users if user is not write]
+    views = [user for user in others if not is_fresh(user, root)]
+    around = views if is_fresh(x, root) else [*views, *x.all_input_nodes]
+    return any(order[user] > order[write] for user in others) or any(
+        _is_seen(node, write, order, root, asked) for node in around
+    )
 
 
 # ---- what is known

@@ -105,8 +105,9 @@ class Compilation:
         names = [site for site in self.stats.sites if site in missed]
         raise ValueError(
             f"sites {', '.join(map(repr, names))} did not run in any graph that torch.compile made: their code runs "
-            "uncompiled (beside an LSTM or GRU, torch._dynamo.config.allow_rnn=True lets Dynamo in), in attention's "
-            "fused eval-mode kernel (torch.backends.mha.set_fastpath_enabled(False) opens it), or beyond "
+            "uncompiled (beside an LSTM or GRU, torch._dynamo.config.allow_rnn=True lets Dynamo in; under torch.func "
+            "or a dispatch mode it stays out), in attention's fused eval-mode kernel "
+            "(torch.backends.mha.set_fastpath_enabled(False) opens it), or beyond "
             "torch._dynamo.config.recompile_limit; or an input that the model refused (it raised an error of its own) "
             "had Dynamo give its code up, until torch._dynamo.reset(); or this input took a branch that none in "
             "calibration took. Forge the model with forged_fx.transform, leave them out with exclude=, or accept it "

@@ -4,7 +4,7 @@ In eager mode a threshold costs a trip through PyTorch's dispatcher, a pass over
 Without gradients the trip is saved, and the new memory wherever nobody else can tell: the graph has no later reader of
 the input, and when it comes to it, the tensor has no other owner. A hook that kept it, a view that is still alive, the
 branch of a residual: each is an owner, and is counted when the threshold runs, so that nothing is assumed of modules.
-Sums go the same way, since a trace turns `x += y` into `x + y`.
+Sums go the same way.
 
 A ReLU and the threshold behind it are one pass over memory in place of two, since PyTorch has a function that is both:
 `torch.threshold`, 0 where x <= the limit, else x.
@@ -35,11 +35,11 @@ from torch import Tensor, nn
 from forged_fx import cpu, ops, torch_internals
 from forged_fx.capture import is_as_its_class
 from forged_fx.effects import writes
+from forged_fx.graph_calls import to_be_kept
 from forged_fx.producers import FUNCTIONS
 from forged_fx.rewrite import function_of, is_call
 from forged_fx.thresholds import lost, parameters_of
 from forged_fx.torch_internals import has_any_global_hook
-from forged_fx.write_back import to_be_kept
 
 THRESHOLD = torch.ops.forged_fx.threshold.default
 RELUS = {f for f, row in FUNCTIONS.values() if row.role == "activation" and row.arguments() == {"activation": "relu"}}

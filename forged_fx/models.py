@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch.nn.utils import parametrize
 
 from forged_fx import torch_internals
 
@@ -47,6 +48,8 @@ def copied(model: torch.nn.Module, shared: Iterable[torch.Tensor] = (), own: Ite
     for path, module in twin.named_modules():  # (the outer ones first, whose train() reaches all within)
         if module.training is not modes.get(path, module.training):
             module.train(modes[path])  # torchvision's feature extractors are always copied in train mode
+        if is_parametrized(module):
+            module.__class__ = injected(module)
     there, here = dict(model.named_modules()), dict(twin.named_modules())
     if both := [path for path in own if path in there and there[path] is here.get(path)]:
         raise RuntimeError(
@@ -57,6 +60,20 @@ def copied(model: torch.nn.Module, shared: Iterable[torch.Tensor] = (), own: Ite
 
 
 _HELD = ("_parameters", "_buffers", "_modules")
+
+
+def is_parametrized(module: torch.nn.Module) -> bool:
+    """Whether torch.nn.utils.parametrize has put a class ahead of the module's own."""
+    return parametrize.is_parametrized(module) and type(module).__module__ == parametrize.__name__
+
+
+def injected(module: torch.nn.Module, *bases: type) -> type:
+    """That class anew, for this module alone, ahead of its own or of `bases`: to take a parametrization off is to
+    delete a property of the class, which a deep copy has in common with what it was copied from."""
+    kind = type(module)
+    members = {name: member for name, member in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    bases = bases or kind.__bases__
+    return type(f"Parametrized{bases[0].__name__}", bases, members)
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:

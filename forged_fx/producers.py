@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from forged_fx.capture import is_as_its_class
+from forged_fx.graph_calls import AUGMENTED
 
 Arguments = dict[str, Any]  # of a fused operator
 
@@ -121,11 +122,12 @@ MODULES: dict[str, Producer] = {
 # By a name that the graph can hold. A method is listed as the function that `torch.Tensor` holds.
 FUNCTIONS: dict[str, tuple[Callable, Producer]] = {
     "operator.add": (operator.add, _ADD),
-    "operator.iadd": (operator.iadd, _ADD),
+    "augmented.add": (AUGMENTED["iadd"], _ADD),
     "torch.add": (torch.add, _ADD),
     "Tensor.add": (Tensor.add, _ADD),
     "Tensor.add_": (Tensor.add_, _ADD),
     "operator.mul": (operator.mul, _SCALE),
+    "augmented.mul": (AUGMENTED["imul"], _SCALE),
     "torch.mul": (torch.mul, _SCALE),
     "Tensor.mul": (Tensor.mul, _SCALE),
     "F.layer_norm": (F.layer_norm, Producer("norm", _layer_norm)),

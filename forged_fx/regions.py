@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from forged_fx import ops, torch_internals  # noqa: F401 (ops defines the op)
+from forged_fx.graph_calls import to_be_kept
 from forged_fx.kinds import Choice
+from forged_fx.models import injected, is_parametrized
 from forged_fx.sites import (
     ACTIVATIONS,
     CALLS,
@@ -42,7 +43,7 @@ from forged_fx.sites import (
 )
 from forged_fx.stats import SiteStats, Stats
 from forged_fx.thresholds import HoldsThresholds, register
-from forged_fx.write_back import to_be_kept, works_in_place
+from forged_fx.write_back import works_in_place
 
 # Their fused eval-mode kernels would run past the layers within; under a function mode they take the open path.
 _FUSES_CHILDREN = (torch.nn.TransformerEncoder, torch.nn.TransformerEncoderLayer)
@@ -349,29 +350,12 @@ def forge_regions(model: torch.nn.Module, stats: Stats, choice: Choice) -> dict[
 def _become(region: type[_Region], module: Any) -> None:
     """Give the module its class. A forward of the instance's own would hide the class's: that comes to run it. What
     torch.nn.utils.parametrize put ahead of the plain class comes ahead of this one, and can be taken off again."""
-    plain, injected = [type(module)], []
-    if parametrize.is_parametrized(module) and plain[0].__module__ == parametrize.__name__:
-        injected, plain = plain, [*plain[0].__bases__]
+    plain = [*type(module).__bases__] if is_parametrized(module) else [type(module)]
     if "forward" in vars(module):
         module.forged_forward = vars(module).pop("forward")
         plain.insert(0, _OwnForward)
     derived = _derive(region, *plain)
-    module.__class__ = _Injected(f"Parametrized{derived.__name__}", (derived, *injected), {}) if injected else derived
-
-
-class _Injected(type):
-    """The class of a forged module ahead of which torch.nn.utils.parametrize had put one, of the user's module too.
-
-    To take a parametrization off is to delete a property of the class. Here it is deleted, there it stays.
-    """
-
-    def __delattr__(cls, name: str) -> None:
-        setattr(cls, name, _Deleted())
-
-
-class _Deleted:
-    def __get__(self, module: Any, owner: type) -> Any:
-        raise AttributeError("deleted")  # so that nn.Module looks among its parameters and buffers
+    module.__class__ = injected(module, derived) if is_parametrized(module) else derived
 
 
 def _begin_passes(model: torch.nn.Module) -> None:

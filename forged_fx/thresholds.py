@@ -12,6 +12,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from forged_fx import torch_internals
 from forged_fx.kinds import Kind, Value
 from forged_fx.ops import THRESHOLD_OPS
 from forged_fx.sites import call_of, is_activation, module_of, operand_of
@@ -72,8 +73,33 @@ def moved(value: Tensor, device: torch.device | None) -> Tensor:
     """A threshold's buffer on another device. On the meta device, where it has no value, it keeps the one that had."""
     new = value.to(device)
     if new.is_meta and not value.is_meta:
+        new = new.as_subclass(_OnMeta)
         new.forged_value = value
     return new
+
+
+class _OnMeta(Tensor):
+    """A threshold on the meta device. The layer that it lies beside is an ordinary module, and may be cast or given
+    memory by itself: what that makes of the threshold has its value."""
+
+    forged_value: Tensor
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        with torch_internals.as_plain_tensors():
+            result = function(*args, **(kwargs or {}))
+            if getattr(function, "__name__", "") in _MOVES and isinstance(args[0], cls):
+                return moved(args[0].forged_value, result.device)
+        return result
+
+    def __deepcopy__(self, memo: dict) -> Tensor:
+        return memo.setdefault(id(self), moved(self.forged_value.clone(), self.device))
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        return moved, (self.forged_value, self.device)
+
+
+_MOVES = ("to", "empty_like", "half", "bfloat16", "float", "double", "cuda")
 
 
 def valued(buffer: Tensor) -> Tensor:

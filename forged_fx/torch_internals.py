@@ -38,6 +38,7 @@ if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < OLDEST:
 NAMES = {
     # operators, eager
     "torch._C._AutoDispatchBelowAutograd": "runs an operator below autograd",
+    "torch._C.DisableTorchFunctionSubclass": "does to a tensor of ours what is done to any",
     "torch._C._any_requires_grad": "asks whether a call has to be recorded for the backward",
     "torch._functorch.utils.enable_single_level_autograd_function": "lets the operators' autograd functions be applied",
     "torch.autograd.function._SingleLevelFunction": "is the base of the operators' autograd functions",
@@ -110,6 +111,7 @@ AutoDispatchBelowAutograd = torch._C._AutoDispatchBelowAutograd
 any_requires_grad = torch._C._any_requires_grad
 current_graph_task_id = torch._C._current_graph_task_id
 set_grad_enabled = torch._C._set_grad_enabled
+as_plain_tensors = torch._C.DisableTorchFunctionSubclass
 assertion = torch._assert
 CHOOSE_ATTENTION = torch.nn.attention._sdpa_kernel.__name__
 assert_is_none = torch.fx._symbolic_trace._assert_is_none

@@ -18,7 +18,7 @@ from forged_fx import in_place, write_back
 from forged_fx.audit import AuditFailed, alike, audit, audit_at_work, same
 from forged_fx.capture import Untraceable, capture, opened_modules
 from forged_fx.containers import ListContainer, Numbered, check_place, container_for, hold, skeleton, take_attributes
-from forged_fx.effects import written_attribute
+from forged_fx.effects import settle, written_attribute
 from forged_fx.fuse import fuse as fuse_producers
 from forged_fx.kinds import OWN, Choice, Kind, choose
 from forged_fx.models import copied, is_sharded, unwrapped
@@ -509,6 +509,7 @@ def _forge_whole(model: torch.nn.Module, stats: Stats, choice: Choice) -> Forged
     graph, constants = capture(model, opened, stats.given, stats.contexts)
     if written := written_attribute(graph):
         raise Untraceable(f"its forward writes into {written!r}, which a graph would not do")
+    settle(graph, model)
     keys, own = model.state_dict().keys(), {name for name, _ in _tensors_of(model)}
     model = copied(model, own=sorted(opened_modules(wanted, set())))
     for name, value in constants.items():

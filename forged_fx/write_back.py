@@ -10,11 +10,11 @@ gradients are recorded, what the threshold's backward looks at is a copy: of wha
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.fx as fx
-from torch import Tensor, nn
+from torch import nn
 
 from forged_fx.effects import is_fresh, may_ask_in_place, writes
+from forged_fx.graph_calls import to_be_kept
 from forged_fx.ops import BY_OPERATOR
 from forged_fx.sites import is_activation
 from forged_fx.stats import Stats
@@ -39,11 +39,6 @@ def in_graph(graph: fx.Graph, root: nn.Module, stats: Stats) -> None:
                 threshold.replace_input_with(x, graph.call_function(to_be_kept, (x,)))
             with graph.inserting_before(reader):
                 reader.replace_input_with(threshold, graph.call_method("copy_", (x, threshold)))
-
-
-def to_be_kept(x: Tensor) -> Tensor:
-    """The tensor, which will be written to; a copy, where a backward will look at it."""
-    return x.clone() if x.requires_grad and torch.is_grad_enabled() else x
 
 
 def works_in_place(function: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:

@@ -4,6 +4,8 @@ import collections
 import copy
 import functools
 import io
+import itertools
+import pickle
 import random
 import sys
 import threading
@@ -181,6 +183,18 @@ def test_on_the_meta_device_thresholds_have_their_values(graph, where, model, st
         forged.to("meta")
     with pytest.raises(ValueError, match="only='free' runs a model with weights"):
         forged_fx.transform(large, stats, only="free")
+
+
+@pytest.mark.parametrize("graph", [True, False], ids=["one graph", "module by module"])
+def test_layers_that_get_their_memory_one_by_one_keep_their_thresholds(graph, model, stats, x):
+    expected = forged_fx.transform(model, stats, 2**-3)
+    with torch.device("meta"), pytest.warns(UserWarning, match="without an audit"):
+        forged = forged_fx.transform(Net(), stats, 2**-3, graph=graph)
+    for twin in (copy.deepcopy(forged), pickle.loads(pickle.dumps(forged)), forged.half()):
+        for module in twin.modules():  # as loaders of large checkpoints do
+            module.to_empty(device="cpu", recurse=False)
+        twin.float().load_state_dict(model.state_dict(), strict=True)
+        assert torch.equal(twin.eval()(x)["logits"], expected(x)["logits"])
 
 
 def test_describe_takes_any_threshold(model, stats):
@@ -860,14 +874,33 @@ def with_a_forward_of_its_own():
     return model
 
 
+class TrainsWithGradients(Base):
+    def forward(self, x):
+        return self.a(x * 2) if self.training and torch.is_grad_enabled() else self.a(x)
+
+
+class RecordsUnderAutocast(Base):
+    def forward(self, x):
+        return self.a(x * 2) if torch.is_grad_enabled() and torch.is_autocast_enabled("cpu") else self.a(x)
+
+
+class DetachesWhatIsFrozen(Base):
+    def forward(self, x):
+        y = self.a(x)
+        return y if any(p.requires_grad for p in self.parameters()) else y.detach()
+
+
 LOST = {
+    TrainsWithGradients: "its forward does one thing in train mode and another in eval mode",
+    RecordsUnderAutocast: "its forward does one thing ",
+    DetachesWhatIsFrozen: "its forward reads 'a.weight' by another way than its attribute, once for a graph",
     Autocast: "its forward sets autocast, which a graph would drop",
     AttentionsKernel: "its forward sets the kernels of attention, which a graph would drop",
     Inference: "its forward sets inference mode, which a graph would drop",
     Trains: "'the model' has a train() of its own, which a graph would not have",
     Calls: "its class has a __call__ of its own, which a graph would not run",
     AsksForGradients: "its forward does one thing with gradients and another without",
-    CountsRuns: "its forward changes 'runs', which a graph would not do",
+    CountsRuns: "its forward does another thing when it runs again",
     CountsInATensor: "its forward changes 'total', which a graph would not do",
     Decorated: "torch.fx cannot trace a forward that takes any arguments (*args, **kwargs), its own or a decorator's",
     with_a_forward_of_its_own: "its forward was set on this one model, and a graph is of its class's",
@@ -882,8 +915,10 @@ def test_what_a_graph_would_lose_is_in_none_though_nothing_is_audited(make):
     stats.example = None  # as from a file
     forged = forged_fx.transform(model, stats, 0)
     assert forged.forging.not_whole.startswith(LOST[make])
-    for grad in (True, False, True, False):
-        with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+    for grad, training, autocast in itertools.product((True, False), repeat=3):
+        for module in (forged, model):
+            module.train(training)
+        with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             assert torch.equal(forged(x), model(x))
     assert [m.training for m in forged.train().modules()] == [m.training for m in model.train().modules()]
 
