@@ -364,7 +364,7 @@ def _points(
     stats: Stats,
     speeds: Mapping[str, tuple[float, float, float]],
 ) -> list[Point]:
-    paired = [compare(judged[name].side.right(), judged[BASE].side.right()) for name in forged]
+    paired = [compare(judged[n].side.right(), judged[BASE].side.right(), same=judged[n].same) for n in forged]
     adjusted = holm([p.p for p in paired])
     points = []
     for (kind, ratio), (name, module), p, p_holm in zip(grid, forged.items(), paired, adjusted, strict=True):

@@ -151,6 +151,13 @@ OTHERS = ["a finding that forbids a gain alone"]
         (1, {}, {"doubts": OTHERS}, "cannot say"),
         (1, {}, {"verdict": "masking"}, "cannot say"),
         (1, {}, {"plan": "another"}, "cannot say"),
+        (1, {}, {"enough": False}, "cannot say"),
+        (1, {"enough": False}, {}, "cannot say"),
+        (1, {"base": None}, {}, "cannot say"),
+        (1, {"base": None}, {"base": None}, "gain"),
+        (1, {"model": SimpleNamespace(identity="b")}, {}, "cannot say"),
+        (-1, {}, {"base": None}, "cannot say"),
+        (-1, {"enough": False}, {"enough": False}, "loss"),
         (0, {}, {"doubts": OTHERS, "plan": "another"}, "no measurable gain"),
         (0, {}, {"doubts": [*OTHERS, next(iter(FORBID))]}, "cannot say"),
         (0, {"doubts": [next(iter(FORBID))]}, {}, "no measurable gain"),
@@ -161,10 +168,13 @@ OTHERS = ["a finding that forbids a gain alone"]
     ],
 )
 def test_what_forbids_a_verdict(monkeypatch, direction, a, b, verdict):
-    usual = {"plan": "one", "doubts": [], "verdict": "no measurable gain"}
+    def result(name, changes):
+        usual = {"plan": "one", "doubts": [], "verdict": "no measurable gain", "enough": True, "base": "a base"}
+        return SimpleNamespace(**usual | {"model": SimpleNamespace(identity=name)} | changes)
+
     pair = SimpleNamespace(direction=direction, n=1000, high=0.0)
     monkeypatch.setattr(Comparison, "paired", lambda self: pair)
-    assert Comparison(SimpleNamespace(**usual | a), SimpleNamespace(**usual | b), ("a", "b"), []).verdict == verdict
+    assert Comparison(result("a", a), result("b", b), ("a", "b"), []).verdict == verdict
 
 
 def test_a_figure_is_shown_where_both_have_rows_of_its_kind(case, runs):

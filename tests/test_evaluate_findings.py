@@ -1,5 +1,6 @@
 """Every check is raised by what it is for, and by nothing else; a raised one forbids a gain."""
 
+import copy
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from forged_fx.evaluate.attacks import ATTACKS
 from forged_fx.evaluate.findings import CHECKS, Case, examine
 from forged_fx.evaluate.probes import Probes
 from forged_fx.evaluate.result import STANDING, Row, Side
+from forged_fx.evaluate.verdict import BASE_STANDS, UNBOUNDED
 
 MASKING = {check.name for check in CHECKS if check.masking}
 
@@ -62,6 +64,61 @@ def test_a_base_that_draws_at_random_is_no_base_to_gain_over(hurried):
     result = evaluate(strong, planted.randomised(weak), x=x, y=y, eps=0.1)
     assert result.compared().direction == 1
     assert result.verdict == "cannot say" and "output randomised" in result.doubts
+
+
+def off_the_grid(x):
+    """What rounds at random leaves the values alone that these inputs have (multiples of 1/16)."""
+    rounded = (x * 16 + torch.rand_like(x)).floor() / 16
+    return x + (rounded - x).detach()
+
+
+def test_a_model_that_draws_only_where_attacks_go_is_found(hurried):
+    strong, weak, x, y = planted.strong_and_weak()
+    x = (x * 16).round() / 16
+    for model, base in ((Changed(strong, before=off_the_grid), weak), (strong, Changed(weak, before=off_the_grid))):
+        result = evaluate(model, base, x=x, y=y, eps=0.1)
+        assert "output randomised" in result.doubts and result.verdict != "gain"
+
+
+def test_a_base_on_which_attacks_fail_makes_no_loss(hurried):
+    """It makes the model look worse than it is: without the rounding, the base stands no better."""
+    strong, weak, x, y = planted.strong_and_weak()
+    other = copy.deepcopy(weak)  # as weak, but that what breaks one of them is no help against the other
+    with torch.no_grad():
+        other[1].weight.copy_(2 * strong[1].weight - weak[1].weight)
+    options = {"x": x, "y": y, "eps": 0.1, "attacks": "quick"}
+    result = evaluate(weak, planted.quantised(other), **options)
+    assert result.compared().direction == -1 and evaluate(weak, other, **options).base_worst_case == 0
+    assert BASE_STANDS in raised(result) and result.verdict == "cannot say"
+    assert "leaves the base right" in result.sentence
+
+
+def test_attacks_that_fail_on_both_say_nothing_in_either_s_favour(hurried):
+    strong, weak, x, y = planted.strong_and_weak()
+    result = evaluate(planted.quantised(weak), planted.quantised(strong), x=x, y=y, eps=0.1, attacks="quick")
+    assert result.compared().direction == 0
+    assert {UNBOUNDED, BASE_STANDS} <= raised(result) and result.verdict == "cannot say"
+
+
+def test_a_base_that_looks_at_its_companions_is_no_base_to_gain_over(hurried):
+    strong, weak, x, y = planted.strong_and_weak()
+    result = evaluate(strong, Changed(weak, before=by_companions), x=x, y=y, eps=0.1)
+    assert "output depends on the batch" in result.doubts and result.verdict != "gain"
+
+
+def test_log_probabilities_are_not_clipped_and_rounded_probabilities_are_some(hurried):
+    model, x, y = planted.small()
+    options = {"x": x, "y": y, "eps": EPS, "attacks": ["apgd-ce"]}
+    sure = Changed(model, after=lambda logits: (50 * logits).log_softmax(1))
+    assert (sure(x) == 0).double().mean() > 0.01 and "logits clipped" not in raised(evaluate(sure, **options))
+    rounded = Changed(model, after=lambda logits: logits.bfloat16().softmax(1).float())
+    assert "output is a probability" in raised(evaluate(rounded, **options))
+
+
+def test_logits_beyond_a_square_root_of_float32_are_told_apart(hurried):
+    model, x, y = planted.small()
+    loud = Changed(model, before=lambda x: x + 0.3 * torch.rand_like(x), after=lambda logits: 1e25 * logits)
+    assert "output randomised" in raised(evaluate(loud, x=x, y=y, eps=EPS, attacks=["apgd-ce"]))
 
 
 def test_a_plain_model_raises_nothing(hurried):
@@ -286,7 +343,7 @@ def test_a_model_calibrated_on_another_scale_is_noticed(hurried):
 def test_a_check_that_cannot_be_made_says_why():
     nobody = examine(case(probes=Probes(0, 0, 0, 0.0, 0.0, [0] * 3, [0] * 5)))
     idle = {finding.name for finding in nobody if finding.value is None}
-    assert idle == {check.name for check in CHECKS if check.probing}
+    assert idle == {check.name for check in CHECKS if check.probing or check.name == BASE_STANDS}
     assert all(finding.note for finding in nobody if finding.value is None)
     assert all(math.isfinite(finding.value) for finding in nobody if finding.value is not None)
 

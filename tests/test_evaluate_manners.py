@@ -372,6 +372,7 @@ X, Y = inputs(4), torch.tensor([0, 1, 2, 3])
         ({"x": X.double()}, TypeError, r"x\.float\(\)"),
         ({"x": (X * 255).byte()}, TypeError, r"x\.float\(\)"),
         ({"x": X * 255}, ValueError, "outside \\[0, 1\\].*divide by 255"),
+        ({"x": X / X.max() * (1 + 1e-6)}, ValueError, r"spans .*1\.00000\d+\], .*by rounding, .*x\.clamp\(0, 1\)"),
         ({"x": X - 0.5}, ValueError, "outside \\[0, 1\\].*normalisation into the model"),
         ({"x": X * torch.nan}, ValueError, "NaN"),
         ({"x": X[0, 0, 0]}, ValueError, "batch of inputs"),

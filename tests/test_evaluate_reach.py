@@ -12,6 +12,7 @@ from torch import nn
 
 import forged_fx
 from forged_fx.digits import EPS
+from forged_fx.evaluate.reach import JUMPS
 from forged_fx.evaluate.result import LEFT_OUT
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -137,6 +138,26 @@ def test_rounding_to_half_precision_is_no_hidden_jump(made, monkeypatch):
     half = Changed(copy.deepcopy(base).bfloat16(), before=lambda x: x.bfloat16(), after=lambda logits: logits.float())
     result = forged_fx.evaluate(half, base, x=x, y=y, eps=1 / 255, attacks=["apgd-ce"])
     assert ADDS not in raised(result)
+
+
+class Mixed(nn.Module):
+    """Float32 parameters, and products in half precision."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.inner(x).float()
+
+
+def test_rounding_under_autocast_is_no_hidden_jump_either(made, monkeypatch):
+    planted.hurry(monkeypatch)
+    base, x, y, _ = made
+    result = forged_fx.evaluate(Mixed(base).eval(), base, x=x, y=y, eps=1 / 255, attacks=["apgd-ce"])
+    (finding,) = [f for f in result.findings if f.name == ADDS]
+    assert finding.value > JUMPS and not finding.raised
 
 
 class ByHand(nn.Module):

@@ -453,10 +453,19 @@ def test_it_says_no_more_than_evaluate_where_no_attack_sees_through():
     assert "no attack saw through them" in point.sentence and "no attack saw through them" in result.sentence
 
 
+def test_a_point_that_is_the_base_has_no_interval(toy):
+    model, x, y = toy
+    stats = forged_fx.calibrate(model, [x])
+    (point,) = forged_fx.sweep(model, stats, x, y, eps=0.1, attacks=["apgd-ce"], ratios=[0.0], rounds=0).points
+    assert (point.low, point.high) == (0, 0) and "the same logits on every input" in point.sentence
+
+
 def test_copies_of_inputs_are_no_further_inputs(toy):
     model, x, y = toy
+    copies = {"x": torch.cat([x[:6], x[:3]]), "y": torch.cat([y[:6], y[:3]])}
     with pytest.warns(UserWarning, match=r"3 of 9 inputs are copies of others.*more than these inputs show"):
-        forged_fx.evaluate(model, x=torch.cat([x[:6], x[:3]]), y=torch.cat([y[:6], y[:3]]), eps=0.1, attacks="apgd-ce")
+        result = forged_fx.evaluate(model, **copies, eps=0.1, attacks="apgd-ce")
+    assert any("3 of 9 inputs are copies of others" in note for note in result.notes)
 
 
 def test_throughput_is_that_of_eager_models(toy, monkeypatch):

@@ -77,24 +77,31 @@ def inputs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     finite(x)
     low, high = float(x.min()), float(x.max())
     if low < 0 or high > 1:
-        how = (
-            "divide by 255"
-            if low >= 0 and 2 < high <= 255
-            else "put the normalisation into the model (nn.Sequential(normalise, model)) and pass pixels in [0, 1]"
-        )
-        raise ValueError(f"x spans [{low:g}, {high:g}], outside [0, 1] where attacks stay; {how}")
+        how = "put the normalisation into the model (nn.Sequential(normalise, model)) and pass pixels in [0, 1]"
+        if low >= 0 and 2 < high <= 255:
+            how = "divide by 255, or by what else white is"
+        if low > -1e-3 and high < 1 + 1e-3:
+            how = "by rounding, in all likelihood: pass x.clamp(0, 1)"
+        raise ValueError(f"x spans [{low:.9g}, {high:.9g}], outside [0, 1] where attacks stay; {how}")
     if y.dim() != 1 or len(y) != len(x):
         hint = "" if y.dim() else "; of one input, pass x[None] and y[None]"
         raise ValueError(f"y has shape {tuple(y.shape)}; expected one class index per input, ({len(x)},){hint}")
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise TypeError(f"y is {y.dtype}; expected class indices, int64")
-    if copies := len(x) - len(set(prints(x))):
-        warnings.warn(
-            f"{copies} of {len(x)} inputs are copies of others, and p-values and intervals take each for one of its "
-            "own: they promise more than these inputs show",
-            stacklevel=4,
-        )
+    if found := copies(x):
+        warnings.warn(found, stacklevel=4)
     return x.detach().contiguous(), y.detach().long()  # attacks take views
+
+
+def copies(x: Tensor) -> str:
+    """What to say of inputs among which are copies; "" if there are none."""
+    n = len(x) - len(set(prints(x)))
+    if not n:
+        return ""
+    return (
+        f"{n} of {len(x)} inputs are copies of others, and p-values and intervals take each for one of its own: they "
+        "promise more than these inputs show"
+    )
 
 
 def prints(x: Tensor) -> list[bytes]:

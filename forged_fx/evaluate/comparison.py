@@ -56,16 +56,24 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """In the words of `evaluate`: of `b` beside `a`, in the worst case. A gain takes attacks by the same rows, and
-        nothing that says that those on `b` failed; a loss, the same of `a`; that it did not lose, nothing that forbids
-        to say so; and as many inputs as `evaluate` wants."""
+        """In the words of `evaluate`: of `b` beside `a`, in the worst case. A difference takes two models, attacked by
+        the same rows (examples of a base are some), and nothing that says that attacks on the better one failed; a gain
+        takes all of AutoAttack besides; that there is none, nothing that forbids to say so; and as many inputs as
+        `evaluate` wants."""
         if self.few:
             return "cannot say"
+        a, b = self.a, self.b
         found = {1: "gain", 0: "no measurable gain", -1: "loss"}[self.paired().direction]
-        better = self.a if found == "loss" else self.b
-        doubtful = self.a.plan != self.b.plan or better.doubts or better.verdict == "masking"
+        better = a if found == "loss" else b
+        otherwise = a.plan != b.plan or bool(a.base) != bool(b.base) or a.model.identity == b.model.identity
+        doubtful = otherwise or better.doubts or better.verdict == "masking" or (found == "gain" and not self.complete)
         forbidden = found == "no measurable gain" and any(name in FORBID for name in self.b.doubts)
         return "cannot say" if forbidden or (found in ("gain", "loss") and doubtful) else found
+
+    @property
+    def complete(self) -> bool:
+        """Whether both have faced all of AutoAttack or, where that is not defined, all else."""
+        return self.a.enough and self.b.enough
 
     @property
     def few(self) -> str:
@@ -139,7 +147,12 @@ def _cautions(a: Result, b: Result, names: tuple[str, str]) -> Iterator[str]:
             f"Attacked by different rows ({names[0]}: {', '.join(a.attacks)}; {names[1]}: {', '.join(b.attacks)}): "
             "whoever was attacked less looks better."
         )
+    if bool(a.base) != bool(b.base):
+        more = names[0 if a.base else 1]
+        yield f"{more} alone has faced a base's examples, too: whoever was attacked less looks better."
     for result, name in zip((a, b), names, strict=True):
+        if not result.enough:
+            yield f"{name} has not faced all of AutoAttack, which a gain takes: attacks='standard'."
         if result.doubts:
             yield f"Attacks on {name} may have failed: {', '.join(result.doubts)} (docs/findings.md says what to do)."
         if result.verdict in ("masking", "cannot say"):

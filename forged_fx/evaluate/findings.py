@@ -1,9 +1,10 @@
 """Signs that the attacks failed rather than that the defence held: a table with a row per check.
 
 Each is a figure and a bound, and is raised where the figure exceeds the bound. A raised finding of which `masking` is
-True forbids the verdict "gain"; those of `verdict.FORBID` forbid "no measurable gain" too. docs/findings.md says when
-each is raised and what to do. To add one: a function, a row, and a paragraph there. Most are those of Carlini et al.,
-On evaluating adversarial robustness (arXiv 1902.06705), section 5, and of auto-attack's flags_doc.md.
+True forbids the verdict "gain"; those of `verdict.FORBID` forbid "no measurable gain" too, and `verdict.BASE_STANDS`
+forbids "loss". docs/findings.md says when each is raised and what to do. To add one: a function, a row, and a paragraph
+there. Most are those of Carlini et al., On evaluating adversarial robustness (arXiv 1902.06705), section 5, and of
+auto-attack's flags_doc.md.
 """
 
 from collections.abc import Callable
@@ -15,10 +16,10 @@ from torch import Tensor
 from forged_fx.evaluate import scale
 from forged_fx.evaluate.attacks import ATTACKS
 from forged_fx.evaluate.further import round_of
-from forged_fx.evaluate.probes import RADII, STEPS, Probes
+from forged_fx.evaluate.probes import RADII, STEPS, BaseProbes, Probes
 from forged_fx.evaluate.result import Finding, Row, Side
 from forged_fx.evaluate.statistics import beyond_chance
-from forged_fx.evaluate.verdict import FOREIGN, JUMPS, OUT_OF_REACH
+from forged_fx.evaluate.verdict import BASE_STANDS, FOREIGN, JUMPS, OUT_OF_REACH, UNBOUNDED
 
 Measured = tuple[float, float] | str  # value and bound, or why there is none
 
@@ -29,7 +30,7 @@ GUESSED = 0.85  # share of the inputs that guessing gets wrong; a model that get
 class Case:
     """What the checks look at. logits: the model's on all inputs, unattacked, (n, classes). training: how many of its
     modules were in train mode. outside: how many elements of x lie outside [0, 1]. scale: see `scale.of`.
-    base_drift: see `probes.drift`. thresholds, jumps: see `reach.py`."""
+    base_probes: None without a base. thresholds, jumps: see `reach.py`."""
 
     model: Side
     base: Side | None
@@ -39,7 +40,7 @@ class Case:
     training: int
     outside: int
     scale: tuple[float, float] | None = None
-    base_drift: float = 0.0
+    base_probes: BaseProbes | None = None
     thresholds: Measured = (0, 0)
     jumps: Measured = (0, 0)
 
@@ -90,9 +91,9 @@ def _flat(case: Case) -> Measured:
     return case.probes.flat / max(case.probes.probed, 1), 0.01
 
 
-def _few(case: Case) -> int:
+def _few(probes: Probes | BaseProbes) -> int:
     """One probed input in twenty, and one where they are fewer: what a few steps may miss."""
-    return max(case.probes.probed // 20, 1)
+    return max(probes.probed // 20, 1)
 
 
 def _rising(right: list[int]) -> int:
@@ -101,33 +102,45 @@ def _rising(right: list[int]) -> int:
 
 
 def _iterations(case: Case) -> Measured:
-    return _rising(case.probes.by_steps), _few(case)
+    return _rising(case.probes.by_steps), _few(case.probes)
 
 
 def _radii(case: Case) -> Measured:
-    return _rising(case.probes.by_radius), _few(case)
+    return _rising(case.probes.by_radius), _few(case.probes)
 
 
 def _randomised(case: Case) -> Measured:
-    return max(case.probes.drift, case.base_drift), 1e-4
+    return max(case.probes.drift, case.base_probes.drift if case.base_probes else 0.0), 1e-4
+
+
+def _apart(case: Case) -> Measured:
+    return max(case.probes.apart, case.base_probes.apart if case.base_probes else 0.0), 0.1
 
 
 def _whole_box(case: Case) -> Measured:
-    return case.probes.by_radius[-1], _few(case)
+    return case.probes.by_radius[-1], _few(case.probes)
+
+
+def base_stands(probes: BaseProbes | None) -> Measured:
+    if probes is None:
+        return "there is no base"
+    return (probes.stand, _few(probes)) if probes.probed else "no input of the base is right unattacked"
 
 
 def _probabilities(case: Case) -> Measured:
-    """auto-attack's check_range_output."""
+    """auto-attack's check_range_output; but sums may be as far off as those of a softmax in half precision are."""
     out, slack = case.logits, 1e-5
-    proper = (out > -slack).all(1) & (out < 1 + slack).all(1) & ((out.sum(1) - 1).abs() < slack)
+    proper = (out > -slack).all(1) & (out < 1 + slack).all(1) & ((out.sum(1) - 1).abs() < 5e-3)
     return float(proper.double().mean()), 0.5
 
 
 def _clipped(case: Case) -> Measured:
-    """Logits that share the largest or the smallest value of all, beyond one of each."""
+    """Logits that share the largest or the smallest value of all, beyond one of each. (Of log-probabilities, the
+    smallest: the largest is 0 where a model is sure.)"""
     out = case.logits
-    at_limit = (out == out.max()).sum() + (out == out.min()).sum() - 2
-    return float(at_limit) / out.numel(), 0.01
+    logarithms = bool((out.logsumexp(1).abs() < 5e-3).all())
+    limits = [out.min()] if logarithms else [out.min(), out.max()]
+    return float(sum((out == limit).sum() - 1 for limit in limits)) / out.numel(), 0.01
 
 
 def foreign(plain: Side, classes: int) -> tuple[float, float]:
@@ -164,12 +177,13 @@ CHECKS = (
     Check("zero gradient", _flat, "share of probed inputs", probing=True),
     Check("accuracy rises with iterations", _iterations, f"probed inputs, at {STEPS} steps", probing=True),
     Check("accuracy rises with eps", _radii, f"probed inputs, at {RADII} eps and the whole box", probing=True),
-    Check("unbounded attack fails", _whole_box, "probed inputs that stand", probing=True),
+    Check(UNBOUNDED, _whole_box, "probed inputs that stand", probing=True),
+    Check(BASE_STANDS, lambda case: base_stands(case.base_probes), "probed inputs of the base that stand"),
     Check("loss not finite", lambda case: (case.probes.sick, 0), "logits and gradients", probing=True),
     Check("output is a probability", _probabilities, "share of inputs"),
     Check("logits clipped", _clipped, "share of logits at a limit"),
     Check("output randomised", _randomised, "distance of scaled logits", probing=True),
-    Check("output depends on the batch", lambda case: (case.probes.apart, 0.1), "share of inputs", probing=True),
+    Check("output depends on the batch", _apart, "share of inputs", probing=True),
     Check(
         "examples outside the ball", lambda case: (sum(row.rejected for row in case.model.rows), 0), "examples", False
     ),

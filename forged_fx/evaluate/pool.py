@@ -4,7 +4,6 @@
 better than another for having been attacked less.
 """
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,24 +14,26 @@ from forged_fx.evaluate import reach
 from forged_fx.evaluate.attacks import Plan
 from forged_fx.evaluate.blocks import Blocks
 from forged_fx.evaluate.compiled import ROUNDING
-from forged_fx.evaluate.findings import Case, examine, foreign
+from forged_fx.evaluate.findings import Case, base_stands, examine, foreign
 from forged_fx.evaluate.gradients import Context
 from forged_fx.evaluate.harness import Subject
-from forged_fx.evaluate.probes import drift, probe
+from forged_fx.evaluate.probes import probe, probe_base
 from forged_fx.evaluate.protocol import contest
 from forged_fx.evaluate.result import Side, doubts, judged
 from forged_fx.evaluate.terminal import Progress
 from forged_fx.evaluate.threat import Threat
-from forged_fx.evaluate.verdict import FOREIGN, JUMPS, OUT_OF_REACH
+from forged_fx.evaluate.verdict import BASE_STANDS, FOREIGN, JUMPS, OUT_OF_REACH
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A model's outcome, and what `evaluate` would say of it beside the base; of the base itself: ""."""
+    """A model's outcome, and what `evaluate` would say of it beside the base; of the base itself: "". same: it gave the
+    base's logits, bit for bit, wherever the two were asked."""
 
     side: Side
     verdict: str = ""
     sentence: str = ""
+    same: bool = False
 
 
 def judge(
@@ -62,7 +63,9 @@ def judge(
     found = {base.name: Judged(base)}
     wrong, bound = foreign(base, logits[0].shape[1])
     strange = [FOREIGN] if wrong > bound else []
-    base_drift = functools.cache(lambda: drift(sides[0]))
+    base_probes = probe_base(sides[0], settings[base.name], bpda)
+    stands = base_stands(base_probes)
+    strange += [BASE_STANDS] if not isinstance(stands, str) and stands[0] > stands[1] else []
     for side, mine in zip(sides[1:], logits[1:], strict=True):
         apart = reach.apart(side, sides[0], mine, logits[0])
         same, alike, outcome = apart == 0, apart <= ROUNDING, side.side()
@@ -72,12 +75,12 @@ def judge(
         }
         raised = [name for name, found in reached.items() if not isinstance(found, str) and found[0] > found[1]]
         verdict = judged(outcome, base, complete=plan.complete, same=same, doubts=[*strange, *raised])
-        if verdict[0] == "gain":  # else no other finding changes it, and the probes are spared
+        if verdict[0] in ("gain", "no measurable gain"):  # else no other finding changes it: the probes are spared
             probes = probe(side, settings[side.name], bpda)
             case = Case(
-                outcome, base, same, mine, probes, training=0, outside=0, base_drift=base_drift(),
+                outcome, base, same, mine, probes, training=0, outside=0, base_probes=base_probes,
                 thresholds=reached[OUT_OF_REACH], jumps=reached[JUMPS],
             )  # fmt: skip
             verdict = judged(outcome, base, complete=plan.complete, same=same, doubts=doubts(examine(case)))
-        found[side.name] = Judged(outcome, *verdict)
+        found[side.name] = Judged(outcome, *verdict, same)
     return found

@@ -21,15 +21,16 @@ RADII = (0.5, 1.0, 2.0, 4.0)  # in units of that radius, each with `STEPS[1]` st
 REPEATS = 5
 COUNT, SHARE, SWEEP = (torch.int64, 0), (torch.float64, 0), (torch.int64, 1)
 FIELDS = {"flat": COUNT, "sick": COUNT, "drift": SHARE, "apart": SHARE, "steps": SWEEP, "radii": SWEEP}
+OF_BASE = {"drift": SHARE, "apart": SHARE, "stand": COUNT}
 
 
 @dataclass(frozen=True)
 class Probes:
     """probed: how many inputs. flat: of these, with a true gradient that is all zeros. sick: with a NaN or an infinity
     in logits or gradient, counted at each point visited. drift: largest distance between logits (scaled to length 1)
-    of one input asked `REPEATS` times; apart: share of inputs whose scaled logits move by more than 0.001 in smaller
-    batches. by_steps, by_radius: how many are still right after APGD, in the order of `STEPS`, and of `RADII` and the
-    whole box.
+    of one input, or of a point of its ball, asked `REPEATS` times; apart: share of inputs whose scaled logits move by
+    more than 0.001 in smaller batches. by_steps, by_radius: how many are still right after APGD, in the order of
+    `STEPS`, and of `RADII` and the whole box.
     """
 
     probed: int
@@ -50,11 +51,10 @@ def probe(side: Subject, setting: Setting, bpda: Context) -> Probes:
         x, y = side.inputs(indices)
         logits = Logits(side.attacked, side.batch_size)
         gradient = loss_gradient(logits, x, y)
-        together, drifted = _asked_again(logits, x)
-        smaller = Logits(side.attacked, max(1, min(side.batch_size, len(x)) // 2))
+        drifted, apart = _asked_again(side, x)
         watched = _Watched(Logits(side.attacked, side.batch_size, bpda))
         steps = [_apgd(watched, x, y, setting, 1.0, n) for n in STEPS]
-        whole = setting.threat.diameter(x[0].numel()) / setting.threat.eps
+        whole = _whole_box(setting, x)
         reach = [*(min(r, whole) for r in RADII), whole]
         radii = [steps[1] if r == 1 else _apgd(watched, x, y, setting, r, STEPS[1]) for r in reach]
         sick = watched.sick + int((~torch.isfinite(gradient)).flatten(1).any(1).sum())
@@ -62,7 +62,7 @@ def probe(side: Subject, setting: Setting, bpda: Context) -> Probes:
             "flat": (gradient == 0).flatten(1).all(1).sum().cpu(),
             "sick": torch.tensor(sick),
             "drift": drifted,
-            "apart": ((together - _scaled(smaller(x))).norm(dim=1) > 1e-3).double().mean().cpu(),
+            "apart": apart,
             "steps": torch.tensor(steps),
             "radii": torch.tensor(radii),
         }
@@ -74,20 +74,50 @@ def probe(side: Subject, setting: Setting, bpda: Context) -> Probes:
     return Probes(0, 0, 0, 0.0, 0.0, [0] * len(STEPS), [0] * (len(RADII) + 1))
 
 
-def drift(side: Subject) -> float:
-    """`Probes.drift` alone, of a base: an attack on one that draws at random finds less, which would be a gain."""
-    some = torch.arange(min(PROBED, len(side.x)))
+@dataclass(frozen=True)
+class BaseProbes:
+    """Of a base, on which attacks that fail find less, which would be another model's gain, or loss. probed, drift and
+    apart as in `Probes`; stand: how many are still right after APGD in the whole box."""
+
+    probed: int = 0
+    drift: float = 0.0
+    apart: float = 0.0
+    stand: int = 0
+
+
+def probe_base(side: Subject, setting: Setting, bpda: Context) -> BaseProbes:
+    """Ask the base. Its natural row must have been run."""
+    right = (side.broken_by != 0).nonzero().flatten()[:PROBED]
 
     def ask(indices: Tensor) -> Outcome:
-        return {"drift": _asked_again(Logits(side.attacked, side.batch_size), side.inputs(indices)[0])[1]}
+        x, y = side.inputs(indices)
+        drifted, apart = _asked_again(side, x)
+        logits = Logits(side.attacked, side.batch_size, bpda)
+        stand = _apgd(logits, x, y, setting, _whole_box(setting, x), STEPS[1])
+        return {"drift": drifted, "apart": apart, "stand": torch.tensor(stand)}
 
-    return max(found["drift"].item() for _, found in side.blocks.run(f"{side.name} drift", some, ask, {"drift": SHARE}))
+    for _, found in side.blocks.run(f"{side.name} probes", right, ask, OF_BASE):  # one block, or none
+        return BaseProbes(len(right), *(found[key].item() for key in OF_BASE))
+    return BaseProbes()
 
 
-def _asked_again(logits: Logits, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Scaled logits, and how far those that follow lie from them."""
-    first, *others = [_scaled(logits(x)) for _ in range(REPEATS)]
-    return first, max((first - other).norm(dim=1).max() for other in others).double().cpu()
+def _asked_again(side: Subject, x: Tensor) -> tuple[Tensor, Tensor]:
+    """`drift` and `apart`. A model that rounds at random may do so only where an attacker goes, off the values that
+    pixels have; so points of the ball are asked, too."""
+    aside = side.threat.step(x, (torch.rand(x.shape) - 0.5).to(x.device))
+    together = Logits(side.attacked, side.batch_size)
+    smaller = Logits(side.attacked, max(1, min(side.batch_size, len(x)) // 2))
+    drifts, moved = [], []
+    for points in (x, x + 0.77 * (aside - x)):
+        first, *others = [_scaled(together(points)) for _ in range(REPEATS)]
+        drifts += [(first - other).norm(dim=1).max() for other in others]
+        moved.append((first - _scaled(smaller(points))).norm(dim=1) > 1e-3)
+    return torch.stack(drifts).max(), torch.cat(moved).double().mean()
+
+
+def _whole_box(setting: Setting, x: Tensor) -> float:
+    """The radius of a ball that holds the box, in units of the evaluation's."""
+    return setting.threat.diameter(x[0].numel()) / setting.threat.eps
 
 
 class _Watched:
@@ -104,6 +134,7 @@ class _Watched:
 
 def _scaled(logits: Tensor) -> Tensor:
     """To length 1, as auto-attack's check_randomized does: a difference then means the same for every model."""
+    logits = logits.detach().cpu().double()  # (of logits of 1e20 the length is beyond float32)
     return logits / (logits.norm(dim=1, keepdim=True) + 1e-10)
 
 

@@ -27,7 +27,7 @@ from forged_fx.evaluate.findings import Case, examine
 from forged_fx.evaluate.gradients import Context
 from forged_fx.evaluate.harness import Subject
 from forged_fx.evaluate.journal import agree
-from forged_fx.evaluate.probes import PROBED, drift, probe
+from forged_fx.evaluate.probes import PROBED, probe, probe_base
 from forged_fx.evaluate.record import begin, call, finish
 from forged_fx.evaluate.result import Result, Row
 from forged_fx.evaluate.terminal import Progress
@@ -198,7 +198,7 @@ def evaluate(
                 "processes": processes.size,
             },
             **asked,
-            notes=notes + [note for side in sides for note in side.notes],
+            notes=[*notes, *filter(None, [checks.copies(x)]), *(note for side in sides for note in side.notes)],
             findings=examine(case),
             probe_seconds=case.probes.seconds,
             gallery=subject.show(gallery.choose(case.model)),
@@ -308,7 +308,7 @@ def _case(
     """What the checks look at, measured after all rows. apart: see `reach.apart`; infinite where there is no base."""
     alike, own = apart <= ROUNDING, bpda is straight_through
     probes = probe(side, setting, bpda)
-    base_drift = drift(base) if base is not None else 0.0
+    base_probes = probe_base(base, base.setting(logits.shape[1]), bpda) if base is not None else None
     jumps = reach.jumps(side, base, alike)
     randomness.seed(setting.seed)  # what follows is in no block
     return Case(
@@ -320,7 +320,7 @@ def _case(
         training=training,
         outside=int(((side.x < 0) | (side.x > 1)).sum()),
         scale=scale.of(side.attacked, side.x[:PROBED].to(side.device), side.batch_size),
-        base_drift=base_drift,
+        base_probes=base_probes,
         thresholds=reach.thresholds(side, own, alike),
         jumps=jumps,
     )

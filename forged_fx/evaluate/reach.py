@@ -9,6 +9,7 @@ of. (Limits and soft thresholds do not jump: without a name they pass for what a
 
 from contextlib import suppress
 from math import inf
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,6 +23,7 @@ from forged_fx.evaluate.gradients import Logits, combined, gradient
 from forged_fx.evaluate.harness import Subject, predict
 from forged_fx.evaluate.probes import PROBED
 from forged_fx.models import copied
+from forged_fx.torch_internals import TorchDispatchMode, tree_leaves
 
 PARTS = 16  # of the segment, each with the gradient at its middle
 JUMPS = 0.05  # share that may not add up: at most 0.019 on plain networks, 0.07 to 1 on most forged ones (the docs)
@@ -104,8 +106,8 @@ def jumps(side: Subject, base: Subject | None, alike: bool) -> Measured:
     share = _missing(side, side.attacked)
     if share <= JUMPS:
         return share, JUMPS
-    dtype, plain = _coarse(side.model), base.attacked
-    if dtype is not None and _coarse(base.model) is None:
+    dtype, plain = _coarse(side), base.attacked
+    if dtype is not None and _coarse(base) is None:
         try:
             plain = _Cast(base.attacked, dtype)
             predict(plain, base.x[:1], 1)
@@ -114,9 +116,27 @@ def jumps(side: Subject, base: Subject | None, alike: bool) -> Measured:
     return share, max(JUMPS, 2 * _missing(base, plain))
 
 
-def _coarse(model: nn.Module) -> torch.dtype | None:
-    """The dtype of half precision that parameters of the model have; None: they have none."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point() and torch.finfo(p.dtype).bits < 32), None)
+def _coarse(side: Subject) -> torch.dtype | None:
+    """The dtype of half precision that the side's model computes in, if it does: its parameters may be float32 all the
+    same, as under autocast."""
+    with _Dtypes() as seen, torch.no_grad():
+        predict(side.attacked, side.x[:1], 1)
+    half = (dtype for dtype in seen.dtypes if dtype.is_floating_point and torch.finfo(dtype).bits < 32)
+    return next(half, None)
+
+
+class _Dtypes(TorchDispatchMode):
+    """Notes the dtypes of what is computed within it, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: dict[torch.dtype, None] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        leaves = tree_leaves(result)
+        self.dtypes |= dict.fromkeys(leaf.dtype for leaf in leaves if isinstance(leaf, Tensor))
+        return result
 
 
 class _Cast(nn.Module):

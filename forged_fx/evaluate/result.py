@@ -126,6 +126,12 @@ class Side:
         return [f"{row.attack}: {row.left_out}" for row in self.rows if row.kind == KINDS[1] and row.left_out]
 
     @property
+    def relentless(self) -> bool:
+        """Whether all of the plan `relentless` was run."""
+        names = [row.attack for row in self.rows]
+        return "noise" in names and any(map(round_of, names))
+
+    @property
     def over_again(self) -> Tensor:
         """(n,) bool: broken by further attacks along the true gradient."""
         return self.broken_in(lambda row: row.over_again)
@@ -148,14 +154,13 @@ def judged(
         doubts=doubts,
         again=(model.over_again, base.over_again if base else None),
     )
-    names = [row.attack for row in model.rows]
     return judge(
         replace(
             evidence,
             idle=not ran and model.rows[0].standing > 0,
             followed=any(row.kind == KINDS[1] and follows(row.attack) for row in ran),
             undefined=model.undefined,
-            relentless="noise" in names and any(map(round_of, names)),
+            relentless=model.relentless,
         )
     )
 
@@ -251,6 +256,11 @@ class Result:
     @cached_property
     def _judged(self) -> tuple[str, str]:
         return judged(self.model, self.base, complete=self.complete, same=self.same, doubts=self.doubts)
+
+    @property
+    def enough(self) -> bool:
+        """Whether all of AutoAttack was run or, where that is not defined, all else: what a gain takes."""
+        return self.complete or bool(self.model.undefined and self.model.relentless)
 
     @property
     def doubts(self) -> list[str]:

@@ -8,6 +8,7 @@ The verdicts, and the rule for each; the first rule that holds decides:
 | cannot say | fewer than 6 inputs: whatever the outcome, it could be chance |
 | masking | the true gradient shows a gain, and rows that do not follow it take a measurable part of what it left |
 | cannot say | no base to compare with |
+| cannot say | the model is measurably below its base, but an attack that may change everything leaves the base right |
 | loss | in the worst case the model is measurably below its base |
 | cannot say | no measurable loss, but a finding of `FORBID` is raised: that there is none is not known |
 | cannot say | a measurable gain, but not all of AutoAttack's attacks were run (see below) |
@@ -53,6 +54,8 @@ MARGIN = 0.05  # a gain that "no measurable gain" must rule out
 OUT_OF_REACH = "thresholds out of reach"
 JUMPS = "gradient does not add up"
 FOREIGN = "labels of other classes"
+UNBOUNDED = "unbounded attack fails"
+BASE_STANDS = "unbounded attack on the base fails"
 # Findings that leave nothing to be said in the model's favour, not even that it did not measurably lose; and why.
 FORBID = {
     OUT_OF_REACH: "the model holds thresholds, and no attack saw through them (it was traced, decomposed or compiled "
@@ -63,6 +66,8 @@ FORBID = {
     FOREIGN: "unattacked it, or its base, is hardly better than guessing: the labels are probably not the classes that "
     "it was trained on, or in another order, or its inputs have to be normalised (--normalize in a terminal); look at "
     "what it predicts for some inputs",
+    UNBOUNDED: "an attack that may change everything leaves the model right, so that its gradient leads nowhere: an "
+    "attack of its own has to be written, or bpda= passed, under which its backward is the straight-through one",
 }
 
 
@@ -187,6 +192,13 @@ def _no_base(e: Evidence) -> str:
     return f"{_figures(e)}; whether that is a gain takes the model that it was made from (base=...)"
 
 
+def _base_stands(e: Evidence) -> str:
+    return (
+        f"{_figures(e)}, but an attack that may change everything leaves the base right: its gradient leads nowhere, "
+        "and its worst case is not known (docs/findings.md says what to do)"
+    )
+
+
 def _part(e: Evidence) -> str:
     if e.undefined:
         return f"{_figures(e)}, but {_undefined(e)}: claim it after attacks='relentless' (docs/evaluation.md says why)"
@@ -225,6 +237,7 @@ RULES: tuple[tuple[str, Callable[[Evidence], bool], Callable[[Evidence], str]], 
     ("cannot say", lambda e: e.n < ENOUGH, _too_few),
     ("masking", lambda e: e.seems and e.masked, _masking),
     ("cannot say", lambda e: e.paired is None, _no_base),
+    ("cannot say", lambda e: e.direction < 0 and BASE_STANDS in e.doubts, _base_stands),
     ("loss", lambda e: e.direction < 0, _figures),
     ("cannot say", lambda e: bool(e.forbidden), _doubtful),
     ("cannot say", lambda e: e.direction > 0 and not e.enough, _part),
