@@ -3,7 +3,8 @@
     v ─ relu ─ threshold(·, t)        becomes        v ─ elementwise_threshold(·, t, activation="relu")
 
 No threshold is below 0, so max(v, 0) is below it where v is: neither the maximum nor the absolute value has to be
-computed. A CPU's loop over what is in its cache takes as long as it computes. A GPU's waits for memory.
+computed. A CPU's loop over what is in its cache takes as long as it computes. A GPU's waits for memory. (Of a threshold
+that is NaN, which nothing but a hand sets, values below 0 come through.)
 
 It runs on Inductor's graph of ATen calls, once thresholds are where they stay (forged_fx/hoist.py); what the operator
 becomes is in forged_fx/lowering.py. Not where weights are frozen: there Inductor makes the ReLU a part of the

@@ -10,13 +10,15 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.fx as fx
 from torch import nn
 
 from forged_fx.capture import is_as_its_class
-from forged_fx.graph_calls import AUGMENTED, to_be_kept
+from forged_fx.graph_calls import AUGMENTED
+from forged_fx.ops import THRESHOLD_OPS
 from forged_fx.producers import row_of
-from forged_fx.rewrite import is_call
+from forged_fx.rewrite import fact_of, is_call
 from forged_fx.sites import CALLS, Many
 from forged_fx.torch_internals import schemas_of
 
@@ -86,23 +88,38 @@ def may_ask_in_place(args: tuple, kwargs: Mapping[str, Any]) -> bool:
     return bool(kwargs.get("inplace")) or any(arg is True for arg in args[1:])  # (1 == True)
 
 
+# Of a tensor, a part or all of it in other clothes, whatever its layout; by the name of the function or method.
+_VIEWS = set(
+    "getattr view view_as transpose permute t squeeze unsqueeze expand expand_as narrow select chunk split unbind "
+    "unfold diagonal detach swapaxes swapdims movedim moveaxis tensor_split unflatten flatten reshape".split()
+)
+
+
 def written_attribute(graph: fx.Graph) -> str | None:
     """The name of a tensor of the model's that a call of the graph surely writes into; None if none does."""
     for node in graph.nodes:
         x = next(iter(node.args), None)
         if not is_call(node) or not named_in_place(node.target):
             continue
-        while isinstance(x, fx.Node) and is_call(x) and x.target not in _FRESH_FUNCTIONS:
+        while isinstance(x, fx.Node) and is_call(x) and (_is_view(x) or named_in_place(x.target)):
             x = next(iter(x.args), None)
         if isinstance(x, fx.Node) and x.op == "get_attr":
             return x.target
     return None
 
 
+def _is_view(node: fx.Node) -> bool:
+    if node.target is operator.getitem:  # (by a tensor or a list, it is a copy)
+        places = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        return all(isinstance(place, int | slice | type(None) | type(...)) for place in places)
+    return _name(node.target) in _VIEWS
+
+
 # ---- memory
 
 # (an einsum of one operand, or a product of one, is a view of it)
 _FRESH_FUNCTIONS = {*(f for f, call in CALLS.items() if not isinstance(call, Many)), operator.add, operator.mul}
+_FRESH = {"clone", torch.clone, torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like}
 _FRESH_MODULES = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.Linear, nn.LayerNorm)
 
 
@@ -111,28 +128,36 @@ def is_fresh(node: fx.Node, root: nn.Module) -> bool:
     if node.op == "call_module":
         module = root.get_submodule(node.target)
         return isinstance(module, _FRESH_MODULES) and _is_known(module)
+    if fact_of(node) is not None or node.target in _FRESH or node.target in THRESHOLD_OPS:
+        return True
     fresh = node.target in _FRESH_FUNCTIONS or node.meta.get(UNSEEN)
     return node.op == "call_function" and bool(fresh) and not writes(node, root)
+
+
+def aliases(x: fx.Node, root: nn.Module) -> set[fx.Node]:
+    """The node, and all whose results may share memory with its own."""
+    found: set[fx.Node] = set()
+    new = [x]
+    while new:
+        node = new.pop()
+        if node in found:
+            continue
+        found.add(node)
+        new += [user for user in node.users if user.op != "output" and not is_fresh(user, root)]
+        new += [] if is_fresh(node, root) else node.all_input_nodes
+    return found
 
 
 UNSEEN = "unseen"  # marks an augmented assignment that writes where nobody looks any more: it is as good as none
 
 
 def settle(graph: fx.Graph, root: nn.Module) -> None:
-    """Mark the augmented assignments of the graph that are `UNSEEN`.
-
-    What else has read the tensor until then may have kept it for the backward, as a threshold ahead of a layer does:
-    such an assignment writes into a copy then.
-    """
+    """Mark the augmented assignments of the graph that are `UNSEEN`."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in [node for node in order if node.target in AUGMENTED.values()]:
         x = node.args[0]
-        if not isinstance(x, fx.Node) or _is_seen(x, node, order, root, set()):
-            continue
-        if len(x.users) > 1:
-            with graph.inserting_before(node):
-                node.args = (graph.call_function(to_be_kept, (x,)), *node.args[1:])
-        node.meta[UNSEEN] = True
+        if isinstance(x, fx.Node) and not _is_seen(x, node, order, root, set()):
+            node.meta[UNSEEN] = True
 
 
 def _is_seen(x: fx.Node, write: fx.Node, order: dict[fx.Node, int], root: nn.Module, asked: set[fx.Node]) -> bool:

@@ -531,6 +531,7 @@ def _forge_whole(model: torch.nn.Module, stats: Stats, choice: Choice) -> Forged
             raise Untraceable(f"what calibration saw as {stats.sites[name].kind} at {name!r} is {made.kind} in a graph")
     insert_thresholds(graph, calls, names, place, _source)
     write_back.in_graph(graph, model, stats)
+    write_back.keep_what_is_read(graph, model)
     if missed := [name for name in wanted if name not in buffers]:
         raise Untraceable(f"the graph lacks the sites {', '.join(missed)}")
     # torch.fx writes Python with the modules' names in it

@@ -9,6 +9,7 @@ from torch import nn
 
 import forged_fx
 from forged_fx.effects import UNSEEN
+from forged_fx.evaluate.surrogate import smooth
 from forged_fx.graph_calls import AUGMENTED, to_be_kept
 
 
@@ -130,18 +131,71 @@ def test_gradients_are_the_models(made):
     assert torch.equal(*found)
 
 
+def by_another_name(m, x):
+    y = m.a(x)
+    z = m.b(y)
+    y = m.drop(y)  # in eval mode, y itself
+    y += z
+    return y
+
+
+def of_the_callers_size(m, x):
+    rows, columns = x.shape
+    y = m.a(x).reshape(rows, columns)
+    z = m.b(y)
+    y += z
+    return y
+
+
+def by_a_view_twice(m, x):
+    y = m.a(x)
+    flat = y.view(-1)
+    z = m.b(y)
+    flat += z.view(-1)
+    flat *= 1
+    return y
+
+
 @pytest.mark.parametrize("kind", ["hard", "soft", "clamp"])
-def test_what_a_threshold_has_read_may_be_written_to(kind):
-    """Its backward looks at what it read; so a copy is written to, where gradients are recorded."""
+@pytest.mark.parametrize("forward", [after_a_layer_has_read_it, by_another_name, of_the_callers_size, by_a_view_twice])
+def test_what_a_threshold_has_read_may_be_written_to(kind, forward):
+    """Its backward looks at what it read; so it reads a copy, where gradients are recorded."""
     torch.manual_seed(0)
-    model, x = Net(after_a_layer_has_read_it).eval().requires_grad_(False), torch.rand(5, 6)
+    model, x = Net(forward).eval().requires_grad_(False), torch.rand(5, 6)
+    model.drop = nn.Dropout(0.1).eval()
     forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-2, kind=kind)
-    assert any(node.target is to_be_kept for node in forged.graph.nodes)
+    assert sum(node.target is to_be_kept for node in forged.graph.nodes) == 1
     (gradient,) = torch.autograd.grad(forged(x.requires_grad_()).sum(), x)
     other = copy.deepcopy(model)
     other.run = lambda m, x: (y := m.a(x)) + m.b(y)
     plainly = forged_fx.transform(other, forged_fx.calibrate(other, [x.detach()]), 2**-2, kind=kind)
     assert torch.equal(gradient, torch.autograd.grad(plainly(x).sum(), x)[0])
+    with smooth(0.3):
+        torch.autograd.grad(forged(x).sum(), x)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda m: m.total.clone(),
+        lambda m: m.gate.repeat(2) / 2,
+        lambda m: m.gate.exp().repeat(2),
+        lambda m: torch.softmax(m.total, 0),
+        lambda m: m.total[torch.arange(6)],
+        lambda m: m.total.abs().mean(),
+    ],
+)
+def test_what_is_computed_from_a_buffer_is_no_buffer(made):
+    def forward(m, x):
+        scale = made(m)
+        scale += 1
+        return m.a(x * scale)
+
+    model, x = Net(forward).eval(), torch.rand(5, 6)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [torch.rand(8, 6)]), 0)
+    assert not forged.forging.not_whole
+    for _ in range(2):
+        assert torch.equal(forged(x), model(x)) and torch.equal(forged.total, torch.ones(6))
 
 
 def test_what_nobody_else_has_counts_as_no_write():

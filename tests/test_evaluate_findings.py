@@ -93,6 +93,13 @@ def test_a_base_on_which_attacks_fail_makes_no_loss(hurried):
     assert "leaves the base right" in result.sentence
 
 
+def test_a_base_that_is_only_loud_may_be_lost_against(hurried):
+    """Its cross-entropy has no gradient; that of the same logits in another size has."""
+    strong, weak, x, y = planted.strong_and_weak()
+    result = evaluate(weak, planted.loud(strong), x=x, y=y, eps=0.1, attacks="quick")
+    assert BASE_STANDS not in raised(result) and result.verdict == "loss"
+
+
 def test_attacks_that_fail_on_both_say_nothing_in_either_s_favour(hurried):
     strong, weak, x, y = planted.strong_and_weak()
     result = evaluate(planted.quantised(weak), planted.quantised(strong), x=x, y=y, eps=0.1, attacks="quick")

@@ -160,6 +160,16 @@ def test_rounding_under_autocast_is_no_hidden_jump_either(made, monkeypatch):
     assert finding.value > JUMPS and not finding.raised
 
 
+def test_a_single_step_in_half_precision_explains_no_jump(made, monkeypatch):
+    planted.hurry(monkeypatch)
+    base, x, *_ = made
+    stats, model = forged_fx.calibrate(base, [x]), copy.deepcopy(base)
+    for name in stats.sites:
+        model[int(name)] = ByHand(model[int(name)], 0.1 * stats.sites[name].c_max)
+    result = judged(made, Changed(model, after=lambda logits: logits + 0 * logits.bfloat16().float()))
+    assert ADDS in raised(result)
+
+
 class ByHand(nn.Module):
     """A threshold without a name."""
 

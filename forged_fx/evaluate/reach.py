@@ -23,7 +23,7 @@ from forged_fx.evaluate.gradients import Logits, combined, gradient
 from forged_fx.evaluate.harness import Subject, predict
 from forged_fx.evaluate.probes import PROBED
 from forged_fx.models import copied
-from forged_fx.torch_internals import TorchDispatchMode, tree_leaves
+from forged_fx.torch_internals import TorchDispatchMode
 
 PARTS = 16  # of the segment, each with the gradient at its middle
 JUMPS = 0.05  # share that may not add up: at most 0.019 on plain networks, 0.07 to 1 on most forged ones (the docs)
@@ -117,25 +117,28 @@ def jumps(side: Subject, base: Subject | None, alike: bool) -> Measured:
 
 
 def _coarse(side: Subject) -> torch.dtype | None:
-    """The dtype of half precision that the side's model computes in, if it does: its parameters may be float32 all the
-    same, as under autocast."""
-    with _Dtypes() as seen, torch.no_grad():
+    """The dtype of half precision that the side's model computes its products in, most of what they give, if there is
+    one: its parameters may be float32 all the same, as under autocast."""
+    with _Products() as seen, torch.no_grad():
         predict(side.attacked, side.x[:1], 1)
-    half = (dtype for dtype in seen.dtypes if dtype.is_floating_point and torch.finfo(dtype).bits < 32)
-    return next(half, None)
+    dtype = max(seen.sizes, key=seen.sizes.__getitem__, default=None)
+    return dtype if dtype is not None and dtype.is_floating_point and torch.finfo(dtype).bits < 32 else None
 
 
-class _Dtypes(TorchDispatchMode):
-    """Notes the dtypes of what is computed within it, in order."""
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "linear"}
+
+
+class _Products(TorchDispatchMode):
+    """Notes how many elements products give in each dtype."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.dtypes: dict[torch.dtype, None] = {}
+        self.sizes: dict[torch.dtype, int] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        leaves = tree_leaves(result)
-        self.dtypes |= dict.fromkeys(leaf.dtype for leaf in leaves if isinstance(leaf, Tensor))
+        if isinstance(result, Tensor) and function.overloadpacket.__name__ in _PRODUCTS:
+            self.sizes[result.dtype] = self.sizes.get(result.dtype, 0) + result.numel()
         return result
 
 
