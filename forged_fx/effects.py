@@ -109,6 +109,8 @@ def written_attribute(graph: fx.Graph) -> str | None:
 
 
 def _is_view(node: fx.Node) -> bool:
+    if fact_of(node) is not None:
+        return False
     if node.target is operator.getitem:  # (by a tensor or a list, it is a copy)
         places = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
         return all(isinstance(place, int | slice | type(None) | type(...)) for place in places)

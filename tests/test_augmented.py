@@ -183,6 +183,7 @@ def test_what_a_threshold_has_read_may_be_written_to(kind, forward):
         lambda m: torch.softmax(m.total, 0),
         lambda m: m.total[torch.arange(6)],
         lambda m: m.total.abs().mean(),
+        lambda m: m.gate.shape[0],
     ],
 )
 def test_what_is_computed_from_a_buffer_is_no_buffer(made):
