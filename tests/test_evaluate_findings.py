@@ -17,7 +17,7 @@ from forged_fx.evaluate.attacks import ATTACKS
 from forged_fx.evaluate.findings import CHECKS, Case, examine
 from forged_fx.evaluate.probes import Probes
 from forged_fx.evaluate.result import STANDING, Row, Side
-from forged_fx.evaluate.verdict import BASE_STANDS, UNBOUNDED
+from forged_fx.evaluate.verdict import BASE_DOUBTED, UNBOUNDED
 
 MASKING = {check.name for check in CHECKS if check.masking}
 
@@ -89,22 +89,29 @@ def test_a_base_on_which_attacks_fail_makes_no_loss(hurried):
     options = {"x": x, "y": y, "eps": 0.1, "attacks": "quick"}
     result = evaluate(weak, planted.quantised(other), **options)
     assert result.compared().direction == -1 and evaluate(weak, other, **options).base_worst_case == 0
-    assert BASE_STANDS in raised(result) and result.verdict == "cannot say"
-    assert "leaves the base right" in result.sentence
+    assert BASE_DOUBTED in raised(result) and result.verdict == "cannot say"
+    assert "attacks on the base may have failed" in result.sentence
+
+
+@pytest.mark.parametrize("change", [lambda x: x + 0.3 * torch.rand_like(x), lambda x: by_companions(x)])
+def test_a_base_that_draws_or_looks_around_makes_no_loss(change, hurried):
+    strong, weak, x, y = planted.strong_and_weak()
+    result = evaluate(weak, Changed(strong, before=change), x=x, y=y, eps=0.1, attacks="quick")
+    assert result.compared().direction == -1 and BASE_DOUBTED in raised(result) and result.verdict == "cannot say"
 
 
 def test_a_base_that_is_only_loud_may_be_lost_against(hurried):
     """Its cross-entropy has no gradient; that of the same logits in another size has."""
     strong, weak, x, y = planted.strong_and_weak()
     result = evaluate(weak, planted.loud(strong), x=x, y=y, eps=0.1, attacks="quick")
-    assert BASE_STANDS not in raised(result) and result.verdict == "loss"
+    assert BASE_DOUBTED not in raised(result) and result.verdict == "loss"
 
 
 def test_attacks_that_fail_on_both_say_nothing_in_either_s_favour(hurried):
     strong, weak, x, y = planted.strong_and_weak()
     result = evaluate(planted.quantised(weak), planted.quantised(strong), x=x, y=y, eps=0.1, attacks="quick")
     assert result.compared().direction == 0
-    assert {UNBOUNDED, BASE_STANDS} <= raised(result) and result.verdict == "cannot say"
+    assert {UNBOUNDED, BASE_DOUBTED} <= raised(result) and result.verdict == "cannot say"
 
 
 def test_a_base_that_looks_at_its_companions_is_no_base_to_gain_over(hurried):
@@ -350,7 +357,7 @@ def test_a_model_calibrated_on_another_scale_is_noticed(hurried):
 def test_a_check_that_cannot_be_made_says_why():
     nobody = examine(case(probes=Probes(0, 0, 0, 0.0, 0.0, [0] * 3, [0] * 5)))
     idle = {finding.name for finding in nobody if finding.value is None}
-    assert idle == {check.name for check in CHECKS if check.probing or check.name == BASE_STANDS}
+    assert idle == {check.name for check in CHECKS if check.probing or check.name == BASE_DOUBTED}
     assert all(finding.note for finding in nobody if finding.value is None)
     assert all(math.isfinite(finding.value) for finding in nobody if finding.value is not None)
 

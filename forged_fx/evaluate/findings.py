@@ -1,7 +1,7 @@
 """Signs that the attacks failed rather than that the defence held: a table with a row per check.
 
 Each is a figure and a bound, and is raised where the figure exceeds the bound. A raised finding of which `masking` is
-True forbids the verdict "gain"; those of `verdict.FORBID` forbid "no measurable gain" too, and `verdict.BASE_STANDS`
+True forbids the verdict "gain"; those of `verdict.FORBID` forbid "no measurable gain" too, and `verdict.BASE_DOUBTED`
 forbids "loss". docs/findings.md says when each is raised and what to do. To add one: a function, a row, and a paragraph
 there. Most are those of Carlini et al., On evaluating adversarial robustness (arXiv 1902.06705), section 5, and of
 auto-attack's flags_doc.md.
@@ -19,10 +19,11 @@ from forged_fx.evaluate.further import round_of
 from forged_fx.evaluate.probes import RADII, STEPS, BaseProbes, Probes
 from forged_fx.evaluate.result import Finding, Row, Side
 from forged_fx.evaluate.statistics import beyond_chance
-from forged_fx.evaluate.verdict import BASE_STANDS, FOREIGN, JUMPS, OUT_OF_REACH, UNBOUNDED
+from forged_fx.evaluate.verdict import BASE_DOUBTED, FOREIGN, JUMPS, OUT_OF_REACH, UNBOUNDED
 
 Measured = tuple[float, float] | str  # value and bound, or why there is none
 
+DRIFT, APART = 1e-4, 0.1  # see `Probes`
 GUESSED = 0.85  # share of the inputs that guessing gets wrong; a model that gets more of them wrong knows other classes
 
 
@@ -110,21 +111,23 @@ def _radii(case: Case) -> Measured:
 
 
 def _randomised(case: Case) -> Measured:
-    return max(case.probes.drift, case.base_probes.drift if case.base_probes else 0.0), 1e-4
+    return max(case.probes.drift, case.base_probes.drift if case.base_probes else 0.0), DRIFT
 
 
 def _apart(case: Case) -> Measured:
-    return max(case.probes.apart, case.base_probes.apart if case.base_probes else 0.0), 0.1
+    return max(case.probes.apart, case.base_probes.apart if case.base_probes else 0.0), APART
 
 
 def _whole_box(case: Case) -> Measured:
     return case.probes.by_radius[-1], _few(case.probes)
 
 
-def base_stands(probes: BaseProbes | None) -> Measured:
+def base_doubted(probes: BaseProbes | None) -> Measured:
     if probes is None:
         return "there is no base"
-    return (probes.stand, _few(probes)) if probes.probed else "no input of the base is right unattacked"
+    if not probes.probed:
+        return "no input of the base is right unattacked"
+    return sum([probes.stand > _few(probes), probes.drift > DRIFT, probes.apart > APART]), 0
 
 
 def _probabilities(case: Case) -> Measured:
@@ -178,7 +181,7 @@ CHECKS = (
     Check("accuracy rises with iterations", _iterations, f"probed inputs, at {STEPS} steps", probing=True),
     Check("accuracy rises with eps", _radii, f"probed inputs, at {RADII} eps and the whole box", probing=True),
     Check(UNBOUNDED, _whole_box, "probed inputs that stand", probing=True),
-    Check(BASE_STANDS, lambda case: base_stands(case.base_probes), "probed inputs of the base that stand"),
+    Check(BASE_DOUBTED, lambda case: base_doubted(case.base_probes), "of three signs"),
     Check("loss not finite", lambda case: (case.probes.sick, 0), "logits and gradients", probing=True),
     Check("output is a probability", _probabilities, "share of inputs"),
     Check("logits clipped", _clipped, "share of logits at a limit"),

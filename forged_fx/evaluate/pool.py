@@ -14,7 +14,7 @@ from forged_fx.evaluate import reach
 from forged_fx.evaluate.attacks import Plan
 from forged_fx.evaluate.blocks import Blocks
 from forged_fx.evaluate.compiled import ROUNDING
-from forged_fx.evaluate.findings import Case, base_stands, examine, foreign
+from forged_fx.evaluate.findings import Case, base_doubted, examine, foreign
 from forged_fx.evaluate.gradients import Context
 from forged_fx.evaluate.harness import Subject
 from forged_fx.evaluate.probes import probe, probe_base
@@ -22,7 +22,7 @@ from forged_fx.evaluate.protocol import contest
 from forged_fx.evaluate.result import Side, doubts, judged
 from forged_fx.evaluate.terminal import Progress
 from forged_fx.evaluate.threat import Threat
-from forged_fx.evaluate.verdict import BASE_STANDS, FOREIGN, JUMPS, OUT_OF_REACH
+from forged_fx.evaluate.verdict import BASE_DOUBTED, FOREIGN, JUMPS, OUT_OF_REACH
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ def judge(
     wrong, bound = foreign(base, logits[0].shape[1])
     strange = [FOREIGN] if wrong > bound else []
     base_probes = probe_base(sides[0], settings[base.name], bpda)
-    stands = base_stands(base_probes)
-    strange += [BASE_STANDS] if not isinstance(stands, str) and stands[0] > stands[1] else []
+    signs = base_doubted(base_probes)
+    strange += [BASE_DOUBTED] if not isinstance(signs, str) and signs[0] > signs[1] else []
     for side, mine in zip(sides[1:], logits[1:], strict=True):
         apart = reach.apart(side, sides[0], mine, logits[0])
         same, alike, outcome = apart == 0, apart <= ROUNDING, side.side()

@@ -8,7 +8,7 @@ The verdicts, and the rule for each; the first rule that holds decides:
 | cannot say | fewer than 6 inputs: whatever the outcome, it could be chance |
 | masking | the true gradient shows a gain, and rows that do not follow it take a measurable part of what it left |
 | cannot say | no base to compare with |
-| cannot say | the model is measurably below its base, but an attack that may change everything leaves the base right |
+| cannot say | the model is measurably below its base, but there are signs that attacks on the base failed |
 | loss | in the worst case the model is measurably below its base |
 | cannot say | no measurable loss, but a finding of `FORBID` is raised: that there is none is not known |
 | cannot say | a measurable gain, but not all of AutoAttack's attacks were run (see below) |
@@ -55,7 +55,7 @@ OUT_OF_REACH = "thresholds out of reach"
 JUMPS = "gradient does not add up"
 FOREIGN = "labels of other classes"
 UNBOUNDED = "unbounded attack fails"
-BASE_STANDS = "unbounded attack on the base fails"
+BASE_DOUBTED = "attacks on the base fail"
 # Findings that leave nothing to be said in the model's favour, not even that it did not measurably lose; and why.
 FORBID = {
     OUT_OF_REACH: "the model holds thresholds, and no attack saw through them (it was traced, decomposed or compiled "
@@ -192,10 +192,10 @@ def _no_base(e: Evidence) -> str:
     return f"{_figures(e)}; whether that is a gain takes the model that it was made from (base=...)"
 
 
-def _base_stands(e: Evidence) -> str:
+def _base_doubted(e: Evidence) -> str:
     return (
-        f"{_figures(e)}, but an attack that may change everything leaves the base right: its gradient leads nowhere, "
-        "and its worst case is not known (docs/findings.md says what to do)"
+        f"{_figures(e)}, but attacks on the base may have failed, so that its worst case is not known "
+        "(docs/findings.md says what to do)"
     )
 
 
@@ -237,7 +237,7 @@ RULES: tuple[tuple[str, Callable[[Evidence], bool], Callable[[Evidence], str]], 
     ("cannot say", lambda e: e.n < ENOUGH, _too_few),
     ("masking", lambda e: e.seems and e.masked, _masking),
     ("cannot say", lambda e: e.paired is None, _no_base),
-    ("cannot say", lambda e: e.direction < 0 and BASE_STANDS in e.doubts, _base_stands),
+    ("cannot say", lambda e: e.direction < 0 and BASE_DOUBTED in e.doubts, _base_doubted),
     ("loss", lambda e: e.direction < 0, _figures),
     ("cannot say", lambda e: bool(e.forbidden), _doubtful),
     ("cannot say", lambda e: e.direction > 0 and not e.enough, _part),
