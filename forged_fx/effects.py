@@ -120,8 +120,10 @@ def _is_view(node: fx.Node) -> bool:
 # ---- memory
 
 # (an einsum of one operand, or a product of one, is a view of it)
-_FRESH_FUNCTIONS = {*(f for f, call in CALLS.items() if not isinstance(call, Many)), operator.add, operator.mul}
-_FRESH = {"clone", torch.clone, torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like}
+_FRESH_FUNCTIONS = {
+    *(f for f, call in CALLS.items() if not isinstance(call, Many)), operator.add, operator.mul, torch.clone,
+    torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like,
+}  # fmt: skip
 _FRESH_MODULES = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.Linear, nn.LayerNorm)
 
 
@@ -130,23 +132,22 @@ def is_fresh(node: fx.Node, root: nn.Module) -> bool:
     if node.op == "call_module":
         module = root.get_submodule(node.target)
         return isinstance(module, _FRESH_MODULES) and _is_known(module)
-    if fact_of(node) is not None or node.target in _FRESH or node.target in THRESHOLD_OPS:
+    if fact_of(node) is not None or (node.op == "call_method" and node.target == "clone"):
         return True
-    fresh = node.target in _FRESH_FUNCTIONS or node.meta.get(UNSEEN)
-    return node.op == "call_function" and bool(fresh) and not writes(node, root)
+    fresh = node.target in _FRESH_FUNCTIONS or node.target in THRESHOLD_OPS or bool(node.meta.get(UNSEEN))
+    return node.op == "call_function" and fresh and not writes(node, root)
 
 
-def aliases(x: fx.Node, root: nn.Module) -> set[fx.Node]:
-    """The node, and all whose results may share memory with its own."""
+def aliases(x: fx.Node, write: fx.Node, root: nn.Module) -> set[fx.Node]:
+    """The node, and all whose results may share memory with its own when `write` writes into that."""
     found: set[fx.Node] = set()
     new = [x]
     while new:
-        node = new.pop()
-        if node in found:
-            continue
-        found.add(node)
-        new += [user for user in node.users if user.op != "output" and not is_fresh(user, root)]
-        new += [] if is_fresh(node, root) else node.all_input_nodes
+        if (node := new.pop()) not in found:
+            found.add(node)
+            readers = [user for user in node.users if user is not write and user.op != "output"]
+            new += [user for user in readers if not is_fresh(user, root)]
+            new += [] if is_fresh(node, root) else node.all_input_nodes
     return found
 
 
@@ -154,27 +155,18 @@ UNSEEN = "unseen"  # marks an augmented assignment that writes where nobody look
 
 
 def settle(graph: fx.Graph, root: nn.Module) -> None:
-    """Mark the augmented assignments of the graph that are `UNSEEN`."""
+    """Mark the augmented assignments of the graph that are `UNSEEN`: the memory is neither the caller's nor the
+    model's, and nothing reads it behind them, through a view or what is viewed."""
     order = {node: i for i, node in enumerate(graph.nodes)}
-    for node in [node for node in order if node.target in AUGMENTED.values()]:
-        x = node.args[0]
-        if isinstance(x, fx.Node) and not _is_seen(x, node, order, root, set()):
-            node.meta[UNSEEN] = True
+    for write in assignments(graph):
+        shared = aliases(write.args[0], write, root)
+        own = all(node.op not in ("placeholder", "get_attr") for node in shared)
+        write.meta[UNSEEN] = own and all(order[user] <= order[write] for node in shared for user in node.users)
 
 
-def _is_seen(x: fx.Node, write: fx.Node, order: dict[fx.Node, int], root: nn.Module, asked: set[fx.Node]) -> bool:
-    """Whether anybody may look at what is in x's memory behind the write: through x, a view of it, or what it views."""
-    if x in asked:
-        return False
-    asked.add(x)
-    if x.op not in ("call_function", "call_method", "call_module"):
-        return True  # the caller's, or the model's
-    others = [user for user in x.users if user is not write]
-    views = [user for user in others if not is_fresh(user, root)]
-    around = views if is_fresh(x, root) else [*views, *x.all_input_nodes]
-    return any(order[user] > order[write] for user in others) or any(
-        _is_seen(node, write, order, root, asked) for node in around
-    )
+def assignments(graph: fx.Graph) -> list[fx.Node]:
+    """The augmented ones (`x += y`), in order."""
+    return [node for node in graph.nodes if node.target in AUGMENTED.values() and isinstance(node.args[0], fx.Node)]
 
 
 # ---- what is known

@@ -26,24 +26,15 @@ def _stays_a_call(function: Callable) -> Callable:
             return x.tracer.create_proxy("call_function", call, (x, *others), {})
         return function(x, *others)
 
+    call.__module__ = __name__  # from where a graph's code imports it
     return call
 
 
-def _assignment(name: str) -> Callable:
-    plain = getattr(operator, name)
-
-    def assign(x: Any, y: Any) -> Any:
-        return plain(x, y)
-
-    assign.__name__ = assign.__qualname__ = name
-    return _stays_a_call(assign)
-
-
 AUGMENTED = {
-    name: _assignment(name)  # (of `@=` tensors have none, and Python takes `x = x @ y`)
+    name: _stays_a_call(getattr(operator, name))  # (of `@=` tensors have none, and Python takes `x = x @ y`)
     for name in "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift".split()
 }
-globals().update(AUGMENTED)  # by these names a graph's code imports them
+globals().update(AUGMENTED)
 
 
 @_stays_a_call

@@ -265,6 +265,7 @@ def search(
     if seconds is not None and not 0 <= seconds < math.inf:
         raise ValueError(f"seconds={seconds!r}: 0 or more, or None for no limit")
     threat, (x, y) = checks.threat(eps, norm), checks.inputs(x, y)
+    checks.warn_of_copies(x)
     choose(attacks)
     kinds = checked.several(kinds, "kinds", "names")
     if unknown := [kind for kind in kinds if kind not in search_moves.LADDERS]:
@@ -410,6 +411,7 @@ def split(x: Tensor, y: Tensor, confirm: float | tuple[Tensor, Tensor], seed: in
     prints = checks.prints(x)
     if isinstance(confirm, tuple | list) and len(confirm) == 2:
         kept_x, kept_y = checks.inputs(*confirm)
+        checks.warn_of_copies(kept_x)
         if kept_x.shape[1:] != x.shape[1:]:
             raise ValueError(f"confirm has inputs of shape {tuple(kept_x.shape[1:])}, and x {tuple(x.shape[1:])}")
         if seen := len(set(prints) & set(checks.prints(kept_x))):

@@ -13,8 +13,8 @@ from typing import Any
 import torch.fx as fx
 from torch import nn
 
-from forged_fx.effects import aliases, is_fresh, may_ask_in_place, writes
-from forged_fx.graph_calls import AUGMENTED, to_be_kept
+from forged_fx.effects import aliases, assignments, is_fresh, may_ask_in_place, writes
+from forged_fx.graph_calls import to_be_kept
 from forged_fx.ops import BY_OPERATOR
 from forged_fx.sites import is_activation
 from forged_fx.stats import Stats
@@ -46,8 +46,8 @@ def keep_what_is_read(graph: fx.Graph, root: nn.Module) -> None:
     backward looks at it, or a surrogate's does. (To the layer behind it nothing happens: it has the result.)"""
     order = {node: i for i, node in enumerate(graph.nodes)}
     thresholds = [node for node in order if node.target in BY_OPERATOR]
-    for write in [node for node in order if node.target in AUGMENTED.values() and isinstance(node.args[0], fx.Node)]:
-        shared = aliases(write.args[0], root)
+    for write in assignments(graph):
+        shared = aliases(write.args[0], write, root)
         for threshold in thresholds:
             x = threshold.args[0]
             if x in shared and x.target is not to_be_kept and order[threshold] < order[write]:

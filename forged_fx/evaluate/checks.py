@@ -88,8 +88,6 @@ def inputs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"y has shape {tuple(y.shape)}; expected one class index per input, ({len(x)},){hint}")
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise TypeError(f"y is {y.dtype}; expected class indices, int64")
-    if found := copies(x):
-        warnings.warn(found, stacklevel=4)
     return x.detach().contiguous(), y.detach().long()  # attacks take views
 
 
@@ -102,6 +100,12 @@ def copies(x: Tensor) -> str:
         f"{n} of {len(x)} inputs are copies of others, and p-values and intervals take each for one of its own: they "
         "promise more than these inputs show"
     )
+
+
+def warn_of_copies(x: Tensor) -> None:
+    """In the name of who called the caller."""
+    if found := copies(x):
+        warnings.warn(found, stacklevel=4)
 
 
 def prints(x: Tensor) -> list[bytes]:

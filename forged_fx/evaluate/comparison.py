@@ -66,14 +66,10 @@ class Comparison:
         found = {1: "gain", 0: "no measurable gain", -1: "loss"}[self.paired().direction]
         better = a if found == "loss" else b
         otherwise = a.plan != b.plan or bool(a.base) != bool(b.base) or a.model.identity == b.model.identity
-        doubtful = otherwise or better.doubts or better.verdict == "masking" or (found == "gain" and not self.complete)
+        partly = found == "gain" and not (a.enough and b.enough)
+        doubtful = otherwise or partly or better.doubts or better.verdict == "masking"
         forbidden = found == "no measurable gain" and any(name in FORBID for name in self.b.doubts)
         return "cannot say" if forbidden or (found in ("gain", "loss") and doubtful) else found
-
-    @property
-    def complete(self) -> bool:
-        """Whether both have faced all of AutoAttack or, where that is not defined, all else."""
-        return self.a.enough and self.b.enough
 
     @property
     def few(self) -> str:

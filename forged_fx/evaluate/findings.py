@@ -8,7 +8,7 @@ auto-attack's flags_doc.md.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ GUESSED = 0.85  # share of the inputs that guessing gets wrong; a model that get
 class Case:
     """What the checks look at. logits: the model's on all inputs, unattacked, (n, classes). training: how many of its
     modules were in train mode. outside: how many elements of x lie outside [0, 1]. scale: see `scale.of`.
-    base_probes: None without a base. thresholds, jumps: see `reach.py`."""
+    base_probes: of a base, if there is one. thresholds, jumps: see `reach.py`."""
 
     model: Side
     base: Side | None
@@ -41,7 +41,7 @@ class Case:
     training: int
     outside: int
     scale: tuple[float, float] | None = None
-    base_probes: BaseProbes | None = None
+    base_probes: BaseProbes = field(default_factory=BaseProbes)
     thresholds: Measured = (0, 0)
     jumps: Measured = (0, 0)
 
@@ -111,22 +111,20 @@ def _radii(case: Case) -> Measured:
 
 
 def _randomised(case: Case) -> Measured:
-    return max(case.probes.drift, case.base_probes.drift if case.base_probes else 0.0), DRIFT
+    return max(case.probes.drift, case.base_probes.drift), DRIFT
 
 
 def _apart(case: Case) -> Measured:
-    return max(case.probes.apart, case.base_probes.apart if case.base_probes else 0.0), APART
+    return max(case.probes.apart, case.base_probes.apart), APART
 
 
 def _whole_box(case: Case) -> Measured:
     return case.probes.by_radius[-1], _few(case.probes)
 
 
-def base_doubted(probes: BaseProbes | None) -> Measured:
-    if probes is None:
-        return "there is no base"
+def base_doubted(probes: BaseProbes) -> Measured:
     if not probes.probed:
-        return "no input of the base is right unattacked"
+        return "there is no base, or no input of it is right unattacked"
     return sum([probes.stand > _few(probes), probes.drift > DRIFT, probes.apart > APART]), 0
 
 

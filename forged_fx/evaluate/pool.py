@@ -14,7 +14,7 @@ from forged_fx.evaluate import reach
 from forged_fx.evaluate.attacks import Plan
 from forged_fx.evaluate.blocks import Blocks
 from forged_fx.evaluate.compiled import ROUNDING
-from forged_fx.evaluate.findings import Case, base_doubted, examine, foreign
+from forged_fx.evaluate.findings import Case, Measured, base_doubted, examine, foreign
 from forged_fx.evaluate.gradients import Context
 from forged_fx.evaluate.harness import Subject
 from forged_fx.evaluate.probes import probe, probe_base
@@ -61,25 +61,24 @@ def judge(
     contest(sides, plan, settings, bpda)
     base = sides[0].side()
     found = {base.name: Judged(base)}
-    wrong, bound = foreign(base, logits[0].shape[1])
-    strange = [FOREIGN] if wrong > bound else []
     base_probes = probe_base(sides[0], settings[base.name], bpda)
-    signs = base_doubted(base_probes)
-    strange += [BASE_DOUBTED] if not isinstance(signs, str) and signs[0] > signs[1] else []
+    of_base: dict[str, Measured] = {FOREIGN: foreign(base, logits[0].shape[1]), BASE_DOUBTED: base_doubted(base_probes)}
     for side, mine in zip(sides[1:], logits[1:], strict=True):
         apart = reach.apart(side, sides[0], mine, logits[0])
         same, alike, outcome = apart == 0, apart <= ROUNDING, side.side()
-        reached = {
+        measured = of_base | {
             OUT_OF_REACH: reach.thresholds(side, bpda is straight_through, alike),
             JUMPS: reach.jumps(side, sides[0], alike),
         }
-        raised = [name for name, found in reached.items() if not isinstance(found, str) and found[0] > found[1]]
-        verdict = judged(outcome, base, complete=plan.complete, same=same, doubts=[*strange, *raised])
+        raised = [
+            name for name, figures in measured.items() if not isinstance(figures, str) and figures[0] > figures[1]
+        ]
+        verdict = judged(outcome, base, complete=plan.complete, same=same, doubts=raised)
         if verdict[0] in ("gain", "no measurable gain"):  # else no other finding changes it: the probes are spared
             probes = probe(side, settings[side.name], bpda)
             case = Case(
                 outcome, base, same, mine, probes, training=0, outside=0, base_probes=base_probes,
-                thresholds=reached[OUT_OF_REACH], jumps=reached[JUMPS],
+                thresholds=measured[OUT_OF_REACH], jumps=measured[JUMPS],
             )  # fmt: skip
             verdict = judged(outcome, base, complete=plan.complete, same=same, doubts=doubts(examine(case)))
         found[side.name] = Judged(outcome, *verdict, same)

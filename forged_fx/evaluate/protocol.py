@@ -27,7 +27,7 @@ from forged_fx.evaluate.findings import Case, examine
 from forged_fx.evaluate.gradients import Context
 from forged_fx.evaluate.harness import Subject
 from forged_fx.evaluate.journal import agree
-from forged_fx.evaluate.probes import PROBED, probe, probe_base
+from forged_fx.evaluate.probes import PROBED, BaseProbes, probe, probe_base
 from forged_fx.evaluate.record import begin, call, finish
 from forged_fx.evaluate.result import Result, Row
 from forged_fx.evaluate.terminal import Progress
@@ -143,6 +143,7 @@ def evaluate(
         enter = stack.enter_context
         training = enter(checks.at_peace({"model": model} if base is None else {"model": model, "base": base}))
         notes = [f"the {who} was in train mode; judged in eval mode" for who, modules in training.items() if modules]
+        notes += filter(None, [checks.copies(x)])
         processes = enter(joined(shard, "evaluate"))
         for note in notes if processes.rank == 0 else ():
             warnings.warn(note, stacklevel=3)  # above `at_half_the_batch`
@@ -198,7 +199,7 @@ def evaluate(
                 "processes": processes.size,
             },
             **asked,
-            notes=[*notes, *filter(None, [checks.copies(x)]), *(note for side in sides for note in side.notes)],
+            notes=notes + [note for side in sides for note in side.notes],
             findings=examine(case),
             probe_seconds=case.probes.seconds,
             gallery=subject.show(gallery.choose(case.model)),
@@ -308,7 +309,7 @@ def _case(
     """What the checks look at, measured after all rows. apart: see `reach.apart`; infinite where there is no base."""
     alike, own = apart <= ROUNDING, bpda is straight_through
     probes = probe(side, setting, bpda)
-    base_probes = probe_base(base, base.setting(logits.shape[1]), bpda) if base is not None else None
+    base_probes = probe_base(base, base.setting(logits.shape[1]), bpda) if base is not None else BaseProbes()
     jumps = reach.jumps(side, base, alike)
     randomness.seed(setting.seed)  # what follows is in no block
     return Case(

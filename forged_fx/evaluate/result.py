@@ -15,7 +15,7 @@ from forged_fx.evaluate.further import round_of
 from forged_fx.evaluate.gallery import Gallery
 from forged_fx.evaluate.statistics import Paired, compare
 from forged_fx.evaluate.threat import Threat
-from forged_fx.evaluate.verdict import EXIT_CODES, judge, weigh
+from forged_fx.evaluate.verdict import EXIT_CODES, Evidence, judge, weigh
 
 LEFT_OUT = "left out: "  # how a row's note begins that was not run
 STANDING = -1  # in `Side.broken_by`: nothing broke this example
@@ -126,25 +126,18 @@ class Side:
         return [f"{row.attack}: {row.left_out}" for row in self.rows if row.kind == KINDS[1] and row.left_out]
 
     @property
-    def relentless(self) -> bool:
-        """Whether all of the plan `relentless` was run."""
-        names = [row.attack for row in self.rows]
-        return "noise" in names and any(map(round_of, names))
-
-    @property
     def over_again(self) -> Tensor:
         """(n,) bool: broken by further attacks along the true gradient."""
         return self.broken_in(lambda row: row.over_again)
 
 
-def judged(
-    model: Side, base: Side | None, *, complete: bool, same: bool, doubts: Sequence[str] = ()
-) -> tuple[str, str]:
-    """(verdict, sentence), by the rules of `verdict.py`. complete, same, doubts: as in `Result`."""
+def evidence(model: Side, base: Side | None, *, complete: bool, same: bool, doubts: Sequence[str] = ()) -> Evidence:
+    """What `verdict.judge` judges by. complete, same, doubts: as in `Result`."""
     paired = compare(model.right(), base.right(), same=same) if base else None
     ran = [row for row in model.rows[1:] if row.attacked]
     after = [row for row in ran if row.kind != KINDS[1] and row.broken and not row.over_again]
-    evidence = weigh(
+    names = [row.attack for row in model.rows]
+    weighed = weigh(
         model.right,
         base.right if base else None,
         paired,
@@ -154,15 +147,18 @@ def judged(
         doubts=doubts,
         again=(model.over_again, base.over_again if base else None),
     )
-    return judge(
-        replace(
-            evidence,
-            idle=not ran and model.rows[0].standing > 0,
-            followed=any(row.kind == KINDS[1] and follows(row.attack) for row in ran),
-            undefined=model.undefined,
-            relentless=model.relentless,
-        )
+    return replace(
+        weighed,
+        idle=not ran and model.rows[0].standing > 0,
+        followed=any(row.kind == KINDS[1] and follows(row.attack) for row in ran),
+        undefined=model.undefined,
+        relentless="noise" in names and any(map(round_of, names)),
     )
+
+
+def judged(model: Side, base: Side | None, **known: Any) -> tuple[str, str]:
+    """(verdict, sentence), by the rules of `verdict.py`. known: the rest of what `evidence` takes."""
+    return judge(evidence(model, base, **known))
 
 
 @dataclass(frozen=True)
@@ -254,13 +250,13 @@ class Result:
         return compare(self.model.right(under), self.base.right(under), same=self.same)
 
     @cached_property
-    def _judged(self) -> tuple[str, str]:
-        return judged(self.model, self.base, complete=self.complete, same=self.same, doubts=self.doubts)
+    def _evidence(self) -> Evidence:
+        return evidence(self.model, self.base, complete=self.complete, same=self.same, doubts=self.doubts)
 
     @property
     def enough(self) -> bool:
         """Whether all of AutoAttack was run or, where that is not defined, all else: what a gain takes."""
-        return self.complete or bool(self.model.undefined and self.model.relentless)
+        return self._evidence.enough
 
     @property
     def doubts(self) -> list[str]:
@@ -270,12 +266,12 @@ class Result:
     @property
     def verdict(self) -> str:
         """One of "gain", "no measurable gain", "loss", "masking", "cannot say"; `verdict.py` has the rules."""
-        return self._judged[0]
+        return judge(self._evidence)[0]
 
     @property
     def sentence(self) -> str:
         """The verdict in one plain sentence."""
-        return self._judged[1]
+        return judge(self._evidence)[1]
 
     @property
     def exit_code(self) -> int:
