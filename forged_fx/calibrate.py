@@ -178,6 +178,8 @@ def scan(
         not_layers=seen.not_layers,
         calls=run.calls,
         no_sites=seen.no_sites,
+        fewest=run.fewest,
+        met=seen.met,
     )
 
 
@@ -310,6 +312,7 @@ class _Scan:
         self.sites: dict[str, SiteStats] = {}
         self.modules: dict[str, dict[str, tuple[int, ...]]] = {}
         self.calls: dict[str, int] = {}
+        self.fewest: dict[str, int] = {}
         self._pending: list[tuple[str, SiteStats, tuple[Tensor, ...]]] = []
 
     def batch(self, what: str, args: tuple, kwargs: dict) -> None:
@@ -321,6 +324,7 @@ class _Scan:
             self.sites[name] = self.sites[name].merge(one) if name in self.sites else one
         for key, made in self.observer.numbering.all_calls().items():
             self.calls[key] = max(self.calls.get(key, 0), made)
+            self.fewest[key] = min(self.fewest.get(key, made), made)
 
     def _see(self, seen: Sighting) -> None:
         x, weight = seen.operand.value.detach(), seen.operand.weight

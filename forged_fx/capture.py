@@ -11,8 +11,8 @@ import itertools
 import operator
 import threading
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from forged_fx import torch_internals
 from forged_fx.containers import HELD
 from forged_fx.graph_calls import AUGMENTED, ordered
+from forged_fx.is_tensor import values_are_tensors
 from forged_fx.models import copied
 from forged_fx.modes import kept_buffers
 from forged_fx.randomness import generator_state, kept_randomness
@@ -328,19 +329,26 @@ def _trains_otherwise(module: torch.nn.Module) -> bool:
     return not plain and any(m.training is not mode for mode in (True, False) for m in module.train(mode).modules())
 
 
+_PLAIN = (bool, int, float, str)
+
+
 def _state(model: torch.nn.Module, opened: set[str]) -> dict[tuple, Any]:
-    """What a forward may count with: numbers and text among the modules' attributes, what their random generators would
-    draw next, and how often tensors were written to. One that is replaced (what a run computed, to be looked at later)
-    is left out."""
+    """What a forward may count with: numbers and text among the modules' attributes, also in lists, dicts and objects
+    there, what their random generators would draw next, and how often tensors were written to. One that is replaced
+    (what a run computed, to be looked at later) is left out."""
     found: dict[tuple, Any] = {}
     for path in opened:
         for name, value in vars(model.get_submodule(path)).items():
-            if isinstance(value, bool | int | float | str) and name != "training":
+            if isinstance(value, _PLAIN) and name != "training":
                 found[path, name] = str(value)
             elif (state := generator_state(value)) is not None:
                 found[path, name] = state
             elif isinstance(value, torch.Tensor) and not value.is_inference():
                 found[path, name, id(value)] = value._version
+            elif name not in HELD and not isinstance(value, torch.Tensor):
+                inside = value if isinstance(value, dict | list | tuple | deque) else getattr(value, "__dict__", {})
+                leaves = torch_internals.tree_leaves(dict(inside) if isinstance(inside, Mapping) else inside)
+                found[path, name, id(value)] = [str(leaf) for leaf in leaves if isinstance(leaf, _PLAIN)]
     return found
 
 
@@ -351,10 +359,11 @@ def _trace(model: torch.nn.Module, opened: set[str], given: set[str]) -> Traced:
         if parameter.default is not parameter.empty and name not in given
     }
     try:
-        with kept_buffers(model) as written, kept_randomness() as drawn, _contexts_refused(), warnings.catch_warnings():
-            warnings.filterwarnings("error", "Was not able to add assertion")
-            tracer = _SiteTracer(opened)
-            with _NoValues(model):
+        with kept_buffers(model) as written, kept_randomness() as drawn:
+            classes = {cls for name in opened for cls in type(model.get_submodule(name)).__mro__}
+            with _contexts_refused(), values_are_tensors(classes), warnings.catch_warnings(), _NoValues(model):
+                warnings.filterwarnings("error", "Was not able to add assertion")
+                tracer = _SiteTracer(opened)
                 graph = tracer.trace(model, concrete_args=defaults or None)
             drew = drawn()
     except Untraceable:
@@ -385,6 +394,8 @@ def _what(model: torch.nn.Module) -> str:
     return "a forward that takes any arguments (*args, **kwargs), its own or a decorator's" if any_arguments else "it"
 
 
+_SEEDS = "sets the state of a random generator"
+
 # (where, the function that begins it or asks for it, what the forward does by that)
 _CONTEXTS: list[tuple[Any, str, str]] = [
     (torch, "set_autocast_enabled", "sets autocast"),
@@ -394,6 +405,9 @@ _CONTEXTS: list[tuple[Any, str, str]] = [
     (torch.enable_grad, "__enter__", "sets the grad mode"),
     (torch.set_grad_enabled, "__init__", "sets the grad mode"),
     (torch.autograd.graph.saved_tensors_hooks, "__enter__", "says how tensors are saved for the backward"),
+    *((owner, name, _SEEDS) for owner in (torch, torch.random) for name in ("manual_seed", "seed", "set_rng_state")),
+    (torch.cuda, "manual_seed", _SEEDS),
+    (torch.cuda, "manual_seed_all", _SEEDS),
 ]
 
 
@@ -463,6 +477,13 @@ def has_hooks(module: torch.nn.Module) -> bool:
     return bool(
         of("_forward_hooks") or of("_forward_pre_hooks") or of("_backward_hooks") or of("_backward_pre_hooks")
     )  # (asked of each module in each call of a fused graph, so without a loop)
+
+
+def hooks_its_input(module: torch.nn.Module) -> bool:
+    """Whether hooks may change what the module is given; in a graph a layer's threshold would come ahead of them. Those
+    of torch.nn.utils (pruning, weight_norm) make its weight."""
+    hooks = (vars(module).get("_forward_pre_hooks") or {}).values()
+    return not all(type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks)
 
 
 def is_as_its_class(module: torch.nn.Module) -> bool:

@@ -151,14 +151,15 @@ def _in_no_product(owner: torch.nn.Module, record: Forging) -> list[str]:
     found = []
     for path, module in owner.named_modules():
         made_of = any(not maker or f"{path}.".startswith(f"{maker}.") for maker in makers)
-        if made_of or isinstance(module, _LAYERS + _LOOKED_UP):
+        if made_of:
             continue
+        theirs = ("weight", "bias") if isinstance(module, _LAYERS + _LOOKED_UP) else ()
         weight = getattr(module, "weight", None)
         # of torch.ao's quantized layers it is a method
         if callable(weight) and not isinstance(weight, torch.nn.Module):
             found.append(path or "(root)")
         for name, value in module.named_parameters(recurse=False):
-            if id(value) not in known and sum(size > 1 for size in value.shape) > 1:
+            if name not in theirs and id(value) not in known and sum(size > 1 for size in value.shape) > 1:
                 found.append(f"{path}.{name}".removeprefix("."))
     return found
 

@@ -41,8 +41,8 @@ def _eval(module: torch.nn.Module) -> None:
 @contextlib.contextmanager
 def kept_buffers(model: torch.nn.Module) -> Iterator[list[str]]:
     """Afterwards every buffer is the tensor that it was, with the values that it had: a model may count its runs, in
-    eval mode too. Yields a list, which then names the buffers that were replaced, or written to, as far as PyTorch
-    counts that."""
+    eval mode too. Yields a list, which then names the buffers that were replaced, or written to. (PyTorch counts most
+    writes. Those through `.data`, and those of some fused operators, show in the values alone.)"""
     written: list[str] = []
     named = {name: buffer for name, buffer in model.named_buffers() if not (is_lazy(buffer) or buffer.is_inference())}
     before = {name: (buffer.clone(), buffer._version) for name, buffer in named.items()}
@@ -57,13 +57,24 @@ def kept_buffers(model: torch.nn.Module) -> Iterator[list[str]]:
     finally:
         with torch.no_grad():
             for name, (values, version) in before.items():
-                if named[name]._version != version:
+                if named[name]._version != version or not same_bits(named[name], values):
                     named[name].copy_(values)
                     written.append(name)
             for path, buffers, name, buffer in slots:
                 if buffers.get(name) is not buffer:
                     buffers[name] = buffer
                     written.append(path)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors hold the same, bit for bit. Of those without plain memory (sparse ones, or on the meta
+    device) only shape and dtype are compared."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.layout != torch.strided or a.is_meta or a.is_quantized:
+        return True
+    bits = (v.detach().contiguous().reshape(-1).view(torch.uint8) for v in (a, b))
+    return torch.equal(*bits)
 
 
 @contextlib.contextmanager

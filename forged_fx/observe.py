@@ -35,16 +35,20 @@ from forged_fx.sites import (
     Origin,
     data_operands,
     joined,
+    merge_met,
     names_of,
     only_looks,
     operand_name,
     replace,
 )
+from forged_fx.straight import is_straight
 from forged_fx.torch_internals import CHECKPOINT, MODULE_CALL, forwards_of_functions, memory_of, tree_leaves
 from forged_fx.write_back import works_in_place
 
 # Factories that take their values from Python: what they hold may well come from the input (numpy in the middle).
 _FROM_PYTHON = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy}
+
+_SETS_DATA = Tensor.data.__set__
 
 _SCALARS = (int, float, str, type(None))
 _FLAT = (Tensor, *_SCALARS, torch.dtype, torch.device)
@@ -143,7 +147,8 @@ class _Origins:
             made_from = Origin.DATA  # as `data_operands` takes it to be
         if function in _FROM_PYTHON and not tensors:
             made_from = Origin.UNKNOWN
-        for target in _tensors((args[0] if args and named_in_place(function) else None, kwargs.get("out"))):
+        writes = bool(args) and (named_in_place(function) or function == _SETS_DATA)
+        for target in _tensors((args[0] if writes else None, kwargs.get("out"))):
             if joined(self.of(target), made_from) is not self.of(target):
                 for tensor in self._in_memory_of(target):
                     self.mark((tensor,), joined(self.of(tensor), made_from))
@@ -271,6 +276,7 @@ class Observer:
         self.contexts: set[str] = set()  # modules whose own code runs calls in a context that a graph would drop
         self.not_layers: set[str] = set()  # modules that do more with their first argument than one call of the table
         self.no_sites: set[str] = set()  # calls of the table that no data met weights in
+        self.met: dict[str, tuple[str, ...]] = {}  # call -> its kind, and the parameters that it was given, by name
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """One forward pass. The fast path of attention is off within: it would hide the products inside it."""
@@ -282,6 +288,7 @@ class Observer:
         self.frames: list[_Frame] = []
         self._could_be_layers: dict[int, list[_Frame]] = {}  # by the id of what they were given first
         self.functions = forwards_of_functions()
+        self._parameters = {memory_of(p): name for name, p in self.model.named_parameters()}
         with self._follow_modules(), fast_path_off(), _SeeCalls(self):
             return self.model(*args, **kwargs)
 
@@ -291,6 +298,9 @@ class Observer:
         frame.calls += 1
         self._read_by_call(frame, args, kwargs)
         name = self.numbering.call(frame.name, call.mark)
+        given = (memory_of(v) for _, _, v in call.operands(args, kwargs) if isinstance(v, Tensor))
+        met = (call.kind, *(self._parameters[m] for m in given if m is not None and m in self._parameters))
+        self.met[name] = merge_met(self.met.get(name, met), met)
         operands = data_operands(call, args, kwargs, self.origins.of)
         if not operands:
             self.no_sites.add(name)
@@ -368,7 +378,7 @@ class Observer:
             frame = self.frames.pop()
             if not frame.in_place:
                 self._used((result,))  # what came in is a part of what goes out
-            if frame.calls > 1:
+            if frame.calls > 1 or (frame.calls and not is_straight(module)):
                 self.not_layers.add(frame.name)
             readers = self._could_be_layers.get(id(frame.first_input), [])
             if frame in readers:

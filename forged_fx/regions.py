@@ -16,7 +16,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,9 +30,12 @@ from forged_fx.sites import (
     ACTIVATIONS,
     CALLS,
     OPENED,
+    Call,
     Key,
+    call_name,
     call_of,
     check_weight,
+    fewer_calls,
     get,
     is_activation,
     mark_of,
@@ -41,8 +44,9 @@ from forged_fx.sites import (
     replace,
     unseen_call,
 )
-from forged_fx.stats import SiteStats, Stats
+from forged_fx.stats import Stats
 from forged_fx.thresholds import HoldsThresholds, register
+from forged_fx.torch_internals import memory_of
 from forged_fx.write_back import works_in_place
 
 # Their fused eval-mode kernels would run past the layers within; under a function mode they take the open path.
@@ -52,8 +56,7 @@ _FUSES_CHILDREN = (torch.nn.TransformerEncoder, torch.nn.TransformerEncoderLayer
 @dataclass(frozen=True)
 class Forge:
     """What to do to one operand: of which kind of call it is and where it sits there, the operator's name, its buffers'
-    names, its other arguments, whether the call leaves its result in the operand, and its site. weights: the names, in
-    the module, of the parameter that it meets; none: it is not the module's, or made from some."""
+    names, its other arguments, and whether the call leaves its result in the operand."""
 
     kind: str
     key: Key
@@ -61,8 +64,6 @@ class Forge:
     buffers: tuple[str, ...]
     rest: tuple[int, ...]
     in_place: bool = False
-    site: str = ""
-    weights: tuple[str, ...] = ()
 
     def __call__(self, region: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
         parameters = [getattr(region, name) for name in self.buffers]
@@ -110,19 +111,28 @@ class Plan:
 
     operands: call index -> what is done there. once: the module runs at most once in a forward pass, so that its calls
     are counted from its own start; else they are counted from the pass's. calls: how many there were at most in
-    calibration.
+    calibration; fewest: at least, of a module in which a call that is left out would shift others unseen. met: call
+    index -> its kind and the module's parameters that it was given, by name there; what varied is not listed.
     """
 
     module: str
     once: bool
     calls: int
     operands: dict[int, list[Forge]]
+    fewest: int = 0
+    met: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
-    def next(self, counts: dict[int, int]) -> list[Forge]:
+    def next(self, counts: dict[int, int]) -> int:
+        """The number of the call that is made now."""
         k = self._count(counts)
         if k >= self.calls:
             raise unseen_call(self.module, k, self.calls)
-        return self.operands.get(k, [])
+        return k
+
+    def end(self, counts: dict[int, int]) -> None:
+        """The module has run. RuntimeError if it made fewer calls than in any run that calibration saw."""
+        if 0 < (made := counts.get(id(self), 0)) < self.fewest:
+            raise fewer_calls(self.module, made, self.fewest)
 
     def _count(self, counts: dict[int, int]) -> int:
         """The number of this call. What a backward recomputes has the numbers that it had when it ran first."""
@@ -182,7 +192,7 @@ class ForgedLayer(_Region):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         input, *rest = args or (self._named(kwargs),)
         plan = self.forged_plan
-        for forge in plan.operands[0] if plan.once else plan.next(self.forged_pass.so_far()):
+        for forge in plan.operands[0 if plan.once else plan.next(self.forged_pass.so_far())]:
             input = forge.into(self, input) if forge.in_place else forge(self, input)
         return super().forward(input, *rest, **kwargs)
 
@@ -227,6 +237,7 @@ class _OwnCalls(TorchFunctionMode):
         self.inside = {id(module) for module in region.modules()}
         self.own: dict[int, int] = {}  # the calls since the module's own start, by plan
         self.recording = torch.is_grad_enabled()
+        self.parameters: set[int | None] | None = None  # where the module's lie in memory, once that is asked for
 
     def __enter__(self) -> Any:
         self.region.forged_pass.running.append(self)
@@ -235,6 +246,10 @@ class _OwnCalls(TorchFunctionMode):
     def __exit__(self, *exception: Any) -> None:
         self.region.forged_pass.running.pop()
         super().__exit__(*exception)
+        if exception[0] is None:
+            for plan in (self.region.forged_plan, self.region.forged_activations):
+                if plan and plan.once:
+                    plan.end(self.own)
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -248,7 +263,9 @@ class _OwnCalls(TorchFunctionMode):
         if function in OPENED:
             with self:
                 return OPENED[function](*args, **kwargs)
-        for forge in plan.next(self.own if plan.once else self.region.forged_pass.so_far()):
+        k = plan.next(self.own if plan.once else self.region.forged_pass.so_far())
+        self._check(plan, k, call, args, kwargs)
+        for forge in plan.operands.get(k, []):
             x = get(args, kwargs, forge.key) if call.kind == forge.kind else None
             # (a caller may give a parameter as data: an image that is learned)
             if x is None or (isinstance(x, torch.nn.Parameter) and any(x is p for p in self.region.parameters())):
@@ -259,13 +276,26 @@ class _OwnCalls(TorchFunctionMode):
                     "backward, where no threshold reaches them. Put them into a module of their own, and calibrate; or "
                     "compile the plain model, with backend='forged' and options={'stats': ...}"
                 )
-            met = [v for _, _, v in call.operands(args, kwargs) if isinstance(v, torch.nn.Parameter)]
-            if met and forge.weights:
-                check_weight(forge.site, self.region, forge.weights, met)
             in_place = function in ACTIVATIONS and works_in_place(function, args, kwargs)
             new = (forge.into if in_place else forge)(self.region, x)
             args, kwargs = replace(args, kwargs, forge.key, new)
         return function(*args, **kwargs)
+
+    def _check(self, plan: Plan, k: int, call: Call, args: tuple, kwargs: dict) -> None:
+        """RuntimeError where the call is not the one that had this number in calibration."""
+        if k not in plan.met:
+            return
+        kind, *seen = plan.met[k]
+        if kind != call.kind:
+            raise other_call(plan.module, kind, call.kind)
+        given = [v for _, _, v in call.operands(args, kwargs) if isinstance(v, torch.Tensor)]
+        if seen:
+            check_weight(call_name(plan.module, k, call.mark), self.region, seen, given)
+            return
+        if self.parameters is None:
+            self.parameters = {memory_of(p) for p in self.region.parameters()} - {None}
+        if not self.parameters.isdisjoint(map(memory_of, given)):
+            raise other_call(plan.module, kind, call.kind)
 
     def _is_own(self) -> bool:
         """Whether none of the submodules makes the call that is running, nor the module itself, called by itself. The
@@ -301,9 +331,30 @@ def _rebuild(*bases: type) -> torch.nn.Module:
     return derived.__new__(derived)
 
 
-def _plan(module: str, rows: list[SiteStats]) -> Plan:
-    """Without sites of its own mark, a module's calls are passed by."""
-    return Plan(module, all(r.once for r in rows), max((r.module_calls for r in rows), default=sys.maxsize), {})
+def _plan(module: str, mark: str, sites: list[str], stats: Stats, model: torch.nn.Module) -> Plan:
+    if not sites:  # of its own mark: the module's calls are passed by
+        return Plan(module, True, sys.maxsize, {})
+    rows = [stats.sites[site] for site in sites]
+    known = {site: (row.kind, row.weight) for site, row in stats.sites.items() if row.weight}  # all that old files say
+    # To calibration a hook's calls are its module's, and run ahead of its forward: the audit finds what that shifts.
+    hooked = bool(model.get_submodule(module)._forward_pre_hooks)
+    known |= {c: m for c, m in stats.met.items() if m and (len(m) > 1 if c in stats.sites else not hooked)}
+    met = {
+        call_of(call): (kind, *_names_in(module, names, model))
+        for call, (kind, *names) in known.items()
+        if (module_of(call), mark_of(call)) == (module, mark)
+    }
+    told = all(call_of(site) in met for site in sites)  # each by the parameter that it meets
+    fewest = 0 if told or hooked else stats.fewest.get(module + mark, 0)
+    return Plan(module, all(row.once for row in rows), max(row.module_calls for row in rows), {}, fewest, met)
+
+
+def _names_in(module: str, names: list[str], model: torch.nn.Module) -> list[str]:
+    """What parameters of the model's are called in a module; "" stands for those that are not there."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    meant = [parameters[name] for name in names if name in parameters]
+    own = model.get_submodule(module).named_parameters(remove_duplicate=False)
+    return [name for name, p in own if any(p is one for one in meant)] or [""] * bool(names)
 
 
 def forge_regions(model: torch.nn.Module, stats: Stats, choice: Choice) -> dict[str, str]:
@@ -320,21 +371,18 @@ def forge_regions(model: torch.nn.Module, stats: Stats, choice: Choice) -> dict[
         if isinstance(module, _FUSES_CHILDREN) and is_around(name):
             sites_of.setdefault(name, [])
     reached: dict[str, str] = {}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, sites in sites_of.items():
         module = model.get_submodule(name)
         rows = [stats.sites[site] for site in sites]
-        own = [*module.named_parameters(remove_duplicate=False)]
         layer = bool(rows) and all(row.layer for row in rows) and not is_around(name)  # (there a pass may begin)
         module.threshold_buffers = {}
-        plans = {mark: _plan(name, [stats.sites[s] for s in sites if mark_of(s) == mark]) for mark in "#@"}
+        plans = {mark: _plan(name, mark, [s for s in sites if mark_of(s) == mark], stats, model) for mark in "#@"}
         for site, row in zip(sites, rows, strict=True):
             kind = choice[site]
             module.threshold_buffers[site] = names = register(module, site, kind, row, model)
             known = row.in_place is not None  # older files do not say it
             in_place = row.in_place if known else is_activation(site) and getattr(module, "inplace", False)
-            weights = tuple(n for n, p in own if row.weight and p is parameters.get(row.weight))
-            forge = Forge(row.kind, row.key, kind.function, names, kind.rest(row), bool(in_place), site, weights)
+            forge = Forge(row.kind, row.key, kind.function, names, kind.rest(row), bool(in_place))
             plans[mark_of(site)].operands.setdefault(call_of(site), []).append(forge)
         module.forged_plan = plans["@" if layer and is_activation(sites[0]) else "#"]
         if plans["@"].operands and not layer:

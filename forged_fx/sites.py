@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from forged_fx import torch_internals
+from forged_fx.torch_internals import memory_of
 
 Key = tuple[int | str, ...]  # where an operand sits in a call: (3,), ("weight",), or (1, 0) inside a list argument
 
@@ -167,6 +168,8 @@ CALLS: dict[Callable, Call] = {
     Tensor.inner: _product("inner", 0, "self", "other", right=-1),
     torch.dot: _product("dot", 0, "input", "tensor", right=-1),
     Tensor.dot: _product("dot", 0, "self", "tensor", right=-1),
+    torch.vdot: _product("vdot", 0, "input", "other", right=-1),
+    Tensor.vdot: _product("vdot", 0, "self", "other", right=-1),
     torch.linalg.vecdot: _product("vecdot", 0, "x", "y", right=-1),
     torch.addmv: _product("addmv", 1, "mat", "vec"),
     torch.addmv_: _product("addmv", 1, "mat", "vec"),
@@ -201,6 +204,7 @@ CALLS: dict[Callable, Call] = {
             "mv": _product("mv", 0, "self", "vec"),
             "bmm": _product("bmm", 0, "self", "mat2"),
             "dot": _product("dot", 0, "self", "tensor", right=-1),
+            "vdot": _product("vdot", 0, "self", "other", right=-1),
             "inner": _product("inner", 0, "self", "other", right=-1),
             "linalg_vecdot": _product("vecdot", 0, "x", "y", right=-1),
             "addmm": _product("addmm", 1, "mat1", "mat2"),
@@ -325,6 +329,11 @@ def _data(opens: bool, roles: tuple[str, ...], origins: tuple[Origin, ...]) -> l
     return [(i, weights[0], fixed if origins[i] >= Origin.UNKNOWN else CONSTANT_INPUT) for i in data]
 
 
+def merge_met(one: tuple[str, ...], other: tuple[str, ...]) -> tuple[str, ...]:
+    """What a call is known to be after two runs: its kind and the parameters that it is given; () where they differ."""
+    return one if one == other else ()
+
+
 def get(args: tuple, kwargs: dict, key: Key) -> Any:
     value = kwargs[key[0]] if isinstance(key[0], str) else args[key[0]]
     return value if len(key) == 1 else value[key[1]]
@@ -378,6 +387,16 @@ def unseen_call(module: str, k: int, most: int) -> RuntimeError:
     )
 
 
+def fewer_calls(module: str, made: int, fewest: int) -> RuntimeError:
+    """What is raised where a module made fewer calls than in any run of calibration, so that they may be others."""
+    return RuntimeError(
+        f"{module or 'the model'!r} makes {made} call{'s' * (made > 1)} of linear, convolution, product or activation, "
+        f"and at least {fewest} in calibration: calls are known by their number, so that the thresholds may have been "
+        "those of others. Calibrate on data that takes this path, too, or forge without this module "
+        f"(exclude={(module or '#') + '*'!r})"
+    )
+
+
 def other_call(module: str, seen: str, made: str) -> RuntimeError:
     """What is raised where a module's call is another one than it was in calibration."""
     how = f"{made} in the place of {seen}" if made != seen else f"{made} with its data where a parameter was, or none"
@@ -388,14 +407,15 @@ def other_call(module: str, seen: str, made: str) -> RuntimeError:
 
 
 def check_weight(site: str, owner: torch.nn.Module, seen: Iterable[str], met: list[Tensor]) -> None:
-    """RuntimeError where a site's data meets another parameter of the owner's than it did in calibration.
+    """RuntimeError where a call meets another parameter of the owner's, or a view of one, than it did in calibration.
 
     seen: the names that one has there. What is no parameter of the owner's (functional_call's, say) is let be.
     """
-    held = [parameter for name in seen if (parameter := _parameter(owner, name)) is not None]
-    if not held or any(parameter is value for parameter in held for value in met):
+    held = {memory_of(p) for name in seen if (p := _parameter(owner, name)) is not None} - {None}
+    here = {*map(memory_of, met)} - {None}
+    if not (held and here) or held & here:
         return
-    other = next((name for name, parameter in owner.named_parameters() for value in met if parameter is value), None)
+    other = next((name for name, parameter in owner.named_parameters() if memory_of(parameter) in here), None)
     if other is not None:
         raise RuntimeError(
             f"the data of site {site!r} met the parameter {next(iter(seen))!r} in calibration, and meets {other!r}: "

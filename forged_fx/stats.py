@@ -26,7 +26,16 @@ from forged_fx import checked
 from forged_fx.channels import PARTS, ChannelCounts
 from forged_fx.files import STATISTICS, STATS_KEY, whole
 from forged_fx.histogram import BINS, EDGES, quantile, share_below
-from forged_fx.sites import OTHER_CALL, OTHER_WEIGHT, call_of, has_input, is_activation, mark_of, module_of
+from forged_fx.sites import (
+    OTHER_CALL,
+    OTHER_WEIGHT,
+    call_of,
+    has_input,
+    is_activation,
+    mark_of,
+    merge_met,
+    module_of,
+)
 
 FORMAT = 1
 
@@ -169,7 +178,9 @@ class Stats:
 
     What follows was seen in one batch or another, of whichever module, and says of sites what they are: not_layers,
     modules that do more with their input than one call. calls: a module's name and a mark (# or @) -> how many such
-    calls it made in one forward pass, at most. no_sites: names that a call had in which no data met weights.
+    calls it made in one forward pass, at most; fewest: at least, where it ran. no_sites: names that a call had in which
+    no data met weights. met: a call's name -> its kind and the parameters that it was given, in whole or in part; ()
+    where that varied.
     """
 
     def __init__(
@@ -185,6 +196,8 @@ class Stats:
         not_layers: set[str] | None = None,
         calls: dict[str, int] | None = None,
         no_sites: set[str] | None = None,
+        fewest: dict[str, int] | None = None,
+        met: dict[str, tuple[str, ...]] | None = None,
     ) -> None:
         self.sites = sites or {}
         self.modules = modules or {}
@@ -196,11 +209,15 @@ class Stats:
         self.not_layers = not_layers or set()
         self.calls = calls or {}
         self.no_sites = no_sites or set()
+        self.fewest = fewest or {}
+        self.met = met or {}
         for name, site in self.sites.items():
             site.layer &= module_of(name) not in self.not_layers
             site.module_calls = max(site.module_calls, self.calls.get(module_of(name) + mark_of(name), 0))
             if name in self.no_sites:
                 site.left_out = OTHER_CALL
+            elif self.met.get(name) == () and not site.left_out:
+                site.left_out = OTHER_WEIGHT
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"example": None}  # a checkpoint of a forged model is no place for its users' data
@@ -247,8 +264,10 @@ class Stats:
             self.example or other.example,
             at_times=self.at_times | other.at_times | differently,
             not_layers=self.not_layers | other.not_layers,
-            calls={key: max(self.calls.get(key, 0), other.calls.get(key, 0)) for key in (self.calls | other.calls)},
+            calls=_merged(max, self.calls, other.calls),
             no_sites=self.no_sites | other.no_sites,
+            fewest=_merged(min, self.fewest, other.fewest),
+            met=_merged(merge_met, self.met, other.met),
         )
 
     def fits(self, model: torch.nn.Module) -> bool:
@@ -346,7 +365,7 @@ class Stats:
             "format": FORMAT,
             "batches": self.batches,
             **{key: sorted(getattr(self, key)) for key in _SETS},
-            "calls": self.calls,
+            **{key: getattr(self, key) for key in _BY_NAME},
             "modules": self.modules,
             "channel_counts": {},
             "sites": {name: {key: getattr(site, key) for key in _TEXT_FIELDS} for name, site in self.sites.items()},
@@ -425,7 +444,13 @@ class Stats:
             _check_site(name, site, modules)
         sets: dict[str, Any] = {key: set(checked.fit(header[key], list[str], key)) for key in _SETS}
         batches = checked.fit(header["batches"], int, "batches")
-        return cls(sites, modules, batches, calls=checked.fit(header["calls"], dict[str, int], "calls"), **sets)
+        by_name: dict[str, Any] = {key: checked.fit(header[key], hint, key) for key, hint in _BY_NAME.items()}
+        return cls(sites, modules, batches, **by_name, **sets)
+
+
+def _merged(combine: Callable, one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Two scans' values by name; combined where both have one."""
+    return {**one, **other} | {key: combine(one[key], other[key]) for key in one if key in other}
 
 
 def given_stats(stats: Any, who: str) -> Stats:
@@ -453,9 +478,11 @@ _COUNTS = ("calls", "elements", "sampled", "zeros")
 _TEXT_FIELDS = tuple(f.name for f in fields(SiteStats) if f.name not in _ARRAYS + _COUNTS)
 # what the files of every version say of a site; of what they do not, a field's default holds
 _ALWAYS = ("kind", "shape", "weight_shape", "weight", "key", "layer", "once", "module_calls", "left_out")
+_BY_NAME = {"calls": dict[str, int], "fewest": dict[str, int], "met": dict[str, tuple[str, ...]]}
 _SETS = ("contexts", "given", "at_times", "not_layers", "no_sites")  # of `Stats`, in a file's header
 # what the headers of the first files did not have
-_LATER: dict[str, Any] = {"at_times": [], "not_layers": [], "no_sites": [], "calls": {}, "channel_counts": {}}
+_LATER: dict[str, Any] = {"at_times": [], "not_layers": [], "no_sites": [], "channel_counts": {}}
+_LATER |= {key: {} for key in _BY_NAME}
 _HINTS = get_type_hints(SiteStats)
 if _unsaid := [f.name for f in fields(SiteStats) if "merge" not in f.metadata]:
     raise TypeError(f"SiteStats.{_unsaid[0]} does not say how two scans' are merged: give it a rule, metadata=_SUM say")

@@ -15,8 +15,8 @@ import torch
 import torch.fx as fx
 
 from forged_fx import in_place, write_back
-from forged_fx.audit import AuditFailed, alike, audit, audit_at_work, same
-from forged_fx.capture import Untraceable, capture, opened_modules
+from forged_fx.audit import AuditFailed, alike, audit, audit_at_work, same, same_on_fast_path
+from forged_fx.capture import Untraceable, capture, hooks_its_input, opened_modules
 from forged_fx.containers import ListContainer, Numbered, check_place, container_for, hold, skeleton, take_attributes
 from forged_fx.effects import settle, written_attribute
 from forged_fx.fuse import fuse as fuse_producers
@@ -246,13 +246,14 @@ def transform(
     record.audited = example is not None
     if example:
         _check_seen(stats, ran, record, strict)
+        _warn_of_fast_path(model, *example)
     else:
         why, then = _NO_BATCH
         if on_meta:
             record.not_audited, (why, then) = "it had no weights", _ON_META
         warnings.warn(
-            f"forged without an audit: {why}, and what a graph lost of the model (isinstance(x, Tensor) is false as it "
-            f"is recorded, say) was not looked for: {then}",
+            f"forged without an audit: {why}, and what a graph lost of the model (type(x) is another one as it is "
+            f"recorded, say) was not looked for: {then}",
             stacklevel=3,
         )
     on_gpu = any(tensor.is_cuda for tensor in tensors)
@@ -264,6 +265,19 @@ def transform(
 
 _NO_BATCH = "statistics from a file keep no batch to run", "pass one, example=((x,), {})"
 _ON_META = "a model on the meta device has no weights to run with", "forge it once with weights, example=((x,), {})"
+
+
+def _warn_of_fast_path(model: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    """Say so where the plain model, without gradients, is another function than the one that is forged."""
+    encoders = [name for name, module in model.named_modules() if isinstance(module, torch.nn.TransformerEncoder)]
+    if encoders and not same_on_fast_path(model, args, kwargs):
+        warnings.warn(
+            f"without gradients the plain model gives something else than with them: {encoders[0] or 'it'!r} takes "
+            "PyTorch's fast path, which gives 0 at padded positions. The forged model computes them, as the plain one "
+            "does with gradients, and calibration saw them. Build it with enable_nested_tensor=False to have one "
+            "function, or switch the fast path off: torch.backends.mha.set_fastpath_enabled(False)",
+            stacklevel=4,
+        )
 
 
 def check_example(example: Any) -> None:
@@ -504,7 +518,11 @@ def _forge_whole(model: torch.nn.Module, stats: Stats, choice: Choice) -> Forged
     wanted = [*choice.kinds]
     if stats.at_times:
         raise Untraceable(f"only some of calibration's batches gave {', '.join(map(repr, sorted(stats.at_times)))}")
-    layer_sites = {name for name, site in stats.sites.items() if site.layer}
+    layer_sites = {
+        name
+        for name, site in stats.sites.items()
+        if site.layer and not hooks_its_input(model.get_submodule(module_of(name)))
+    }
     opened = opened_modules(wanted, layer_sites)
     graph, constants = capture(model, opened, stats.given, stats.contexts)
     if written := written_attribute(graph):

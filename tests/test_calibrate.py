@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 
 import forged_fx
+from forged_fx.modes import same_bits
 from forged_fx.sites import (
     COMPLEX,
     CONSTANT_INPUT,
@@ -231,6 +232,44 @@ def test_a_layer_keeps_its_input_from_other_layers():
     assert {name: site.layer for name, site in sites.items()} == {"0": False, "0.down": True}
 
 
+class Counts(nn.Module):
+    """In buffers that are written to behind PyTorch's back."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("runs", torch.zeros(()))
+        self.register_buffer("top", torch.tensor([-0.0, torch.nan]))
+
+    def forward(self, x):
+        self.runs.data.add_(1)
+        self.top.data.abs_()
+        return self.fc(x)
+
+
+def test_buffers_are_left_as_they_were_however_they_are_written_to():
+    model, x = Counts().eval(), torch.randn(5, 4)
+    before = [buffer.clone() for buffer in model.buffers()]
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]))
+    for one in (model, forged):
+        for plain, kept in zip(before, (one.runs, one.top), strict=True):
+            assert same_bits(plain, kept)
+
+
+def test_what_a_buffer_is_made_to_hold_is_data():
+    class Sets(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+            self.register_buffer("held", torch.zeros(5, 4))
+
+        def forward(self, x):
+            self.held.data = x * 2
+            return self.fc(self.held)
+
+    assert forged_fx.calibrate(Sets().eval(), [torch.randn(5, 4)]).sites["fc"].left_out is None
+
+
 def test_an_input_is_measured_as_it_was_when_it_entered():
     """A model may write into what a layer has read, and the samples are counted after the run."""
 
@@ -315,6 +354,8 @@ def test_what_a_run_writes_into_the_model_is_a_constant_again_when_the_next_one_
         (lambda m, x: x @ m.u, lambda m, x: (m.u @ x.T).T, OTHER_CALL),
         (lambda m, x: x @ m.u, lambda m, x: F.linear(x, m.u), OTHER_CALL),
         (lambda m, x: x @ m.u, lambda m, x: x @ m.w, OTHER_WEIGHT),
+        (lambda m, x: x @ m.u.t(), lambda m, x: x @ m.w.t(), OTHER_WEIGHT),
+        (lambda m, x: x @ m.u[:, 1:], lambda m, x: x @ m.u[:, :-1], None),
         (lambda m, x: x @ m.u, lambda m, x: x.relu() @ m.u, None),
     ],
 )

@@ -82,6 +82,33 @@ def test_a_tensor_of_the_codes_own_is_no_hindrance():
     assert is_whole(forged) and torch.equal(forged(x_of(2)), model(x_of(2)))
 
 
+ASKS = {
+    "isinstance": lambda x: isinstance(x, torch.Tensor),
+    "isinstance of several": lambda x: isinstance(x, (list, torch.Tensor)),
+    "torch.is_tensor": lambda x: torch.is_tensor(x),
+    "no parameter": lambda x: not isinstance(x, nn.Parameter),
+    "no list": lambda x: not isinstance(x, list | tuple),
+    "a size is none": lambda x: not isinstance(x.shape[0] + x.size(1), torch.Tensor),
+    "what is made of it": lambda x: isinstance(x.sin() * 2, torch.Tensor),
+}
+
+
+@pytest.mark.parametrize("asks", ASKS.values(), ids=ASKS)
+def test_what_is_recorded_is_a_tensor_to_code_that_asks(asks):
+    class Clamps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.fc(x.clamp(0, 1) if asks(x) else x)
+
+    model = Clamps().eval()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [torch.rand(5, 4)]), 0)  # of which none is clamped
+    assert is_whole(forged) and torch.equal(forged(x := 3 * torch.randn(5, 4)), model(x))
+    assert "isinstance" not in globals()
+
+
 def with_default(default, use):
     class Takes(nn.Module):
         def __init__(self):

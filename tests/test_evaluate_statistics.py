@@ -117,6 +117,10 @@ def test_how_many_would_decide():
     wrong[0] = False
     assert compare(right, wrong).needed() == 1200  # 6 against none, at 1 of 200
     assert compare(right, right).needed() is None
+    # 18 against 12 of 300: both counts grow with n, and the exact test, the stricter one, agrees last
+    n = paired(300, 18, 12).needed()
+    assert n is not None and tango(0.06 * n, 0.04 * n, n)[0] > 0
+    assert mcnemar(int(0.06 * n), int(0.04 * n)) <= 0.05 < mcnemar(int(0.06 * (n - 1)), int(0.04 * (n - 1)))
 
 
 def test_the_bootstrap_is_the_limit_of_drawing():

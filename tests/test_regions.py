@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import forged_fx
 from forged_fx.modes import fast_path_off
-from forged_fx.sites import IN_FUNCTION
+from forged_fx.sites import IN_FUNCTION, OTHER_CALL
 from forged_fx.transform import ForgedModule
 
 
@@ -617,6 +617,82 @@ def test_a_call_that_is_another_one_on_another_path_is_an_error(other, says, x):
     forged(x.abs())
     with pytest.raises(RuntimeError, match=f"calls {says}.*calibrate on data that takes both"):
         forged(-x.abs())
+
+
+class Skips(nn.Module):
+    """On one path it makes a call less, and all that follow have other numbers."""
+
+    def __init__(self, first, then):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4, 4))
+        self.first, self.then = first, then
+
+    def forward(self, x):
+        return self.then(self, self.first(self, x) if x.mean() > 0 else x)
+
+
+SKIPS = {
+    "a product of data": (lambda m, x: x @ (x.mT @ x), lambda m, x: x @ m.b, "its data where a parameter was, or none"),
+    "another kind": (lambda m, x: x @ (x.mT @ x), lambda m, x: F.linear(x, m.b), "linear in the place of matmul"),
+    "a parameter": (lambda m, x: x @ m.a, lambda m, x: x @ m.b, "the parameter 'a' in calibration, and meets 'b'"),
+    "a view": (lambda m, x: x @ m.a.t(), lambda m, x: x @ m.b.t(), "the parameter 'a' in calibration, and meets 'b'"),
+    "a part": (lambda m, x: x @ m.a[:, :4], lambda m, x: x @ m.b[:, :4], "'a' in calibration, and meets 'b'"),
+    "what is made of one": (
+        lambda m, x: x @ F.normalize(m.a),
+        lambda m, x: x @ F.normalize(m.b),
+        "makes 1 call .* 2 in",
+    ),
+}
+
+
+@pytest.mark.parametrize(("first", "then", "says"), SKIPS.values(), ids=SKIPS)
+def test_a_call_that_is_left_out_does_not_shift_the_thresholds_of_others(first, then, says, x):
+    model = Skips(first, then).eval()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x.abs()]), 2**-3)
+    forged(x.abs())
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=says):
+        forged(-x.abs())
+
+
+def test_statistics_of_all_paths_know_the_calls_of_each(x):
+    first, then, _ = SKIPS["a product of data"]
+    model = Skips(first, then).eval()
+    stats = forged_fx.calibrate(model, [x.abs()]).merge(forged_fx.calibrate(model, [-x.abs()]))
+    assert stats == forged_fx.calibrate(model, [x.abs(), -x.abs()]) and stats.fewest == {"#": 1}
+    # what is a weight's call on one path only has no threshold; what runs on one path alone keeps its own
+    assert {name: site.left_out for name, site in stats.sites.items()} == {"#0": OTHER_CALL, "#2": None}
+    forged = forged_fx.transform(model, stats, 0.0)
+    assert torch.equal(forged(x.abs()), model(x.abs())) and torch.equal(forged(-x.abs()), model(-x.abs()))
+
+
+def test_activations_that_are_left_out_do_not_shift_the_thresholds_of_others(x):
+    model = Skips(lambda m, x: F.relu(x @ m.a), lambda m, x: F.relu(x - 1) @ m.b).eval()
+    stats = forged_fx.calibrate(model, [x.abs()], where="activations")
+    forged = forged_fx.transform(model, stats, 2**-3, where="activations")
+    forged(x.abs())
+    with pytest.raises(RuntimeError, match=r"makes 1 call .* at least 2 in calibration"):
+        forged(-x.abs())
+
+
+def test_compiled_code_that_leaves_a_call_out_shifts_no_threshold(x):
+    model = Skips(lambda m, x: x @ F.normalize(m.a), lambda m, x: x @ F.normalize(m.b)).eval()
+    stats = forged_fx.calibrate(model, [x.abs()])
+    compiled = torch.compile(model, backend="forged", options={"stats": stats, "ratio": 2**-3})
+    compiled(x.abs())
+    with pytest.raises(RuntimeError, match=r"makes 1 call .* at least 2 in calibration"):
+        compiled(-x.abs())
+
+
+def test_attention_that_takes_another_path_is_an_error(x):
+    class Weighs(Attention):
+        def forward(self, x, weights=True):
+            return self.attention(x, x, x, need_weights=weights)[0]
+
+    model = Weighs().eval()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-3, graph=False)
+    forged(x)
+    with pytest.raises(RuntimeError, match=r"'attention' calls linear in the place of .*calibrate on data that"):
+        forged(x, weights=False)
 
 
 @pytest.mark.parametrize("graph", [True, False], ids=["one graph", "module by module"])

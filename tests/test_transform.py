@@ -10,6 +10,7 @@ import random
 import sys
 import threading
 import types
+import warnings
 
 import numpy as np
 import oracle
@@ -17,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 import forged_fx
 from forged_fx import capture
@@ -817,6 +819,46 @@ class AttentionsKernel(Base):
             return F.scaled_dot_product_attention(x, x, x)
 
 
+class SeedsItself(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return self.fc(x + 0.1 * torch.randn_like(x))
+
+
+class SetsTheState(SeedsItself):
+    def forward(self, x):
+        before = torch.get_rng_state()
+        torch.random.manual_seed(0)
+        noise = torch.randn_like(x)
+        torch.set_rng_state(before)
+        return self.fc(x + noise)
+
+
+class CountsInAList(SeedsItself):
+    def __init__(self):
+        super().__init__()
+        self.log = {"runs": [0]}
+
+    def forward(self, x):
+        self.log["runs"][0] += 1
+        return self.fc(x)
+
+
+class CountsInAnObject(CountsInAList):
+    def __init__(self):
+        super().__init__()
+        self.meter = types.SimpleNamespace(runs=0)
+
+    def forward(self, x):
+        self.meter.runs += 1
+        return self.fc(x)
+
+
 class Inference(Base):
     def forward(self, x):
         x = self.a(x)
@@ -902,6 +944,10 @@ LOST = {
     AsksForGradients: "its forward does one thing with gradients and another without",
     CountsRuns: "its forward does another thing when it runs again",
     CountsInATensor: "its forward changes 'total', which a graph would not do",
+    CountsInAList: "its forward changes 'log', which a graph would not do",
+    CountsInAnObject: "its forward changes 'meter', which a graph would not do",
+    SeedsItself: "its forward sets the state of a random generator, which a graph would drop",
+    SetsTheState: "its forward sets the state of a random generator, which a graph would drop",
     Decorated: "torch.fx cannot trace a forward that takes any arguments (*args, **kwargs), its own or a decorator's",
     with_a_forward_of_its_own: "its forward was set on this one model, and a graph is of its class's",
 }
@@ -932,6 +978,75 @@ def test_a_model_that_was_cast_since_calibration_needs_an_example():
     assert "pass one: example=((x,), {})" in caught.value.__notes__[0]
     forged = forged_fx.transform(half, stats, 0, example=((x.bfloat16(),), {}))
     assert torch.equal(forged(x.bfloat16()), half(x.bfloat16()))
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_hook_ahead_of_a_layer_stays_ahead_of_its_threshold(graph):
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(5, 4)
+    model[2].register_forward_pre_hook(lambda layer, args: (args[0] + 0.3,) if layer.training else None)
+    forged = forged_fx.transform(model.eval(), stats := forged_fx.calibrate(model, [x]), 0.25, graph=graph).train()
+    t = stats.thresholds(0.25)
+    h = model[0](x.where(x.abs() >= t["0"], 0)).relu() + 0.3
+    assert torch.equal(forged(x), F.linear(h.where(h.abs() >= t["2"], 0), model[2].weight, model[2].bias))
+
+
+def test_the_weights_hooks_of_torch_are_no_hindrance():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), torch.nn.utils.weight_norm(nn.Linear(8, 3))).eval()
+    prune.random_unstructured(model[0], "weight", 0.5)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [torch.randn(5, 4)]))
+    assert isinstance(forged, ForgedModule)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_padding_that_the_fast_path_drops_is_said(nested):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested).eval()
+    mask = torch.tensor([[False] * 6, [False] * 4 + [True] * 2])
+    given = {"src": torch.randn(2, 6, 8), "src_key_padding_mask": mask}
+    stats = forged_fx.calibrate(model, [given])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        forged_fx.transform(model, stats)
+    assert any("gives 0 at padded positions" in str(one.message) for one in said) == nested
+
+
+class Adapted(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 4)
+        self.down, self.up, self.on = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(4, 2)), False
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)
+        return y + F.linear(F.linear(x, self.down), self.up) if self.on else y
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_what_a_layer_of_someones_own_does_later_is_not_passed_by(graph):
+    """Calibration sees one call; once another path is taken, its calls have thresholds, or are refused."""
+    model, x = nn.Sequential(Adapted(), nn.ReLU(), nn.Linear(4, 2)).eval(), torch.randn(5, 4)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0.25, graph=graph)
+    assert {"0.down", "0.up"} <= {*forged_fx.describe(forged).elsewhere}
+    if isinstance(forged, ForgedModule):
+        return  # where it is not switched on: a graph has no such switch
+    forged(x)
+    forged[0].on = True
+    with pytest.raises(RuntimeError, match="calibration saw 1 at most"):
+        forged(x)
+
+
+def test_a_layer_of_someones_own_that_changes_its_input_on_another_shape():
+    class Centres(nn.Linear):
+        def forward(self, x):
+            if x.dim() == 3:
+                x = x - x.mean(1, keepdim=True)
+            return F.linear(x, self.weight, self.bias)
+
+    model, x = nn.Sequential(Centres(4, 4)).eval(), torch.randn(2, 3, 4)
+    stats = forged_fx.calibrate(model, [x[0]])
+    t, h = stats.thresholds(0.25)["0"], x - x.mean(1, keepdim=True)
+    for graph in (True, False):
+        forged = forged_fx.transform(model, stats, 0.25, graph=graph)
+        assert torch.equal(forged(x), F.linear(h.where(h.abs() >= t, 0), model[0].weight, model[0].bias))
 
 
 def test_a_hook_that_makes_calls_of_its_own_is_named():

@@ -134,7 +134,7 @@ class Paired:
             if low <= 0 <= high:
                 return False
             # where many differ the exact test agrees with the interval, and takes long to say so
-            return model_only + base_only > 100 or mcnemar(int(model_only), int(base_only)) <= 1 - LEVEL
+            return model_only + base_only > 1000 or mcnemar(int(model_only), int(base_only)) <= 1 - LEVEL
 
         few, many = self.n, 10**7
         if not decides(many):

@@ -1,0 +1,72 @@
+"""Whether a module's forward is one straight line of code, whatever it is given and whatever its flags say.
+
+Calibration sees what a module does with its input in the runs that it watches. A layer's threshold goes ahead of its
+forward, where that makes one call on its input; in another mode, or on another shape, a forward of someone's own may
+do something else first. What has no branch, or is a library's layer, always does what was seen.
+"""
+
+import ast
+import functools
+import inspect
+import textwrap
+import types
+from typing import Any
+
+import torch
+
+# Layers of theirs choose among ways to the same result.
+_LIBRARIES = ("torch", "torchvision", "timm", "transformers", "accelerate")
+_BRANCHES = (ast.If, ast.IfExp, ast.BoolOp, ast.For, ast.While, ast.Match, ast.Try, ast.comprehension)
+
+
+def is_straight(module: torch.nn.Module) -> bool:
+    """Whether neither the module's forward nor what it calls of its class and its file branches."""
+    forward = module.forward
+    while isinstance(forward, functools.partial):  # one that was set on the module
+        forward = forward.func
+    forward = getattr(forward, "__func__", forward)
+    owner: Any = type(module)
+    return isinstance(forward, types.FunctionType) and _straight(forward, owner)
+
+
+@functools.lru_cache(maxsize=1024)
+def _straight(function: types.FunctionType, owner: type, depth: int = 4) -> bool:
+    """The same of a function. depth: how many calls deep to look; what lies deeper is not known to be straight."""
+    if (function.__module__ or "").partition(".")[0] in _LIBRARIES:
+        return True
+    if not depth or _branches(function):
+        return False
+    return all(_straight(called, owner, depth - 1) for called in _named_in(function, owner))
+
+
+def _named_in(function: types.FunctionType, owner: type) -> list[types.FunctionType]:
+    """The Python functions that a function may call: of its class, of its file, of a module there, of a decorator."""
+    names, scope = function.__code__.co_names, function.__globals__
+    modules = [held for name in names if isinstance(held := scope.get(name), types.ModuleType)]
+    places = [*map(vars, owner.__mro__), scope, *map(vars, modules)]
+    found = [place.get(name) for name in names for place in places]
+    found += [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
+    found = [one.fget if isinstance(one, property) else getattr(one, "__func__", one) for one in found]
+    return [one for one in found if isinstance(one, types.FunctionType) and one is not function]
+
+
+def _branches(function: types.FunctionType) -> bool:
+    try:
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    except (OSError, SyntaxError, TypeError, ValueError):  # no source, or a part of a line
+        return True
+    ahead: list[ast.AST] = [tree]
+    while ahead:
+        node = ahead.pop()
+        if _only_raises(node):
+            continue
+        if isinstance(node, _BRANCHES):
+            return True
+        ahead += ast.iter_child_nodes(node)
+    return False
+
+
+def _only_raises(node: ast.AST) -> bool:
+    """Whether it checks something, and does nothing else."""
+    is_check = isinstance(node, ast.If) and not node.orelse and all(isinstance(step, ast.Raise) for step in node.body)
+    return is_check or isinstance(node, ast.Assert)

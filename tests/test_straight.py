@@ -1,0 +1,112 @@
+"""Which forwards always do what calibration saw."""
+
+import functools
+
+import nets
+import pytest
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from forged_fx.straight import is_straight
+
+
+class Masked(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 4)
+
+    def forward(self, x):
+        return F.linear(x, self.weight * self.mask(), self.bias)
+
+    def mask(self):
+        return 1.0
+
+
+class MaskedInTraining(Masked):
+    def mask(self):
+        return 1.0 if self.training else 2.0
+
+
+class Checks(Masked):
+    def forward(self, x):
+        if not x.is_floating_point():
+            raise TypeError(x.dtype)
+        return super().forward(x)
+
+
+class ChecksOverABranch(Checks, MaskedInTraining):
+    pass
+
+
+class Raises(Masked):
+    def forward(self, x):
+        if x.dim() > 2:
+            raise ValueError(x.dim())
+        else:
+            x = x * 2
+        return super().forward(x)
+
+
+class Property(Masked):
+    def forward(self, x):
+        return F.linear(x, self.scaled)
+
+    @property
+    def scaled(self):
+        return self.weight if self.training else self.weight / 2
+
+
+def scaled(layer, x):
+    return F.linear(x if layer.training else x * 2, layer.weight)
+
+
+class Helped(Masked):
+    def forward(self, x):
+        return scaled(self, x)
+
+
+def decorated(forward):
+    def around(self, x):
+        return forward(self, x)
+
+    return around
+
+
+class Decorated(Masked):
+    @decorated
+    def forward(self, x):
+        return F.linear(x and x, self.weight)
+
+
+def with_a_forward(forward):
+    layer = nn.Linear(4, 4)
+    layer.forward = functools.partial(forward, layer)
+    return layer
+
+
+FORWARDS = {
+    "torch's": (lambda: nn.Conv2d(3, 3, 3, padding_mode="circular"), True),
+    "parametrized": (lambda: parametrizations.weight_norm(nn.Linear(4, 4)), True),
+    "a method": (Masked, True),
+    "a method that branches": (MaskedInTraining, False),
+    "checks": (Checks, True),
+    "assertions": (nets.Asserts, True),
+    "a branch beyond them": (ChecksOverABranch, False),
+    "an else": (Raises, False),
+    "a property that branches": (Property, False),
+    "a helper that branches": (Helped, False),
+    "beneath a decorator": (Decorated, False),
+    "one that was set": (lambda: with_a_forward(scaled), False),
+    "torch's that was set": (lambda: with_a_forward(nn.Linear.forward), True),
+}
+
+
+@pytest.mark.parametrize(("make", "straight"), FORWARDS.values(), ids=FORWARDS)
+def test_what_branches(make, straight):
+    assert is_straight(make()) == straight
+
+
+def test_code_without_a_source_is_not_known_to_be_straight():
+    scope = {"nn": nn}
+    exec("class Plain(nn.Identity):\n    def forward(self, x): return x", scope)
+    assert not is_straight(scope["Plain"]())
