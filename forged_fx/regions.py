@@ -17,7 +17,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -105,6 +105,15 @@ class Pass(threading.local):
         return Pass, ()
 
 
+class Met(NamedTuple):
+    """A call in calibration: its kind ("" where it may be any), the parameters that it was given, by their names in the
+    module, and those, if any, that it must not be given in their place (None: any other of the module's)."""
+
+    kind: str
+    weights: tuple[str, ...]
+    not_these: frozenset[str] | None
+
+
 @dataclass
 class Plan:
     """What to do at each call of one module's own code.
@@ -112,7 +121,7 @@ class Plan:
     operands: call index -> what is done there. once: the module runs at most once in a forward pass, so that its calls
     are counted from its own start; else they are counted from the pass's. calls: how many there were at most in
     calibration; fewest: at least, of a module in which a call that is left out would shift others unseen. met: call
-    index -> its kind and the module's parameters that it was given, by name there; what varied is not listed.
+    index -> what it was in calibration; what varied is not listed.
     """
 
     module: str
@@ -120,7 +129,7 @@ class Plan:
     calls: int
     operands: dict[int, list[Forge]]
     fewest: int = 0
-    met: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    met: dict[int, Met] = field(default_factory=dict)
 
     def next(self, counts: dict[int, int]) -> int:
         """The number of the call that is made now."""
@@ -285,12 +294,12 @@ class _OwnCalls(TorchFunctionMode):
         """RuntimeError where the call is not the one that had this number in calibration."""
         if k not in plan.met:
             return
-        kind, *seen = plan.met[k]
-        if kind != call.kind:
+        kind, weights, not_these = plan.met[k]
+        if kind not in ("", call.kind):
             raise other_call(plan.module, kind, call.kind)
         given = [v for _, _, v in call.operands(args, kwargs) if isinstance(v, torch.Tensor)]
-        if seen:
-            check_weight(call_name(plan.module, k, call.mark), self.region, seen, given)
+        if weights:
+            check_weight(call_name(plan.module, k, call.mark), self.region, weights, given, not_these)
             return
         if self.parameters is None:
             self.parameters = {memory_of(p) for p in self.region.parameters()} - {None}
@@ -339,10 +348,18 @@ def _plan(module: str, mark: str, sites: list[str], stats: Stats, model: torch.n
     # To calibration a hook's calls are its module's, and run ahead of its forward: the audit finds what that shifts.
     hooked = bool(model.get_submodule(module)._forward_pre_hooks)
     known |= {c: m for c, m in stats.met.items() if m and (len(m) > 1 if c in stats.sites else not hooked)}
-    met = {
-        call_of(call): (kind, *_names_in(module, names, model))
+    seen = {
+        call: (kind, tuple(_names_in(module, names, model)))
         for call, (kind, *names) in known.items()
         if (module_of(call), mark_of(call)) == (module, mark)
+    }
+    # A call that is to have no threshold may be another one, if it is none of those that are to have one.
+    forged = frozenset(name for site in sites if site in seen for name in seen[site][1])
+    met = {
+        call_of(call): Met("", weights, forged)
+        if call in stats.sites and call not in sites
+        else Met(kind, weights, None)
+        for call, (kind, weights) in seen.items()
     }
     told = all(call_of(site) in met for site in sites)  # each by the parameter that it meets
     fewest = 0 if told or hooked else stats.fewest.get(module + mark, 0)

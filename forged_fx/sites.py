@@ -20,6 +20,7 @@ import operator
 import re
 import types
 from collections.abc import Callable, Iterable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -406,20 +407,28 @@ def other_call(module: str, seen: str, made: str) -> RuntimeError:
     )
 
 
-def check_weight(site: str, owner: torch.nn.Module, seen: Iterable[str], met: list[Tensor]) -> None:
+def check_weight(
+    site: str,
+    owner: torch.nn.Module,
+    seen: Iterable[str],
+    met: list[Tensor],
+    not_these: AbstractSet[str] | None = None,
+) -> None:
     """RuntimeError where a call meets another parameter of the owner's, or a view of one, than it did in calibration.
 
-    seen: the names that one has there. What is no parameter of the owner's (functional_call's, say) is let be.
+    seen: the names that one has there. What is no parameter of the owner's (functional_call's, say) is let be, and if
+    `not_these` are named, what is none of them.
     """
     held = {memory_of(p) for name in seen if (p := _parameter(owner, name)) is not None} - {None}
     here = {*map(memory_of, met)} - {None}
     if not (held and here) or held & here:
         return
     other = next((name for name, parameter in owner.named_parameters() if memory_of(parameter) in here), None)
-    if other is not None:
+    if other is not None and (not_these is None or other in not_these):
         raise RuntimeError(
             f"the data of site {site!r} met the parameter {next(iter(seen))!r} in calibration, and meets {other!r}: "
-            f"the threshold is of the first. Leave it out, exclude={site!r}, or make modules of their own of the two"
+            f"the threshold is of the first. Calibrate on data that takes both paths, forge without this module "
+            f"(exclude={(module_of(site) or '#') + '*'!r}), or make modules of their own of the two"
         )
 
 

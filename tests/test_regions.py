@@ -654,6 +654,28 @@ def test_a_call_that_is_left_out_does_not_shift_the_thresholds_of_others(first, 
         forged(-x.abs())
 
 
+@pytest.mark.parametrize(("other", "fails"), [(lambda m, x: x @ m.c, False), (lambda m, x: x, True)])
+def test_a_call_that_is_left_alone_may_be_another_one_but_for_one_with_a_threshold(other, fails, x):
+    class Leaves(Skips):
+        def __init__(self):
+            super().__init__(None, None)
+            self.c = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x):
+            return (x @ self.a if x.mean() > 0 else other(self, x)) @ self.b
+
+    model = Leaves().eval()
+    stats = forged_fx.calibrate(model, [x.abs()])
+    forged = forged_fx.transform(model, stats, 0.0, exclude="#0")
+    if fails:
+        with pytest.raises(RuntimeError, match=r"'a' in calibration, and meets 'b'.*exclude='#\*'"):
+            forged(-x.abs())
+    else:
+        assert torch.equal(forged(-x.abs()), model(-x.abs()))
+        with pytest.raises(RuntimeError, match="'a' in calibration, and meets 'c'"):
+            forged_fx.transform(model, stats, 0.0)(-x.abs())
+
+
 def test_statistics_of_all_paths_know_the_calls_of_each(x):
     first, then, _ = SKIPS["a product of data"]
     model = Skips(first, then).eval()
