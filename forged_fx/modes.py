@@ -73,7 +73,8 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
         return False
     if a.layout != torch.strided or a.is_meta or a.is_quantized:
         return True
-    bits = (v.detach().contiguous().reshape(-1).view(torch.uint8) for v in (a, b))
+    dense = [v.detach().clone(memory_format=torch.contiguous_format) for v in (a, b)]  # (of one element, any stride is)
+    bits = (v.reshape(-1).view(torch.uint8) for v in dense)
     return torch.equal(*bits)
 
 

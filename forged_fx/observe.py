@@ -33,9 +33,10 @@ from forged_fx.sites import (
     Numbering,
     Operand,
     Origin,
+    Ways,
+    both_ways,
     data_operands,
     joined,
-    merge_met,
     names_of,
     only_looks,
     operand_name,
@@ -276,7 +277,7 @@ class Observer:
         self.contexts: set[str] = set()  # modules whose own code runs calls in a context that a graph would drop
         self.not_layers: set[str] = set()  # modules that do more with their first argument than one call of the table
         self.no_sites: set[str] = set()  # calls of the table that no data met weights in
-        self.met: dict[str, tuple[str, ...]] = {}  # call -> its kind, and the parameters that it was given, by name
+        self.met: dict[str, Ways] = {}
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """One forward pass. The fast path of attention is off within: it would hide the products inside it."""
@@ -298,9 +299,9 @@ class Observer:
         frame.calls += 1
         self._read_by_call(frame, args, kwargs)
         name = self.numbering.call(frame.name, call.mark)
-        given = (memory_of(v) for _, _, v in call.operands(args, kwargs) if isinstance(v, Tensor))
-        met = (call.kind, *(self._parameters[m] for m in given if m is not None and m in self._parameters))
-        self.met[name] = merge_met(self.met.get(name, met), met)
+        given = [memory_of(v) for _, _, v in call.operands(args, kwargs) if isinstance(v, Tensor)]
+        met = (call.kind, *(parameter for memory in given if (parameter := self._parameter(frame.name, memory))))
+        self.met[name] = both_ways(self.met.get(name, ()), (met,))
         operands = data_operands(call, args, kwargs, self.origins.of)
         if not operands:
             self.no_sites.add(name)
@@ -321,6 +322,13 @@ class Observer:
                 self.origins.mark((new,), self.origins.of(operand.value))  # it stands for it
                 args, kwargs = replace(args, kwargs, operand.key, new)
         return args, kwargs
+
+    def _parameter(self, module: str, memory: int | None) -> str | None:
+        """The name of the parameter that lies there; one that is sharded lies elsewhere while its module runs."""
+        if memory is None or memory in self._parameters:
+            return self._parameters.get(memory)
+        own = self.model.get_submodule(module).named_parameters(recurse=False)
+        return next((f"{module}.{name}".lstrip(".") for name, p in own if memory_of(p) == memory), None)
 
     def called(self, function: Callable, args: tuple, kwargs: dict, result: Any) -> None:
         """Note a use of a running module's first argument: a layer may look at it besides its one call."""

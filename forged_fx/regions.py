@@ -17,7 +17,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -46,6 +46,7 @@ from forged_fx.sites import (
 )
 from forged_fx.stats import Stats
 from forged_fx.thresholds import HoldsThresholds, register
+from forged_fx.told import Met, Told
 from forged_fx.torch_internals import memory_of
 from forged_fx.write_back import works_in_place
 
@@ -103,15 +104,6 @@ class Pass(threading.local):
 
     def __reduce__(self) -> tuple:
         return Pass, ()
-
-
-class Met(NamedTuple):
-    """A call in calibration: its kind ("" where it may be any), the parameters that it was given, by their names in the
-    module, and those, if any, that it must not be given in their place (None: any other of the module's)."""
-
-    kind: str
-    weights: tuple[str, ...]
-    not_these: frozenset[str] | None
 
 
 @dataclass
@@ -340,38 +332,14 @@ def _rebuild(*bases: type) -> torch.nn.Module:
     return derived.__new__(derived)
 
 
-def _plan(module: str, mark: str, sites: list[str], stats: Stats, model: torch.nn.Module) -> Plan:
+def _plan(module: str, mark: str, sites: list[str], stats: Stats, told: dict[int, Met] | None) -> Plan:
+    """told: None where nothing is to be asked of its calls."""
     if not sites:  # of its own mark: the module's calls are passed by
         return Plan(module, True, sys.maxsize, {})
     rows = [stats.sites[site] for site in sites]
-    known = {site: (row.kind, row.weight) for site, row in stats.sites.items() if row.weight}  # all that old files say
-    # To calibration a hook's calls are its module's, and run ahead of its forward: the audit finds what that shifts.
-    hooked = bool(model.get_submodule(module)._forward_pre_hooks)
-    known |= {c: m for c, m in stats.met.items() if m and (len(m) > 1 if c in stats.sites else not hooked)}
-    seen = {
-        call: (kind, tuple(_names_in(module, names, model)))
-        for call, (kind, *names) in known.items()
-        if (module_of(call), mark_of(call)) == (module, mark)
-    }
-    # A call that is to have no threshold may be another one, if it is none of those that are to have one.
-    forged = frozenset(name for site in sites if site in seen for name in seen[site][1])
-    met = {
-        call_of(call): Met("", weights, forged)
-        if call in stats.sites and call not in sites
-        else Met(kind, weights, None)
-        for call, (kind, weights) in seen.items()
-    }
-    told = all(call_of(site) in met for site in sites)  # each by the parameter that it meets
-    fewest = 0 if told or hooked else stats.fewest.get(module + mark, 0)
-    return Plan(module, all(row.once for row in rows), max(row.module_calls for row in rows), {}, fewest, met)
-
-
-def _names_in(module: str, names: list[str], model: torch.nn.Module) -> list[str]:
-    """What parameters of the model's are called in a module; "" stands for those that are not there."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    meant = [parameters[name] for name in names if name in parameters]
-    own = model.get_submodule(module).named_parameters(remove_duplicate=False)
-    return [name for name, p in own if any(p is one for one in meant)] or [""] * bool(names)
+    by_number = told is not None and not all(call_of(site) in told for site in sites)  # and not by what each meets
+    fewest = stats.fewest.get(module + mark, 0) if by_number else 0
+    return Plan(module, all(row.once for row in rows), max(row.module_calls for row in rows), {}, fewest, told or {})
 
 
 def forge_regions(model: torch.nn.Module, stats: Stats, choice: Choice) -> dict[str, str]:
@@ -388,12 +356,18 @@ def forge_regions(model: torch.nn.Module, stats: Stats, choice: Choice) -> dict[
         if isinstance(module, _FUSES_CHILDREN) and is_around(name):
             sites_of.setdefault(name, [])
     reached: dict[str, str] = {}
+    calls = Told(model, stats)
     for name, sites in sites_of.items():
         module = model.get_submodule(name)
         rows = [stats.sites[site] for site in sites]
         layer = bool(rows) and all(row.layer for row in rows) and not is_around(name)  # (there a pass may begin)
         module.threshold_buffers = {}
-        plans = {mark: _plan(name, mark, [s for s in sites if mark_of(s) == mark], stats, model) for mark in "#@"}
+        plans = {}
+        for mark in "#@":
+            forged = [site for site in sites if mark_of(site) == mark]
+            # To calibration a hook's calls are its module's, and run ahead of its forward: the audit finds that.
+            told = None if layer or module._forward_pre_hooks else calls.of(name, module, mark, forged)
+            plans[mark] = _plan(name, mark, forged, stats, told)
         for site, row in zip(sites, rows, strict=True):
             kind = choice[site]
             module.threshold_buffers[site] = names = register(module, site, kind, row, model)

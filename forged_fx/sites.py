@@ -330,9 +330,13 @@ def _data(opens: bool, roles: tuple[str, ...], origins: tuple[Origin, ...]) -> l
     return [(i, weights[0], fixed if origins[i] >= Origin.UNKNOWN else CONSTANT_INPUT) for i in data]
 
 
-def merge_met(one: tuple[str, ...], other: tuple[str, ...]) -> tuple[str, ...]:
-    """What a call is known to be after two runs: its kind and the parameters that it is given; () where they differ."""
-    return one if one == other else ()
+# What a call was in all runs that were seen: its kind, and the names of the parameters that it was given.
+Ways = tuple[tuple[str, ...], ...]
+
+
+def both_ways(one: Ways, other: Ways) -> Ways:
+    """Those of either."""
+    return one if one == other else tuple(sorted({*one, *other}))
 
 
 def get(args: tuple, kwargs: dict, key: Key) -> Any:

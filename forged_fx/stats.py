@@ -29,11 +29,12 @@ from forged_fx.histogram import BINS, EDGES, quantile, share_below
 from forged_fx.sites import (
     OTHER_CALL,
     OTHER_WEIGHT,
+    Ways,
+    both_ways,
     call_of,
     has_input,
     is_activation,
     mark_of,
-    merge_met,
     module_of,
 )
 
@@ -179,8 +180,8 @@ class Stats:
     What follows was seen in one batch or another, of whichever module, and says of sites what they are: not_layers,
     modules that do more with their input than one call. calls: a module's name and a mark (# or @) -> how many such
     calls it made in one forward pass, at most; fewest: at least, where it ran. no_sites: names that a call had in which
-    no data met weights. met: a call's name -> its kind and the parameters that it was given, in whole or in part; ()
-    where that varied.
+    no data met weights. met: a call's name -> the kinds that it was of, each with the parameters that it was given, in
+    whole or in part.
     """
 
     def __init__(
@@ -197,7 +198,7 @@ class Stats:
         calls: dict[str, int] | None = None,
         no_sites: set[str] | None = None,
         fewest: dict[str, int] | None = None,
-        met: dict[str, tuple[str, ...]] | None = None,
+        met: dict[str, Ways] | None = None,
     ) -> None:
         self.sites = sites or {}
         self.modules = modules or {}
@@ -216,8 +217,8 @@ class Stats:
             site.module_calls = max(site.module_calls, self.calls.get(module_of(name) + mark_of(name), 0))
             if name in self.no_sites:
                 site.left_out = OTHER_CALL
-            elif self.met.get(name) == () and not site.left_out:
-                site.left_out = OTHER_WEIGHT
+            elif len({weights for _, *names in self.met.get(name, ()) if (weights := tuple(names))}) > 1:
+                site.left_out = site.left_out or OTHER_WEIGHT
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"example": None}  # a checkpoint of a forged model is no place for its users' data
@@ -267,7 +268,7 @@ class Stats:
             calls=_merged(max, self.calls, other.calls),
             no_sites=self.no_sites | other.no_sites,
             fewest=_merged(min, self.fewest, other.fewest),
-            met=_merged(merge_met, self.met, other.met),
+            met=_merged(both_ways, self.met, other.met),
         )
 
     def fits(self, model: torch.nn.Module) -> bool:
@@ -478,7 +479,7 @@ _COUNTS = ("calls", "elements", "sampled", "zeros")
 _TEXT_FIELDS = tuple(f.name for f in fields(SiteStats) if f.name not in _ARRAYS + _COUNTS)
 # what the files of every version say of a site; of what they do not, a field's default holds
 _ALWAYS = ("kind", "shape", "weight_shape", "weight", "key", "layer", "once", "module_calls", "left_out")
-_BY_NAME = {"calls": dict[str, int], "fewest": dict[str, int], "met": dict[str, tuple[str, ...]]}
+_BY_NAME = {"calls": dict[str, int], "fewest": dict[str, int], "met": dict[str, Ways]}
 _SETS = ("contexts", "given", "at_times", "not_layers", "no_sites")  # of `Stats`, in a file's header
 # what the headers of the first files did not have
 _LATER: dict[str, Any] = {"at_times": [], "not_layers": [], "no_sites": [], "channel_counts": {}}
