@@ -136,8 +136,8 @@ def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         raise TypeError(f"options={options!r}: a dict, such as {{'stats': stats}}")
     known = [*OPTIONS, *torch_internals.inductor().list_options()]
     for key in options:
-        if key.replace("-", "_") not in known:
-            close = difflib.get_close_matches(key, known, n=1)
+        if not isinstance(key, str) or key.replace("-", "_") not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"ours are {', '.join(OPTIONS)}, the rest Inductor's"
             if key in _OF_TRANSFORM:
                 hint = "forged_fx.transform takes it: compile what that returns"
@@ -149,8 +149,11 @@ def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     if ours and not isinstance(ours["stats"], Stats | str | os.PathLike):
         kind = type(ours["stats"]).__name__
         raise TypeError(f"option 'stats' is {kind}: pass what forged_fx.calibrate returned, or its file's path")
-    if ours.get("strict", True) not in (True, False):
-        raise ValueError(f"option 'strict' is {ours['strict']!r}: True, or False")
+    type_of = torch_internals.inductor().config.get_type
+    for key, value in options.items():
+        is_flag = key == "strict" if key in OPTIONS else type_of(key) is bool
+        if is_flag and not isinstance(value, bool):
+            raise ValueError(f"option {key!r} is {value!r}: True, or False")
     return ours, {key: value for key, value in options.items() if key not in OPTIONS}
 
 

@@ -243,6 +243,10 @@ def test_batch_sizes_and_moved_thresholds_do_not_recompile(model, stats, x):
         ("freezing", "options='freezing': a dict, such as {'stats': stats}"),
         ({"stats": None}, "option 'stats' is NoneType: pass what forged_fx.calibrate returned"),
         ({"stats": "stats.safetensors", "strict": "no"}, "option 'strict' is 'no': True, or False"),
+        ({"stats": "stats.safetensors", "strict": 1}, "option 'strict' is 1: True, or False"),
+        ({"freezing": "yes"}, "option 'freezing' is 'yes': True, or False"),
+        ({"triton.cudagraphs": 0}, "option 'triton.cudagraphs' is 0: True, or False"),
+        ({1: 2}, "no option 1; ours are stats, "),
         ({"stats": "stats.safetensors", "only": "free"}, "no option 'only'; forged_fx.transform takes it"),
     ],
 )
