@@ -9,6 +9,7 @@ product returns; or none makes all of it: one part of several.
 
 import contextvars
 import copy
+import math
 import operator
 import os
 from collections.abc import Callable, Iterator
@@ -44,13 +45,14 @@ class Cost:
     """What one site's threshold costs.
 
     kind: `FREE`, `SHARED` (another site's threshold on the same tensor serves it too), `WRITE` or `LAUNCH`. bytes: what
-    is read and written beyond the plain model's. why: what makes the site's input, and who else reads it. prologue: a
-    matrix product on a GPU can apply the threshold as it loads: under mode="max-autotune" it may cost nothing. alone:
-    what it would cost without the other sites that read the same tensor, where that is something else.
+    is read and written beyond the plain model's; None where the data themselves say how many values there are. why:
+    what makes the site's input, and who else reads it. prologue: a matrix product on a GPU can apply the threshold as
+    it loads: under mode="max-autotune" it may cost nothing. alone: what it would cost without the other sites that read
+    the same tensor, where that is something else.
     """
 
     kind: str
-    bytes: int
+    bytes: int | None
     why: str
     prologue: bool = False
     alone: "Cost | None" = None
@@ -61,6 +63,8 @@ class Cost:
         return (self.alone or self).kind == FREE
 
     def __str__(self) -> str:
+        if self.bytes is None:
+            return f"{self.kind}: {self.why} (MB: as the data say)"
         return f"{self.kind}: {self.why}" + (f" ({self.bytes / 1e6:.3g} MB)" if self.bytes else "")
 
 
@@ -123,7 +127,7 @@ def _backend(gm: fx.GraphModule, inputs: list[Any]) -> Callable:
         if (now := _collecting.get(None)) is None:  # where PyTorch was told to run whatever is compiled
             return run(*args)
         for site, of_it in graph.costs([now.sites.get(id(arg)) for arg in args]):
-            if site not in now.found or of_it.bytes > now.found[site].bytes:  # (it may be in several graphs)
+            if site not in now.found or _bytes(of_it) > _bytes(now.found[site]):  # (it may be in several graphs)
                 now.found[site] = of_it
         return run(*args)
 
@@ -151,14 +155,15 @@ class _Graph:
         self.priced: list[tuple[list[int], Cost]] = []
 
     def read(self, graph: fx.Graph) -> None:
-        """From the graph that Inductor would get."""
+        """From the graph that Inductor would get. It is changed: where a threshold moves, so do strides, and Inductor
+        alone takes a view for a copy then."""
         hoist(graph)
         placeholders = graph.find_nodes(op="placeholder")
         for (op, *positions), known in self.served.items():
             parameters = [placeholders[position] for position in positions]
             made = (node for node in parameters[0].users if node.target is op)
             costs = [price(node, self.given) for node in made if [*node.args[1 : 1 + len(parameters)]] == parameters]
-            self.priced.append(([*known], max(costs, key=lambda c: c.bytes, default=Cost(FREE, 0, "no one reads it"))))
+            self.priced.append(([*known], max(costs, key=_bytes, default=Cost(FREE, 0, "no one reads it"))))
 
     def costs(self, sites: list[str | None]) -> Iterator[tuple[str, Cost]]:
         """Of the sites that it runs, for each tensor that they read. sites: of each of its inputs, whose first
@@ -173,11 +178,11 @@ def price(threshold: fx.Node, given: str = "the network's input") -> Cost:
     """The cost of one threshold in a graph of ATen calls that `hoist` went over. given: what the graph's inputs are."""
     x = threshold.args[0]
     size = x.meta["val"].numel() * x.meta["val"].element_size()
-    size = size if isinstance(size, int) else size.node.hint
+    size = size if isinstance(size, int) else size.node.hint  # (None where the data say it)
     maker, prologue = _maker(x, given), _read_by_products(threshold)
 
     def costs(kind: str, why: str) -> Cost:
-        return Cost(kind, TRIPS[kind] * size, why, prologue and kind != FREE)
+        return Cost(kind, 0 if kind == FREE else size and TRIPS[kind] * size, why, prologue and kind != FREE)
 
     if threshold.users and not any(map(_needs_memory, read_by(threshold))):
         return costs(FREE, f"a part of {' and '.join(dict.fromkeys(map(_name, threshold.users)))} behind it")
@@ -201,6 +206,11 @@ def price(threshold: fx.Node, given: str = "the network's input") -> Cost:
     # No one reads the raw result: one of its thresholds is written in its place.
     written = costs(WRITE, f"another threshold of what {maker} makes is written, too")
     return replace(free, alone=written) if threshold is beside[0] else written
+
+
+def _bytes(cost: Cost) -> float:
+    """To tell the dearest: what no one knows may be more than anything."""
+    return math.inf if cost.bytes is None else cost.bytes
 
 
 def _read_by_products(node: fx.Node) -> bool:

@@ -5,6 +5,7 @@ release which of them it moved. Below are first the names that are used as they 
 the backend touches, one function each; tests/test_backend.py runs them.
 """
 
+import copy
 import functools
 import math
 import re
@@ -520,14 +521,13 @@ def many_compilations() -> AbstractContextManager:
 
 
 def on_inductors_graph(gm: fx.GraphModule, inputs: list[Any], read: Callable[[fx.Graph], None]) -> Callable:
-    """Show `read` the graph of ATen calls that Inductor would get for Dynamo's graph; what runs it, as it is."""
+    """Show `read` a copy of the graph of ATen calls that Inductor would get for Dynamo's graph; what runs the graph."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.aot_autograd import make_boxed_func
     from torch._inductor.decomposition import select_decomp_table
 
     def compiler(graph: fx.GraphModule, inputs: list[Any]) -> Callable:
-        read(graph.graph)
-        graph.recompile()
+        read(copy.deepcopy(graph.graph))
         return make_boxed_func(graph.forward)
 
     return aot_autograd(fw_compiler=compiler, decompositions=select_decomp_table())(gm, inputs)

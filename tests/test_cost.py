@@ -505,3 +505,59 @@ def test_an_example_that_is_no_call_is_said_to_be_none(made, example):
     model, stats, _ = made
     with pytest.raises(TypeError, match=r"example=\(\(x,\), \{\}\)"):
         forged_fx.describe(forged_fx.transform(model, stats), cost=True, example=example)
+
+
+class Chosen(nn.Module):
+    """As many rows as the data say reach the second layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        h = self.first(x).relu()
+        return self.third(self.second(h[torch.nonzero(h.sum(1) > 0.5).squeeze(1)]))
+
+
+def test_what_is_as_long_as_the_data_say_has_a_price_without_bytes():
+    torch.manual_seed(0)
+    model, x = Chosen().eval(), torch.randn(32, 8)
+    stats = forged_fx.calibrate(model, [x])
+    forged = forged_fx.transform(model, stats, 0.2)
+    options = {"stats": stats, "ratio": 0.2}
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True), torch.no_grad():
+        expected = forged(x)
+        assert 0 < len(expected) < 32
+        for compiled in (
+            torch.compile(forged, backend="forged", fullgraph=True),
+            torch.compile(model, backend="forged", fullgraph=True, options=options),
+        ):
+            assert torch.allclose(compiled(x), expected, atol=1e-6)
+        costs = forged_fx.cost(forged, (x,))
+        bare = forged_fx.describe(forged_fx.transform(model, stats, only="free"))
+    assert {site: (cost.kind, cost.bytes) for site, cost in costs.items()} == {
+        "first": (LAUNCH, 2 * 4 * 32 * 8),
+        "second": (FREE, 0),
+        "third": (LAUNCH, None),
+    }
+    assert {row.site for row in bare if row.left_out is None} == {"second"}
+    assert str(costs["third"]).endswith("(MB: as the data say)")
+
+
+def test_a_slice_with_gaps_is_read_by_a_layer():
+    """A threshold that moves changes strides there: what was a view is a copy then."""
+
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.layer = nn.LayerNorm(8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            first, _ = self.norm(x).cos().chunk(2, 1)
+            return self.layer(first)
+
+    model, x = Half().eval(), torch.randn(2, 4, 5, 8)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0.25)
+    assert forged_fx.cost(forged, (x,))["layer"].kind == FREE
+    with torch.no_grad():
+        assert torch.allclose(torch.compile(forged, backend="forged")(x), forged(x), atol=1e-6)
