@@ -2,9 +2,9 @@
 
 A threshold is free where it becomes a part of the kernel that writes its input anyway, or of those that read it. It
 costs one write more where something else reads the input too and needs it raw: a residual stream, say, which runs in a
-later kernel, or a pool, which reads around a place. And it costs a kernel of its own, which reads and writes the input
-once more, where no kernel of Inductor's makes the input: the network's input, what attention's kernel or a matrix
-product returns; or none makes all of it: one part of several.
+later kernel, or a pool or a mean over places, which goes through it in another way. And it costs a kernel of its own,
+which reads and writes the input once more, where no kernel of Inductor's makes the input: the network's input, what
+attention's kernel or a matrix product returns; or none makes all of it: one part of several.
 """
 
 import contextvars
@@ -21,7 +21,7 @@ import torch.fx as fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from forged_fx import torch_internals
-from forged_fx.hoist import MOVES, SPLITS, VIEWS, hoist, made_by, read_by, read_whole, written_by_inductor
+from forged_fx.hoist import COPIES, MOVES, SPLITS, VIEWS, hoist, made_by, read_by, read_whole, written_by_inductor
 from forged_fx.lowering import register_lowerings
 from forged_fx.models import copies
 from forged_fx.modes import as_found
@@ -37,6 +37,7 @@ JOINS = (aten.cat.default, aten.stack.default)
 # Parts of the names of calls that read around a place: what they read is written first.
 AROUND = ("pool", "index", "upsample", "grid_sampler", "im2col", "unfold")
 FREE, SHARED, WRITE, LAUNCH = "free", "shared", "one more write", "a kernel of its own"
+LONGEST_ROW = 8192  # that Inductor never has several of a GPU's programs share
 TRIPS = {FREE: 0, WRITE: 1, LAUNCH: 2}  # of the input to or from memory, beyond those of the plain model
 
 
@@ -272,15 +273,17 @@ def _reads_around(reader: fx.Node) -> bool:
 
 
 def _later(made: fx.Node, threshold: fx.Node) -> set[fx.Node]:
-    """What cannot be in the kernel that makes the value: what depends on the threshold, or on a library's call that
-    depends on the value; and what becomes a part of their kernels. (What is written is computed where its input is.)"""
+    """What cannot be in the kernel that makes the value: what depends on the threshold, or on a library's call, a
+    reduction or a copy that depends on the value; and what becomes a part of their kernels. (What is written is
+    computed where its input is.)"""
     found: set[fx.Node] = set()
     depend = {made: None}  # in order
     for node in made.graph.nodes:
         inputs = node.all_input_nodes
         if not depend.keys().isdisjoint(inputs):
             depend[node] = None
-            if node is threshold or _reads_by_a_library(node) or not found.isdisjoint(inputs):
+            apart = _reads_by_a_library(node) or _rearranges(node) or _sums_up(node, threshold.meta["val"].numel())
+            if node is threshold or apart or not found.isdisjoint(inputs):
                 found.add(node)
     for node in reversed(depend):
         if node not in found and not found.isdisjoint(node.users) and not _is_written(node) and not _reduces(node):
@@ -297,3 +300,30 @@ def _reduces(node: fx.Node) -> bool:
     if not isinstance(value, torch.Tensor):
         return True  # a mean and a variance, say
     return any(isinstance(x, torch.Tensor) and statically_known_true(value.numel() < x.numel()) for x in read)
+
+
+def _rearranges(node: fx.Node) -> bool:
+    """Whether the call copies what it reads into another order of memory. (A join has its parts written in place.)"""
+    if node.target is aten.clone.default:
+        strides = zip(node.meta["val"].stride(), node.args[0].meta["val"].stride(), strict=True)
+        return not all(statically_known_true(after == before) for after, before in strides)
+    return node.target is torch.ops.prims.rev.default or (node.target in COPIES and node.target not in JOINS)
+
+
+def _sums_up(node: fx.Node, size: int | torch.SymInt) -> bool:
+    """Whether the call is a reduction, such as a mean, in passes of its own over the value: one along all rows of the
+    memory, as a norm's, can be in the kernel that makes it. Others may have several programs share what they add up, or
+    go through the value in another order than it is written in.
+
+    size: of the value.
+    """
+    if not _reduces(node) or _reads_around(node):
+        return False
+    names = [argument.name for schema in torch_internals.schemas_of(node.target) for argument in schema.arguments]
+    if "dim" not in names[: len(node.args)]:
+        return True
+    rows, dim = node.args[0].meta["val"], node.args[names.index("dim")]
+    if not rows.dim() or dim not in (-1, [-1], rows.dim() - 1, [rows.dim() - 1]):
+        return True
+    along_all_rows = (rows.stride(-1) == 1, rows.shape[-1] <= LONGEST_ROW, rows.numel() == size)
+    return not all(map(statically_known_true, along_all_rows))

@@ -128,3 +128,39 @@ def test_a_product_reads_its_operands_whole_whether_or_not_a_threshold_is_joined
     assert (launches, forged_launches) == (1, 1)
     assert size == 2 * (512 * 1024 + 1024 * 64 + 64 + 512 * 64)
     assert forged_size == size + 4, "the threshold"
+
+
+# A value that a convolution reads thresholded, and something else raw.
+READ_TWICE = """
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(64), nn.Conv2d(64, 64, 3)
+
+    def forward(self, x):
+        x = nn.functional.relu(self.norm(self.first(x)))
+        return self.last(x), OTHER
+
+net, x = Net().eval().to(memory_format=torch.channels_last), torch.rand(8, 3, 32, 32)
+x, dtype, options = x.contiguous(memory_format=torch.channels_last), torch.float16, {}
+costs = forged_fx.cost(forged_fx.transform(net, forged_fx.calibrate(net, [x])), (x,))
+assert costs["last"].kind == "KIND", costs
+"""
+
+
+@CUDA_BUILD
+@pytest.mark.parametrize(
+    ("other", "kind"),
+    [
+        ("x.mean((2, 3))", "one more write"),
+        ("x.amax((2, 3))", "one more write"),
+        ("x.flip(1)", "one more write"),
+        ("nn.functional.layer_norm(x.permute(0, 2, 3, 1), (64,))", "free"),
+    ],
+)
+def test_what_adds_up_or_copies_across_the_memory_reads_the_raw_value_from_there(other: str, kind: str) -> None:
+    network = READ_TWICE.replace("OTHER", other).replace("KIND", kind)
+    (launches, size), (forged_launches, forged_size) = plain_and_forged(network)
+    assert forged_launches == launches + 1, "the network's input"
+    image, value = 2 * 8 * 3 * 32 * 32, 2 * 8 * 64 * 32 * 32
+    assert forged_size - size == pytest.approx(2 * image + value * (kind != "free"), rel=1e-3)
