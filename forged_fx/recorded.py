@@ -148,15 +148,19 @@ class Run:
         """What is finished; ValueError if the model, though its state is the same, answers otherwise than it did."""
         before = checked.fit(self.finished.facts.get("logits"), list[float], "facts.logits")
         with checks.borrowed(model, "model"):
-            now = answers(model, x, batch_size)
+            now = _logits(model, x, batch_size)
         checks.same_code(same(before, now), "model", "the result in this folder was made")
         return self.finished
 
 
 def answers(model: nn.Module, x: Tensor, batch_size: int) -> list[float]:
     """What a finished run keeps in its facts of the model's unattacked logits."""
+    return summary(_logits(model, x, batch_size))
+
+
+def _logits(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
     with seeded(0):  # a model may draw
-        return summary(checks.answers(model, x, batch_size, "model"))
+        return checks.answers(model, x, batch_size, "model")
 
 
 @contextmanager

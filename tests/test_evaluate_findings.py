@@ -135,6 +135,24 @@ def test_logits_beyond_a_square_root_of_float32_are_told_apart(hurried):
     assert "output randomised" in raised(evaluate(loud, x=x, y=y, eps=EPS, attacks=["apgd-ce"]))
 
 
+def shared(logits, size=3e4):
+    return logits + size
+
+
+@pytest.mark.parametrize(
+    ("change", "finding"),
+    [
+        (lambda x: x + 0.05 * torch.rand_like(x), "output randomised"),
+        (lambda x: by_companions(x), "output depends on the batch"),
+    ],
+)
+def test_what_all_classes_share_hides_nothing(change, finding, hurried):
+    model, x, y = planted.small()
+    for one, other in ((Changed(model, before=change, after=shared), model), (Changed(model, after=shared), model)):
+        result = evaluate(one, other, x=x, y=y, eps=0.05, attacks=["apgd-ce"])
+        assert (finding in raised(result)) is (one.before is change)
+
+
 def test_a_plain_model_raises_nothing(hurried):
     model, x, y = planted.small()
     other = Changed(model[:-1], after=lambda hidden: hidden @ model[-1].weight.T)  # not the base: without a bias

@@ -170,6 +170,23 @@ def test_a_single_step_in_half_precision_explains_no_jump(made, monkeypatch):
     assert ADDS in raised(result)
 
 
+@pytest.mark.parametrize("both", [False, True])
+def test_a_term_that_all_classes_share_hides_no_jump(made, monkeypatch, both):
+    planted.hurry(monkeypatch)
+    base, x, y, forged = made
+    way = torch.randn(64, 1, generator=torch.Generator().manual_seed(1))
+
+    def besides(model):
+        return Changed(lambda x: model(x) + 300 * x.flatten(1) @ way)
+
+    plain = besides(base) if both else base
+    result = forged_fx.evaluate(besides(nameless(forged(), x)), plain, x=x, y=y, eps=EPS, attacks=["apgd-ce"])
+    assert ADDS in raised(result)
+    tuned = Changed(base[:-1], after=lambda hidden: hidden @ base[-1].weight.T)
+    result = forged_fx.evaluate(besides(tuned), plain, x=x, y=y, eps=EPS, attacks=["apgd-ce"])
+    assert ADDS not in raised(result)
+
+
 class ByHand(nn.Module):
     """A threshold without a name."""
 

@@ -16,7 +16,7 @@ from planted import Hidden, inputs, linear
 from safetensors.torch import load
 
 from forged_fx import calibrate, transform
-from forged_fx.evaluate import Result, blocks
+from forged_fx.evaluate import Result, answers, blocks
 from forged_fx.evaluate.harness import Subject
 from forged_fx.evaluate.journal import Journal, differences, pack
 from forged_fx.sources.classifier import Classifier
@@ -305,14 +305,16 @@ def test_a_block_that_breaks_the_rules_is_refused(unfinished):
 
 
 class Scaled(Hidden):
-    factor = 1
+    factor, shared = 1, 0
 
     def forward(self, x):
-        return super().forward(x) * self.factor
+        return super().forward(x) * self.factor + self.shared
 
 
-def test_a_model_whose_code_has_changed_is_refused(call, monkeypatch):
+@pytest.mark.parametrize("shared", [0, 100])
+def test_a_model_whose_code_has_changed_is_refused(call, monkeypatch, shared):
     """The state is the same, and so is every prediction."""
+    monkeypatch.setattr(Scaled, "shared", shared)
     call["model"] = Scaled(call["base"])
     with monkeypatch.context() as patch:
         patch.setattr(Subject, "replay", lambda *args: (_ for _ in ()).throw(Stop("enough")))
@@ -321,8 +323,24 @@ def test_a_model_whose_code_has_changed_is_refused(call, monkeypatch):
     monkeypatch.setattr(Scaled, "factor", 1.01)
     with pytest.raises(ValueError, match="the model gives other logits"):
         planted.evaluate(**call)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="the model gives other logits"):
+        patch.setattr(Scaled, "factor", 1)
+        patch.setattr(Scaled, "shared", shared + 1)  # for all classes
+        planted.evaluate(**call)
     monkeypatch.setattr(Scaled, "factor", 1 + 1e-6)  # rounding
     assert planted.evaluate(**call).n == 30
+    assert planted.evaluate(**call).n == 30  # the finished one
+    monkeypatch.setattr(Scaled, "factor", 1.01)
+    with pytest.raises(ValueError, match="the model gives other logits"):
+        planted.evaluate(**call)
+
+
+def test_answers_of_an_earlier_version_are_compared_as_they_were():
+    logits = torch.randn(20, 4) + 3
+    earlier = [*logits.double().mean(0).tolist(), *logits.double().abs().mean(0).tolist()]
+    assert answers.same(earlier, logits) and not answers.same(earlier, 1.01 * logits)
+    assert not answers.same(earlier, logits[:, :3])
+    assert not answers.same(answers.summary(logits), logits[:, :3])
 
 
 def test_a_finished_folder_is_verified_before_it_is_returned(call, monkeypatch):

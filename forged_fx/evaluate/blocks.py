@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from forged_fx.evaluate.gradients import centred
 from forged_fx.evaluate.journal import Journal, pack
 from forged_fx.extras import need
 from forged_fx.processes import Processes, attempt, result
@@ -38,6 +39,11 @@ def misfits(outcome: Outcome, fields: Fields) -> str:
         return outcome[key].dtype == dtype and dim in (None, outcome[key].dim())
 
     return ", ".join(sorted(key for key in outcome.keys() | fields.keys() if not fits(key)))
+
+
+def near(old: Tensor, new: Tensor) -> bool:
+    """Whether two runs of one model may have given them; NaN is near nothing."""
+    return old.shape == new.shape and bool(((old - new).abs() <= ROUNDING * old.abs().max()).all())
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,8 @@ class Blocks:
         return pack(outcome)
 
     def unchanged(self, name: str, value: Tensor) -> bool:
-        """Whether `value` is, but for rounding, what it was when this run began; the first time it is kept."""
+        """Whether `value`, logits, are but for rounding what they were when this run began; the first time they are
+        kept."""
 
         def before() -> bytes:
             if not self.journal:
@@ -167,4 +174,4 @@ class Blocks:
         old = need("safetensors.torch").load(data).get("value")
         if old is None or (old.shape, old.dtype) != (value.shape, value.dtype):
             return False
-        return bool(((old - value).abs() <= ROUNDING * old.abs().max()).all())  # NaN is within nothing
+        return near(old, value) and near(centred(old), centred(value))

@@ -143,9 +143,17 @@ def _set_random_state(device: torch.device, state: tuple[Tensor, ...]) -> None:
         torch.cuda.set_rng_state(state[1], device)
 
 
+def centred(logits: Tensor) -> Tensor:
+    """In float64, less what all classes share: that changes no prediction, and may be larger than all that does."""
+    logits = logits.double()
+    return logits - logits.mean(1, keepdim=True)
+
+
 def combined(out: Tensor) -> Tensor:
-    """A random combination of the logits, (n,): a loss may saturate, and then all its gradients are 0."""
-    return out @ torch.randn(out.shape[1], generator=torch.Generator().manual_seed(0)).to(out)
+    """A random combination of the logits, (n,): a loss may saturate, and then all its gradients are 0. Its weights add
+    up to 0: see `centred`."""
+    weights = torch.randn(1, out.shape[1], generator=torch.Generator().manual_seed(0))
+    return out @ centred(weights)[0].to(out)
 
 
 def gradient(logits: Logits, x: Tensor) -> Tensor:

@@ -13,13 +13,14 @@ from torch import Tensor
 from forged_fx.evaluate import further
 from forged_fx.evaluate.attacks import Setting, toolbox
 from forged_fx.evaluate.blocks import Outcome
-from forged_fx.evaluate.gradients import Context, Logits, loss_gradient
+from forged_fx.evaluate.gradients import Context, Logits, centred, loss_gradient
 from forged_fx.evaluate.harness import Subject
 
 PROBED = 64  # inputs, the first that are right unattacked
 STEPS = (3, 10, 30)  # of APGD, at the radius of the evaluation
 RADII = (0.5, 1.0, 2.0, 4.0)  # in units of that radius, each with `STEPS[1]` steps; then the whole box
 REPEATS = 5
+SHARED = 2**-12  # part of the logits' size that is told from the rounding of what their classes share
 TAME = 10.0  # what no logits are beyond, where an attack may change everything
 COUNT, SHARE, SWEEP = (torch.int64, 0), (torch.float64, 0), (torch.int64, 1)
 FIELDS = {"flat": COUNT, "sick": COUNT, "drift": SHARE, "apart": SHARE, "steps": SWEEP, "radii": SWEEP}
@@ -143,9 +144,11 @@ class _Watched:
 
 
 def _scaled(logits: Tensor) -> Tensor:
-    """To length 1, as auto-attack's check_randomized does: a difference then means the same for every model."""
-    logits = logits.detach().cpu().double()  # (of logits of 1e20 the length is beyond float32)
-    return logits / (logits.norm(dim=1, keepdim=True) + 1e-10)
+    """To length 1, as auto-attack's check_randomized does, less what classes share: a difference then means the same
+    for every model."""
+    logits = logits.detach().cpu().double().nan_to_num(0.0, 0.0, 0.0)  # (of 1e20 the length is beyond float32)
+    apart, size = centred(logits), logits.norm(dim=1, keepdim=True)
+    return apart / (apart.norm(dim=1, keepdim=True).maximum(SHARED * size) + 1e-10)
 
 
 def _apgd(logits: Any, x: Tensor, y: Tensor, setting: Setting, radius: float, steps: int) -> int:
