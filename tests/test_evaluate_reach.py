@@ -12,8 +12,10 @@ from torch import nn
 
 import forged_fx
 from forged_fx.digits import EPS
+from forged_fx.evaluate import probes
 from forged_fx.evaluate.reach import JUMPS
 from forged_fx.evaluate.result import LEFT_OUT
+from forged_fx.evaluate.verdict import BASE_DOUBTED
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -210,6 +212,78 @@ def test_half_precision_hides_no_other_jump(made, monkeypatch, dtype):
     result = judged(made, half)
     assert ADDS in raised(result) and result.verdict in ("cannot say", "masking")
     assert {p.dtype for p in base.parameters()} == {torch.float32}
+
+
+class Branched(nn.Module):
+    """The larger of its branches is computed without a graph, as features of a frozen backbone are."""
+
+    def __init__(self, large, small, hidden):
+        super().__init__()
+        self.large, self.small, self.hidden = large, small, hidden
+
+    def forward(self, x):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.hidden):
+            large = self.large(x)
+        return large + 0.3 * self.small(x)
+
+
+def branched(large, hidden, classes):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Branched(large, nn.Sequential(nn.Flatten(), nn.Linear(64, classes)), hidden).eval()
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_base_whose_gradient_leaves_a_branch_out_makes_no_loss(monkeypatch, hidden):
+    planted.hurry(monkeypatch)
+    strong, weak, x, y = planted.strong_and_weak()
+    other = copy.deepcopy(weak)  # as weak, but that what breaks one of them is no help against the other
+    with torch.no_grad():
+        other[1].weight.copy_(2 * strong[1].weight - weak[1].weight)
+    base = branched(other, hidden, 4)
+    result = forged_fx.evaluate(weak, base, x=x, y=y, eps=0.1, attacks="quick")
+    assert result.compared().direction == (-1 if hidden else 0) and (BASE_DOUBTED in raised(result)) is hidden
+    assert result.verdict == "cannot say" and ("attacks on the base" in result.sentence) is hidden
+    itself = forged_fx.evaluate(base, base, x=x, y=y, eps=0.1, attacks="quick")
+    assert (BASE_DOUBTED in raised(itself)) is hidden
+
+
+def test_a_base_without_any_gradient_is_doubted(made, monkeypatch):
+    """Square breaks it, and an attack that may change everything breaks it before its first step."""
+    planted.hurry(monkeypatch)
+    base, x, y, _ = made
+    monkeypatch.setattr(probes, "_apgd", lambda *args: 0)
+    result = forged_fx.evaluate(Changed(base), planted.Cut(base), x=x, y=y, eps=EPS, attacks=["square"])
+    assert BASE_DOUBTED in raised(result)
+
+
+@pytest.mark.parametrize("eps", [1 / 255, EPS])
+def test_an_honest_base_in_half_precision_is_not_doubted(made, monkeypatch, eps):
+    planted.hurry(monkeypatch)
+    base, x, y, _ = made
+
+    def half(dtype):
+        return Changed(copy.deepcopy(base).to(dtype), before=lambda x: x.to(dtype), after=lambda out: out.float())
+
+    for honest in (half(torch.bfloat16), half(torch.float16), Mixed(base).eval(), planted.loud(base)):
+        result = forged_fx.evaluate(base, honest, x=x, y=y, eps=eps, attacks=["apgd-ce"])
+        assert BASE_DOUBTED not in raised(result)
+
+
+def test_a_base_in_half_precision_hides_no_branch(made, monkeypatch):
+    planted.hurry(monkeypatch)
+    base, x, y, _ = made
+
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = branched(copy.deepcopy(base), True, 10).bfloat16()
+
+        def forward(self, x):
+            return self.net(x.to(self.net.small[1].weight.dtype)).float()
+
+    result = forged_fx.evaluate(base, Half().eval(), x=x, y=y, eps=EPS, attacks=["apgd-ce"])
+    assert BASE_DOUBTED in raised(result)
 
 
 def test_a_base_that_does_not_run_in_the_models_dtype_explains_nothing(made, monkeypatch):

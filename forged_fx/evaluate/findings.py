@@ -23,7 +23,7 @@ from forged_fx.evaluate.verdict import BASE_DOUBTED, FOREIGN, JUMPS, OUT_OF_REAC
 
 Measured = tuple[float, float] | str  # value and bound, or why there is none
 
-DRIFT, APART = 1e-4, 0.1  # see `Probes`
+DRIFT, APART, FLAT = 1e-4, 0.1, 0.01  # see `Probes`; the last a share
 GUESSED = 0.85  # share of the inputs that guessing gets wrong; a model that gets more of them wrong knows other classes
 
 
@@ -89,7 +89,11 @@ def _unfinished(case: Case) -> Measured:
 
 
 def _flat(case: Case) -> Measured:
-    return case.probes.flat / max(case.probes.probed, 1), 0.01
+    return _flat_share(case.probes), FLAT
+
+
+def _flat_share(probes: Probes | BaseProbes) -> float:
+    return probes.flat / max(probes.probed, 1)
 
 
 def _few(probes: Probes | BaseProbes) -> int:
@@ -125,7 +129,14 @@ def _whole_box(case: Case) -> Measured:
 def base_doubted(probes: BaseProbes) -> Measured:
     if not probes.probed:
         return "there is no base, or no input of it is right unattacked"
-    return sum([probes.stand > _few(probes), probes.drift > DRIFT, probes.apart > APART]), 0
+    signs = (
+        probes.stand > _few(probes),
+        probes.drift > DRIFT,
+        probes.apart > APART,
+        _flat_share(probes) > FLAT,
+        probes.jumps,
+    )
+    return sum(signs), 0
 
 
 def _probabilities(case: Case) -> Measured:
@@ -179,7 +190,7 @@ CHECKS = (
     Check("accuracy rises with iterations", _iterations, f"probed inputs, at {STEPS} steps", probing=True),
     Check("accuracy rises with eps", _radii, f"probed inputs, at {RADII} eps and the whole box", probing=True),
     Check(UNBOUNDED, _whole_box, "probed inputs that stand", probing=True),
-    Check(BASE_DOUBTED, lambda case: base_doubted(case.base_probes), "of three signs"),
+    Check(BASE_DOUBTED, lambda case: base_doubted(case.base_probes), "of five signs"),
     Check("loss not finite", lambda case: (case.probes.sick, 0), "logits and gradients", probing=True),
     Check("output is a probability", _probabilities, "share of inputs"),
     Check("logits clipped", _clipped, "share of logits at a limit"),

@@ -63,6 +63,7 @@ class Subject:
         threads = f"the {name} is a DataParallel; attacked without its threads, and what breaks it breaks it with them"
         self.notes = [threads] if self.attacked is not model else []
         self.changes: dict[str, bool] = {}  # what `sees_through` found
+        self.missing: dict[str, float] = {}  # what `reach.py` found
         self.device = device_of(model, x.device)
         self.description, self.fingerprint = type(model).__name__, fingerprint.of_model(model)
         self.forging = fingerprint.of_forging(model)

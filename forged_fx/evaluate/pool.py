@@ -5,7 +5,7 @@ better than another for having been attacked less.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -61,7 +61,7 @@ def judge(
     contest(sides, plan, settings, bpda)
     base = sides[0].side()
     found = {base.name: Judged(base)}
-    base_probes = probe_base(sides[0], settings[base.name], bpda)
+    base_probes = replace(probe_base(sides[0], settings[base.name], bpda), jumps=reach.base_jumps(sides[0]))
     of_base: dict[str, Measured] = {FOREIGN: foreign(base, logits[0].shape[1]), BASE_DOUBTED: base_doubted(base_probes)}
     for side, mine in zip(sides[1:], logits[1:], strict=True):
         apart = reach.apart(side, sides[0], mine, logits[0])

@@ -13,7 +13,7 @@ from torch import Tensor
 from forged_fx.evaluate import further
 from forged_fx.evaluate.attacks import Setting, toolbox
 from forged_fx.evaluate.blocks import Outcome
-from forged_fx.evaluate.gradients import Context, Logits, centred, loss_gradient
+from forged_fx.evaluate.gradients import Context, Logits, centred, gradient, loss_gradient
 from forged_fx.evaluate.harness import Subject
 
 PROBED = 64  # inputs, the first that are right unattacked
@@ -24,7 +24,7 @@ SHARED = 2**-12  # part of the logits' size that is told from the rounding of wh
 TAME = 10.0  # what no logits are beyond, where an attack may change everything
 COUNT, SHARE, SWEEP = (torch.int64, 0), (torch.float64, 0), (torch.int64, 1)
 FIELDS = {"flat": COUNT, "sick": COUNT, "drift": SHARE, "apart": SHARE, "steps": SWEEP, "radii": SWEEP}
-OF_BASE = {"drift": SHARE, "apart": SHARE, "stand": COUNT}
+OF_BASE = {"drift": SHARE, "apart": SHARE, "stand": COUNT, "flat": COUNT}
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def probe(side: Subject, setting: Setting, bpda: Context) -> Probes:
     def ask(indices: Tensor) -> Outcome:
         x, y = side.inputs(indices)
         logits = Logits(side.attacked, side.batch_size)
-        gradient = loss_gradient(logits, x, y)
+        uphill = loss_gradient(logits, x, y)
         drifted, apart = _asked_again(side, x)
         watched = _Watched(Logits(side.attacked, side.batch_size, bpda))
         steps = [_apgd(watched, x, y, setting, 1.0, n) for n in STEPS]
@@ -61,9 +61,9 @@ def probe(side: Subject, setting: Setting, bpda: Context) -> Probes:
         reach = [*(min(r, whole) for r in RADII), whole]
         radii = [steps[1] if r == 1 else _apgd(watched, x, y, setting, r, STEPS[1]) for r in reach[:-1]]
         radii.append(_apgd(_tamed(watched, x), x, y, setting, whole, STEPS[1]))
-        sick = watched.sick + int((~torch.isfinite(gradient)).flatten(1).any(1).sum())
+        sick = watched.sick + int((~torch.isfinite(uphill)).flatten(1).any(1).sum())
         return {
-            "flat": (gradient == 0).flatten(1).all(1).sum().cpu(),
+            "flat": (uphill == 0).flatten(1).all(1).sum().cpu(),
             "sick": torch.tensor(sick),
             "drift": drifted,
             "apart": apart,
@@ -81,12 +81,15 @@ def probe(side: Subject, setting: Setting, bpda: Context) -> Probes:
 @dataclass(frozen=True)
 class BaseProbes:
     """Of a base, on which attacks that fail find less, which would be another model's gain, or loss. probed, drift and
-    apart as in `Probes`; stand: how many are still right after APGD in the whole box."""
+    apart as in `Probes`; stand: how many are still right after APGD in the whole box; flat: how many have a gradient
+    that is all zeros, of the logits (a loss's is, where they are large); jumps: see `reach.base_jumps`."""
 
     probed: int = 0
     drift: float = 0.0
     apart: float = 0.0
     stand: int = 0
+    flat: int = 0
+    jumps: bool = False
 
 
 def probe_base(side: Subject, setting: Setting, bpda: Context) -> BaseProbes:
@@ -96,9 +99,10 @@ def probe_base(side: Subject, setting: Setting, bpda: Context) -> BaseProbes:
     def ask(indices: Tensor) -> Outcome:
         x, y = side.inputs(indices)
         drifted, apart = _asked_again(side, x)
-        logits = _tamed(Logits(side.attacked, side.batch_size, bpda), x)
-        stand = _apgd(logits, x, y, setting, _whole_box(setting, x), STEPS[1])
-        return {"drift": drifted, "apart": apart, "stand": torch.tensor(stand)}
+        logits = Logits(side.attacked, side.batch_size, bpda)
+        stand = _apgd(_tamed(logits, x), x, y, setting, _whole_box(setting, x), STEPS[1])
+        flat = (gradient(logits, x) == 0).flatten(1).all(1).sum().cpu()
+        return {"drift": drifted, "apart": apart, "stand": torch.tensor(stand), "flat": flat}
 
     for _, found in side.blocks.run(f"{side.name} probes", right, ask, OF_BASE):  # one block, or none
         return BaseProbes(len(right), *(found[key].item() for key in OF_BASE))

@@ -309,7 +309,9 @@ def _case(
     """What the checks look at, measured after all rows. apart: see `reach.apart`; infinite where there is no base."""
     alike, own = apart <= ROUNDING, bpda is straight_through
     probes = probe(side, setting, bpda)
-    base_probes = probe_base(base, base.setting(logits.shape[1]), bpda) if base is not None else BaseProbes()
+    base_probes = BaseProbes()
+    if base is not None:
+        base_probes = replace(probe_base(base, base.setting(logits.shape[1]), bpda), jumps=reach.base_jumps(base))
     jumps = reach.jumps(side, base, alike)
     randomness.seed(setting.seed)  # what follows is in no block
     return Case(

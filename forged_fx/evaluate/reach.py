@@ -116,11 +116,26 @@ def jumps(side: Subject, base: Subject | None, alike: bool) -> Measured:
     return share, max(JUMPS, 2 * _missing(base, plain))
 
 
-def _coarse(side: Subject) -> torch.dtype | None:
-    """The dtype of half precision that the side's model computes its products in, most of what they give, if there is
-    one: its parameters may be float32 all the same, as under autocast."""
+def base_jumps(base: Subject) -> bool:
+    """Whether the base's gradient leaves out more of what its logits change than the bound allows. What the rounding of
+    half precision leaves out, its copy in float32 does not; one that does not run in that is not accused."""
+    if any(base.changes.values()) or _missing(base, base.attacked) <= JUMPS:
+        return False
+    if _coarse(base) is None:
+        return True
+    fine = _Cast(base.attacked, torch.float32)
+    try:
+        still = _coarse(base, fine)
+    except Exception:
+        return False
+    return still is None and _missing(base, fine) > JUMPS
+
+
+def _coarse(side: Subject, model: nn.Module | None = None) -> torch.dtype | None:
+    """The dtype of half precision that the side's model, or this copy of it, computes its products in, most of what
+    they give, if there is one: its parameters may be float32 all the same, as under autocast."""
     with _Products() as seen, torch.no_grad():
-        predict(side.attacked, side.x[:1], 1)
+        predict(model or side.attacked, side.x[:1], 1)
     dtype = max(seen.sizes, key=seen.sizes.__getitem__, default=None)
     return dtype if dtype is not None and dtype.is_floating_point and torch.finfo(dtype).bits < 32 else None
 
@@ -155,7 +170,10 @@ class _Cast(nn.Module):
 
 
 def _missing(side: Subject, model: nn.Module) -> float:
-    """model: the side's, or its copy in another dtype."""
+    """model: the side's, or its copy in another dtype. Asked once."""
+    name = f"{side.name} jumps" + (f" in {model.dtype}" if isinstance(model, _Cast) else "")
+    if name in side.missing:
+        return side.missing[name]
     some = torch.arange(min(PROBED, len(side.x)))
 
     def ask(indices: Tensor) -> Outcome:
@@ -170,5 +188,5 @@ def _missing(side: Subject, model: nn.Module) -> float:
         return {"missing": ((change - sums.sum(0)).abs() / size).median().nan_to_num(1.0).double().cpu()}
 
     fields = {"missing": (torch.float64, 0)}
-    name = f"{side.name} jumps" + (f" in {model.dtype}" if isinstance(model, _Cast) else "")
-    return next(iter(side.blocks.run(name, some, ask, fields)))[1]["missing"].item()
+    side.missing[name] = next(iter(side.blocks.run(name, some, ask, fields)))[1]["missing"].item()
+    return side.missing[name]
