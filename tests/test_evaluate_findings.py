@@ -107,6 +107,30 @@ def test_a_base_that_is_only_loud_may_be_lost_against(hurried):
     assert BASE_DOUBTED not in raised(result) and result.verdict == "loss"
 
 
+@pytest.mark.parametrize(
+    ("size", "finding", "words"), [(1e5, "zero gradient", "divide logits"), (1e-9, "logits too small", "multiply them")]
+)
+def test_logits_of_a_size_that_the_cross_entropy_does_not_see_say_nothing_in_a_model_s_favour(
+    size, finding, words, hurried
+):
+    model, x, y = planted.small()
+    scaled = Changed(model, after=lambda logits: size * logits)
+    result = evaluate(scaled, model, x=x, y=y, eps=EPS, attacks="quick")
+    assert finding in raised(result) and result.verdict == "cannot say" and words in result.sentence
+    for usual in (1e-2, 5):
+        scaled = Changed(model, after=lambda logits, usual=usual: usual * logits)
+        assert raised(evaluate(scaled, model, x=x, y=y, eps=EPS, attacks="quick")) == set()
+    for proper in (lambda logits: logits.log_softmax(1), lambda logits: logits.softmax(1)):
+        assert "logits too small" not in raised(evaluate(Changed(model, after=proper), x=x, y=y, attacks=["apgd-ce"]))
+
+
+def test_a_base_of_logits_that_no_loss_sees_makes_no_loss(hurried):
+    strong, weak, x, y = planted.strong_and_weak()
+    small = Changed(strong, after=lambda logits: 1e-9 * logits)
+    result = evaluate(weak, small, x=x, y=y, eps=0.1, attacks=["apgd-ce"])
+    assert result.compared().direction == -1 and result.verdict == "cannot say" and BASE_DOUBTED in raised(result)
+
+
 def test_attacks_that_fail_on_both_say_nothing_in_either_s_favour(hurried):
     strong, weak, x, y = planted.strong_and_weak()
     result = evaluate(planted.quantised(weak), planted.quantised(strong), x=x, y=y, eps=0.1, attacks="quick")
@@ -296,6 +320,13 @@ def test_half_of_the_outputs_may_be_probabilities():
     for proper, raised in ((0, False), (100, False), (101, True)):
         logits[:proper] = 0.1
         assert verdict_of("output is a probability", logits=logits).raised == raised
+
+
+@pytest.mark.parametrize(("lead", "small"), [(1.1e-3, False), (0.9e-3, True), (0.0, True)])
+def test_the_median_lead_says_how_small_logits_are_whatever_else_is_masked(lead, small):
+    logits = torch.cat([torch.tensor([[lead, 0.0]]).repeat(200, 1), torch.full((200, 8), -1e4)], 1)
+    logits[:99, 0] += 1
+    assert verdict_of("logits too small", logits=logits.double()).raised is small
 
 
 def test_a_scale_of_nothing_but_zeros_or_of_nothing():

@@ -8,7 +8,7 @@ import torch
 
 from forged_fx.evaluate.result import Row, Side, judged
 from forged_fx.evaluate.statistics import paired
-from forged_fx.evaluate.verdict import EXIT_CODES, RULES, VERDICTS, Evidence, judge, weigh
+from forged_fx.evaluate.verdict import EXIT_CODES, RULES, SMALL, VERDICTS, Evidence, judge, weigh
 
 N = 200
 UP, LEVEL, DOWN = (12, 0), (3, 3), (0, 12)  # examples that only the model, only the base gets right
@@ -140,13 +140,20 @@ def test_the_sentence_says_how_many_inputs_would_decide():
 
 def test_a_raised_finding_forbids_a_gain_and_nothing_else():
     up, level, down = (
-        Evidence(N, 120, 118, 0, 120, 118, 0, paired(N, *d), doubts=["zero gradient"]) for d in (UP, LEVEL, DOWN)
+        Evidence(N, 120, 118, 0, 120, 118, 0, paired(N, *d), doubts=["logits clipped"]) for d in (UP, LEVEL, DOWN)
     )
     verdict, sentence = judge(up)
-    assert verdict == "cannot say" and "zero gradient" in sentence
+    assert verdict == "cannot say" and "logits clipped" in sentence
     assert judge(replace(up, doubts=[]))[0] == "gain"
     assert judge(level)[0] == "no measurable gain" and judge(down)[0] == "loss"
     assert judge(replace(up, taken=9, true=130, finders=["apgd-t under BPDA (9)"]))[0] == "masking"
+
+
+def test_logits_too_small_are_neither_masking_nor_no_gain():
+    masked = Evidence(N, 130, 118, 9, 120, 118, 0, paired(N, *LEVEL), doubts=[SMALL])
+    assert judge(masked)[0] == "cannot say" and "multiply them by a constant" in judge(masked)[1]
+    assert judge(replace(masked, doubts=[]))[0] == "masking"
+    assert judge(replace(masked, paired=paired(N, *DOWN)))[0] == "loss"
 
 
 @pytest.mark.parametrize(

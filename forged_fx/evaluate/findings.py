@@ -16,14 +16,15 @@ from torch import Tensor
 from forged_fx.evaluate import scale
 from forged_fx.evaluate.attacks import ATTACKS
 from forged_fx.evaluate.further import round_of
-from forged_fx.evaluate.probes import RADII, STEPS, BaseProbes, Probes
+from forged_fx.evaluate.probes import RADII, STEPS, BaseProbes, Probes, top_lead
 from forged_fx.evaluate.result import Finding, Row, Side
 from forged_fx.evaluate.statistics import beyond_chance
-from forged_fx.evaluate.verdict import BASE_DOUBTED, FOREIGN, JUMPS, OUT_OF_REACH, UNBOUNDED
+from forged_fx.evaluate.verdict import BASE_DOUBTED, FLAT, FOREIGN, JUMPS, OUT_OF_REACH, SMALL, UNBOUNDED
 
 Measured = tuple[float, float] | str  # value and bound, or why there is none
 
-DRIFT, APART, FLAT = 1e-4, 0.1, 0.01  # see `Probes`; the last a share
+DRIFT, APART, HIDDEN = 1e-4, 0.1, 0.01  # see `Probes`; the last is of `flat`, a share
+LEAST = 1e-3  # lead of a class over the next, the median: 0.4 to 24 in trained networks
 GUESSED = 0.85  # share of the inputs that guessing gets wrong; a model that gets more of them wrong knows other classes
 
 
@@ -89,7 +90,7 @@ def _unfinished(case: Case) -> Measured:
 
 
 def _flat(case: Case) -> Measured:
-    return _flat_share(case.probes), FLAT
+    return _flat_share(case.probes), HIDDEN
 
 
 def _flat_share(probes: Probes | BaseProbes) -> float:
@@ -133,8 +134,9 @@ def base_doubted(probes: BaseProbes) -> Measured:
         probes.stand > _few(probes),
         probes.drift > DRIFT,
         probes.apart > APART,
-        _flat_share(probes) > FLAT,
+        _flat_share(probes) > HIDDEN,
         probes.jumps,
+        probes.lead < LEAST,
     )
     return sum(signs), 0
 
@@ -158,6 +160,11 @@ def _clipped(case: Case) -> Measured:
 def foreign(plain: Side, classes: int) -> tuple[float, float]:
     """The share of inputs that a model, which is to know these classes, gets wrong unattacked."""
     return 1 - plain.accuracy("natural"), GUESSED * (1 - 1 / classes)
+
+
+def small(logits: Tensor) -> tuple[float, float]:
+    """How small the logits (n, classes) are: 1 over the median `top_lead`."""
+    return 1 / max(top_lead(logits), 1e-30), 1 / LEAST
 
 
 def _scale(case: Case) -> Measured:
@@ -186,14 +193,15 @@ CHECKS = (
     Check(
         FOREIGN, lambda case: foreign(case.base or case.model, case.logits.shape[1]), "share of inputs wrong unattacked"
     ),
-    Check("zero gradient", _flat, "share of probed inputs", probing=True),
+    Check(FLAT, _flat, "share of probed inputs", probing=True),
     Check("accuracy rises with iterations", _iterations, f"probed inputs, at {STEPS} steps", probing=True),
     Check("accuracy rises with eps", _radii, f"probed inputs, at {RADII} eps and the whole box", probing=True),
     Check(UNBOUNDED, _whole_box, "probed inputs that stand", probing=True),
-    Check(BASE_DOUBTED, lambda case: base_doubted(case.base_probes), "of five signs"),
+    Check(BASE_DOUBTED, lambda case: base_doubted(case.base_probes), "of six signs"),
     Check("loss not finite", lambda case: (case.probes.sick, 0), "logits and gradients", probing=True),
     Check("output is a probability", _probabilities, "share of inputs"),
     Check("logits clipped", _clipped, "share of logits at a limit"),
+    Check(SMALL, lambda case: small(case.logits), "1 over the lead of a class over the next, the median"),
     Check("output randomised", _randomised, "distance of scaled logits", probing=True),
     Check("output depends on the batch", _apart, "share of inputs", probing=True),
     Check(

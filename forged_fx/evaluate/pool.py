@@ -14,7 +14,7 @@ from forged_fx.evaluate import reach
 from forged_fx.evaluate.attacks import Plan
 from forged_fx.evaluate.blocks import Blocks
 from forged_fx.evaluate.compiled import ROUNDING
-from forged_fx.evaluate.findings import Case, Measured, base_doubted, examine, foreign
+from forged_fx.evaluate.findings import Case, Measured, base_doubted, examine, foreign, small
 from forged_fx.evaluate.gradients import Context
 from forged_fx.evaluate.harness import Subject
 from forged_fx.evaluate.probes import probe, probe_base
@@ -22,7 +22,7 @@ from forged_fx.evaluate.protocol import contest
 from forged_fx.evaluate.result import Side, doubts, judged
 from forged_fx.evaluate.terminal import Progress
 from forged_fx.evaluate.threat import Threat
-from forged_fx.evaluate.verdict import BASE_DOUBTED, FOREIGN, JUMPS, OUT_OF_REACH
+from forged_fx.evaluate.verdict import BASE_DOUBTED, FOREIGN, JUMPS, OUT_OF_REACH, SMALL
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ def judge(
         measured = of_base | {
             OUT_OF_REACH: reach.thresholds(side, bpda is straight_through, alike),
             JUMPS: reach.jumps(side, sides[0], alike),
+            SMALL: small(mine),
         }
         raised = [
             name for name, figures in measured.items() if not isinstance(figures, str) and figures[0] > figures[1]

@@ -24,7 +24,7 @@ SHARED = 2**-12  # part of the logits' size that is told from the rounding of wh
 TAME = 10.0  # what no logits are beyond, where an attack may change everything
 COUNT, SHARE, SWEEP = (torch.int64, 0), (torch.float64, 0), (torch.int64, 1)
 FIELDS = {"flat": COUNT, "sick": COUNT, "drift": SHARE, "apart": SHARE, "steps": SWEEP, "radii": SWEEP}
-OF_BASE = {"drift": SHARE, "apart": SHARE, "stand": COUNT, "flat": COUNT}
+OF_BASE = {"drift": SHARE, "apart": SHARE, "stand": COUNT, "flat": COUNT, "lead": SHARE}
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,15 @@ def probe(side: Subject, setting: Setting, bpda: Context) -> Probes:
 class BaseProbes:
     """Of a base, on which attacks that fail find less, which would be another model's gain, or loss. probed, drift and
     apart as in `Probes`; stand: how many are still right after APGD in the whole box; flat: how many have a gradient
-    that is all zeros, of the logits (a loss's is, where they are large); jumps: see `reach.base_jumps`."""
+    that is all zeros, of the logits (a loss's is, where they are large); lead: see `top_lead`; jumps: see
+    `reach.base_jumps`."""
 
     probed: int = 0
     drift: float = 0.0
     apart: float = 0.0
     stand: int = 0
     flat: int = 0
+    lead: float = 1.0
     jumps: bool = False
 
 
@@ -102,7 +104,8 @@ def probe_base(side: Subject, setting: Setting, bpda: Context) -> BaseProbes:
         logits = Logits(side.attacked, side.batch_size, bpda)
         stand = _apgd(_tamed(logits, x), x, y, setting, _whole_box(setting, x), STEPS[1])
         flat = (gradient(logits, x) == 0).flatten(1).all(1).sum().cpu()
-        return {"drift": drifted, "apart": apart, "stand": torch.tensor(stand), "flat": flat}
+        lead = torch.tensor(top_lead(logits(x)), dtype=torch.float64)
+        return {"drift": drifted, "apart": apart, "stand": torch.tensor(stand), "flat": flat, "lead": lead}
 
     for _, found in side.blocks.run(f"{side.name} probes", right, ask, OF_BASE):  # one block, or none
         return BaseProbes(len(right), *(found[key].item() for key in OF_BASE))
@@ -121,6 +124,12 @@ def _asked_again(side: Subject, x: Tensor) -> tuple[Tensor, Tensor]:
         drifts += [(first - other).norm(dim=1).max() for other in others]
         moved.append((first - _scaled(smaller(points))).norm(dim=1) > 1e-3)
     return torch.stack(drifts).max(), torch.cat(moved).double().mean()
+
+
+def top_lead(logits: Tensor) -> float:
+    """By how much the largest logit leads the next, the median of inputs; whatever is masked lies below both."""
+    first, second = logits.double().topk(2, 1).values.T
+    return float((first - second).median())
 
 
 def _tamed(logits: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:

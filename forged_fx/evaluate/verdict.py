@@ -37,6 +37,9 @@ gain of one example that vanishes is no measurable gain, and no accusation.
 Masking forbids a gain even where the worst case is measurably above the base: a model whose gradient is known to
 hide adversarial examples has been shown to stand against these attacks only.
 
+Logits too small for the cross-entropy (`SMALL`) are no masking, whatever they seem to hide: another size of them, and
+nothing may be hidden.
+
 *Too few*: the upper end of the interval of the worst case's difference lies above 5 points, as it does for two models
 that agree on fewer than 73 inputs. The sentence says which number of inputs would decide.
 """
@@ -55,6 +58,8 @@ OUT_OF_REACH = "thresholds out of reach"
 JUMPS = "gradient does not add up"
 FOREIGN = "labels of other classes"
 UNBOUNDED = "unbounded attack fails"
+FLAT = "zero gradient"
+SMALL = "logits too small"
 BASE_DOUBTED = "attacks on the base fail"
 # Findings that leave nothing to be said in the model's favour, not even that it did not measurably lose; and why.
 FORBID = {
@@ -68,6 +73,10 @@ FORBID = {
     "what it predicts for some inputs",
     UNBOUNDED: "an attack that may change everything leaves the model right, so that its gradient leads nowhere: an "
     "attack of its own has to be written, or bpda= passed, under which its backward is the straight-through one",
+    FLAT: "half of the attacks had a zero gradient to follow: divide logits that are large by a constant, which "
+    "changes no prediction; else pass bpda=, under which its backward is the straight-through one",
+    SMALL: "its logits are too small for the cross-entropy to tell a step that helps, which half of the attacks climb: "
+    "multiply them by a constant, which changes no prediction",
 }
 
 
@@ -235,7 +244,7 @@ def _nothing(e: Evidence) -> str:
 RULES: tuple[tuple[str, Callable[[Evidence], bool], Callable[[Evidence], str]], ...] = (
     ("cannot say", lambda e: e.idle, _idle),
     ("cannot say", lambda e: e.n < ENOUGH, _too_few),
-    ("masking", lambda e: e.seems and e.masked, _masking),
+    ("masking", lambda e: e.seems and e.masked and SMALL not in e.doubts, _masking),
     ("cannot say", lambda e: e.paired is None, _no_base),
     ("cannot say", lambda e: e.direction < 0 and BASE_DOUBTED in e.doubts, _base_doubted),
     ("loss", lambda e: e.direction < 0, _figures),
