@@ -67,6 +67,19 @@ def test_it_prints_every_figure_and_what_else_differs(runs):
     assert "\x1b" not in shown and shown.startswith("in the worst case biased is right on")
 
 
+def test_models_beside_themselves_are_not_held_against_each_other():
+    """The checks that compare a model with its base see nothing there, and what rows take is taken from both."""
+    strong, weak, x, y = planted.strong_and_weak()
+    pairs = (strong, strong), (weak, weak), (weak, strong)
+    with one_thread():
+        a, b, beside = (planted.evaluate(*pair, x=x, y=y, eps=0.1, attacks=["apgd-ce"]) for pair in pairs)
+    found = forged_fx.compare(a, b)
+    assert found.paired().direction == -1 and found.verdict == "cannot say"
+    assert any("beside the same base" in caution for caution in found.cautions)
+    found = forged_fx.compare(a, beside)
+    assert found.verdict == "loss" and not any("one pool" in caution for caution in found.cautions)
+
+
 def test_too_few_inputs_say_nothing(case, tmp_path):
     """As `evaluate` says of them."""
     base, call = case
@@ -138,6 +151,11 @@ def test_no_gain_over_what_was_attacked_otherwise_or_by_attacks_that_may_have_fa
     assert found.paired().direction == 1 and found.verdict == "cannot say"
 
 
+def network(name):
+    return SimpleNamespace(identity=name)
+
+
+OTHER = network("another")
 OTHERS = ["a finding that forbids a gain alone"]
 
 
@@ -154,7 +172,15 @@ OTHERS = ["a finding that forbids a gain alone"]
         (1, {}, {"enough": False}, "cannot say"),
         (1, {"enough": False}, {}, "cannot say"),
         (1, {"base": None}, {}, "cannot say"),
-        (1, {"base": None}, {"base": None}, "gain"),
+        (1, {"base": None}, {"base": None}, "cannot say"),
+        (1, {"base": OTHER}, {}, "cannot say"),
+        (-1, {"base": OTHER}, {}, "cannot say"),
+        (0, {"base": OTHER}, {}, "no measurable gain"),
+        (1, {"base": network("a")}, {"base": network("b")}, "cannot say"),
+        (1, {"base": network("a")}, {"base": network("a")}, "gain"),
+        (1, {"base": network("b")}, {"base": OTHER}, "gain"),
+        (1, {"same": True}, {}, "cannot say"),
+        (-1, {}, {"same": True}, "cannot say"),
         (1, {"model": SimpleNamespace(identity="b")}, {}, "cannot say"),
         (-1, {}, {"base": None}, "cannot say"),
         (-1, {"enough": False}, {"enough": False}, "loss"),
@@ -169,7 +195,10 @@ OTHERS = ["a finding that forbids a gain alone"]
 )
 def test_what_forbids_a_verdict(monkeypatch, direction, a, b, verdict):
     def result(name, changes):
-        usual = {"plan": "one", "doubts": [], "verdict": "no measurable gain", "enough": True, "base": "a base"}
+        usual = {"plan": "one", "doubts": [], "verdict": "no measurable gain", "enough": True} | {
+            "base": network("base"),
+            "same": False,
+        }
         return SimpleNamespace(**usual | {"model": SimpleNamespace(identity=name)} | changes)
 
     pair = SimpleNamespace(direction=direction, n=1000, high=0.0)

@@ -16,7 +16,7 @@ def run(
     json: options.Json = False,
 ) -> int:
     """Set two runs side by side, image by image. Exit code 0: OTHER is measurably better; 3: neither; 4: worse;
-    6: one looks better, but was attacked otherwise, or attacks on it may have failed."""
+    6: one looks better, but was attacked otherwise, or beside another base, or attacks on it may have failed."""
     import forged_fx
     from forged_fx.cli import output
     from forged_fx.evaluate.verdict import EXIT_CODES

@@ -57,15 +57,15 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """In the words of `evaluate`: of `b` beside `a`, in the worst case. A difference takes two models, attacked by
-        the same rows (examples of a base are some), and nothing that says that attacks on the better one failed; a gain
-        takes all of AutoAttack besides; that there is none, nothing that forbids to say so; and as many inputs as
-        `evaluate` wants."""
+        the same rows and from `one_pool`, and nothing that says that attacks on the better one failed; a gain takes all
+        of AutoAttack besides; that there is none, nothing that forbids to say so; and as many inputs as `evaluate`
+        wants."""
         if self.few:
             return "cannot say"
         a, b = self.a, self.b
         found = {1: "gain", 0: "no measurable gain", -1: "loss"}[self.paired().direction]
         better = a if found == "loss" else b
-        otherwise = a.plan != b.plan or bool(a.base) != bool(b.base) or a.model.identity == b.model.identity
+        otherwise = a.plan != b.plan or not one_pool(a, b) or a.model.identity == b.model.identity
         partly = found == "gain" and not (a.enough and b.enough)
         doubtful = otherwise or partly or better.doubts or better.verdict == "masking"
         forbidden = found == "no measurable gain" and any(name in FORBID for name in self.b.doubts)
@@ -126,6 +126,17 @@ def compare(a: Result | str | os.PathLike[str], b: Result | str | os.PathLike[st
     return Comparison(first, second, names, list(_cautions(first, second, names)))
 
 
+def one_pool(a: Result, b: Result) -> bool:
+    """Whether what was found on one network was shown to both models, and both were held against it: the same base,
+    which is neither of them, or the one that is the other's base. A model beside itself is held against nothing."""
+    if not (a.base and b.base):
+        return False
+    if b.base.identity == a.model.identity or a.base.identity == b.model.identity:
+        return True
+    itself = any(one.same or one.base.identity == one.model.identity for one in (a, b))
+    return a.base.identity == b.base.identity and not itself
+
+
 def _name(one: Result | str | os.PathLike[str], otherwise: str) -> str:
     return otherwise if isinstance(one, Result) else Path(one).resolve().name
 
@@ -146,6 +157,11 @@ def _cautions(a: Result, b: Result, names: tuple[str, str]) -> Iterator[str]:
     if bool(a.base) != bool(b.base):
         more = names[0 if a.base else 1]
         yield f"{more} alone has faced a base's examples, too: whoever was attacked less looks better."
+    if not one_pool(a, b):
+        yield (
+            "They have not faced one pool of examples, and were not held against one network: for a gain or a loss "
+            "judge both beside the same base, evaluate(..., base=...), or one beside the other."
+        )
     for result, name in zip((a, b), names, strict=True):
         if not result.enough:
             yield f"{name} has not faced all of AutoAttack, which a gain takes: attacks='standard'."
