@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from forged_fx import checked, search_moves, trials
 from forged_fx.configuration import Configuration
 from forged_fx.evaluate import blocks as unit
-from forged_fx.evaluate import checks, evaluate, fingerprint
+from forged_fx.evaluate import checks, copies, evaluate, fingerprint
 from forged_fx.evaluate.attacks import choose
 from forged_fx.evaluate.result import Result
 from forged_fx.evaluate.statistics import LEVEL, holm
@@ -265,7 +265,7 @@ def search(
     if seconds is not None and not 0 <= seconds < math.inf:
         raise ValueError(f"seconds={seconds!r}: 0 or more, or None for no limit")
     threat, (x, y) = checks.threat(eps, norm), checks.inputs(x, y)
-    checks.warn_of_copies(x)
+    copies.warn(len(x), copies.among(x))
     choose(attacks)
     kinds = checked.several(kinds, "kinds", "names")
     if unknown := [kind for kind in kinds if kind not in search_moves.LADDERS]:
@@ -408,23 +408,23 @@ def split(x: Tensor, y: Tensor, confirm: float | tuple[Tensor, Tensor], seed: in
     A share is drawn within each class, so that both sides are alike however x is sorted. Copies of an input stay on
     the same side.
     """
-    prints = checks.prints(x)
+    first = copies.first_of(x)
     if isinstance(confirm, tuple | list) and len(confirm) == 2:
         kept_x, kept_y = checks.inputs(*confirm)
-        checks.warn_of_copies(kept_x)
+        copies.warn(len(kept_x), copies.among(kept_x))
         if kept_x.shape[1:] != x.shape[1:]:
             raise ValueError(f"confirm has inputs of shape {tuple(kept_x.shape[1:])}, and x {tuple(x.shape[1:])}")
-        if seen := len(set(prints) & set(checks.prints(kept_x))):
+        if seen := int((copies.first_of(torch.cat([x.cpu(), kept_x.cpu()]))[len(x) :] < len(x)).sum()):
             raise ValueError(
                 f"confirm has {seen} inputs that are in x too, where the search sees them: give others, or a share of x"
             )
         return (x, y), (kept_x, kept_y)
     share = confirm if is_number(confirm) and 0 < confirm < 1 else 0
-    order = list({one: k for k, one in enumerate(prints)}.values())  # of copies one
+    order = sorted(set(first.tolist()))  # of copies one
     random.Random(seed).shuffle(order)
     order.sort(key=y.tolist().__getitem__)
-    drawn = {prints[k] for i, k in enumerate(order) if int((i + 1) * share + 0.5) > int(i * share + 0.5)}
-    kept = torch.tensor([one in drawn for one in prints], device=x.device)
+    drawn = {k for i, k in enumerate(order) if int((i + 1) * share + 0.5) > int(i * share + 0.5)}
+    kept = torch.tensor([k in drawn for k in first.tolist()], device=x.device)
     if kept.all() or not kept.any():
         raise ValueError(
             f"confirm={checked.short(confirm)}: a share between 0 and 1 that leaves inputs on both sides, or (x, y)"

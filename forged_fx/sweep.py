@@ -21,7 +21,7 @@ from forged_fx.calibrate import calibrate
 from forged_fx.configuration import Configuration, written
 from forged_fx.describe import describe
 from forged_fx.evaluate import blocks as unit
-from forged_fx.evaluate import checks, fingerprint, pool
+from forged_fx.evaluate import checks, copies, fingerprint, pool
 from forged_fx.evaluate.attacks import choose
 from forged_fx.evaluate.journal import Journal
 from forged_fx.evaluate.pool import Judged
@@ -102,7 +102,7 @@ class Sweep(Recorded):
 
     NAME: ClassVar[str] = "sweep"
     BESIDE: ClassVar[tuple[str, ...]] = (EXAMPLES, STATISTICS)
-    FACTS: ClassVar[dict[str, Any]] = Recorded.FACTS | {"attacks": list[str]}
+    FACTS: ClassVar[dict[str, Any]] = Recorded.FACTS | {"attacks": list[str], "distinct": int | None}
 
     n: int
     threat: Threat
@@ -136,6 +136,8 @@ class Sweep(Recorded):
             reach = f"{best.worst} " + ("at every point" if len(self.points) > 1 else f"({best.name})")
         below = sum(point.high < 0 and point.p_holm <= 1 - LEVEL for point in self.points)
         masking = sum(point.verdict == "masking" for point in self.points)
+        distinct = self.facts.get("distinct") or self.n  # an earlier version did not ask
+        alone = f" of the {distinct} inputs that are no copies of others" if distinct < self.n else ""
         if self.better:
             shown, then = f"{best.name} is measurably above", "; attacks that know the kind come with forged_fx.search"
         elif best.above:
@@ -146,7 +148,7 @@ class Sweep(Recorded):
             f"of {len(self.points)} points {shown} the base"
             + (f", {below} measurably below" if below else "")
             + (f", {masking} masking" if masking else "")
-            + f": worst case {self.worst} of {self.n} at the base, {reach}, Holm p = {best.p_holm:.2g}{then}"
+            + f": worst case {self.worst} of {self.n} at the base, {reach}, Holm p = {best.p_holm:.2g}{alone}{then}"
         )
 
     def records(self) -> list[dict[str, Any]]:
@@ -247,7 +249,8 @@ def sweep(
     """
     model = checks.attacked(model, "model", "sweep forges")
     threat, (x, y), plan = checks.threat(eps, norm), checks.inputs(x, y), choose(attacks)
-    checks.warn_of_copies(x)
+    copies.warn(len(x), among := copies.among(x))
+    distinct = copies.others(len(x), among)
     seed, rounds = checked.whole_number(seed, "seed"), checked.whole_number(rounds, "rounds", 0)
     batch_size = checked.whole_number(batch_size, "batch_size", 1)
     grid = _grid(ratios, kinds)
@@ -285,7 +288,7 @@ def sweep(
         stack.enter_context(run.shown)
         judged = pool.judge(
             models, x, y, threat, plan, bpda=straight_through, blocks=run.blocks, batch_size=batch_size,
-            progress=run.shown,
+            progress=run.shown, distinct=distinct,
         )  # fmt: skip
         sides = {name: one.side for name, one in judged.items()}
         timed = run.processes.first(lambda: json.dumps(_speeds(models, x[:batch_size], rounds)).encode())
@@ -294,12 +297,13 @@ def sweep(
             threat=threat,
             **_counts(sides[BASE]),
             sites=sites,
-            points=_points(grid, forged, judged, stats, json.loads(timed)),
+            points=_points(grid, forged, judged, stats, json.loads(timed), distinct),
             facts={
                 "call": call,
                 "command": list(sys.argv),
                 "attacks": plan.names,
                 "seed": seed,
+                "distinct": int(distinct.sum()),
                 "seconds": {name: sum(row.seconds for row in side.rows) for name, side in sides.items()},
                 "logits": answers(model, x, batch_size),
                 "threads": torch.get_num_threads(),
@@ -364,8 +368,10 @@ def _points(
     judged: Mapping[str, Judged],
     stats: Stats,
     speeds: Mapping[str, tuple[float, float, float]],
+    distinct: Tensor,
 ) -> list[Point]:
-    paired = [compare(judged[n].side.right(), judged[BASE].side.right(), same=judged[n].same) for n in forged]
+    base = judged[BASE].side.right()
+    paired = [compare(judged[n].side.right(), base, same=judged[n].same, distinct=distinct) for n in forged]
     adjusted = holm([p.p for p in paired])
     points = []
     for (kind, ratio), (name, module), p, p_holm in zip(grid, forged.items(), paired, adjusted, strict=True):

@@ -463,9 +463,16 @@ def test_a_point_that_is_the_base_has_no_interval(toy):
 def test_copies_of_inputs_are_no_further_inputs(toy):
     model, x, y = toy
     copies = {"x": torch.cat([x[:6], x[:3]]), "y": torch.cat([y[:6], y[:3]])}
-    with pytest.warns(UserWarning, match=r"3 of 9 inputs are copies of others.*more than these inputs show"):
+    with pytest.warns(UserWarning, match=r"3 of 9 inputs are copies of others: .* of the other 6 alone"):
         result = forged_fx.evaluate(model, **copies, eps=0.1, attacks="apgd-ce")
     assert any("3 of 9 inputs are copies of others" in note for note in result.notes)
+    stats = forged_fx.calibrate(model, [x])
+    options = {"eps": 0.1, "attacks": "apgd-ce", "ratios": [0.1], "kinds": ["hard"], "rounds": 0}
+    with pytest.warns(UserWarning, match=r"3 of 9 inputs are copies of others"):
+        many = forged_fx.sweep(model, stats, **copies, **options)
+    few = forged_fx.sweep(model, stats, x[:6], y[:6], **options)
+    assert (many.n, many.points[0].low, many.points[0].p) == (9, few.points[0].low, few.points[0].p)
+    assert "of the 6 inputs that are no copies of others" in many.sentence and "copies" not in few.sentence
 
 
 def test_throughput_is_that_of_eager_models(toy, monkeypatch):

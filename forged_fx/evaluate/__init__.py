@@ -13,6 +13,7 @@
     harness.py      runs rows on what still stands, and believes no claim that it has not checked
     compiled.py     compiled models, and what they are eagerly
     threat.py       what an attacker may do: the ball and the box
+    copies.py       which inputs are copies of others, which count in no test
     checks.py       what is asked of the caller's input, and the model handed back as it was found
     probes.py       what is measured on a model to find out whether attacks on it can be trusted
     reach.py        whether anything that is run sees through what was made of the base

@@ -1,8 +1,6 @@
 """What is asked of the caller's input; and the caller's models, handed back as they were found."""
 
-import hashlib
 import math
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -89,28 +87,6 @@ def inputs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise TypeError(f"y is {y.dtype}; expected class indices, int64")
     return x.detach().contiguous(), y.detach().long()  # attacks take views
-
-
-def copies(x: Tensor) -> str:
-    """What to say of inputs among which are copies; "" if there are none."""
-    n = len(x) - len(set(prints(x)))
-    if not n:
-        return ""
-    return (
-        f"{n} of {len(x)} inputs are copies of others, and p-values and intervals take each for one of its own: they "
-        "promise more than these inputs show"
-    )
-
-
-def warn_of_copies(x: Tensor) -> None:
-    """In the name of who called the caller."""
-    if found := copies(x):
-        warnings.warn(found, stacklevel=4)
-
-
-def prints(x: Tensor) -> list[bytes]:
-    """Of each input, by which copies are known."""
-    return [hashlib.sha256(one.numpy().tobytes()).digest() for one in x.detach().cpu()]
 
 
 def context(bpda: Any) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from forged_fx import checked
-from forged_fx.evaluate import statistics, terminal
+from forged_fx.evaluate import copies, statistics, terminal
 from forged_fx.evaluate.journal import differences
 from forged_fx.evaluate.record import call_of
 from forged_fx.evaluate.result import FIGURES, KINDS, Result, Side
@@ -52,7 +52,7 @@ class Comparison:
         if not (a and b):
             return None
         same = a.identity == b.identity and a.answers == b.answers is not None
-        return statistics.compare(b.right(under), a.right(under), same=same)
+        return statistics.compare(b.right(under), a.right(under), same=same, distinct=self.a.distinct & self.b.distinct)
 
     @property
     def verdict(self) -> str:
@@ -149,6 +149,7 @@ def _differences(a: Result, b: Result, decisive: bool) -> Iterator[tuple[str, st
 
 def _cautions(a: Result, b: Result, names: tuple[str, str]) -> Iterator[str]:
     """What a reader has to know beside the figures."""
+    yield from filter(None, [copies.said(a.n, sorted({*a.copies, *b.copies}))])
     if a.plan != b.plan:
         yield (
             f"Attacked by different rows ({names[0]}: {', '.join(a.attacks)}; {names[1]}: {', '.join(b.attacks)}): "
@@ -192,7 +193,7 @@ def _sentence(c: Comparison) -> str:
         "cannot say": f"{seems}, " + (c.few or "which may be the attacks' doing and not the model's: see below"),
     }[c.verdict]
     return (
-        f"in the worst case {c.names[1]} is right on {int(c.b.model.right().sum())} of {p.n} inputs, {c.names[0]} on "
+        f"in the worst case {c.names[1]} is right on {int(c.b.model.right().sum())} of {c.a.n} inputs, {c.names[0]} on "
         f"{int(c.a.model.right().sum())}: {words}"
     )
 

@@ -47,10 +47,12 @@ def judge(
     blocks: Blocks,
     batch_size: int,
     progress: Progress,
+    distinct: Tensor,
 ) -> dict[str, Judged]:
     """Name -> outcome of every model; the first is the base. To be called within `checks.at_peace`.
 
-    x (n, ...) float32 and y (n,) int64, as `checks.inputs` returns them. The rows are those of `evaluate`.
+    x (n, ...) float32 and y (n,) int64, as `checks.inputs` returns them; distinct: as in `Result`. The rows are those
+    of `evaluate`.
     """
     sides = [Subject(name, model, x, y, threat, batch_size, blocks, progress) for name, model in models.items()]
     classes, logits = None, []
@@ -74,13 +76,14 @@ def judge(
         raised = [
             name for name, figures in measured.items() if not isinstance(figures, str) and figures[0] > figures[1]
         ]
-        verdict = judged(outcome, base, complete=plan.complete, same=same, doubts=raised)
+        known = {"complete": plan.complete, "same": same, "distinct": distinct}
+        verdict = judged(outcome, base, **known, doubts=raised)
         if verdict[0] in ("gain", "no measurable gain"):  # else no other finding changes it: the probes are spared
             probes = probe(side, settings[side.name], bpda)
             case = Case(
                 outcome, base, same, mine, probes, training=0, outside=0, base_probes=base_probes,
                 thresholds=measured[OUT_OF_REACH], jumps=measured[JUMPS],
             )  # fmt: skip
-            verdict = judged(outcome, base, complete=plan.complete, same=same, doubts=doubts(examine(case)))
+            verdict = judged(outcome, base, **known, doubts=doubts(examine(case)))
         found[side.name] = Judged(outcome, *verdict, same)
     return found

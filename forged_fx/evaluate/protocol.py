@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from forged_fx import checked, randomness
 from forged_fx.bpda import straight_through
 from forged_fx.evaluate import blocks as unit
-from forged_fx.evaluate import checks, fingerprint, further, gallery, gradients, reach, scale, surrogate
+from forged_fx.evaluate import checks, copies, fingerprint, further, gallery, gradients, reach, scale, surrogate
 from forged_fx.evaluate.attacks import ATTACKS, STRONGEST, Attack, Plan, Setting, choose
 from forged_fx.evaluate.blocks import Blocks
 from forged_fx.evaluate.compiled import ROUNDING
@@ -143,7 +143,8 @@ def evaluate(
         enter = stack.enter_context
         training = enter(checks.at_peace({"model": model} if base is None else {"model": model, "base": base}))
         notes = [f"the {who} was in train mode; judged in eval mode" for who, modules in training.items() if modules]
-        notes += filter(None, [checks.copies(x)])
+        among = copies.among(x)
+        notes += filter(None, [copies.said(len(x), among)])
         processes = enter(joined(shard, "evaluate"))
         for note in notes if processes.rank == 0 else ():
             warnings.warn(note, stacklevel=3)  # above `at_half_the_batch`
@@ -203,6 +204,7 @@ def evaluate(
             findings=examine(case),
             probe_seconds=case.probes.seconds,
             gallery=subject.show(gallery.choose(case.model)),
+            copies=among,
         )
         if folder is not None:
             processes.first(lambda: finish(result, folder, journal))

@@ -162,6 +162,7 @@ def _record_of(result: Result, examples: str) -> dict[str, Any]:
             for side in result.sides
         ],
         "findings": [asdict(finding) for finding in result.findings],
+        "copies": result.copies,
         "examples_sha256": examples,
     }
 
@@ -262,6 +263,9 @@ def parse(files: dict[str, bytes], where: str) -> Result:
         if list(sides) not in (["model"], ["model", "base"]) or len(sides) < len(record["sides"]):
             raise ValueError(f"its sides are {checked.short(list(sides))}")
         threat = checked.build(Threat, record["threat"], "threat")
+        copies = checked.fit(record.get("copies", []), list[int], "copies")  # an earlier version did not say
+        if not set(copies) <= set(range(1, n)):
+            raise ValueError(f"of {n} inputs copies are said to be {checked.short(copies)}")
         return Result(
             threat=checks.threat(threat.eps, threat.norm),
             model=sides["model"],
@@ -270,6 +274,7 @@ def parse(files: dict[str, bytes], where: str) -> Result:
             machine=checked.fit(timing.get("machine", {}), dict[str, Any], f"{TIMING}: machine"),
             probe_seconds=checked.fit(timing.get("probe_seconds", 0), float, f"{TIMING}: probe_seconds"),
             gallery=Gallery.of(tensors, sides["model"]),
+            copies=copies,
             **plain,
         )
 

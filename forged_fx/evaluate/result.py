@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from forged_fx.evaluate import copies
 from forged_fx.evaluate.attacks import follows
 from forged_fx.evaluate.further import round_of
 from forged_fx.evaluate.gallery import Gallery
@@ -131,9 +132,17 @@ class Side:
         return self.broken_in(lambda row: row.over_again)
 
 
-def evidence(model: Side, base: Side | None, *, complete: bool, same: bool, doubts: Sequence[str] = ()) -> Evidence:
-    """What `verdict.judge` judges by. complete, same, doubts: as in `Result`."""
-    paired = compare(model.right(), base.right(), same=same) if base else None
+def evidence(
+    model: Side,
+    base: Side | None,
+    *,
+    complete: bool,
+    same: bool,
+    doubts: Sequence[str] = (),
+    distinct: Tensor | None = None,
+) -> Evidence:
+    """What `verdict.judge` judges by. complete, same, doubts, distinct: as in `Result`."""
+    paired = compare(model.right(), base.right(), same=same, distinct=distinct) if base else None
     ran = [row for row in model.rows[1:] if row.attacked]
     after = [row for row in ran if row.kind != KINDS[1] and row.broken and not row.over_again]
     names = [row.attack for row in model.rows]
@@ -146,6 +155,7 @@ def evidence(model: Side, base: Side | None, *, complete: bool, same: bool, doub
         finders=[f"{row.attack}{' under BPDA' * (row.kind == 'BPDA')} ({row.broken})" for row in after],
         doubts=doubts,
         again=(model.over_again, base.over_again if base else None),
+        distinct=distinct,
     )
     return replace(
         weighed,
@@ -190,7 +200,8 @@ class Result:
     attacks were run. same: model and base gave the same logits, bit for bit, wherever they were asked. block: see
     `blocks.py`. bpda: name of the context. data: shape and SHA-256 of x and y. command: the program and its arguments.
     machine: device, threads, processes. findings: every check of the model, raised or not; probe_seconds: what those
-    took that ask the model. gallery: a few broken inputs as they were, for a page to show.
+    took that ask the model. gallery: a few broken inputs as they were, for a page to show. copies: inputs that are
+    copies of one before them, which count in no test and no interval.
     """
 
     n: int
@@ -213,6 +224,12 @@ class Result:
     probe_seconds: float = 0.0
     machine: dict[str, Any] = field(default_factory=dict)
     gallery: Gallery | None = None
+    copies: list[int] = field(default_factory=list)
+
+    @property
+    def distinct(self) -> Tensor:
+        """(n,) bool: no copies."""
+        return copies.others(self.n, self.copies)
 
     @property
     def sides(self) -> list[Side]:
@@ -244,14 +261,16 @@ class Result:
         return self.base.accuracy() if self.base else None
 
     def compared(self, under: str = KINDS[-1]) -> Paired | None:
-        """Model and base under rows of kind `under` and of the kinds before it; None without a base."""
+        """Model and base under rows of kind `under` and of the kinds before it, on `distinct` inputs; None without a
+        base."""
         if self.base is None:
             return None
-        return compare(self.model.right(under), self.base.right(under), same=self.same)
+        return compare(self.model.right(under), self.base.right(under), same=self.same, distinct=self.distinct)
 
     @cached_property
     def _evidence(self) -> Evidence:
-        return evidence(self.model, self.base, complete=self.complete, same=self.same, doubts=self.doubts)
+        known = {"complete": self.complete, "same": self.same, "doubts": self.doubts, "distinct": self.distinct}
+        return evidence(self.model, self.base, **known)
 
     @property
     def enough(self) -> bool:

@@ -145,13 +145,15 @@ class Paired:
         return many
 
 
-def compare(model: Tensor, base: Tensor, *, same: bool = False) -> Paired:
-    """Compare two (n,) bool tensors, "this example is classified rightly".
+def compare(model: Tensor, base: Tensor, *, same: bool = False, distinct: Tensor | None = None) -> Paired:
+    """Compare two (n,) bool tensors, "this example is classified rightly"; of `distinct` examples alone, (n,) bool.
 
     same: the two models are known to be one function. Then a difference of 0 is a fact and no estimate, and the
     interval is [0, 0]. Between two functions that merely agree on n examples it is not: among other examples up
     to about 4/n may differ (`tango`).
     """
+    if distinct is not None:
+        model, base = model[distinct], base[distinct]
     return paired(len(model), int((model & ~base).sum()), int((base & ~model).sum()), same)
 
 

@@ -40,6 +40,8 @@ hide adversarial examples has been shown to stand against these attacks only.
 Logits too small for the cross-entropy (`SMALL`) are no masking, whatever they seem to hide: another size of them, and
 nothing may be hidden.
 
+*Inputs* that are copies of others count in no test and no interval (`copies.py`).
+
 *Too few*: the upper end of the interval of the worst case's difference lies above 5 points, as it does for two models
 that agree on fewer than 73 inputs. The sentence says which number of inputs would decide.
 """
@@ -47,6 +49,7 @@ that agree on fewer than 73 inputs. The sentence says which number of inputs wou
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from forged_fx.evaluate.statistics import Paired, beyond_chance
@@ -87,7 +90,8 @@ class Evidence:
     taken: examples that rows which do not follow the true gradient took from the model but not from the base, after
     those that do; spared: from the base but not from the model. finders: those rows, in words. doubts: names of raised
     findings that forbid a gain. idle: nothing was attacked. followed: an attack followed the true gradient. undefined:
-    what of AutoAttack the inputs rule out, in words; relentless: all else was run.
+    what of AutoAttack the inputs rule out, in words; relentless: all else was run. distinct: how many of the n are no
+    copies of others (None: all), of which alone are taken, spared and paired.
     """
 
     n: int
@@ -106,6 +110,11 @@ class Evidence:
     followed: bool = True
     undefined: Sequence[str] = ()
     relentless: bool = False
+    distinct: int | None = None
+
+    @property
+    def counted(self) -> int:
+        return self.n if self.distinct is None else self.distinct
 
     @property
     def seems(self) -> bool:
@@ -123,7 +132,7 @@ class Evidence:
 
     @property
     def masked(self) -> bool:
-        return beyond_chance(self.taken, self.spared, self.n)
+        return beyond_chance(self.taken, self.spared, self.counted)
 
     @property
     def direction(self) -> int:
@@ -139,19 +148,25 @@ def weigh(
     finders: Sequence[str] = (),
     doubts: Sequence[str] = (),
     again: tuple[Tensor | None, Tensor | None] = (None, None),
+    distinct: Tensor | None = None,
 ) -> Evidence:
     """`right(kind)`: (n,) bool, right under rows of that kind and before; `right()`: under all.
 
     again: (n,) bool of the model and of the base, broken by further attacks along the true gradient; None: by none.
+    distinct: (n,) bool, no copies of others; None: all.
     """
     true, worst = right("true gradient"), right()
-    lost = _lost(true & ~worst, again[0])
+    counted = torch.ones_like(true) if distinct is None else distinct
+    lost = _lost(true & ~worst & counted, again[0])
     right_true, right_worst, taken = (int(part.sum()) for part in (true, worst, lost))
-    alone = Evidence(len(true), right_true, right_worst, taken, complete=complete, finders=finders, doubts=doubts)
+    alone = Evidence(
+        len(true), right_true, right_worst, taken, complete=complete, finders=finders, doubts=doubts,
+        distinct=int(counted.sum()),
+    )  # fmt: skip
     if base_right is None:
         return alone
     base_true, base_worst = base_right("true gradient"), base_right()
-    base_lost = _lost(base_true & ~base_worst, again[1])
+    base_lost = _lost(base_true & ~base_worst & counted, again[1])
     return replace(
         alone,
         taken=int((lost & ~base_lost).sum()),
@@ -171,8 +186,9 @@ def _figures(e: Evidence) -> str:
     model = f"in the worst case the model is right on {e.worst} of {e.n} inputs"
     if e.paired is None:
         return model
+    those = f" on the {e.counted} that are no copies of others" if e.counted < e.n else ""
     return (
-        f"{model}, its base on {e.base_worst}: {100 * e.paired.difference:+.1f} points (95 % interval "
+        f"{model}, its base on {e.base_worst}: {100 * e.paired.difference:+.1f} points{those} (95 % interval "
         f"{100 * e.paired.low:+.1f} to {100 * e.paired.high:+.1f}, McNemar p = {e.paired.p:.2g})"
     )
 
@@ -185,7 +201,11 @@ def _idle(e: Evidence) -> str:
 
 
 def _too_few(e: Evidence) -> str:
-    return f"{e.n} inputs can show nothing: with fewer than {ENOUGH} every outcome could be chance; give hundreds"
+    beside = ", copies of them left out," if e.counted < e.n else ""
+    return (
+        f"{e.counted} inputs{beside} can show nothing: with fewer than {ENOUGH} every outcome could be chance; give "
+        "hundreds"
+    )
 
 
 def _masking(e: Evidence) -> str:
@@ -231,7 +251,7 @@ def _doubtful(e: Evidence) -> str:
 def _wide(e: Evidence) -> str:
     needed = e.paired and e.paired.needed(MARGIN)
     enough = f"about {needed} would decide" if needed else "the difference is as large as what is to be ruled out"
-    return f"{_figures(e)}; {e.n} inputs leave a gain of more than {100 * MARGIN:.0f} points possible, {enough}"
+    return f"{_figures(e)}; {e.counted} inputs leave a gain of more than {100 * MARGIN:.0f} points possible, {enough}"
 
 
 def _nothing(e: Evidence) -> str:
@@ -243,7 +263,7 @@ def _nothing(e: Evidence) -> str:
 
 RULES: tuple[tuple[str, Callable[[Evidence], bool], Callable[[Evidence], str]], ...] = (
     ("cannot say", lambda e: e.idle, _idle),
-    ("cannot say", lambda e: e.n < ENOUGH, _too_few),
+    ("cannot say", lambda e: e.counted < ENOUGH, _too_few),
     ("masking", lambda e: e.seems and e.masked and SMALL not in e.doubts, _masking),
     ("cannot say", lambda e: e.paired is None, _no_base),
     ("cannot say", lambda e: e.direction < 0 and BASE_DOUBTED in e.doubts, _base_doubted),
