@@ -19,7 +19,7 @@ from forged_fx.bpda import straight_through
 from forged_fx.configuration import Configuration
 from forged_fx.evaluate import checks, fingerprint, further, gradients, surrogate
 from forged_fx.evaluate.attacks import Setting, toolbox
-from forged_fx.evaluate.blocks import Blocks, Fields, Job, Outcome
+from forged_fx.evaluate.blocks import Blocks, Fields, Job, Outcome, same_logits
 from forged_fx.evaluate.gradients import Context, Logits
 from forged_fx.evaluate.terminal import Progress
 from forged_fx.evaluate.threat import Threat
@@ -116,7 +116,8 @@ class Trials:
     def _find_near(self) -> None:
         seed(self.blocks.seed)  # a model may draw
         logits = checks.answers(self.model, self.x, self.batch_size, "model")
-        checks.same_code(self.blocks.unchanged("base logits", logits), "model", "the unfinished run began")
+        same = self.blocks.unchanged("base logits", logits, same_logits)
+        checks.same_code(same, "model", "the unfinished run began")
 
         def attack(indices: Tensor) -> Outcome:
             x, y = self._inputs(indices)

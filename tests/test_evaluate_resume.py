@@ -72,7 +72,7 @@ def unfinished(call, monkeypatch):
         patch.setattr(Subject, "sees_through", lambda *args: (_ for _ in ()).throw(Stop("enough")))
         with pytest.raises(Stop):
             planted.evaluate(**call)
-    assert len(list((call["folder"] / "unfinished").glob("*.safetensors"))) == 5  # and both sides' logits
+    assert len(list((call["folder"] / "unfinished").glob("*.safetensors"))) == 7  # and both sides' logits and slopes
     return call
 
 
@@ -192,7 +192,7 @@ def test_another_version_is_refused(unfinished, monkeypatch):
 def test_another_python_goes_on(unfinished, monkeypatch):
     monkeypatch.setattr(platform, "python_version", lambda: "9.9")
     assert planted.evaluate(**unfinished).n == 30 == planted.evaluate(**unfinished).n
-    assert "5 blocks are finished" in (unfinished["folder"] / "log.txt").read_text()
+    assert "7 blocks are finished" in (unfinished["folder"] / "log.txt").read_text()
 
 
 def test_other_memory_goes_on_where_it_was(unfinished):
@@ -201,7 +201,7 @@ def test_other_memory_goes_on_where_it_was(unfinished):
     again = planted.evaluate(**(unfinished | {"folder": None}))
     assert torch.equal(result.model.broken_by, again.model.broken_by)
     log = (unfinished["folder"] / "log.txt").read_text()
-    for words in ("began: 30 inputs", "stopped by Stop: enough", "5 blocks are finished", "finished: "):
+    for words in ("began: 30 inputs", "stopped by Stop: enough", "7 blocks are finished", "finished: "):
         assert words in log
     assert log.count("base: true gradient, apgd-ce") == 1  # said once, though it was run through twice
 
@@ -333,6 +333,71 @@ def test_a_model_whose_code_has_changed_is_refused(call, monkeypatch, shared):
     monkeypatch.setattr(Scaled, "factor", 1.01)
     with pytest.raises(ValueError, match="the model gives other logits"):
         planted.evaluate(**call)
+
+
+class Repaired(Hidden):
+    """The same logits, along another gradient."""
+
+    repaired, drawn = False, 0.0
+
+    def forward(self, x):
+        out = self.inner(x + self.drawn * torch.rand_like(x) if self.drawn else x)
+        return out if self.repaired else out.detach()
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_model_whose_backward_has_changed_is_refused(call, monkeypatch, finished):
+    call["model"] = Repaired(call["base"])
+    with monkeypatch.context() as patch:
+        if not finished:
+            patch.setattr(Subject, "replay", lambda *args: (_ for _ in ()).throw(Stop("enough")))
+        with nullcontext() if finished else pytest.raises(Stop):
+            planted.evaluate(**call)
+    monkeypatch.setattr(Repaired, "repaired", True)
+    with pytest.raises(ValueError, match="the model gives other gradients than when"):
+        planted.evaluate(**call)
+    monkeypatch.setattr(Repaired, "repaired", False)
+    result = planted.evaluate(**call)
+    record = call["folder"] / "result.json"
+    told = json.loads(record.read_text())
+    for side in told["sides"]:
+        assert len(side.pop("slopes")["gradients"]) == 16
+    record.write_text(json.dumps(told))  # of an earlier version, which did not say
+    monkeypatch.setattr(Repaired, "repaired", True)
+    assert Result.load(call["folder"]).verify(call["model"], call["x"], call["y"], call["base"]) == 0
+    with pytest.raises(ValueError, match="other gradients"):
+        result.verify(call["model"], call["x"], call["y"], call["base"])
+
+
+def test_another_backward_under_bpda_is_another_code(call, monkeypatch):
+    result = planted.evaluate(**call)
+    assert {what for side in result.sides for what in side.slopes} == {"gradients", "gradients under BPDA"}
+    planted.evaluate(**call)
+    monkeypatch.setattr(planted._Hide, "backward", staticmethod(lambda ctx, grad: torch.zeros_like(grad)))
+    with pytest.raises(ValueError, match="the model gives other gradients under BPDA"):
+        planted.evaluate(**call)
+    assert result.verify(call["model"], call["x"], call["y"], call["base"]) == 0  # where nobody says which BPDA
+
+
+def test_a_model_that_draws_may_have_another_gradient_each_time(call, monkeypatch):
+    monkeypatch.setattr(Repaired, "drawn", 0.05)
+    monkeypatch.setattr(Repaired, "repaired", True)
+    call["model"] = Repaired(torch.nn.Sequential(call["base"], torch.nn.Tanh()))
+    with monkeypatch.context() as patch:
+        patch.setattr(Subject, "replay", lambda *args: (_ for _ in ()).throw(Stop("enough")))
+        with pytest.raises(Stop):
+            planted.evaluate(**call)
+    for _ in range(3):
+        assert planted.evaluate(**call).n == 30
+
+
+def test_rounding_turns_few_gradients_and_those_little():
+    before = torch.randn(16, 8, dtype=torch.float64)
+    now = before * 1.1
+    now[:4] = 0
+    assert answers.same_slopes(before, now) and not answers.same_slopes(now, before[:15])
+    now[4] = 0
+    assert not answers.same_slopes(before, now) and answers.same_slopes(0 * now, 0 * now)
 
 
 def test_answers_of_an_earlier_version_are_compared_as_they_were():

@@ -46,6 +46,11 @@ def near(old: Tensor, new: Tensor) -> bool:
     return old.shape == new.shape and bool(((old - new).abs() <= ROUNDING * old.abs().max()).all())
 
 
+def same_logits(old: Tensor, new: Tensor) -> bool:
+    """The same of logits (n, classes), and of what tells the classes apart."""
+    return near(old, new) and near(centred(old), centred(new))
+
+
 @dataclass(frozen=True)
 class Job:
     """The same work on every block of some inputs.
@@ -156,9 +161,8 @@ class Blocks:
         outcome["seconds"] = torch.tensor(time.perf_counter() - began, dtype=torch.float64)
         return pack(outcome)
 
-    def unchanged(self, name: str, value: Tensor) -> bool:
-        """Whether `value`, logits, are but for rounding what they were when this run began; the first time they are
-        kept."""
+    def unchanged(self, name: str, value: Tensor, alike: Callable[[Tensor, Tensor], bool]) -> bool:
+        """Whether `value` is, but for rounding, what it was when this run began; the first time it is kept."""
 
         def before() -> bytes:
             if not self.journal:
@@ -174,4 +178,4 @@ class Blocks:
         old = need("safetensors.torch").load(data).get("value")
         if old is None or (old.shape, old.dtype) != (value.shape, value.dtype):
             return False
-        return near(old, value) and near(centred(old), centred(value))
+        return alike(old, value)

@@ -134,11 +134,11 @@ def answers(model: nn.Module, x: Tensor, batch_size: int, who: str) -> Tensor:
     return torch.cat([ask(model, part.to(device), who).cpu() for part in x.split(batch_size)])
 
 
-def same_code(same: bool, who: str, since: str) -> None:
+def same_code(same: bool, who: str, since: str, what: str = "logits") -> None:
     """ValueError where a model of the same state no longer gives the same logits as `since` then."""
     if not same:
         raise ValueError(
-            f"the {who} gives other logits than when {since}, and has the same state: its code has changed; choose "
+            f"the {who} gives other {what} than when {since}, and has the same state: its code has changed; choose "
             "another folder"
         )
 

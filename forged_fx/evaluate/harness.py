@@ -4,17 +4,18 @@ An attack's examples count only where they lie inside the ball and the box and t
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from forged_fx.evaluate import answers, checks, fingerprint
 from forged_fx.evaluate.attacks import Attack, Setting, follows, toolbox
-from forged_fx.evaluate.blocks import Blocks, Fields, Outcome
+from forged_fx.evaluate.blocks import Blocks, Fields, Outcome, same_logits
 from forged_fx.evaluate.compiled import Eager, agree, is_compiled
 from forged_fx.evaluate.gallery import Gallery
 from forged_fx.evaluate.gradients import Borrowed, Context, Logits, differ, predicted
-from forged_fx.evaluate.result import LEFT_OUT, STANDING, Row, Side, identity
+from forged_fx.evaluate.result import LEFT_OUT, STANDING, UNDER_BPDA, Row, Side, identity
 from forged_fx.evaluate.terminal import Progress
 from forged_fx.evaluate.threat import Threat
 from forged_fx.models import device_of
@@ -63,6 +64,7 @@ class Subject:
         threads = f"the {name} is a DataParallel; attacked without its threads, and what breaks it breaks it with them"
         self.notes = [threads] if self.attacked is not model else []
         self.changes: dict[str, bool] = {}  # what `sees_through` found
+        self.slopes: dict[str, Tensor] = {}
         self.missing: dict[str, float] = {}  # what `reach.py` found
         self.device = device_of(model, x.device)
         self.description, self.fingerprint = type(model).__name__, fingerprint.of_model(model)
@@ -142,9 +144,10 @@ class Subject:
             )
         elif eager:
             self.notes.append(f"the {self.name} is compiled, and another function eagerly; attacked as it is, compiled")
-        same = self.blocks.unchanged(f"{self.name} logits", logits)
+        same = self.blocks.unchanged(f"{self.name} logits", logits, same_logits)
         checks.same_code(same, self.name, "the unfinished run began")
         self.logits = logits
+        self._keep_slopes("gradients", nullcontext)
         wrong = (predicted(logits) != self.y.cpu()).nonzero().flatten()
         self._take(row, wrong, self.x[wrong.to(self.x.device)])
         row.alone = row.standing / len(self.x)
@@ -161,7 +164,21 @@ class Subject:
         every = torch.arange(len(self.x))
         asked = self.blocks.run(f"{self.name} gradients {name}", every, compare, {"differ": (torch.bool, 0)})
         self.changes[name] = any(bool(outcome["differ"]) for _, outcome in asked)
+        if name == "BPDA" and self.changes[name]:
+            self._keep_slopes(UNDER_BPDA, bpda)
         return self.changes[name]
+
+    def _keep_slopes(self, what: str, context: Context) -> None:
+        """See `answers.slopes`; an error where they are not what they were when an unfinished run began."""
+
+        def ask(indices: Tensor) -> Outcome:
+            return {"slopes": answers.slopes(self.model, self.x[indices], self.batch_size, context)}
+
+        few = torch.arange(min(answers.FEW, len(self.x)))
+        found = [outcome["slopes"] for _, outcome in self.blocks.run(f"{self.name} {what}", few, ask, None)]
+        self.slopes[what] = torch.cat(found)
+        same = self.blocks.unchanged(f"{self.name} {what}", self.slopes[what], answers.same_slopes)
+        checks.same_code(same, self.name, "the unfinished run began", what)
 
     def attack(
         self,
@@ -290,4 +307,5 @@ class Subject:
             examples,
             self.forging,
             answers.summary(torch.cat([logits, self.logits])),
+            self.slopes,
         )

@@ -28,7 +28,7 @@ from forged_fx.evaluate.gradients import Context
 from forged_fx.evaluate.harness import Subject
 from forged_fx.evaluate.journal import agree
 from forged_fx.evaluate.probes import PROBED, BaseProbes, probe, probe_base
-from forged_fx.evaluate.record import begin, call, finish
+from forged_fx.evaluate.record import begin, call, finish, verify
 from forged_fx.evaluate.result import Result, Row
 from forged_fx.evaluate.terminal import Progress
 from forged_fx.extras import need
@@ -166,7 +166,7 @@ def evaluate(
         if folder is not None:
             journal, finished = begin(folder, whole | {"command": command}, processes)
             if finished:
-                finished.verify(model, x, y, base)
+                verify(finished, model, x, y, base, bpda)
                 return finished
             command = json.loads(processes.first(lambda: json.dumps(journal.command).encode()))
             if journal:

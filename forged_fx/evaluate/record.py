@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from math import inf, isclose, prod
 from pathlib import Path
@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from forged_fx import checked
+from forged_fx.bpda import straight_through
 from forged_fx.evaluate import answers, checks, fingerprint, journal
 from forged_fx.evaluate.gallery import SHOWN, Gallery
-from forged_fx.evaluate.gradients import lead, predicted
+from forged_fx.evaluate.gradients import Context, lead, predicted
 from forged_fx.evaluate.journal import UNFINISHED, Call, Journal
-from forged_fx.evaluate.result import KINDS, STANDING, Finding, Result, Row, Side
+from forged_fx.evaluate.result import KINDS, STANDING, UNDER_BPDA, Finding, Result, Row, Side
 from forged_fx.evaluate.threat import Threat
 from forged_fx.extras import need
 from forged_fx.files import whole
@@ -156,6 +157,7 @@ def _record_of(result: Result, examples: str) -> dict[str, Any]:
                 "fingerprint": side.fingerprint,
                 "forging": side.forging,
                 "answers": side.answers,
+                "slopes": {what: found.tolist() for what, found in side.slopes.items()},
                 "rows": [{k: v for k, v in asdict(row).items() if k != "seconds"} for row in side.rows],
                 "broken_by": side.broken_by.tolist(),
             }
@@ -186,7 +188,9 @@ def _side(record: dict[str, Any], tensors: dict[str, Tensor], seconds: list[floa
     said, print_ = (checked.fit(record[key], str, f"{name}.{key}") for key in ("description", "fingerprint"))
     forging = checked.fit(record.get("forging"), str | None, f"{name}.forging")
     told = checked.fit(record.get("answers"), list[float] | None, f"{name}.answers")
-    side = Side(name, said, print_, rows, broken_by, tensors[f"{name}.x"], forging, told)
+    slopes = checked.fit(record.get("slopes", {}), dict[str, list[list[float]]], f"{name}.slopes")
+    along = {what: torch.tensor(found, dtype=torch.float64) for what, found in slopes.items()}
+    side = Side(name, said, print_, rows, broken_by, tensors[f"{name}.x"], forging, told, along)
     known = torch.arange(STANDING, len(side.rows))
     sound = (
         side.broken_by.shape == (n,)
@@ -314,9 +318,12 @@ def _right(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     return predicted(logits) == classes, lead(logits, classes).abs() <= BOUNDARY * logits.abs().amax(1)
 
 
-def verify(result: Result, model: nn.Module, x: Tensor, y: Tensor, base: nn.Module | None) -> int:
+def verify(
+    result: Result, model: nn.Module, x: Tensor, y: Tensor, base: nn.Module | None, bpda: Context | None = None
+) -> int:
     """Check every example again: inside the ball and the box, and classified wrongly by its side. And every input: it
-    is right without attack where it was when the result was made, or the model's code is another.
+    is right without attack where it was when the result was made, or the model's code is another. And the gradient of a
+    few, under `bpda` too, where that is given or the library's own.
 
     Returns how many lie on the boundary between two classes, to rounding (`BOUNDARY`), and fell to the right side
     of it this time: other hardware, or other company in the batch, suffices for that. So do all whose side draws random
@@ -325,6 +332,9 @@ def verify(result: Result, model: nn.Module, x: Tensor, y: Tensor, base: nn.Modu
     x, y = checks.inputs(x, y)
     if any(result.data[name] != digest for name, digest in fingerprint.of_data(x, y).items()):
         raise ValueError("x and y are not the data of this result")
+    if bpda is None and result.bpda == straight_through.__qualname__:
+        bpda = straight_through
+    ways: dict[str, Context | None] = {"gradients": nullcontext, UNDER_BPDA: bpda}
     boundary, randomised = 0, any(one.raised for one in result.findings if one.name == "output randomised")
     for side, module in ((result.model, model), (result.base, base)):
         if side is None or module is None:
@@ -349,6 +359,11 @@ def verify(result: Result, model: nn.Module, x: Tensor, y: Tensor, base: nn.Modu
                 changed += int(((is_right == was_wrong) & ~is_close).sum())
             if side.answers is not None:
                 logits.append(checks.answers(module, answers.moved(x, result.threat), size, side.name))
+            turned = [
+                what
+                for what, before in side.slopes.items()
+                if (way := ways.get(what)) and not answers.same_slopes(before, answers.slopes(module, x, size, way))
+            ]
             draws = drawn() and (side is result.base or randomised)
             if draws:
                 close, right, changed = close + right, 0, 0
@@ -365,5 +380,7 @@ def verify(result: Result, model: nn.Module, x: Tensor, y: Tensor, base: nn.Modu
         if side.answers is not None and not draws:
             same = answers.same(side.answers, torch.cat(logits))
             checks.same_code(same, side.name, "the result in this folder was made")
+        if turned and not draws:
+            checks.same_code(False, side.name, "the result in this folder was made", turned[0])
         boundary += close
     return boundary

@@ -19,6 +19,7 @@ from forged_fx.evaluate.threat import Threat
 from forged_fx.evaluate.verdict import EXIT_CODES, Evidence, judge, weigh
 
 LEFT_OUT = "left out: "  # how a row's note begins that was not run
+UNDER_BPDA = "gradients under BPDA"  # in `Side.slopes`
 STANDING = -1  # in `Side.broken_by`: nothing broke this example
 
 # The kinds of row, in the order in which they are run. A figure "under X" counts an example as broken if a row of
@@ -78,7 +79,8 @@ class Side:
     fingerprint: see `fingerprint.of_model`. broken_by: (n,) int64, the index in `rows` of the row that broke the
     example, or -1. examples: (k, ...) float32, for each of the k broken inputs, in order, an input that the side
     gets wrong; for one that is wrong without attack, that input itself. forging: see `fingerprint.of_forging`; answers:
-    see `answers.summary`; None in a result of an earlier version, which does not say.
+    see `answers.summary`; slopes: "gradients" and, where that differs, `UNDER_BPDA` -> `answers.slopes`. None and none
+    in a result of an earlier version, which does not say.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Side:
     examples: Tensor
     forging: str | None = None
     answers: list[float] | None = None
+    slopes: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def identity(self) -> dict[str, str]:
