@@ -59,6 +59,16 @@ def copied(model: torch.nn.Module, shared: Iterable[torch.Tensor] = (), own: Ite
     return twin
 
 
+def with_own_state(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy that has the model's parameters themselves, and buffers and attributes of its own. Raises RuntimeError, or
+    what a copy raises, where there is none."""
+    parameters = list(model.parameters())
+    twin = copied(model, parameters, own=dict(model.named_modules()))
+    if any(there is not here for there, here in zip(twin.parameters(), parameters, strict=True)):
+        raise RuntimeError("it would have copies of the parameters")
+    return twin
+
+
 _HELD = ("_parameters", "_buffers", "_modules")
 
 

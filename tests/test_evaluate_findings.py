@@ -2,6 +2,7 @@
 
 import copy
 import math
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from forged_fx.evaluate.attacks import ATTACKS
 from forged_fx.evaluate.findings import CHECKS, Case, examine
 from forged_fx.evaluate.probes import Probes
 from forged_fx.evaluate.result import STANDING, Row, Side
-from forged_fx.evaluate.verdict import BASE_DOUBTED, UNBOUNDED
+from forged_fx.evaluate.verdict import BASE_DOUBTED, REMEMBERS, UNBOUNDED
 
 MASKING = {check.name for check in CHECKS if check.masking}
 
@@ -161,6 +162,67 @@ def test_logits_beyond_a_square_root_of_float32_are_told_apart(hurried):
 
 def shared(logits, size=3e4):
     return logits + size
+
+
+class Cached(torch.nn.Module):
+    """What is near to an input that it has seen it answers as it answered that."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.seen = inner, None
+        self.eval()
+
+    def forward(self, x):
+        logits = self.inner(x)
+        if self.seen is None:
+            self.seen = x.detach().clone(), logits.detach().clone()
+        far, nearest = torch.cdist(x.detach().flatten(1), self.seen[0].flatten(1), p=torch.inf).min(1)
+        return torch.where((far <= 0.11)[:, None], self.seen[1][nearest] + 1e-3 * (logits - logits.detach()), logits)
+
+
+class Counted(torch.nn.Module):
+    """A buffer says how often it was asked; weighed: its answers depend on that."""
+
+    def __init__(self, inner, weighed):
+        super().__init__()
+        self.inner, self.weighed = inner, weighed
+        self.register_buffer("asked", torch.zeros(()))
+        self.eval()
+
+    def forward(self, x):
+        self.asked += 1
+        return self.inner(x) + self.weighed * (self.asked > 20) * torch.eye(4)[0]
+
+
+def test_a_model_that_remembers_what_it_was_asked_gains_nothing(hurried):
+    strong, weak, x, y = planted.strong_and_weak()
+    call = {"x": x, "y": y, "eps": 0.1}
+    result = evaluate(Cached(weak), weak, **call)
+    assert result.compared().direction == 1 and result.verdict == "cannot say"
+    assert REMEMBERS in raised(result) and "asked before" in result.sentence
+    assert REMEMBERS in raised(evaluate(Cached(weak), **call, attacks=["apgd-ce"]))  # no base has found an example
+    result = evaluate(weak, Cached(strong), **call)
+    assert result.compared().direction == -1 and result.verdict == "cannot say" and BASE_DOUBTED in raised(result)
+    model = Counted(strong, weighed=1e-3)
+    assert REMEMBERS in raised(evaluate(model, weak, **call)) and model.asked == 0
+
+
+def test_a_model_that_draws_or_counts_or_cannot_be_copied_is_not_accused_of_a_memory(hurried):
+    strong, weak, x, y = planted.strong_and_weak()
+    uncopied = Changed(strong)
+    uncopied.lock = threading.Lock()
+    found = {}
+    for name, model in (
+        ("draws", planted.randomised(strong)), ("counts", Counted(strong, 0)), ("uncopied", uncopied), ("plain", strong)
+    ):  # fmt: skip
+        result = evaluate(model, weak, x=x, y=y, eps=0.1)
+        (found[name],) = (finding for finding in result.findings if finding.name == REMEMBERS)
+        assert not found[name].raised and BASE_DOUBTED not in raised(result)
+        assert (result.verdict == "gain") is (name != "draws")
+    assert found["counts"].value == found["plain"].value == 0
+    assert "its output is randomised" in found["draws"].note and "'lock' is a lock" in found["uncopied"].note
+    drawn = Changed(strong, after=lambda logits: logits + 1e-7 * torch.rand_like(logits))  # less than is told
+    assert REMEMBERS not in raised(evaluate(drawn, weak, x=x, y=y, eps=0.1, attacks=["apgd-ce"]))
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@
     checks.py       what is asked of the caller's input, and the model handed back as it was found
     probes.py       what is measured on a model to find out whether attacks on it can be trusted
     reach.py        whether anything that is run sees through what was made of the base
+    past.py         whether a model answers as it did before it was asked anything
     scale.py        whether inputs have the size that calibration saw
     findings.py     the table of checks: a figure, a bound, raised or not
     statistics.py   paired comparison of two accuracies

@@ -19,7 +19,7 @@ from forged_fx.evaluate.further import round_of
 from forged_fx.evaluate.probes import RADII, STEPS, BaseProbes, Probes, top_lead
 from forged_fx.evaluate.result import Finding, Row, Side
 from forged_fx.evaluate.statistics import beyond_chance
-from forged_fx.evaluate.verdict import BASE_DOUBTED, FLAT, FOREIGN, JUMPS, OUT_OF_REACH, SMALL, UNBOUNDED
+from forged_fx.evaluate.verdict import BASE_DOUBTED, FLAT, FOREIGN, JUMPS, OUT_OF_REACH, REMEMBERS, SMALL, UNBOUNDED
 
 Measured = tuple[float, float] | str  # value and bound, or why there is none
 
@@ -32,7 +32,7 @@ GUESSED = 0.85  # share of the inputs that guessing gets wrong; a model that get
 class Case:
     """What the checks look at. logits: the model's on all inputs, unattacked, (n, classes). training: how many of its
     modules were in train mode. outside: how many elements of x lie outside [0, 1]. scale: see `scale.of`.
-    base_probes: of a base, if there is one. thresholds, jumps: see `reach.py`."""
+    base_probes: of a base, if there is one. thresholds, jumps: see `reach.py`; past: see `past.py`."""
 
     model: Side
     base: Side | None
@@ -45,6 +45,7 @@ class Case:
     base_probes: BaseProbes = field(default_factory=BaseProbes)
     thresholds: Measured = (0, 0)
     jumps: Measured = (0, 0)
+    past: Measured = (0, 0)
 
     @property
     def n(self) -> int:
@@ -127,6 +128,10 @@ def _whole_box(case: Case) -> Measured:
     return case.probes.by_radius[-1], _few(case.probes)
 
 
+def exceeds(measured: Measured) -> bool:
+    return not isinstance(measured, str) and measured[0] > measured[1]
+
+
 def base_doubted(probes: BaseProbes) -> Measured:
     if not probes.probed:
         return "there is no base, or no input of it is right unattacked"
@@ -137,6 +142,7 @@ def base_doubted(probes: BaseProbes) -> Measured:
         _flat_share(probes) > HIDDEN,
         probes.jumps,
         probes.lead < LEAST,
+        probes.remembers,
     )
     return sum(signs), 0
 
@@ -197,13 +203,14 @@ CHECKS = (
     Check("accuracy rises with iterations", _iterations, f"probed inputs, at {STEPS} steps", probing=True),
     Check("accuracy rises with eps", _radii, f"probed inputs, at {RADII} eps and the whole box", probing=True),
     Check(UNBOUNDED, _whole_box, "probed inputs that stand", probing=True),
-    Check(BASE_DOUBTED, lambda case: base_doubted(case.base_probes), "of six signs"),
+    Check(BASE_DOUBTED, lambda case: base_doubted(case.base_probes), "of seven signs"),
     Check("loss not finite", lambda case: (case.probes.sick, 0), "logits and gradients", probing=True),
     Check("output is a probability", _probabilities, "share of inputs"),
     Check("logits clipped", _clipped, "share of logits at a limit"),
     Check(SMALL, lambda case: small(case.logits), "1 over the lead of a class over the next, the median"),
     Check("output randomised", _randomised, "distance of scaled logits", probing=True),
     Check("output depends on the batch", _apart, "share of inputs", probing=True),
+    Check(REMEMBERS, lambda case: case.past, "distance of scaled logits"),
     Check(
         "examples outside the ball", lambda case: (sum(row.rejected for row in case.model.rows), 0), "examples", False
     ),

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from forged_fx.capture import in_a_line
 from forged_fx.evaluate import answers, checks, fingerprint
 from forged_fx.evaluate.attacks import Attack, Setting, follows, toolbox
 from forged_fx.evaluate.blocks import Blocks, Fields, Outcome, same_logits
@@ -18,7 +19,7 @@ from forged_fx.evaluate.gradients import Borrowed, Context, Logits, differ, pred
 from forged_fx.evaluate.result import LEFT_OUT, STANDING, UNDER_BPDA, Row, Side, identity
 from forged_fx.evaluate.terminal import Progress
 from forged_fx.evaluate.threat import Threat
-from forged_fx.models import device_of
+from forged_fx.models import device_of, with_own_state
 from forged_fx.randomness import kept_randomness
 
 FOUND: Fields = {"broken": (torch.int64, 1), "examples": (torch.float32, None), "rejected": (torch.int64, 0)}
@@ -67,6 +68,11 @@ class Subject:
         self.slopes: dict[str, Tensor] = {}
         self.missing: dict[str, float] = {}  # what `reach.py` found
         self.device = device_of(model, x.device)
+        self.fresh: nn.Module | str  # as it was before it was asked anything; or why there is no such copy
+        try:
+            self.fresh = with_own_state(model)
+        except Exception as error:
+            self.fresh = f"there is no copy of it from before it was asked ({in_a_line(error)})"
         self.description, self.fingerprint = type(model).__name__, fingerprint.of_model(model)
         self.forging = fingerprint.of_forging(model)
         self.rows: list[Row] = []

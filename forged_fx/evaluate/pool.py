@@ -5,20 +5,20 @@ better than another for having been attacked less.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from forged_fx.bpda import straight_through
-from forged_fx.evaluate import reach
+from forged_fx.evaluate import past, reach
 from forged_fx.evaluate.attacks import Plan
 from forged_fx.evaluate.blocks import Blocks
 from forged_fx.evaluate.compiled import ROUNDING
-from forged_fx.evaluate.findings import Case, Measured, base_doubted, examine, foreign, small
+from forged_fx.evaluate.findings import Case, Measured, base_doubted, examine, exceeds, foreign, small
 from forged_fx.evaluate.gradients import Context
 from forged_fx.evaluate.harness import Subject
 from forged_fx.evaluate.probes import probe, probe_base
-from forged_fx.evaluate.protocol import contest
+from forged_fx.evaluate.protocol import contest, with_more
 from forged_fx.evaluate.result import Side, doubts, judged
 from forged_fx.evaluate.terminal import Progress
 from forged_fx.evaluate.threat import Threat
@@ -63,7 +63,7 @@ def judge(
     contest(sides, plan, settings, bpda)
     base = sides[0].side()
     found = {base.name: Judged(base)}
-    base_probes = replace(probe_base(sides[0], settings[base.name], bpda), jumps=reach.base_jumps(sides[0]))
+    base_probes = with_more(probe_base(sides[0], settings[base.name], bpda), sides[0])
     of_base: dict[str, Measured] = {FOREIGN: foreign(base, logits[0].shape[1]), BASE_DOUBTED: base_doubted(base_probes)}
     for side, mine in zip(sides[1:], logits[1:], strict=True):
         apart = reach.apart(side, sides[0], mine, logits[0])
@@ -73,9 +73,7 @@ def judge(
             JUMPS: reach.jumps(side, sides[0], alike),
             SMALL: small(mine),
         }
-        raised = [
-            name for name, figures in measured.items() if not isinstance(figures, str) and figures[0] > figures[1]
-        ]
+        raised = [name for name, figures in measured.items() if exceeds(figures)]
         known = {"complete": plan.complete, "same": same, "distinct": distinct}
         verdict = judged(outcome, base, **known, doubts=raised)
         if verdict[0] in ("gain", "no measurable gain"):  # else no other finding changes it: the probes are spared
@@ -83,6 +81,7 @@ def judge(
             case = Case(
                 outcome, base, same, mine, probes, training=0, outside=0, base_probes=base_probes,
                 thresholds=measured[OUT_OF_REACH], jumps=measured[JUMPS],
+                past=past.depends(side, sides[0], probes.drift),
             )  # fmt: skip
             verdict = judged(outcome, base, **known, doubts=doubts(examine(case)))
         found[side.name] = Judged(outcome, *verdict, same)

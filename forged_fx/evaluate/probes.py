@@ -83,7 +83,7 @@ class BaseProbes:
     """Of a base, on which attacks that fail find less, which would be another model's gain, or loss. probed, drift and
     apart as in `Probes`; stand: how many are still right after APGD in the whole box; flat: how many have a gradient
     that is all zeros, of the logits (a loss's is, where they are large); lead: see `top_lead`; jumps: see
-    `reach.base_jumps`."""
+    `reach.base_jumps`; remembers: its answers depend on what it was asked before."""
 
     probed: int = 0
     drift: float = 0.0
@@ -92,6 +92,7 @@ class BaseProbes:
     flat: int = 0
     lead: float = 1.0
     jumps: bool = False
+    remembers: bool = False
 
 
 def probe_base(side: Subject, setting: Setting, bpda: Context) -> BaseProbes:
@@ -120,9 +121,9 @@ def _asked_again(side: Subject, x: Tensor) -> tuple[Tensor, Tensor]:
     smaller = Logits(side.attacked, max(1, min(side.batch_size, len(x)) // 2))
     drifts, moved = [], []
     for points in (x, x + 0.77 * (aside - x)):
-        first, *others = [_scaled(together(points)) for _ in range(REPEATS)]
+        first, *others = [scaled(together(points)) for _ in range(REPEATS)]
         drifts += [(first - other).norm(dim=1).max() for other in others]
-        moved.append((first - _scaled(smaller(points))).norm(dim=1) > 1e-3)
+        moved.append((first - scaled(smaller(points))).norm(dim=1) > 1e-3)
     return torch.stack(drifts).max(), torch.cat(moved).double().mean()
 
 
@@ -156,7 +157,7 @@ class _Watched:
         return out
 
 
-def _scaled(logits: Tensor) -> Tensor:
+def scaled(logits: Tensor) -> Tensor:
     """To length 1, as auto-attack's check_randomized does, less what classes share: a difference then means the same
     for every model."""
     logits = logits.detach().cpu().double().nan_to_num(0.0, 0.0, 0.0)  # (of 1e20 the length is beyond float32)

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from forged_fx import checked, randomness
 from forged_fx.bpda import straight_through
 from forged_fx.evaluate import blocks as unit
-from forged_fx.evaluate import checks, copies, fingerprint, further, gallery, gradients, reach, scale, surrogate
+from forged_fx.evaluate import checks, copies, fingerprint, further, gallery, gradients, past, reach, scale, surrogate
 from forged_fx.evaluate.attacks import ATTACKS, STRONGEST, Attack, Plan, Setting, choose
 from forged_fx.evaluate.blocks import Blocks
 from forged_fx.evaluate.compiled import ROUNDING
-from forged_fx.evaluate.findings import Case, examine
+from forged_fx.evaluate.findings import Case, examine, exceeds
 from forged_fx.evaluate.gradients import Context
 from forged_fx.evaluate.harness import Subject
 from forged_fx.evaluate.journal import agree
@@ -313,7 +313,7 @@ def _case(
     probes = probe(side, setting, bpda)
     base_probes = BaseProbes()
     if base is not None:
-        base_probes = replace(probe_base(base, base.setting(logits.shape[1]), bpda), jumps=reach.base_jumps(base))
+        base_probes = with_more(probe_base(base, base.setting(logits.shape[1]), bpda), base, side)
     jumps = reach.jumps(side, base, alike)
     randomness.seed(setting.seed)  # what follows is in no block
     return Case(
@@ -328,7 +328,14 @@ def _case(
         base_probes=base_probes,
         thresholds=reach.thresholds(side, own, alike),
         jumps=jumps,
+        past=past.depends(side, base, probes.drift),
     )
+
+
+def with_more(probes: BaseProbes, base: Subject, other: Subject | None = None) -> BaseProbes:
+    """With what else is asked of a base. other: a side whose examples it is asked, too."""
+    remembers = exceeds(past.depends(base, other, probes.drift))
+    return replace(probes, jumps=reach.base_jumps(base), remembers=remembers)
 
 
 def _device(device: torch.device) -> str:

@@ -63,6 +63,7 @@ FOREIGN = "labels of other classes"
 UNBOUNDED = "unbounded attack fails"
 FLAT = "zero gradient"
 SMALL = "logits too small"
+REMEMBERS = "output depends on what was asked before"
 BASE_DOUBTED = "attacks on the base fail"
 # Findings that leave nothing to be said in the model's favour, not even that it did not measurably lose; and why.
 FORBID = {
@@ -80,6 +81,8 @@ FORBID = {
     "changes no prediction; else pass bpda=, under which its backward is the straight-through one",
     SMALL: "its logits are too small for the cross-entropy to tell a step that helps, which half of the attacks climb: "
     "multiply them by a constant, which changes no prediction",
+    REMEMBERS: "its answers depend on what it was asked before, so that what attacks found here need not hold where it "
+    "runs anew: judge it without its memory (a cache of answers, statistics that it takes in eval mode too)",
 }
 
 
