@@ -194,6 +194,41 @@ def test_a_spoilt_record_is_refused(judged, tmp_path, spoil, words):
         Result.load(tmp_path)
 
 
+def test_a_missing_file_of_examples_is_told_as_a_truncated_one_is(judged, tmp_path):
+    result = judged[0]
+    result.save(tmp_path)
+    examples = tmp_path / "examples.safetensors"
+    there = examples.rename(tmp_path / "next.examples.safetensors")  # killed before it got its name
+    assert str(Result.load(tmp_path)) == str(result)
+    there.unlink()
+    with pytest.raises(
+        ValueError, match=r"no complete result \(examples.safetensors is missing\): evaluate anew, in ano"
+    ):
+        Result.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda said: {**said, "seconds": {"model": [1.0]}},
+        lambda said: {**said, "seconds": {name: [-1.0] * len(row) for name, row in said["seconds"].items()}},
+        lambda said: {**said, "machine": 3},
+        lambda said: {**said, "probe_seconds": "\x1b"},
+        lambda said: {},
+        lambda said: "half",
+    ],
+)
+def test_a_damaged_record_of_times_is_read_as_none(judged, tmp_path, spoil):
+    result = judged[0]
+    result.save(tmp_path)
+    path = tmp_path / "timing.json"
+    path.write_text(json.dumps(spoil(json.loads(path.read_text()))))
+    loaded = Result.load(tmp_path)
+    assert loaded.verdict == result.verdict and sum(row.seconds for row in loaded.rows) == 0
+    (note,) = set(loaded.notes) - set(result.notes)
+    assert note.startswith("timing.json is damaged (") and "\x1b" not in note and note in " ".join(str(loaded).split())
+
+
 def test_verify_finds_what_does_not_hold(judged, tmp_path):
     result, model, _, x, y = judged
     for other in ((x.flip(0), y), (x, (y + 1) % 4)):

@@ -237,11 +237,13 @@ def _read(folder: Path) -> dict[str, bytes]:
         shape, sides = checked.fit(record["data"]["x_shape"], list[int], "x_shape"), record["sides"]
         examples = sum(len(side["broken_by"]) for side in sides) * (8 + 4 * prod(shape[1:]))
         examples += SHOWN * (24 + 4 * prod(shape[1:]))
-        files[EXAMPLES] = checked.read(folder / EXAMPLES, examples + HEADER)
-        if (folder / NEXT).exists():  # a save was killed: before the record was written, or after
-            other = checked.read(folder / NEXT, examples + HEADER)
-            if hashlib.sha256(other).hexdigest() == record["examples_sha256"]:
-                files[EXAMPLES] = other
+        for name in (EXAMPLES, NEXT):  # the other one if a save was killed: before the record was written, or after
+            if (folder / name).exists():
+                found = checked.read(folder / name, examples + HEADER)
+                if EXAMPLES not in files or hashlib.sha256(found).hexdigest() == record["examples_sha256"]:
+                    files[EXAMPLES] = found
+        if EXAMPLES not in files:
+            raise ValueError(f"{EXAMPLES} is missing")
         return files
 
 
@@ -258,11 +260,8 @@ def parse(files: dict[str, bytes], where: str) -> Result:
             checked.fit(plain["data"][key], str, key)
         if shape[0] != n:
             raise ValueError(f"it is of {n} inputs, and x_shape is {shape}")
-        timing = checked.fit(checked.parse(files.get(TIMING, b"{}")), dict[str, Any], TIMING)
-        if timing.get("result_sha256", ours := hashlib.sha256(files[RECORD]).hexdigest()) != ours:
-            timing = {}  # of another result, whose save was killed
-        untimed = {side["name"]: [0.0] * len(side["rows"]) for side in record["sides"]}
-        seconds = checked.fit(timing.get("seconds", untimed), dict[str, list[float]], f"{TIMING}: seconds")
+        timing, damaged = _timing(files, {side["name"]: len(side["rows"]) for side in record["sides"]})
+        seconds = timing["seconds"]
         sides = {s["name"]: _side(s, tensors, seconds[s["name"]], n, shape[1:]) for s in record["sides"]}
         if list(sides) not in (["model"], ["model", "base"]) or len(sides) < len(record["sides"]):
             raise ValueError(f"its sides are {checked.short(list(sides))}")
@@ -275,12 +274,32 @@ def parse(files: dict[str, bytes], where: str) -> Result:
             model=sides["model"],
             base=sides.get("base"),
             findings=[_finding(finding, f"findings[{i}]") for i, finding in enumerate(record["findings"])],
-            machine=checked.fit(timing.get("machine", {}), dict[str, Any], f"{TIMING}: machine"),
-            probe_seconds=checked.fit(timing.get("probe_seconds", 0), float, f"{TIMING}: probe_seconds"),
+            machine=timing["machine"],
+            probe_seconds=timing["probe_seconds"],
             gallery=Gallery.of(tensors, sides["model"]),
             copies=copies,
-            **plain,
+            **plain | {"notes": plain["notes"] + damaged},
         )
+
+
+def _timing(files: dict[str, bytes], rows: dict[str, int]) -> tuple[dict[str, Any], list[str]]:
+    """What timing.json says of sides with so many rows, and a note if it is damaged: a result stands without it."""
+    none = {"seconds": {name: [0.0] * count for name, count in rows.items()}, "machine": {}, "probe_seconds": 0.0}
+    if TIMING not in files:
+        return none, []
+    kinds = {"seconds": dict[str, list[float]], "machine": dict[str, Any], "probe_seconds": float, "result_sha256": str}
+    try:
+        said = checked.fit(checked.parse(files[TIMING]), dict[str, Any], "it")
+        known = {name: checked.fit(said.get(name), kind, name) for name, kind in kinds.items()}
+        if known.pop("result_sha256") != hashlib.sha256(files[RECORD]).hexdigest():
+            return none, []  # of another result, whose save was killed
+        spent = [second for row in known["seconds"].values() for second in row]
+        if {name: len(row) for name, row in known["seconds"].items()} != rows or not all(0 <= s < inf for s in spent):
+            raise ValueError("its rows are not those of the result")
+    except ValueError as error:
+        damaged = checked.visible(str(error))[:200]
+        return none, [f"{TIMING} is damaged ({damaged}): how long rows took, and on what, is not known"]
+    return known, []
 
 
 def _finding(record: Any, where: str) -> Finding:
