@@ -23,11 +23,13 @@ from forged_fx.evaluate import blocks, fingerprint
 class Failing(Hidden):
     """In process 1 it fails when it is attacked, after the base was: as a process that is out of memory does."""
 
-    rank = -1
+    rank, asked = -1, 0  # asked: for gradients; the first are those that are kept of it, before any attack
 
     def forward(self, x):
         if self.rank == 1 and torch.is_grad_enabled() and x.requires_grad:
-            raise MemoryError("no memory left")
+            Failing.asked += 1
+            if Failing.asked > 1:
+                raise MemoryError("no memory left")
         return super().forward(x)
 
 
