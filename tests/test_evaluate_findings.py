@@ -18,7 +18,7 @@ from forged_fx.evaluate.attacks import ATTACKS
 from forged_fx.evaluate.findings import CHECKS, Case, examine
 from forged_fx.evaluate.probes import Probes
 from forged_fx.evaluate.result import STANDING, Row, Side
-from forged_fx.evaluate.verdict import BASE_DOUBTED, REMEMBERS, UNBOUNDED
+from forged_fx.evaluate.verdict import BASE_DOUBTED, REMEMBERS, STUCK, UNBOUNDED
 
 MASKING = {check.name for check in CHECKS if check.masking}
 
@@ -109,7 +109,7 @@ def test_a_base_that_is_only_loud_may_be_lost_against(hurried):
 
 
 @pytest.mark.parametrize(
-    ("size", "finding", "words"), [(1e5, "zero gradient", "divide logits"), (1e-9, "logits too small", "multiply them")]
+    ("size", "finding", "words"), [(1e5, STUCK, "divide logits"), (1e-9, "logits too small", "multiply them")]
 )
 def test_logits_of_a_size_that_the_cross_entropy_does_not_see_say_nothing_in_a_model_s_favour(
     size, finding, words, hurried
@@ -123,6 +123,13 @@ def test_logits_of_a_size_that_the_cross_entropy_does_not_see_say_nothing_in_a_m
         assert raised(evaluate(scaled, model, x=x, y=y, eps=EPS, attacks="quick")) == set()
     for proper in (lambda logits: logits.log_softmax(1), lambda logits: logits.softmax(1)):
         assert "logits too small" not in raised(evaluate(Changed(model, after=proper), x=x, y=y, attacks=["apgd-ce"]))
+
+
+def test_thresholds_that_cut_all_to_zero_let_bpda_through(hurried):
+    model, x, y = planted.small()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0.4)
+    result = evaluate(forged, model, x=x, y=y, eps=EPS, attacks="quick")
+    assert raised(result) == {"zero gradient"} and result.verdict == "no measurable gain"
 
 
 def test_a_base_of_logits_that_no_loss_sees_makes_no_loss(hurried):
@@ -410,6 +417,7 @@ def test_of_few_inputs_a_few_steps_may_miss_one():
     ("name", "fine", "bad"),
     [
         ("zero gradient", {"flat": 0}, {"flat": 1}),
+        (STUCK, {"flat": 64}, {"flat": 64, "stuck": 1}),
         ("accuracy rises with iterations", {"by_steps": [40, 40, 43]}, {"by_steps": [40, 38, 42]}),
         ("accuracy rises with eps", {"by_radius": [50, 40, 43, 3, 0]}, {"by_radius": [50, 40, 44, 3, 0]}),
         ("unbounded attack fails", {"by_radius": [50, 40, 30, 9, 3]}, {"by_radius": [50, 40, 30, 9, 4]}),

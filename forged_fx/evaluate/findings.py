@@ -19,7 +19,7 @@ from forged_fx.evaluate.further import round_of
 from forged_fx.evaluate.probes import RADII, STEPS, BaseProbes, Probes, top_lead
 from forged_fx.evaluate.result import Finding, Row, Side
 from forged_fx.evaluate.statistics import beyond_chance
-from forged_fx.evaluate.verdict import BASE_DOUBTED, FLAT, FOREIGN, JUMPS, OUT_OF_REACH, REMEMBERS, SMALL, UNBOUNDED
+from forged_fx.evaluate.verdict import BASE_DOUBTED, FOREIGN, JUMPS, OUT_OF_REACH, REMEMBERS, SMALL, STUCK, UNBOUNDED
 
 Measured = tuple[float, float] | str  # value and bound, or why there is none
 
@@ -92,6 +92,10 @@ def _unfinished(case: Case) -> Measured:
 
 def _flat(case: Case) -> Measured:
     return _flat_share(case.probes), HIDDEN
+
+
+def _stuck(case: Case) -> Measured:
+    return case.probes.stuck / max(case.probes.probed, 1), HIDDEN
 
 
 def _flat_share(probes: Probes | BaseProbes) -> float:
@@ -199,7 +203,8 @@ CHECKS = (
     Check(
         FOREIGN, lambda case: foreign(case.base or case.model, case.logits.shape[1]), "share of inputs wrong unattacked"
     ),
-    Check(FLAT, _flat, "share of probed inputs", probing=True),
+    Check("zero gradient", _flat, "share of probed inputs", probing=True),
+    Check(STUCK, _stuck, "share of probed inputs", probing=True),
     Check("accuracy rises with iterations", _iterations, f"probed inputs, at {STEPS} steps", probing=True),
     Check("accuracy rises with eps", _radii, f"probed inputs, at {RADII} eps and the whole box", probing=True),
     Check(UNBOUNDED, _whole_box, "probed inputs that stand", probing=True),

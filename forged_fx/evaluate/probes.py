@@ -23,14 +23,14 @@ REPEATS = 5
 SHARED = 2**-12  # part of the logits' size that is told from the rounding of what their classes share
 TAME = 10.0  # what no logits are beyond, where an attack may change everything
 COUNT, SHARE, SWEEP = (torch.int64, 0), (torch.float64, 0), (torch.int64, 1)
-FIELDS = {"flat": COUNT, "sick": COUNT, "drift": SHARE, "apart": SHARE, "steps": SWEEP, "radii": SWEEP}
+FIELDS = {"flat": COUNT, "stuck": COUNT, "sick": COUNT, "drift": SHARE, "apart": SHARE, "steps": SWEEP, "radii": SWEEP}
 OF_BASE = {"drift": SHARE, "apart": SHARE, "stand": COUNT, "flat": COUNT, "lead": SHARE}
 
 
 @dataclass(frozen=True)
 class Probes:
-    """probed: how many inputs. flat: of these, with a true gradient that is all zeros. sick: with a NaN or an infinity
-    in logits or gradient, counted at each point visited. drift: largest distance between logits (scaled to length 1)
+    """probed: how many inputs. flat: of these, with a true gradient that is all zeros; stuck: with such a one under
+    BPDA, too. sick: with a NaN or an infinity in logits or gradient, counted at each point visited. drift: largest distance between logits (scaled to length 1)
     of one input, or of a point of its ball, asked `REPEATS` times; apart: share of inputs whose scaled logits move by
     more than 0.001 in smaller batches. by_steps, by_radius: how many are still right after APGD, in the order of
     `STEPS`, and of `RADII` and the whole box.
@@ -44,6 +44,7 @@ class Probes:
     by_steps: list[int]
     by_radius: list[int]
     seconds: float = 0.0
+    stuck: int = 0
 
 
 def probe(side: Subject, setting: Setting, bpda: Context) -> Probes:
@@ -54,6 +55,8 @@ def probe(side: Subject, setting: Setting, bpda: Context) -> Probes:
         x, y = side.inputs(indices)
         logits = Logits(side.attacked, side.batch_size)
         uphill = loss_gradient(logits, x, y)
+        flat = (uphill == 0).flatten(1).all(1)
+        through = loss_gradient(Logits(side.attacked, side.batch_size, bpda), x, y) if flat.any() else uphill
         drifted, apart = _asked_again(side, x)
         watched = _Watched(Logits(side.attacked, side.batch_size, bpda))
         steps = [_apgd(watched, x, y, setting, 1.0, n) for n in STEPS]
@@ -63,7 +66,8 @@ def probe(side: Subject, setting: Setting, bpda: Context) -> Probes:
         radii.append(_apgd(_tamed(watched, x), x, y, setting, whole, STEPS[1]))
         sick = watched.sick + int((~torch.isfinite(uphill)).flatten(1).any(1).sum())
         return {
-            "flat": (uphill == 0).flatten(1).all(1).sum().cpu(),
+            "flat": flat.sum().cpu(),
+            "stuck": (flat & (through == 0).flatten(1).all(1)).sum().cpu(),
             "sick": torch.tensor(sick),
             "drift": drifted,
             "apart": apart,
@@ -74,7 +78,7 @@ def probe(side: Subject, setting: Setting, bpda: Context) -> Probes:
     for _, found in side.blocks.run(f"{side.name} probes", right, ask, FIELDS):  # one block, or none
         flat, sick, drift, apart = (found[key].item() for key in ("flat", "sick", "drift", "apart"))
         sweeps, seconds = (found["steps"].tolist(), found["radii"].tolist()), found["seconds"].item()
-        return Probes(len(right), flat, sick, drift, apart, *sweeps, seconds)
+        return Probes(len(right), flat, sick, drift, apart, *sweeps, seconds, found["stuck"].item())
     return Probes(0, 0, 0, 0.0, 0.0, [0] * len(STEPS), [0] * (len(RADII) + 1))
 
 

@@ -61,7 +61,7 @@ OUT_OF_REACH = "thresholds out of reach"
 JUMPS = "gradient does not add up"
 FOREIGN = "labels of other classes"
 UNBOUNDED = "unbounded attack fails"
-FLAT = "zero gradient"
+STUCK = "zero gradient under BPDA"
 SMALL = "logits too small"
 REMEMBERS = "output depends on what was asked before"
 BASE_DOUBTED = "attacks on the base fail"
@@ -77,7 +77,7 @@ FORBID = {
     "what it predicts for some inputs",
     UNBOUNDED: "an attack that may change everything leaves the model right, so that its gradient leads nowhere: an "
     "attack of its own has to be written, or bpda= passed, under which its backward is the straight-through one",
-    FLAT: "half of the attacks had a zero gradient to follow: divide logits that are large by a constant, which "
+    STUCK: "half of the attacks had a zero gradient to follow: divide logits that are large by a constant, which "
     "changes no prediction; else pass bpda=, under which its backward is the straight-through one",
     SMALL: "its logits are too small for the cross-entropy to tell a step that helps, which half of the attacks climb: "
     "multiply them by a constant, which changes no prediction",
