@@ -30,10 +30,10 @@ OF_BASE = {"drift": SHARE, "apart": SHARE, "stand": COUNT, "flat": COUNT, "lead"
 @dataclass(frozen=True)
 class Probes:
     """probed: how many inputs. flat: of these, with a true gradient that is all zeros; stuck: with such a one under
-    BPDA, too. sick: with a NaN or an infinity in logits or gradient, counted at each point visited. drift: largest distance between logits (scaled to length 1)
-    of one input, or of a point of its ball, asked `REPEATS` times; apart: share of inputs whose scaled logits move by
-    more than 0.001 in smaller batches. by_steps, by_radius: how many are still right after APGD, in the order of
-    `STEPS`, and of `RADII` and the whole box.
+    BPDA, too. sick: with a NaN or an infinity in logits or gradient, counted at each point visited. drift: largest
+    distance between logits (scaled to length 1) of one input, or of a point of its ball, asked `REPEATS` times; apart:
+    share of inputs whose scaled logits move by more than 0.001 in smaller batches. by_steps, by_radius: how many are
+    still right after APGD, in the order of `STEPS`, and of `RADII` and the whole box.
     """
 
     probed: int
