@@ -178,8 +178,7 @@ def scan(
         not_layers=seen.not_layers,
         calls=run.calls,
         no_sites=seen.no_sites,
-        fewest=run.fewest,
-        met=seen.met,
+        ways=seen.ways,
     )
 
 
@@ -308,11 +307,9 @@ class _Scan:
     def __init__(self, model: torch.nn.Module, activations: bool, channels: bool) -> None:
         self.observer = Observer(model, self._see, activations)
         self.channels = channels
-        self.parameters = {id(parameter): name for name, parameter in model.named_parameters()}
         self.sites: dict[str, SiteStats] = {}
         self.modules: dict[str, dict[str, tuple[int, ...]]] = {}
         self.calls: dict[str, int] = {}
-        self.fewest: dict[str, int] = {}
         self._pending: list[tuple[str, SiteStats, tuple[Tensor, ...]]] = []
 
     def batch(self, what: str, args: tuple, kwargs: dict) -> None:
@@ -324,7 +321,6 @@ class _Scan:
             self.sites[name] = self.sites[name].merge(one) if name in self.sites else one
         for key, made in self.observer.numbering.all_calls().items():
             self.calls[key] = max(self.calls.get(key, 0), made)
-            self.fewest[key] = min(self.fewest.get(key, made), made)
 
     def _see(self, seen: Sighting) -> None:
         x, weight = seen.operand.value.detach(), seen.operand.weight
@@ -341,7 +337,7 @@ class _Scan:
             kind=seen.kind,
             shape=tuple(x.shape),
             weight_shape=tuple(weight.shape) if isinstance(weight, Tensor) else (),
-            weight=self.parameters.get(id(weight)) or self._own(seen.module, weight),
+            weight=self.observer.name_of(seen.module, weight),
             key=seen.operand.key,
             layer=seen.reads_module_input,
             once=seen.first_run,
@@ -360,11 +356,6 @@ class _Scan:
             if self.channels and x.dim() >= -seen.channel:
                 measured += (channels.measure(x, seen.channel),)
         self._pending.append((seen.name, one, measured))
-
-    def _own(self, module: str, weight: Any) -> str | None:
-        """The name of a parameter that the module has had since it began to run: a sharded one's, gathered for it."""
-        own = self.observer.model.get_submodule(module).named_parameters(recurse=False)
-        return next((f"{module}.{name}".removeprefix(".") for name, value in own if value is weight), None)
 
 
 def _unmeasured(x: Tensor) -> str | None:

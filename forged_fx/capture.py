@@ -9,7 +9,9 @@ import contextlib
 import inspect
 import itertools
 import operator
+import sys
 import threading
+import types
 import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -139,6 +141,9 @@ class _SiteTracer(fx.Tracer):
         self.asked = "decides by a value"
         return super().to_bool(obj)
 
+    def asked_for_type(self) -> None:
+        self.asked = "asks for the type of a value"
+
     def iter(self, obj: fx.Proxy) -> Iterator:
         self.asked = "goes through a value"
         return super().iter(obj)
@@ -205,10 +210,13 @@ def opened_modules(sites: Iterable[str], layers: set[str]) -> set[str]:
     return opened
 
 
-def capture(model: torch.nn.Module, opened: set[str], given: set[str], contexts: set[str]) -> Traced:
+def capture(
+    model: torch.nn.Module, opened: set[str], given: set[str], contexts: set[str], example: tuple | None = None
+) -> Traced:
     """The graph of `model`'s forward pass, with every module outside `opened` as one call.
 
-    given: the names of the forward parameters that calls pass; the others keep their defaults. Also returns the tensors
+    given: the names of the forward parameters that calls pass; the others keep their defaults. example: (args, kwargs)
+    of a call, which tells which arguments are tensors. Also returns the tensors
     that the forward makes from literals alone: the graph reads them under these names.
     Raises Untraceable, with the reason, where the graph would lose something that the model does.
     """
@@ -230,12 +238,13 @@ def capture(model: torch.nn.Module, opened: set[str], given: set[str], contexts:
     shared = [*model.parameters(), *model.buffers()]
     twin = copied(model, shared)
     grad = torch.is_grad_enabled()
+    no_tensors = _no_tensors(model, *example) if example else None
 
     def trace(
         model: torch.nn.Module, training: bool, grad: bool, other_autocast: bool = False, given: set[str] = given
     ) -> Traced:
         with torch.set_grad_enabled(grad), _other_autocast() if other_autocast else contextlib.nullcontext():
-            return _trace(model.train(training), opened, given)
+            return _trace(model.train(training), opened, given, no_tensors)
 
     before = _state(twin, opened)
     # A forward may ask for all of it at once (in train mode, where there are gradients, it adds a loss).
@@ -279,6 +288,12 @@ def capture(model: torch.nn.Module, opened: set[str], given: set[str], contexts:
                 own = graph.call_method("clone", (node,))
             node.replace_all_uses_with(own, delete_user_cb=lambda user, own=own: user is not own)
     return traced
+
+
+def _no_tensors(model: torch.nn.Module, args: tuple, kwargs: dict) -> set[str]:
+    """The names of the arguments of a call that are no tensors."""
+    passed = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    return {name for name, value in passed.items() if not isinstance(value, torch.Tensor)}
 
 
 _ASKED = (
@@ -329,7 +344,40 @@ def _trains_otherwise(module: torch.nn.Module) -> bool:
     return not plain and any(m.training is not mode for mode in (True, False) for m in module.train(mode).modules())
 
 
-_PLAIN = (bool, int, float, str)
+def _is_ones_own(value: Any) -> bool:
+    """Whether it is an object of the model's code, and no lock, logger or the like of Python's own library."""
+    if isinstance(value, torch.Tensor | torch.nn.Module | type) or callable(value):
+        return False
+    return isinstance(value, types.SimpleNamespace) or _top(type(value)) not in sys.stdlib_module_names
+
+
+def _top(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
+
+
+_PLAIN, _MOST = (bool, int, float, str), 10_000
+
+
+def _counted(value: Any, depth: int = 4) -> Iterator[str]:
+    """The numbers and the text that a container or an object holds, and what these hold."""
+    if isinstance(value, _PLAIN):
+        yield repr(value)
+    elif isinstance(value, Mapping):
+        for key, held in value.items():
+            yield from (*_counted(key, 0), *_counted(held, depth - 1)) if depth else ()
+    elif isinstance(value, set | frozenset):
+        yield from sorted(repr(held) for held in value if isinstance(held, _PLAIN))
+    elif isinstance(value, list | tuple | deque):
+        for held in value if depth else ():
+            yield from _counted(held, depth - 1)
+    elif _top(type(value)) == "numpy":
+        yield str(value)
+    elif type(value) is itertools.count:
+        yield repr(value)
+    elif depth and _is_ones_own(value):
+        slots = (name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ()))
+        own = {name: getattr(value, name, None) for name in slots} | getattr(value, "__dict__", {})
+        yield from _counted(own, depth - 1)
 
 
 def _state(model: torch.nn.Module, opened: set[str]) -> dict[tuple, Any]:
@@ -345,25 +393,24 @@ def _state(model: torch.nn.Module, opened: set[str]) -> dict[tuple, Any]:
                 found[path, name] = state
             elif isinstance(value, torch.Tensor) and not value.is_inference():
                 found[path, name, id(value)] = value._version
-            elif name not in HELD and not isinstance(value, torch.Tensor):
-                inside = value if isinstance(value, dict | list | tuple | deque) else getattr(value, "__dict__", {})
-                leaves = torch_internals.tree_leaves(dict(inside) if isinstance(inside, Mapping) else inside)
-                found[path, name, id(value)] = [str(leaf) for leaf in leaves if isinstance(leaf, _PLAIN)]
+            elif name not in HELD:
+                found[path, name, id(value)] = [*itertools.islice(_counted(value), _MOST)]
     return found
 
 
-def _trace(model: torch.nn.Module, opened: set[str], given: set[str]) -> Traced:
+def _trace(model: torch.nn.Module, opened: set[str], given: set[str], no_tensors: set[str] | None) -> Traced:
     defaults = {
         name: parameter.default
         for name, parameter in inspect.signature(model.forward).parameters.items()
         if parameter.default is not parameter.empty and name not in given
     }
     try:
+        tracer = _SiteTracer(opened)
+        classes = {cls for name in opened for cls in type(model.get_submodule(name)).__mro__}
+        asking = values_are_tensors(classes, no_tensors, tracer.asked_for_type)
         with kept_buffers(model) as written, kept_randomness() as drawn:
-            classes = {cls for name in opened for cls in type(model.get_submodule(name)).__mro__}
-            with _contexts_refused(), values_are_tensors(classes), warnings.catch_warnings(), _NoValues(model):
+            with _contexts_refused(), asking, warnings.catch_warnings(), _NoValues(model):
                 warnings.filterwarnings("error", "Was not able to add assertion")
-                tracer = _SiteTracer(opened)
                 graph = tracer.trace(model, concrete_args=defaults or None)
             drew = drawn()
     except Untraceable:

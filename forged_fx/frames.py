@@ -26,8 +26,6 @@ from forged_fx.sites import (
     call_name,
     call_of,
     check_weight,
-    fewer_calls,
-    mark_of,
     module_of,
     operand_name,
     unseen_call,
@@ -139,19 +137,9 @@ class Pass:
         passes.last = self.compilation
         if not self.compilation.strict or sys.exc_info()[1] is not self._handled:
             return
-        self._check_numbers()
         self.compilation.unreached -= self.reached
         if missed := self.compilation.unreached or (set() if self.reached else self.compilation.always):
             self.compilation.refuse(missed)
-
-    def _check_numbers(self) -> None:
-        """RuntimeError where a module whose calls are known by their number alone made fewer than in calibration."""
-        of = self.compilation
-        for name, row in {} if of.repeats else of.stats.sites.items():
-            module, mark = module_of(name), mark_of(name)
-            made, fewest = self.numbering.calls(module, mark), of.stats.fewest.get(module + mark, 0)
-            if row.weight is None and name in self.reached and 0 < made < fewest:
-                raise fewer_calls(module, made, fewest)
 
 
 class _Passes(threading.local):

@@ -8,28 +8,40 @@ So the question is answered where it is asked: in the files whose forwards are t
 import builtins
 import contextlib
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Any
 
 import torch
 import torch.fx as fx
+from torch import nn
 
 from forged_fx.rewrite import fact_of
 
 _ASKS = "isinstance"
+_TUPLES = (nn.RNNBase, nn.LSTMCell, nn.MultiheadAttention)  # what these return is none
 
 
 @contextlib.contextmanager
-def values_are_tensors(classes: Iterable[type]) -> Iterator[None]:
-    """Within it, what a proxy stands for is a tensor to the code in the files of these classes' forwards."""
-    forwards = [vars(cls).get("forward") for cls in classes]
-    files = [f.__globals__ for f in forwards if isinstance(f, types.FunctionType)]
-    own = [scope for scope in files if not scope["__name__"].startswith("torch.") and _ASKS not in scope]
+def values_are_tensors(classes: Iterable[type], others: Set[str] | None, refuse: Callable[[], None]) -> Iterator[None]:
+    """Within it, what a proxy stands for is a tensor to the code in the files of these classes' forwards.
+
+    others: arguments of the root's forward that are none; None: not known. refuse: called where it cannot be known.
+    """
+
+    def answer(value: Any, kinds: Any) -> bool:
+        if not isinstance(value, fx.Proxy) or isinstance(value, fx.proxy.Attribute):
+            return builtins.isinstance(value, kinds)
+        is_tensor = _is_tensor(value, others)
+        if is_tensor is None:
+            refuse()
+        return issubclass(torch.Tensor, kinds) if is_tensor else builtins.isinstance(value, kinds)
+
+    own = [scope for scope in _files(classes) if _ASKS not in scope]
     plain = torch.is_tensor
     try:
-        torch.is_tensor = lambda value: _isinstance(value, torch.Tensor)
+        torch.is_tensor = lambda value: answer(value, torch.Tensor)
         for scope in own:
-            scope[_ASKS] = _isinstance
+            scope[_ASKS] = answer
         yield
     finally:
         torch.is_tensor = plain
@@ -37,20 +49,39 @@ def values_are_tensors(classes: Iterable[type]) -> Iterator[None]:
             scope.pop(_ASKS, None)
 
 
-def _isinstance(value: Any, kinds: Any) -> bool:
-    if isinstance(value, fx.Proxy) and not isinstance(value, fx.proxy.Attribute) and _is_tensor(value.node):
-        return issubclass(torch.Tensor, kinds)
-    return builtins.isinstance(value, kinds)
+def _files(classes: Iterable[type]) -> list[dict[str, Any]]:
+    """The globals of the classes' forwards, and of what is beneath their decorators."""
+    ahead: list[Any] = [vars(cls).get("forward") for cls in classes]
+    found: dict[int, dict[str, Any]] = {}
+    seen: set[int] = set()
+    while ahead:
+        function = ahead.pop()
+        if not isinstance(function, types.FunctionType) or id(function) in seen:
+            continue
+        seen.add(id(function))
+        if not function.__globals__.get("__name__", "").startswith("torch."):
+            found[id(function.__globals__)] = function.__globals__
+        ahead.append(getattr(function, "__wrapped__", None))
+        ahead += (cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType())
+    return [*found.values()]
 
 
-def _is_tensor(node: fx.Node) -> bool:
-    """Whether what a call gives is a tensor, in all likelihood: an input, or made from some, and no fact of one's."""
-    seen, ahead = set(), [node]
+def _is_tensor(value: fx.Proxy, others: Set[str] | None) -> bool | None:
+    """Whether a value is a tensor: an input is, or what is made of some, but not a fact of one's. None: who knows."""
+    seen, ahead = set(), [value.node]
     while ahead:
         if (node := ahead.pop()) in seen or fact_of(node) is not None:
             continue
-        if node.op in ("placeholder", "get_attr", "call_module"):
+        if node.op == "call_module":
+            module = value.tracer.root.get_submodule(node.target)
+            is_theirs = type(module).__module__.startswith("torch.nn.")
+            if node is value.node and (not is_theirs or isinstance(module, _TUPLES)):
+                return False if is_theirs else None
             return True
+        if node.op in ("placeholder", "get_attr"):
+            if node.op == "get_attr" or (others is not None and node.target not in others):
+                return True
+            return False if others is not None and node is value.node else None
         seen.add(node)
         ahead += node.all_input_nodes
     return False

@@ -57,7 +57,8 @@ def kept_buffers(model: torch.nn.Module) -> Iterator[list[str]]:
     finally:
         with torch.no_grad():
             for name, (values, version) in before.items():
-                if named[name]._version != version or not same_bits(named[name], values):
+                ordinary = type(values) is torch.Tensor  # (of others only the writes that are counted are known)
+                if named[name]._version != version or (ordinary and not same_bits(named[name], values)):
                     named[name].copy_(values)
                     written.append(name)
             for path, buffers, name, buffer in slots:
@@ -73,9 +74,14 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
         return False
     if a.layout != torch.strided or a.is_meta or a.is_quantized:
         return True
-    dense = [v.detach().clone(memory_format=torch.contiguous_format) for v in (a, b)]  # (of one element, any stride is)
-    bits = (v.reshape(-1).view(torch.uint8) for v in dense)
-    return torch.equal(*bits)
+    return torch.equal(_bits(a), _bits(b))
+
+
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    x = x.resolve_conj().resolve_neg()
+    if not x.is_contiguous() or x.numel() == 1:  # (one element may have any stride)
+        x = x.clone(memory_format=torch.contiguous_format)
+    return x.detach().reshape(-1).view(torch.uint8)
 
 
 @contextlib.contextmanager

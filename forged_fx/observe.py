@@ -23,6 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from forged_fx import torch_internals
 from forged_fx.effects import named_in_place
 from forged_fx.modes import fast_path_off, module_hooks
+from forged_fx.places import place
 from forged_fx.sites import (
     ACTIVATIONS,
     CALLS,
@@ -40,6 +41,7 @@ from forged_fx.sites import (
     names_of,
     only_looks,
     operand_name,
+    parameter_in,
     replace,
 )
 from forged_fx.straight import is_straight
@@ -277,7 +279,8 @@ class Observer:
         self.contexts: set[str] = set()  # modules whose own code runs calls in a context that a graph would drop
         self.not_layers: set[str] = set()  # modules that do more with their first argument than one call of the table
         self.no_sites: set[str] = set()  # calls of the table that no data met weights in
-        self.met: dict[str, Ways] = {}
+        self.ways: dict[str, Ways] = {}  # call -> how it was made
+        self.parameters = {id(parameter): name for name, parameter in model.named_parameters()}
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """One forward pass. The fast path of attention is off within: it would hide the products inside it."""
@@ -289,7 +292,6 @@ class Observer:
         self.frames: list[_Frame] = []
         self._could_be_layers: dict[int, list[_Frame]] = {}  # by the id of what they were given first
         self.functions = forwards_of_functions()
-        self._parameters = {memory_of(p): name for name, p in self.model.named_parameters()}
         with self._follow_modules(), fast_path_off(), _SeeCalls(self):
             return self.model(*args, **kwargs)
 
@@ -299,9 +301,9 @@ class Observer:
         frame.calls += 1
         self._read_by_call(frame, args, kwargs)
         name = self.numbering.call(frame.name, call.mark)
-        given = [memory_of(v) for _, _, v in call.operands(args, kwargs) if isinstance(v, Tensor)]
-        met = (call.kind, *(parameter for memory in given if (parameter := self._parameter(frame.name, memory))))
-        self.met[name] = both_ways(self.met.get(name, ()), (met,))
+        given = (parameter_in(value) for _, _, value in call.operands(args, kwargs))
+        way = (place(), *filter(None, (self.name_of(frame.name, p) for p in given if p is not None)))
+        self.ways[name] = both_ways(self.ways.get(name, ()), (way,))
         operands = data_operands(call, args, kwargs, self.origins.of)
         if not operands:
             self.no_sites.add(name)
@@ -310,8 +312,8 @@ class Observer:
                 operand = operand._replace(left_out=IN_FUNCTION)
             reads_input = operand.value is frame.first_input and i == 0
             first_run = self.runs[frame.name] <= 1
-            place = call.channel_of if call.mark == "#" else self.layouts.channel
-            channel = place(operand.value, operand.key)
+            along = call.channel_of if call.mark == "#" else self.layouts.channel
+            channel = along(operand.value, operand.key)
             site = operand_name(name, i)
             in_place = call.mark == "@" and works_in_place(function, args, kwargs)
             frame.in_place |= in_place
@@ -323,12 +325,12 @@ class Observer:
                 args, kwargs = replace(args, kwargs, operand.key, new)
         return args, kwargs
 
-    def _parameter(self, module: str, memory: int | None) -> str | None:
-        """The name of the parameter that lies there; one that is sharded lies elsewhere while its module runs."""
-        if memory is None or memory in self._parameters:
-            return self._parameters.get(memory)
+    def name_of(self, module: str, value: Any) -> str | None:
+        """The name of a parameter; of one that is sharded, gathered for its module since that began to run."""
+        if name := self.parameters.get(id(value)):
+            return name
         own = self.model.get_submodule(module).named_parameters(recurse=False)
-        return next((f"{module}.{name}".lstrip(".") for name, p in own if memory_of(p) == memory), None)
+        return next((f"{module}.{name}".removeprefix(".") for name, p in own if p is value), None)
 
     def called(self, function: Callable, args: tuple, kwargs: dict, result: Any) -> None:
         """Note a use of a running module's first argument: a layer may look at it besides its one call."""

@@ -16,7 +16,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,28 +26,25 @@ from forged_fx import ops, torch_internals  # noqa: F401 (ops defines the op)
 from forged_fx.graph_calls import to_be_kept
 from forged_fx.kinds import Choice
 from forged_fx.models import injected, is_parametrized
+from forged_fx.places import place
 from forged_fx.sites import (
     ACTIVATIONS,
     CALLS,
     OPENED,
-    Call,
     Key,
-    call_name,
     call_of,
-    check_weight,
-    fewer_calls,
     get,
     is_activation,
     mark_of,
     module_of,
     other_call,
+    parameter_in,
     replace,
     unseen_call,
 )
-from forged_fx.stats import Stats
+from forged_fx.stats import SiteStats, Stats
 from forged_fx.thresholds import HoldsThresholds, register
-from forged_fx.told import Met, Told
-from forged_fx.torch_internals import memory_of
+from forged_fx.told import Teller, Told
 from forged_fx.write_back import works_in_place
 
 # Their fused eval-mode kernels would run past the layers within; under a function mode they take the open path.
@@ -112,16 +109,14 @@ class Plan:
 
     operands: call index -> what is done there. once: the module runs at most once in a forward pass, so that its calls
     are counted from its own start; else they are counted from the pass's. calls: how many there were at most in
-    calibration; fewest: at least, of a module in which a call that is left out would shift others unseen. met: call
-    index -> what it was in calibration; what varied is not listed.
+    calibration. told: what that tells of each.
     """
 
     module: str
     once: bool
     calls: int
     operands: dict[int, list[Forge]]
-    fewest: int = 0
-    met: dict[int, Met] = field(default_factory=dict)
+    told: Told | None = None
 
     def next(self, counts: dict[int, int]) -> int:
         """The number of the call that is made now."""
@@ -129,11 +124,6 @@ class Plan:
         if k >= self.calls:
             raise unseen_call(self.module, k, self.calls)
         return k
-
-    def end(self, counts: dict[int, int]) -> None:
-        """The module has run. RuntimeError if it made fewer calls than in any run that calibration saw."""
-        if 0 < (made := counts.get(id(self), 0)) < self.fewest:
-            raise fewer_calls(self.module, made, self.fewest)
 
     def _count(self, counts: dict[int, int]) -> int:
         """The number of this call. What a backward recomputes has the numbers that it had when it ran first."""
@@ -238,7 +228,6 @@ class _OwnCalls(TorchFunctionMode):
         self.inside = {id(module) for module in region.modules()}
         self.own: dict[int, int] = {}  # the calls since the module's own start, by plan
         self.recording = torch.is_grad_enabled()
-        self.parameters: set[int | None] | None = None  # where the module's lie in memory, once that is asked for
 
     def __enter__(self) -> Any:
         self.region.forged_pass.running.append(self)
@@ -247,10 +236,6 @@ class _OwnCalls(TorchFunctionMode):
     def __exit__(self, *exception: Any) -> None:
         self.region.forged_pass.running.pop()
         super().__exit__(*exception)
-        if exception[0] is None:
-            for plan in (self.region.forged_plan, self.region.forged_activations):
-                if plan and plan.once:
-                    plan.end(self.own)
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -265,12 +250,16 @@ class _OwnCalls(TorchFunctionMode):
             with self:
                 return OPENED[function](*args, **kwargs)
         k = plan.next(self.own if plan.once else self.region.forged_pass.so_far())
-        self._check(plan, k, call, args, kwargs)
-        for forge in plan.operands.get(k, []):
+        forges = plan.operands.get(k, [])
+        for forge in forges:
             x = get(args, kwargs, forge.key) if call.kind == forge.kind else None
             # (a caller may give a parameter as data: an image that is learned)
             if x is None or (isinstance(x, torch.nn.Parameter) and any(x is p for p in self.region.parameters())):
                 raise other_call(plan.module, forge.kind, call.kind)
+        if plan.told:
+            met = (parameter_in(value) for _, _, value in call.operands(args, kwargs))
+            plan.told.check(k, place(), self.region, [p for p in met if p is not None])
+        for forge in forges:
             if self.recording and torch_internals.checkpoints_itself(self.region):
                 raise RuntimeError(
                     f"{plan.module or 'the model'!r} checkpoints calls that it makes itself: they are run anew in the "
@@ -278,25 +267,9 @@ class _OwnCalls(TorchFunctionMode):
                     "compile the plain model, with backend='forged' and options={'stats': ...}"
                 )
             in_place = function in ACTIVATIONS and works_in_place(function, args, kwargs)
-            new = (forge.into if in_place else forge)(self.region, x)
+            new = (forge.into if in_place else forge)(self.region, get(args, kwargs, forge.key))
             args, kwargs = replace(args, kwargs, forge.key, new)
         return function(*args, **kwargs)
-
-    def _check(self, plan: Plan, k: int, call: Call, args: tuple, kwargs: dict) -> None:
-        """RuntimeError where the call is not the one that had this number in calibration."""
-        if k not in plan.met:
-            return
-        kind, weights, not_these = plan.met[k]
-        if kind not in ("", call.kind):
-            raise other_call(plan.module, kind, call.kind)
-        given = [v for _, _, v in call.operands(args, kwargs) if isinstance(v, torch.Tensor)]
-        if weights:
-            check_weight(call_name(plan.module, k, call.mark), self.region, weights, given, not_these)
-            return
-        if self.parameters is None:
-            self.parameters = {memory_of(p) for p in self.region.parameters()} - {None}
-        if not self.parameters.isdisjoint(map(memory_of, given)):
-            raise other_call(plan.module, kind, call.kind)
 
     def _is_own(self) -> bool:
         """Whether none of the submodules makes the call that is running, nor the module itself, called by itself. The
@@ -332,14 +305,10 @@ def _rebuild(*bases: type) -> torch.nn.Module:
     return derived.__new__(derived)
 
 
-def _plan(module: str, mark: str, sites: list[str], stats: Stats, told: dict[int, Met] | None) -> Plan:
-    """told: None where nothing is to be asked of its calls."""
-    if not sites:  # of its own mark: the module's calls are passed by
-        return Plan(module, True, sys.maxsize, {})
-    rows = [stats.sites[site] for site in sites]
-    by_number = told is not None and not all(call_of(site) in told for site in sites)  # and not by what each meets
-    fewest = stats.fewest.get(module + mark, 0) if by_number else 0
-    return Plan(module, all(row.once for row in rows), max(row.module_calls for row in rows), {}, fewest, told or {})
+def _plan(module: str, rows: list[SiteStats], told: Told | None) -> Plan:
+    """Without sites of its own mark, a module's calls are passed by."""
+    calls = max((row.module_calls for row in rows), default=sys.maxsize)
+    return Plan(module, all(row.once for row in rows), calls, {}, told if rows else None)
 
 
 def forge_regions(model: torch.nn.Module, stats: Stats, choice: Choice) -> dict[str, str]:
@@ -356,7 +325,7 @@ def forge_regions(model: torch.nn.Module, stats: Stats, choice: Choice) -> dict[
         if isinstance(module, _FUSES_CHILDREN) and is_around(name):
             sites_of.setdefault(name, [])
     reached: dict[str, str] = {}
-    calls = Told(model, stats)
+    teller = Teller(stats, model)
     for name, sites in sites_of.items():
         module = model.get_submodule(name)
         rows = [stats.sites[site] for site in sites]
@@ -366,8 +335,8 @@ def forge_regions(model: torch.nn.Module, stats: Stats, choice: Choice) -> dict[
         for mark in "#@":
             forged = [site for site in sites if mark_of(site) == mark]
             # To calibration a hook's calls are its module's, and run ahead of its forward: the audit finds that.
-            told = None if layer or module._forward_pre_hooks else calls.of(name, module, mark, forged)
-            plans[mark] = _plan(name, mark, forged, stats, told)
+            told = None if layer or module._forward_pre_hooks else teller.of(name, mark, module, forged)
+            plans[mark] = _plan(name, [stats.sites[site] for site in forged], told)
         for site, row in zip(sites, rows, strict=True):
             kind = choice[site]
             module.threshold_buffers[site] = names = register(module, site, kind, row, model)

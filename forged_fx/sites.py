@@ -20,7 +20,6 @@ import operator
 import re
 import types
 from collections.abc import Callable, Iterable
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -30,7 +29,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from forged_fx import torch_internals
-from forged_fx.torch_internals import memory_of
 
 Key = tuple[int | str, ...]  # where an operand sits in a call: (3,), ("weight",), or (1, 0) inside a list argument
 
@@ -330,13 +328,19 @@ def _data(opens: bool, roles: tuple[str, ...], origins: tuple[Origin, ...]) -> l
     return [(i, weights[0], fixed if origins[i] >= Origin.UNKNOWN else CONSTANT_INPUT) for i in data]
 
 
-# What a call was in all runs that were seen: its kind, and the names of the parameters that it was given.
+# All ways in which a call was made: its place in the code (`places.py`), and the names of the parameters that it met.
 Ways = tuple[tuple[str, ...], ...]
 
 
 def both_ways(one: Ways, other: Ways) -> Ways:
     """Those of either."""
     return one if one == other else tuple(sorted({*one, *other}))
+
+
+def parameter_in(value: Any) -> Tensor | None:
+    """The parameter that a value is, or is a view of."""
+    base = value if isinstance(value, torch.nn.Parameter) else getattr(value, "_base", None)
+    return base if isinstance(base, torch.nn.Parameter) else None
 
 
 def get(args: tuple, kwargs: dict, key: Key) -> Any:
@@ -392,12 +396,12 @@ def unseen_call(module: str, k: int, most: int) -> RuntimeError:
     )
 
 
-def fewer_calls(module: str, made: int, fewest: int) -> RuntimeError:
-    """What is raised where a module made fewer calls than in any run of calibration, so that they may be others."""
+def other_place(module: str, k: int) -> RuntimeError:
+    """What is raised where the k-th call is made in another place than in calibration."""
     return RuntimeError(
-        f"{module or 'the model'!r} makes {made} call{'s' * (made > 1)} of linear, convolution, product or activation, "
-        f"and at least {fewest} in calibration: calls are known by their number, so that the thresholds may have been "
-        "those of others. Calibrate on data that takes this path, too, or forge without this module "
+        f"{module or 'the model'!r} makes its call number {k} (counted from 0) of linear, convolution, product or "
+        "activation in another place of its code than in calibration: on this path calls have other numbers, and would "
+        "be given thresholds of others. Calibrate on data that takes both paths, or forge without this module "
         f"(exclude={(module or '#') + '*'!r})"
     )
 
@@ -411,27 +415,19 @@ def other_call(module: str, seen: str, made: str) -> RuntimeError:
     )
 
 
-def check_weight(
-    site: str,
-    owner: torch.nn.Module,
-    seen: Iterable[str],
-    met: list[Tensor],
-    not_these: AbstractSet[str] | None = None,
-) -> None:
-    """RuntimeError where a call meets another parameter of the owner's, or a view of one, than it did in calibration.
+def check_weight(site: str, owner: torch.nn.Module, seen: Iterable[str], met: list[Tensor]) -> None:
+    """RuntimeError where a call meets another parameter of the owner's than it did in calibration.
 
-    seen: the names that one has there. What is no parameter of the owner's (functional_call's, say) is let be, and if
-    `not_these` are named, what is none of them.
+    seen: the names that one has there. What is no parameter of the owner's (functional_call's, say) is let be.
     """
-    held = {memory_of(p) for name in seen if (p := _parameter(owner, name)) is not None} - {None}
-    here = {*map(memory_of, met)} - {None}
-    if not (held and here) or held & here:
+    held = [parameter for name in seen if (parameter := _parameter(owner, name)) is not None]
+    if not held or any(parameter is value for parameter in held for value in met):
         return
-    other = next((name for name, parameter in owner.named_parameters() if memory_of(parameter) in here), None)
-    if other is not None and (not_these is None or other in not_these):
+    other = next((name for name, parameter in owner.named_parameters() for value in met if parameter is value), None)
+    if other is not None:
         raise RuntimeError(
-            f"the data of site {site!r} met the parameter {next(iter(seen))!r} in calibration, and meets {other!r}: "
-            f"the threshold is of the first. Calibrate on data that takes both paths, forge without this module "
+            f"the data of site {site!r} met the parameter {min(seen)!r} in calibration, and meets {other!r}: the "
+            "threshold is of the first. Calibrate on data that takes both paths, forge without this module "
             f"(exclude={(module_of(site) or '#') + '*'!r}), or make modules of their own of the two"
         )
 

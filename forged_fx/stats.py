@@ -179,9 +179,8 @@ class Stats:
 
     What follows was seen in one batch or another, of whichever module, and says of sites what they are: not_layers,
     modules that do more with their input than one call. calls: a module's name and a mark (# or @) -> how many such
-    calls it made in one forward pass, at most; fewest: at least, where it ran. no_sites: names that a call had in which
-    no data met weights. met: a call's name -> the kinds that it was of, each with the parameters that it was given, in
-    whole or in part.
+    calls it made in one forward pass, at most. no_sites: names that a call had in which no data met weights. ways: a
+    call's name -> the places in the code where it was made, each with the parameters that it met, or views of them.
     """
 
     def __init__(
@@ -197,8 +196,7 @@ class Stats:
         not_layers: set[str] | None = None,
         calls: dict[str, int] | None = None,
         no_sites: set[str] | None = None,
-        fewest: dict[str, int] | None = None,
-        met: dict[str, Ways] | None = None,
+        ways: dict[str, Ways] | None = None,
     ) -> None:
         self.sites = sites or {}
         self.modules = modules or {}
@@ -210,14 +208,13 @@ class Stats:
         self.not_layers = not_layers or set()
         self.calls = calls or {}
         self.no_sites = no_sites or set()
-        self.fewest = fewest or {}
-        self.met = met or {}
+        self.ways = ways or {}
         for name, site in self.sites.items():
             site.layer &= module_of(name) not in self.not_layers
             site.module_calls = max(site.module_calls, self.calls.get(module_of(name) + mark_of(name), 0))
             if name in self.no_sites:
                 site.left_out = OTHER_CALL
-            elif len({weights for _, *names in self.met.get(name, ()) if (weights := tuple(names))}) > 1:
+            elif len({weights for _, *names in self.ways.get(name, ()) if (weights := tuple(names))}) > 1:
                 site.left_out = site.left_out or OTHER_WEIGHT
 
     def __getstate__(self) -> dict[str, Any]:
@@ -267,8 +264,7 @@ class Stats:
             not_layers=self.not_layers | other.not_layers,
             calls=_merged(max, self.calls, other.calls),
             no_sites=self.no_sites | other.no_sites,
-            fewest=_merged(min, self.fewest, other.fewest),
-            met=_merged(both_ways, self.met, other.met),
+            ways=_merged(both_ways, self.ways, other.ways),
         )
 
     def fits(self, model: torch.nn.Module) -> bool:
@@ -479,7 +475,7 @@ _COUNTS = ("calls", "elements", "sampled", "zeros")
 _TEXT_FIELDS = tuple(f.name for f in fields(SiteStats) if f.name not in _ARRAYS + _COUNTS)
 # what the files of every version say of a site; of what they do not, a field's default holds
 _ALWAYS = ("kind", "shape", "weight_shape", "weight", "key", "layer", "once", "module_calls", "left_out")
-_BY_NAME = {"calls": dict[str, int], "fewest": dict[str, int], "met": dict[str, Ways]}
+_BY_NAME = {"calls": dict[str, int], "ways": dict[str, Ways]}
 _SETS = ("contexts", "given", "at_times", "not_layers", "no_sites")  # of `Stats`, in a file's header
 # what the headers of the first files did not have
 _LATER: dict[str, Any] = {"at_times": [], "not_layers": [], "no_sites": [], "channel_counts": {}}

@@ -3,47 +3,62 @@
 A call that is left out on some path would give all that follow the thresholds of others.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import torch
 
-from forged_fx.sites import call_of, mark_of, module_of
+from forged_fx.places import is_of_changed_code
+from forged_fx.sites import call_name, call_of, check_weight, mark_of, module_of, other_place
 from forged_fx.stats import Stats
 
 
-class Met(NamedTuple):
-    """A call in calibration: its kind ("" where it may be any), the parameters that it was given, by their names in the
-    module, and those, if any, that it must not be given in their place (None: any other of the module's)."""
-
-    kind: str
-    weights: tuple[str, ...]
-    not_these: frozenset[str] | None
-
-
+@dataclass
 class Told:
-    """What calibration tells of each call of the modules that are forged call by call."""
+    """Of the calls of one module, of one mark. places: call index -> where it was made. weights: call index -> the
+    parameters that it was given, by their names in the module. forged: the calls that have a threshold; sites: those
+    that calibration lists, with a threshold or without."""
 
-    def __init__(self, model: torch.nn.Module, stats: Stats) -> None:
-        self.sites = stats.sites
+    module: str = ""
+    mark: str = "#"
+    places: dict[int, set[str]] = field(default_factory=dict)
+    weights: dict[int, set[str]] = field(default_factory=dict)
+    forged: set[int] = field(default_factory=set)
+    sites: set[int] = field(default_factory=set)
+
+    def check(self, k: int, place: str, owner: torch.nn.Module, given: list[torch.Tensor]) -> None:
+        """RuntimeError where a call is not the one that had this number in calibration."""
+        if self.places and place not in self.places.get(k, ()):
+            theirs = set[str]().union(*(self.places.get(one, ()) for one in self.forged))
+            product = k not in self.sites and any(value is p for value in given for p in owner.parameters())
+            known = set[str]().union(*self.places.values())
+            if (k in self.forged or place in theirs or product) and not is_of_changed_code(place, known):
+                raise other_place(self.module, k)
+        if given and k in self.forged and k in self.weights:
+            check_weight(call_name(self.module, k, self.mark), owner, self.weights[k], given)
+
+
+class Teller:
+    """What there is to tell of each module of a model."""
+
+    def __init__(self, stats: Stats, model: torch.nn.Module) -> None:
+        self.stats = stats
         self.parameters = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
-        known = {site: (row.kind, row.weight) for site, row in stats.sites.items() if row.weight}  # all in old files
-        known |= {call: ways[0] for call, ways in stats.met.items() if len(ways) == 1}
-        self.ways: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {}
-        for call, way in known.items():
-            self.ways.setdefault((module_of(call), mark_of(call)), {})[call] = way
+        self.calls: dict[tuple[str, str], list[str]] = {}
+        for call in stats.sites.keys() | stats.ways.keys():
+            self.calls.setdefault((module_of(call), mark_of(call)), []).append(call)
 
-    def of(self, name: str, module: torch.nn.Module, mark: str, forged: list[str]) -> dict[int, Met]:
+    def of(self, name: str, mark: str, module: torch.nn.Module, forged: Iterable[str]) -> Told:
         """forged: the module's sites that are to have a threshold."""
         own = [(id(p), n) for n, p in module.named_parameters(remove_duplicate=False)]
-        seen = {}
-        for call, (kind, *weights) in self.ways.get((name, mark), {}).items():
-            meant = {self.parameters.get(weight) for weight in weights}
-            here = tuple(n for key, n in own if key in meant)
-            if here or not (weights or call in self.sites):  # what a site meets tells, and of others that it is none
-                seen[call] = kind, here
-        # A call that is to have no threshold may be another one, if it is none of those that are to have one.
-        theirs = frozenset(weight for site in forged if site in seen for weight in seen[site][1])
-        return {
-            call_of(call): Met("", here, theirs) if call in self.sites and call not in forged else Met(kind, here, None)
-            for call, (kind, here) in seen.items()
-        }
+        told = Told(name, mark, forged=set(map(call_of, forged)))
+        for call in self.calls.get((name, mark), ()):
+            k, row, ways = call_of(call), self.stats.sites.get(call), self.stats.ways.get(call, ())
+            if row is not None:
+                told.sites.add(k)
+            if ways:
+                told.places[k] = {place for place, *_ in ways}
+            met = {weight for _, *weights in ways for weight in weights} | {row.weight if row else None}
+            if here := {n for key, n in own if key in {self.parameters.get(weight) for weight in met}}:
+                told.weights[k] = here
+        return told

@@ -233,7 +233,7 @@ def checkpoints() -> tuple[list[dict], dict | None]:
     from torch.utils.checkpoint import CheckpointFunction
 
     first: list[dict] = []
-    for frame in _frames():
+    for frame in frames():
         code, owner = frame.f_code, None
         if code is CheckpointFunction.forward.__code__:
             owner = frame.f_locals["ctx"]
@@ -259,7 +259,7 @@ def memory_of(tensor: torch.Tensor) -> int | None:
 
 def checkpoints_itself(module: torch.nn.Module) -> bool:
     """Whether a checkpoint that the module's own forward has begun is running this code."""
-    for frame in _frames():
+    for frame in frames():
         if frame.f_code is CHECKPOINT:
             return True
         if frame.f_code is MODULE_CALL and frame.f_locals["self"] is module:
@@ -284,7 +284,7 @@ def forwards_of_functions() -> set[types.CodeType]:
 
 def running(codes: Container[types.CodeType]) -> types.CodeType | None:
     """The innermost of these that is running this code; None if none is."""
-    return next((frame.f_code for frame in _frames() if frame.f_code in codes), None)
+    return next((frame.f_code for frame in frames() if frame.f_code in codes), None)
 
 
 def modules_on_stack(in_hooks: bool = True) -> Iterator[torch.nn.Module]:
@@ -292,7 +292,7 @@ def modules_on_stack(in_hooks: bool = True) -> Iterator[torch.nn.Module]:
 
     in_hooks: those too whose forward is through, and whose own forward hooks run.
     """
-    for frame in _frames():
+    for frame in frames():
         called = frame.f_code is MODULE_CALL
         # What went through `Module.compile` may have no frame of its own beyond this one: its call is what is compiled.
         if called or (frame.f_code is WRAPPED_CALL and compiled_in_place(frame.f_locals["self"])):
@@ -306,7 +306,7 @@ def at_end_of_call() -> list[Callable[[], None]] | None:
 
     Dynamo's wrapper of a compiled callable keeps this list for the state that it restores; each call has its own.
     """
-    for frame in _frames():
+    for frame in frames():
         if frame.f_code.co_name == "compile_wrapper" and "cleanups" in frame.f_locals:
             return frame.f_locals["cleanups"]
     return None
@@ -347,7 +347,7 @@ def around_calls_of_compiled_modules(
     OptimizedModule.__call__ = call
 
 
-def _frames() -> Iterator[types.FrameType]:
+def frames() -> Iterator[types.FrameType]:
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
         yield frame

@@ -524,7 +524,7 @@ def _forge_whole(model: torch.nn.Module, stats: Stats, choice: Choice) -> Forged
         if site.layer and not hooks_its_input(model.get_submodule(module_of(name)))
     }
     opened = opened_modules(wanted, layer_sites)
-    graph, constants = capture(model, opened, stats.given, stats.contexts)
+    graph, constants = capture(model, opened, stats.given, stats.contexts, stats.example)
     if written := written_attribute(graph):
         raise Untraceable(f"its forward writes into {written!r}, which a graph would not do")
     settle(graph, model)

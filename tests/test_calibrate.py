@@ -240,6 +240,7 @@ class Counts(nn.Module):
         self.fc = nn.Linear(4, 4)
         self.register_buffer("runs", torch.zeros(()))
         self.register_buffer("top", torch.tensor([-0.0, torch.nan]))
+        self.register_buffer("conjugate", torch.randn(3, dtype=torch.complex64).conj())
 
     def forward(self, x):
         self.runs.data.add_(1)
@@ -252,7 +253,7 @@ def test_buffers_are_left_as_they_were_however_they_are_written_to():
     before = [buffer.clone() for buffer in model.buffers()]
     forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]))
     for one in (model, forged):
-        for plain, kept in zip(before, (one.runs, one.top), strict=True):
+        for plain, kept in zip(before, (one.runs, one.top, one.conjugate), strict=True):
             assert same_bits(plain, kept)
 
 

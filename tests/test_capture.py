@@ -109,6 +109,86 @@ def test_what_is_recorded_is_a_tensor_to_code_that_asks(asks):
     assert "isinstance" not in globals()
 
 
+def decorated_elsewhere(forward):
+    scope = {"forward": forward}
+    exec("def around(self, x): return forward(self, x)", scope)
+    scope["around"].__wrapped__ = forward
+    return scope["around"]
+
+
+class Beneath(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    @decorated_elsewhere
+    def forward(self, x):
+        return self.fc(x.clamp(0, 1) if isinstance(x, torch.Tensor) else x)
+
+
+def test_a_question_beneath_a_decorator_of_another_file():
+    model = Beneath().eval()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [torch.rand(5, 4)]), 0)
+    assert is_whole(forged) and torch.equal(forged(x := 3 * torch.randn(5, 4)), model(x))
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.fc = nn.GRU(4, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x):
+        y = self.rnn(x)
+        return self.fc(y if isinstance(y, torch.Tensor) else y[0])
+
+
+class Several(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, xs):
+        xs = [xs] if torch.is_tensor(xs) else xs
+        return self.fc(xs[0])
+
+
+class Whole(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+class Unknown(Recurrent):
+    def __init__(self):
+        super().__init__()
+        self.rnn = Whole()
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "whole"),
+    [(Recurrent(), lambda x: x, True), (Several(), lambda x: [x], True), (Unknown(), lambda x: x, False)],
+)
+def test_what_is_no_tensor_is_not_said_to_be_one(model, given, whole):
+    batch = {"xs": [x_of(1)]} if isinstance(model, Several) else x_of(1)
+    forged = forged_fx.transform(model.eval(), forged_fx.calibrate(model, [batch]), 0)
+    assert is_whole(forged) == whole and torch.equal(forged(given(x_of(2))), model(given(x_of(2))))
+    if not whole:
+        assert "asks for the type of a value" in forged.forging.not_whole
+
+
+def test_of_statistics_from_a_file_no_argument_is_known_to_be_a_tensor():
+    model = Several().eval()
+    stats = forged_fx.calibrate(model, [{"xs": [x_of(1)]}])
+    stats.example = None
+    with pytest.warns(UserWarning, match="forged without an audit"):
+        forged = forged_fx.transform(model, stats, 0)
+    assert torch.equal(forged([x_of(2)]), model([x_of(2)])) and torch.equal(forged(x_of(2)), model(x_of(2)))
+
+
+def test_a_graph_of_torch_fx_is_captured():
+    plain = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval())
+    assert is_whole(forged_at_zero(plain))
+
+
 def with_default(default, use):
     class Takes(nn.Module):
         def __init__(self):

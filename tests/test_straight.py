@@ -1,9 +1,13 @@
 """Which forwards always do what calibration saw."""
 
 import functools
+import gc
+import weakref
+from typing import ClassVar
 
 import nets
 import pytest
+import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -84,6 +88,29 @@ def with_a_forward(forward):
     return layer
 
 
+class Dispatches(Masked):
+    WAYS: ClassVar[dict] = {True: lambda x: x, False: lambda x: x * 2}
+
+    def forward(self, x):
+        return F.linear(self.WAYS[x.dim() == 2](x), self.weight)
+
+
+class ByName(Masked):
+    how = "mask"
+
+    def forward(self, x):
+        return F.linear(x, self.weight * getattr(self, self.how)())
+
+
+class Given(Masked):
+    def __init__(self, before):
+        super().__init__()
+        self.before = before
+
+    def forward(self, x):
+        return F.linear(self.before(x), self.weight)
+
+
 FORWARDS = {
     "torch's": (lambda: nn.Conv2d(3, 3, 3, padding_mode="circular"), True),
     "parametrized": (lambda: parametrizations.weight_norm(nn.Linear(4, 4)), True),
@@ -96,6 +123,10 @@ FORWARDS = {
     "a property that branches": (Property, False),
     "a helper that branches": (Helped, False),
     "beneath a decorator": (Decorated, False),
+    "a table": (Dispatches, False),
+    "by name": (ByName, False),
+    "a function of its own": (lambda: Given(lambda x: x if x.dim() == 2 else x * 2), False),
+    "a straight function of its own": (lambda: Given(torch.sin), True),
     "one that was set": (lambda: with_a_forward(scaled), False),
     "torch's that was set": (lambda: with_a_forward(nn.Linear.forward), True),
 }
@@ -106,7 +137,24 @@ def test_what_branches(make, straight):
     assert is_straight(make()) == straight
 
 
-def test_code_without_a_source_is_not_known_to_be_straight():
+@pytest.mark.parametrize(
+    ("does", "straight"), [("x", True), ("x if x.dim() else -x", False), ("[-y for y in x]", False)]
+)
+def test_code_without_a_source_is_read_as_it_was_compiled(does, straight):
     scope = {"nn": nn}
-    exec("class Plain(nn.Identity):\n    def forward(self, x): return x", scope)
-    assert not is_straight(scope["Plain"]())
+    exec(f"class Plain(nn.Identity):\n    def forward(self, x): return {does}", scope)
+    assert is_straight(scope["Plain"]()) == straight
+    assert is_straight(with_a_forward(eval(f"lambda layer, x: {does}"))) == straight
+
+
+def test_asking_keeps_no_module_alive():
+    def forward_of(layer):
+        return lambda x: F.linear(x, layer.weight)
+
+    layer = nn.Linear(4, 4)
+    layer.forward = forward_of(layer)
+    assert is_straight(layer)
+    gone = weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert gone() is None

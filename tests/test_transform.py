@@ -859,6 +859,40 @@ class CountsInAnObject(CountsInAList):
         return self.fc(x)
 
 
+COUNTERS = {
+    "nested objects": (lambda: types.SimpleNamespace(inner=types.SimpleNamespace(n=0)), "held.inner.n += 1"),
+    "slots": (lambda: Slots(), "held.n += 1"),
+    "numpy": (lambda: np.zeros(3), "held[0] += 1"),
+    "a set": (set, "held.add(len(held))"),
+    "a count": (itertools.count, "next(held)"),
+    "keys": (dict, "held[len(held)] = None"),
+    "a deque": (lambda: collections.deque([0]), "held.append(held.pop() + 1)"),
+}
+
+
+class Slots:
+    __slots__ = ("n",)
+
+    def __init__(self):
+        self.n = 0
+
+
+@pytest.mark.parametrize(("make", "count"), COUNTERS.values(), ids=COUNTERS)
+def test_what_a_forward_counts_in_is_no_graph(make, count):
+    class Counts(SeedsItself):
+        def __init__(self):
+            super().__init__()
+            self.held = make()
+
+        def forward(self, x):
+            exec(count, {"held": self.held})
+            return self.fc(x)
+
+    model, x = Counts().eval(), torch.randn(5, 4)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0)
+    assert forged.forging.not_whole == "its forward changes 'held', which a graph would not do"
+
+
 class Inference(Base):
     def forward(self, x):
         x = self.a(x)
