@@ -5,7 +5,6 @@ the module's own call to the one in question: of each function on it the name, a
 come. Where code has changed since, its places say nothing.
 """
 
-import functools
 import hashlib
 import types
 from collections.abc import Iterable
@@ -28,14 +27,26 @@ def place() -> str:
     for frame in torch_internals.frames():
         if frame.f_code is torch_internals.MODULE_CALL:
             break
-        if not frame.f_code.co_filename.startswith(_PASSED_BY):
-            steps.append(f"{_signed(frame.f_code)}+{frame.f_lasti}")
+        if signed := _signed(frame.f_code):
+            steps.append(f"{signed}+{frame.f_lasti}")
     return ">".join(reversed(steps))
 
 
-@functools.lru_cache(maxsize=4096)
+_known: dict[
+    int, tuple[types.CodeType, str]
+] = {}  # by id, of a code that is kept: to hash one takes longer than all else
+
+
 def _signed(code: types.CodeType) -> str:
-    return f"{code.co_name}@{hashlib.sha256(code.co_code).hexdigest()[:8]}"
+    """The name and digest of a function; "" of one that is passed by."""
+    if (found := _known.get(id(code))) is not None:
+        return found[1]
+    if len(_known) > 4096:
+        _known.clear()
+    ours = code.co_filename.startswith(_PASSED_BY)
+    signed = "" if ours else f"{code.co_name}@{hashlib.sha256(code.co_code).hexdigest()[:8]}"
+    _known[id(code)] = code, signed
+    return signed
 
 
 def is_of_changed_code(new: str, known: Iterable[str]) -> bool:
