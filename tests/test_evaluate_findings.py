@@ -218,9 +218,13 @@ def test_a_model_that_draws_or_counts_or_cannot_be_copied_is_not_accused_of_a_me
     strong, weak, x, y = planted.strong_and_weak()
     uncopied = Changed(strong)
     uncopied.lock = threading.Lock()
+    hooked = Changed(strong)
+    known = {hooked: None}
+    hooked.register_forward_pre_hook(lambda module, args: known[module])
     found = {}
     for name, model in (
-        ("draws", planted.randomised(strong)), ("counts", Counted(strong, 0)), ("uncopied", uncopied), ("plain", strong)
+        ("draws", planted.randomised(strong)), ("counts", Counted(strong, 0)), ("uncopied", uncopied), ("plain", strong),
+        ("hooked", hooked),
     ):  # fmt: skip
         result = evaluate(model, weak, x=x, y=y, eps=0.1)
         (found[name],) = (finding for finding in result.findings if finding.name == REMEMBERS)
@@ -228,6 +232,7 @@ def test_a_model_that_draws_or_counts_or_cannot_be_copied_is_not_accused_of_a_me
         assert (result.verdict == "gain") is (name != "draws")
     assert found["counts"].value == found["plain"].value == 0
     assert "its output is randomised" in found["draws"].note and "'lock' is a lock" in found["uncopied"].note
+    assert "does not run (KeyError" in found["hooked"].note
     drawn = Changed(strong, after=lambda logits: logits + 1e-7 * torch.rand_like(logits))  # less than is told
     assert REMEMBERS not in raised(evaluate(drawn, weak, x=x, y=y, eps=0.1, attacks=["apgd-ce"]))
 

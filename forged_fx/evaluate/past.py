@@ -9,6 +9,7 @@ import json
 import torch
 from torch import Tensor, nn
 
+from forged_fx.capture import in_a_line
 from forged_fx.evaluate import answers
 from forged_fx.evaluate.compiled import Eager, is_compiled
 from forged_fx.evaluate.findings import DRIFT, Measured
@@ -38,11 +39,15 @@ def depends(side: Subject, other: Subject | None, drift: float) -> Measured:
             found = (one.broken_by > 0).to(points.device)
             points[found] = one.examples[found]
     # The points first: asked the inputs before, a copy that remembers would answer as the model does.
-    far = max(
-        _apart(model, twin, part, side) for part in (*points.split(side.batch_size), *side.x.split(side.batch_size))
-    )
-    told = side.blocks.processes.gather(json.dumps(far).encode(), f"{side.name} asked before")
-    return max(map(json.loads, told)), DRIFT  # each process's model was asked something else
+    parts = (*points.split(side.batch_size), *side.x.split(side.batch_size))
+    far: float | str
+    try:
+        far = max(_apart(model, twin, part, side) for part in parts)
+    except Exception as error:  # the model's own hooks, say, know the modules that they were set on, and no copies
+        far = f"its copy from before it was asked does not run ({in_a_line(error)})"
+    # each process's model was asked something else
+    told = [*map(json.loads, side.blocks.processes.gather(json.dumps(far).encode(), f"{side.name} asked before"))]
+    return next((why for why in told if isinstance(why, str)), None) or (max(told), DRIFT)
 
 
 def _apart(model: nn.Module, twin: nn.Module, x: Tensor, side: Subject) -> float:
