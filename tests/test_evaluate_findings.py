@@ -223,8 +223,8 @@ def test_a_model_that_draws_or_counts_or_cannot_be_copied_is_not_accused_of_a_me
     hooked.register_forward_pre_hook(lambda module, args: known[module])
     found = {}
     for name, model in (
-        ("draws", planted.randomised(strong)), ("counts", Counted(strong, 0)), ("uncopied", uncopied), ("plain", strong),
-        ("hooked", hooked),
+        ("draws", planted.randomised(strong)), ("counts", Counted(strong, 0)), ("plain", strong),
+        ("uncopied", uncopied), ("hooked", hooked),
     ):  # fmt: skip
         result = evaluate(model, weak, x=x, y=y, eps=0.1)
         (found[name],) = (finding for finding in result.findings if finding.name == REMEMBERS)
