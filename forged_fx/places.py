@@ -49,6 +49,11 @@ def _signed(code: types.CodeType) -> str:
     return signed
 
 
+def innermost(place: str) -> str:
+    """Its last step: the function that makes the call, and where in it."""
+    return place.rpartition(">")[2]
+
+
 def is_of_changed_code(new: str, known: Iterable[str]) -> bool:
     """Whether a place is in a function that was another one, under the same name, when the others were seen."""
     digests: dict[str, set[str]] = {}

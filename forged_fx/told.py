@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from forged_fx.places import is_of_changed_code
+from forged_fx.places import innermost, is_of_changed_code
 from forged_fx.sites import call_name, call_of, check_weight, mark_of, module_of, other_place
 from forged_fx.stats import Stats
 
@@ -27,12 +27,19 @@ class Told:
     sites: set[int] = field(default_factory=set)
 
     def check(self, k: int, place: str, owner: torch.nn.Module, given: list[torch.Tensor]) -> None:
-        """RuntimeError where a call is not the one that had this number in calibration."""
-        if self.places and place not in self.places.get(k, ()):
+        """RuntimeError where a call is not the one that had this number in calibration.
+
+        It is not where another call, which has a threshold, was made in this place; nor where it has a threshold, or
+        takes a parameter of the module's, and stands elsewhere in the code. (The way there may be another one: with or
+        without a checkpoint.)
+        """
+        own = self.places.get(k, set())
+        if self.places and place not in own:
             theirs = set[str]().union(*(self.places.get(one, ()) for one in self.forged))
             product = k not in self.sites and any(value is p for value in given for p in owner.parameters())
+            elsewhere = innermost(place) not in map(innermost, own) and (k in self.forged or product)
             known = set[str]().union(*self.places.values())
-            if (k in self.forged or place in theirs or product) and not is_of_changed_code(place, known):
+            if (place in theirs or elsewhere) and not is_of_changed_code(place, known):
                 raise other_place(self.module, k)
         if given and k in self.forged and k in self.weights:
             check_weight(call_name(self.module, k, self.mark), owner, self.weights[k], given)

@@ -717,6 +717,22 @@ def test_a_loop_may_be_shorter_than_in_calibration(where, x):
     assert torch.equal(forged(x[..., :2, :]), model(x[..., :2, :]))
 
 
+def test_a_call_may_be_reached_by_another_way(x):
+    class Checkpoints(Skips):
+        def run(self, function, x):
+            return checkpoint(function, x, use_reentrant=False) if self.checkpointed else function(x)
+
+        def forward(self, x):
+            return self.run(lambda x: self.first(self, x), x) if x.mean() > 0 else x
+
+    model = Checkpoints(lambda m, x: x @ F.normalize(m.a), None).eval()
+    model.checkpointed = True
+    stats = forged_fx.calibrate(model, [x.abs()])
+    model.checkpointed = False
+    forged = forged_fx.transform(model, stats, 0.0)
+    assert torch.equal(forged(x.abs()), model(x.abs()))
+
+
 def test_attention_may_be_given_a_mask_or_none(x):
     model, mask = nn.MultiheadAttention(4, 2, batch_first=True).eval(), torch.zeros(x.shape[:-1], dtype=torch.bool)
 
