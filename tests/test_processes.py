@@ -32,7 +32,7 @@ def told(tmp_path_factory):
 def test_a_slow_process_is_waited_for_beyond_all_patience_and_named(told):
     assert told["slow"]["found"] == [told["evaluated"]] * 2
     said, other = told["slow"]["said"]
-    assert "evaluate, base 0 natural none: process 0 has waited 0.25 s for process 1\n" in said
+    assert "evaluate, model gradients: process 0 has waited 0.25 s for process 1\n" in said
     assert "process 0 has waited 2 s for process 1\n" in said and other == ""
     assert told["slow_batches"]["found"] == [told["calibrated"]] * 2
     assert "calibrate: process 0 has waited 2 s for process 1\n" in told["slow_batches"]["said"][0]
