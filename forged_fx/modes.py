@@ -79,7 +79,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _bits(x: torch.Tensor) -> torch.Tensor:
     x = x.resolve_conj().resolve_neg()
-    if not x.is_contiguous() or x.numel() == 1:  # (one element may have any stride)
+    if not x.is_contiguous() or x.numel() < 2:  # (then any strides are)
         x = x.clone(memory_format=torch.contiguous_format)
     return x.detach().reshape(-1).view(torch.uint8)
 
