@@ -15,10 +15,8 @@ import torch
 from forged_fx import torch_internals
 
 # The frames of whoever watches, or keeps Dynamo out, or runs hooks.
-_PASSED_BY = (
-    *(str(Path(file).parent) for file in (__file__, torch._dynamo.__file__)),
-    torch.nn.modules.module.__file__,
-)
+_DYNAMO = Path(torch.__file__).parent / "_dynamo"  # (which is loaded when it is first used)
+_PASSED_BY = (str(Path(__file__).parent), str(_DYNAMO), torch.nn.modules.module.__file__)
 
 
 def place() -> str:
