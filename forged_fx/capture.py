@@ -216,8 +216,8 @@ def capture(
     """The graph of `model`'s forward pass, with every module outside `opened` as one call.
 
     given: the names of the forward parameters that calls pass; the others keep their defaults. example: (args, kwargs)
-    of a call, which tells which arguments are tensors. Also returns the tensors
-    that the forward makes from literals alone: the graph reads them under these names.
+    of a call, which tells which arguments are tensors. Also returns the tensors that the forward makes from literals
+    alone: the graph reads them under these names.
     Raises Untraceable, with the reason, where the graph would lose something that the model does.
     """
     for name in sorted(opened & contexts):
@@ -371,7 +371,7 @@ def _counted(value: Any, depth: int = 4) -> Iterator[str]:
         for held in value if depth else ():
             yield from _counted(held, depth - 1)
     elif _top(type(value)) == "numpy":
-        yield str(value)
+        yield str(value.tolist()) if hasattr(value, "tolist") else repr(value)  # (the text of an array leaves out most)
     elif type(value) is itertools.count:
         yield repr(value)
     elif depth and _is_ones_own(value):

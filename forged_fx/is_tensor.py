@@ -16,6 +16,7 @@ import torch.fx as fx
 from torch import nn
 
 from forged_fx.rewrite import fact_of
+from forged_fx.straight import enclosed
 
 _ASKS = "isinstance"
 _TUPLES = (nn.RNNBase, nn.LSTMCell, nn.MultiheadAttention)  # what these return is none
@@ -61,8 +62,7 @@ def _files(classes: Iterable[type]) -> list[dict[str, Any]]:
         seen.add(id(function))
         if not function.__globals__.get("__name__", "").startswith("torch."):
             found[id(function.__globals__)] = function.__globals__
-        ahead.append(getattr(function, "__wrapped__", None))
-        ahead += (cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType())
+        ahead += (getattr(function, "__wrapped__", None), *enclosed(function))
     return [*found.values()]
 
 

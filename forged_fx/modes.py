@@ -42,7 +42,7 @@ def _eval(module: torch.nn.Module) -> None:
 def kept_buffers(model: torch.nn.Module) -> Iterator[list[str]]:
     """Afterwards every buffer is the tensor that it was, with the values that it had: a model may count its runs, in
     eval mode too. Yields a list, which then names the buffers that were replaced, or written to. (PyTorch counts most
-    writes. Those through `.data`, and those of some fused operators, show in the values alone.)"""
+    writes. Those through `.data`, and those of some fused operators, show in the values of plain tensors alone.)"""
     written: list[str] = []
     named = {name: buffer for name, buffer in model.named_buffers() if not (is_lazy(buffer) or buffer.is_inference())}
     before = {name: (buffer.clone(), buffer._version) for name, buffer in named.items()}
@@ -57,8 +57,7 @@ def kept_buffers(model: torch.nn.Module) -> Iterator[list[str]]:
     finally:
         with torch.no_grad():
             for name, (values, version) in before.items():
-                ordinary = type(values) is torch.Tensor  # (of others only the writes that are counted are known)
-                if named[name]._version != version or (ordinary and not same_bits(named[name], values)):
+                if named[name]._version != version or (_is_plain(values) and not same_bits(named[name], values)):
                     named[name].copy_(values)
                     written.append(name)
             for path, buffers, name, buffer in slots:
@@ -68,20 +67,20 @@ def kept_buffers(model: torch.nn.Module) -> Iterator[list[str]]:
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors hold the same, bit for bit. Of those without plain memory (sparse ones, or on the meta
-    device) only shape and dtype are compared."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if a.layout != torch.strided or a.is_meta or a.is_quantized:
-        return True
-    return torch.equal(_bits(a), _bits(b))
+    """Whether two tensors hold the same, bit for bit."""
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(_bits(a), _bits(b))
 
 
 def _bits(x: torch.Tensor) -> torch.Tensor:
-    x = x.resolve_conj().resolve_neg()
+    x = (x if x.layout == torch.strided else x.to_dense()).resolve_conj().resolve_neg()
     if not x.is_contiguous() or x.numel() < 2:  # (then any strides are)
         x = x.clone(memory_format=torch.contiguous_format)
     return x.detach().reshape(-1).view(torch.uint8)
+
+
+def _is_plain(x: torch.Tensor) -> bool:
+    """Whether its values lie in memory as they are: it is not sparse, quantized, on the meta device or a subclass's."""
+    return type(x) is torch.Tensor and x.layout == torch.strided and not (x.is_meta or x.is_quantized)
 
 
 @contextlib.contextmanager

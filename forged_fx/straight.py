@@ -11,6 +11,7 @@ import functools
 import inspect
 import textwrap
 import types
+from typing import Any
 
 import torch
 
@@ -48,9 +49,14 @@ def _named_in(function: types.FunctionType, owner: type) -> list[types.FunctionT
     modules = [held for name in names if isinstance(held := scope.get(name), types.ModuleType)]
     places = [*map(vars, owner.__mro__), scope, *map(vars, modules)]
     found = [place.get(name) for name in names for place in places]
-    found += [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
     found = [one.fget if isinstance(one, property) else getattr(one, "__func__", one) for one in found]
+    found += enclosed(function)
     return [one for one in found if isinstance(one, types.FunctionType) and one is not function]
+
+
+def enclosed(function: types.FunctionType) -> list[Any]:
+    """What a function has in its closure: what its decorator was given, say."""
+    return [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
 
 
 @functools.lru_cache(maxsize=1024)

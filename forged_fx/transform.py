@@ -307,7 +307,7 @@ def _forge(
     try:
         if not graph:
             raise Untraceable("as graph=False asked for")
-        forged = _forge_whole(model, asked.stats, asked.choice)
+        forged = _forge_whole(model, asked.stats, asked.choice, example)
         forged.meta["forged_fx"] = dataclasses.replace(asked, reached=dict.fromkeys(wanted, "in the graph"))
         if not example:
             return forged, set()
@@ -513,7 +513,7 @@ def _write(buffers: Mapping[str, tuple[torch.Tensor, ...]], values: Mapping[str,
                 buffer.copy_(torch.as_tensor(value, dtype=torch.float32, device=buffer.device))
 
 
-def _forge_whole(model: torch.nn.Module, stats: Stats, choice: Choice) -> ForgedModule:
+def _forge_whole(model: torch.nn.Module, stats: Stats, choice: Choice, example: Any) -> ForgedModule:
     """The model as one graph, with thresholds that change nothing yet. Raises Untraceable."""
     wanted = [*choice.kinds]
     if stats.at_times:
@@ -524,7 +524,7 @@ def _forge_whole(model: torch.nn.Module, stats: Stats, choice: Choice) -> Forged
         if site.layer and not hooks_its_input(model.get_submodule(module_of(name)))
     }
     opened = opened_modules(wanted, layer_sites)
-    graph, constants = capture(model, opened, stats.given, stats.contexts, stats.example)
+    graph, constants = capture(model, opened, stats.given, stats.contexts, example)
     if written := written_attribute(graph):
         raise Untraceable(f"its forward writes into {written!r}, which a graph would not do")
     settle(graph, model)

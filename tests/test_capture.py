@@ -182,6 +182,7 @@ def test_of_statistics_from_a_file_no_argument_is_known_to_be_a_tensor():
     with pytest.warns(UserWarning, match="forged without an audit"):
         forged = forged_fx.transform(model, stats, 0)
     assert torch.equal(forged([x_of(2)]), model([x_of(2)])) and torch.equal(forged(x_of(2)), model(x_of(2)))
+    assert not is_whole(forged) and is_whole(forged_fx.transform(model, stats, 0, example=((), {"xs": [x_of(1)]})))
 
 
 def test_a_graph_of_torch_fx_is_captured():

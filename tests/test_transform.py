@@ -727,6 +727,11 @@ def test_an_input_with_gaps_in_memory_is_forged():
         audit(other, forged, list(forged_fx.calibrate(net, [x]).sites), (x,), {})
 
 
+def test_outputs_that_are_sparse_are_compared_by_their_values():
+    x = torch.tensor([[0.0, 2.0], [3.0, 0.0]])
+    assert same(x.to_sparse(), x.to_sparse()) and not same(x.to_sparse(), (2 * x).to_sparse())
+
+
 def test_empty_outputs_with_gaps_are_the_same():
     assert same(torch.zeros(0, 2)[:, ::2], torch.zeros(0, 1))
 
@@ -863,6 +868,7 @@ COUNTERS = {
     "nested objects": (lambda: types.SimpleNamespace(inner=types.SimpleNamespace(n=0)), "held.inner.n += 1"),
     "slots": (lambda: Slots(), "held.n += 1"),
     "numpy": (lambda: np.zeros(3), "held[0] += 1"),
+    "a long array": (lambda: np.zeros(5000), "held[2500] += 1"),
     "a set": (set, "held.add(len(held))"),
     "a count": (itertools.count, "next(held)"),
     "keys": (dict, "held[len(held)] = None"),

@@ -14,8 +14,8 @@ def first_of(x: Tensor) -> Tensor:
     """(n,) int64, of each input the first that it is a copy of; itself, if of none."""
     flat = x.detach().cpu().flatten(1)
     means = adaptive_avg_pool1d(flat[None], PARTS)[0]
-    first = own = torch.arange(len(flat))
-    first = first.clone()
+    own = torch.arange(len(flat))
+    first = own.clone()
     for k in range(1, len(flat)):
         near = ((means[:k] - means[k]).abs() <= NEAR + 1e-6).all(1) & (first[:k] == own[:k])
         (found,) = near.nonzero(as_tuple=True)
