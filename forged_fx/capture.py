@@ -119,6 +119,7 @@ class _SiteTracer(fx.Tracer):
 
     def __init__(self, opened: set[str]) -> None:
         super().__init__()
+        self.thread = threading.get_ident()
         self.opened = opened
         self.asked: str | None = None  # what the forward does with a value; it may catch the error that this is
         functions = torch_internals.forwards_of_functions()
@@ -129,6 +130,16 @@ class _SiteTracer(fx.Tracer):
 
     def is_leaf_module(self, module: torch.nn.Module, name: str) -> bool:
         return name not in self.opened
+
+    # While it traces, every module of the process calls it, and asks it for attributes: those of other threads, too.
+
+    def call_module(self, m: torch.nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        elsewhere = threading.get_ident() != self.thread
+        return forward(*args, **kwargs) if elsewhere else super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict) -> Any:
+        elsewhere = threading.get_ident() != self.thread
+        return attr_val if elsewhere else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         if node.op == "get_attr":
@@ -458,13 +469,10 @@ _CONTEXTS: list[tuple[Any, str, str]] = [
 ]
 
 
-_tracing = threading.RLock()
-
-
 @contextlib.contextmanager
 def _contexts_refused() -> Iterator[None]:
     """Within it, a forward that begins a context, or asks for one, is Untraceable: a graph holds the calls in it, and
-    not the context. Other threads begin theirs, and trace one after the other."""
+    not the context. Other threads begin theirs."""
     tracing = threading.get_ident()
 
     def refusing(function: Callable, what: str) -> Callable:
@@ -475,15 +483,14 @@ def _contexts_refused() -> Iterator[None]:
 
         return refuse
 
-    with _tracing:
-        plain = [getattr(owner, name) for owner, name, _ in _CONTEXTS]
-        for (owner, name, what), function in zip(_CONTEXTS, plain, strict=True):
-            setattr(owner, name, refusing(function, what))
-        try:
-            yield
-        finally:
-            for (owner, name, _), function in zip(_CONTEXTS, plain, strict=True):
-                setattr(owner, name, function)
+    plain = [getattr(owner, name) for owner, name, _ in _CONTEXTS]
+    for (owner, name, what), function in zip(_CONTEXTS, plain, strict=True):
+        setattr(owner, name, refusing(function, what))
+    try:
+        yield
+    finally:
+        for (owner, name, _), function in zip(_CONTEXTS, plain, strict=True):
+            setattr(owner, name, function)
 
 
 def _check_arguments(graph: fx.Graph) -> None:

@@ -20,12 +20,14 @@ from torch import Tensor
 
 from forged_fx import torch_internals
 from forged_fx.kinds import Choice, Value
+from forged_fx.places import innermost, steps_at
 from forged_fx.rewrite import CallNode, Placed, outermost
 from forged_fx.sites import (
     Numbering,
     call_name,
     call_of,
     check_weight,
+    mark_of,
     module_of,
     operand_name,
     unseen_call,
@@ -199,9 +201,9 @@ class Frame:
             return call_name(call.module, group.index(call) % most)
         index = len(self.counted)
         self.counted.append(Counted(call.module, weight if told else None))
-        k = None if open_to_others else self._told_by_weight(call, weight)
-        if k is not None:
-            return call_name(call.module, k)
+        for tell in () if open_to_others else (self._told_by_weight, self._told_by_place):
+            if (k := tell(call, weight)) is not None:
+                return call_name(call.module, k)
         self._index[label := f"{call.module}#?{index}"] = index
         return label
 
@@ -215,6 +217,16 @@ class Frame:
             if module_of(site) == call.module and (s.kind, s.weight) == (call.call.kind, name)
         ]
         return same[0] if len(same) == 1 and name is not None else None
+
+    def _told_by_place(self, call: CallNode, _: int | None) -> int | None:
+        """Which of its module's calls it is, where only one of them was made in this line of the code."""
+        steps = steps_at(call.node.meta.get("stack_trace") or "")
+        here = [
+            call_of(name)
+            for name, ways in self.compilation.stats.ways.items()
+            if (module_of(name), mark_of(name)) == (call.module, "#") and any(innermost(p) in steps for p, *_ in ways)
+        ]
+        return here[0] if len(here) == 1 else None
 
     def _weight(self, call: CallNode, inputs: dict[fx.Node, int]) -> int | None:
         """Which of the graph's inputs is the call's weight, where it reads a parameter as it is."""

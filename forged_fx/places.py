@@ -5,9 +5,13 @@ the module's own call to the one in question: of each function on it the name, a
 come. Where code has changed since, its places say nothing.
 """
 
+import functools
 import hashlib
+import itertools
+import linecache
+import re
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -45,6 +49,40 @@ def _signed(code: types.CodeType) -> str:
     signed = "" if ours else f"{code.co_name}@{hashlib.sha256(code.co_code).hexdigest()[:8]}"
     _known[id(code)] = code, signed
     return signed
+
+
+def steps_at(trace: str) -> set[str]:
+    """What the last step of a place may be, of a call in a compiled graph, which keeps a trace: file, line, function.
+
+    Several, where a line makes several calls; none, where the source is not at hand.
+    """
+    if not (found := re.findall(r'^  File "(.*)", line (\d+), in (.*)$', trace, flags=re.MULTILINE)):
+        return set()
+    file, line, name = found[-1]
+    return {
+        f"{_signed(code)}+{offset}"
+        for code in _codes(file)
+        if code.co_name == name
+        for offset, (at, *_) in zip(itertools.count(0, 2), code.co_positions(), strict=False)
+        if at == int(line)
+    }
+
+
+@functools.lru_cache(maxsize=64)
+def _codes(file: str) -> tuple[types.CodeType, ...]:
+    """The code of every function of a source file."""
+    try:
+        whole = compile("".join(linecache.getlines(file)), file, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError):
+        return ()
+    return tuple(_within(whole))
+
+
+def _within(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _within(constant)
 
 
 def innermost(place: str) -> str:

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -241,7 +242,8 @@ def transform(
                 f"only='free' leaves none of {len(costly)} sites forged: forged_fx.describe says what each would cost",
                 stacklevel=3,
             )
-    forged, ran = _forge(model, Forging(stats, {}, left_out, choice), example, strict, graph)
+    with _one_at_a_time:
+        forged, ran = _forge(model, Forging(stats, {}, left_out, choice), example, strict, graph)
     record = forging_of(forged)
     record.audited = example is not None
     if example:
@@ -262,6 +264,9 @@ def transform(
     set_ratio(forged, ratio)
     return forged
 
+
+# To trace and to audit, functions of the process's are replaced and its random generators are seeded.
+_one_at_a_time = threading.RLock()
 
 _NO_BATCH = "statistics from a file keep no batch to run", "pass one, example=((x,), {})"
 _ON_META = "a model on the meta device has no weights to run with", "forge it once with weights, example=((x,), {})"

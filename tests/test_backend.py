@@ -416,6 +416,34 @@ def test_a_branch_that_calibration_did_not_take_is_named_as_a_cause():
         fast(-x)
 
 
+class MadeOfParameters(nn.Module):
+    """Its weights are made on the way, so that no call shows a parameter as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Parameter(torch.randn(8, 8)) for _ in range(3))
+
+    def forward(self, x, short=False):
+        if not short:
+            x = F.linear(x, self.a * 2)
+        x = F.linear(x.tanh(), self.b * 2)
+        return F.linear(x, self.c * 2)
+
+
+def test_a_call_that_is_left_out_does_not_shift_those_that_follow():
+    torch.manual_seed(0)
+    model, x = MadeOfParameters().eval(), torch.randn(5, 8)
+    stats = forged_fx.calibrate(model, [x])
+    fast = compiled(model, stats, ratio=2**-1)
+    fast(x)
+
+    def cut(value, site):
+        return value.masked_fill(value.abs() < stats.sites[site].c_max / 2, 0)
+
+    h = F.linear(cut(x.tanh(), "#1"), model.b * 2)
+    torch.testing.assert_close(fast(x, short=True), F.linear(cut(h, "#2"), model.c * 2))
+
+
 def test_any_number_of_forged_models_is_compiled():
     """Dynamo compiles a code a limited number of times: each forged model has its own."""
     torch._dynamo.reset()

@@ -1,6 +1,7 @@
 """Several threads at once: which of two runs first at each step is forced, not left to chance."""
 
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -174,3 +175,46 @@ def test_compiled_code_is_watched_too():
     with module_hooks(lambda module, args: entered.append("in"), lambda *_: entered.append("out")):
         fast(torch.ones(1))
     assert entered == ["in", "out"]
+
+
+class OneGraph(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x):
+        at("traced")
+        return self.a(x).relu()
+
+
+def test_a_model_that_runs_while_another_is_traced_is_none_of_its_graph(batches):
+    model, other = OneGraph().eval(), OneGraph().eval()
+    stats = forged_fx.calibrate(model, batches)
+    expected, found = quietly(other, batches[0]), []
+
+    def beside():
+        found.extend(run(beside=lambda: (quietly(other, batches[0]), quietly(model, batches[0]))))
+
+    STEPS["one", "traced"] = beside
+    (forged,) = run(one=lambda: forged_fx.transform(model, stats, 0))
+    assert forged.forging.not_whole is None
+    assert all(torch.equal(theirs, expected) and torch.equal(own, quietly(forged, batches[0])) for theirs, own in found)
+    assert len(found) > 4
+
+
+def test_two_threads_forge_one_after_the_other(batches):
+    models = [OneGraph().eval() for _ in range(2)]
+    stats = [forged_fx.calibrate(model, batches) for model in models]
+    begun = threading.Event()
+    STEPS["one", "traced"] = lambda: (begun.set(), time.sleep(0.05))
+    STEPS["two", "begins"] = lambda: wait(begun)
+
+    def forge_one(k):
+        at("begins")
+        return forged_fx.transform(models[k], stats[k], 2**-2)
+
+    for k, forged in enumerate(run(one=lambda: forge_one(0), two=lambda: forge_one(1))):
+        assert forged.forging.not_whole is None
+        assert torch.equal(
+            quietly(forged, batches[0]), quietly(forged_fx.transform(models[k], stats[k], 2**-2), batches[0])
+        )
