@@ -27,7 +27,7 @@ from forged_fx.containers import HELD
 from forged_fx.graph_calls import AUGMENTED, ordered
 from forged_fx.is_tensor import values_are_tensors
 from forged_fx.models import copied
-from forged_fx.modes import kept_buffers
+from forged_fx.modes import kept_buffers, same_bits
 from forged_fx.randomness import generator_state, kept_randomness
 from forged_fx.sites import module_of, only_looks
 
@@ -548,7 +548,7 @@ def is_as_its_class(module: torch.nn.Module) -> bool:
 def _alike(a: Traced, b: Traced) -> bool:
     """Whether two runs did the same, and made the same tensors (a generator of the model's own draws other ones)."""
     (graph, constants), (other, others) = a, b
-    return _text(graph) == _text(other) and all(_equal(value, others[name]) for name, value in constants.items())
+    return _text(graph) == _text(other) and all(same_bits(value, others[name]) for name, value in constants.items())
 
 
 def _text(graph: fx.Graph, left_out: fx.Node | None = None) -> list[tuple]:
@@ -562,9 +562,3 @@ def _text(graph: fx.Graph, left_out: fx.Node | None = None) -> list[tuple]:
     nodes = [n for n in graph.nodes if n not in fixed and not (left_out and n.op == "placeholder")]
     args = [(fx.map_arg(n.args, given), fx.map_arg(n.kwargs, given)) for n in nodes]
     return [(n.op, str(n.target), *map(str, of)) for n, of in zip(nodes, args, strict=True)]
-
-
-def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if (a.dtype, a.shape, a.layout) != (b.dtype, b.shape, b.layout):
-        return False
-    return torch.allclose(a.to_dense(), b.to_dense(), rtol=0, atol=0, equal_nan=True)

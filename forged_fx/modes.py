@@ -67,8 +67,14 @@ def kept_buffers(model: torch.nn.Module) -> Iterator[list[str]]:
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors hold the same, bit for bit."""
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(_bits(a), _bits(b))
+    """Whether two tensors hold the same, bit for bit. (On the meta device they hold nothing.)"""
+    if a.is_nested and b.is_nested:
+        return a.size(0) == b.size(0) and all(map(same_bits, a.unbind(), b.unbind()))
+    if a.is_nested or b.is_nested or (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+        return False
+    if a.is_quantized:
+        return torch.equal(a, b)
+    return a.is_meta or torch.equal(_bits(a), _bits(b))
 
 
 def _bits(x: torch.Tensor) -> torch.Tensor:

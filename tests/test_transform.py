@@ -732,6 +732,45 @@ def test_outputs_that_are_sparse_are_compared_by_their_values():
     assert same(x.to_sparse(), x.to_sparse()) and not same(x.to_sparse(), (2 * x).to_sparse())
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested", "ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda y: torch.quantize_per_tensor(y, 0.1, 0, torch.quint8),
+        lambda y: torch.nested.nested_tensor([y[:1], y[1:]], layout=torch.strided),
+        lambda y: torch.nested.nested_tensor([y[:1], y[1:]], layout=torch.jagged),
+    ],
+    ids=["quantized", "nested, strided", "nested, jagged"],
+)
+def test_outputs_that_are_no_plain_tensors_are_compared(wrapped):
+    """A quantized one's bytes, looked at, end the process; a nested one's shape is an error, or another each time."""
+
+    class Wraps(nn.Linear):
+        def forward(self, x):
+            return wrapped(super().forward(x))
+
+    x = torch.randn(3, 4)
+    net = nn.Sequential(nn.Linear(4, 4), Wraps(4, 4)).eval()
+    forged = forged_fx.transform(net, forged_fx.calibrate(net, [x]), 2**-6)
+    assert same(wrapped(x), wrapped(x.clone())) and not same(wrapped(x), wrapped(-x)) and not same(wrapped(x), x)
+    assert same(forged_fx.transform(net, forged_fx.calibrate(net, [x]), 0)(x), net(x)) and forged.forging.audited
+
+
+def test_what_a_forward_makes_of_literals_on_the_meta_device_is_no_obstacle():
+    class Scaled(nn.Linear):
+        where = "cpu"
+
+        def forward(self, x):
+            return super().forward(x) * torch.ones(4, device=self.where)
+
+    net = nn.Sequential(Scaled(4, 4)).eval()
+    stats = forged_fx.calibrate(net, [torch.randn(3, 4)])
+    net.to("meta")[0].where = "meta"
+    stats.sites["0"].layer = False  # so that the graph holds what the layer does
+    with pytest.warns(UserWarning, match="a model on the meta device"):
+        assert isinstance(forged_fx.transform(net, stats, 2**-6), ForgedModule)
+
+
 def test_empty_outputs_with_gaps_are_the_same():
     assert same(torch.zeros(0, 2)[:, ::2], torch.zeros(0, 1))
 
