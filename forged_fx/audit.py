@@ -15,7 +15,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from forged_fx.capture import in_a_line
+from forged_fx.checked import in_a_line
 from forged_fx.models import copies
 from forged_fx.modes import eval_mode, fast_path_off, kept_buffers, same_bits, uncompiled
 from forged_fx.observe import Observer, Sighting

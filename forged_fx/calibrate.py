@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from forged_fx import channels, checked, histogram, ops, torch_internals
-from forged_fx.capture import in_a_line
 from forged_fx.channels import ChannelCounts
+from forged_fx.checked import in_a_line
 from forged_fx.memory import in_halves, ran_out
 from forged_fx.models import device_of, dtype_of, is_sharded, unwrapped
 from forged_fx.modes import as_found, uncompiled

@@ -23,10 +23,10 @@ import torch.nn.attention
 from torch.overrides import TorchFunctionMode
 
 from forged_fx import torch_internals
-from forged_fx.containers import HELD
+from forged_fx.checked import in_a_line
 from forged_fx.graph_calls import AUGMENTED, ordered
 from forged_fx.is_tensor import values_are_tensors
-from forged_fx.models import copied
+from forged_fx.models import HELD, copied, has_hooks
 from forged_fx.modes import kept_buffers, same_bits
 from forged_fx.randomness import generator_state, kept_randomness
 from forged_fx.sites import module_of, only_looks
@@ -519,30 +519,6 @@ _LEFT_OUT = (
     "calibration gave {0!r}, and this graph is of calls that give it: give it, or forge with an example that does "
     "not, transform(..., example=((x,), {{}})), which takes both"
 )
-
-
-def in_a_line(error: Exception) -> str:
-    """Its type, and the first line of what it says."""
-    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
-
-
-def has_hooks(module: torch.nn.Module) -> bool:
-    of = vars(module).get
-    return bool(
-        of("_forward_hooks") or of("_forward_pre_hooks") or of("_backward_hooks") or of("_backward_pre_hooks")
-    )  # (asked of each module in each call of a fused graph, so without a loop)
-
-
-def hooks_its_input(module: torch.nn.Module) -> bool:
-    """Whether hooks may change what the module is given; in a graph a layer's threshold would come ahead of them. Those
-    of torch.nn.utils (pruning, weight_norm) make its weight."""
-    hooks = (vars(module).get("_forward_pre_hooks") or {}).values()
-    return not all(type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks)
-
-
-def is_as_its_class(module: torch.nn.Module) -> bool:
-    """Whether a call of the module runs its class's forward, and nothing besides."""
-    return not has_hooks(module) and "forward" not in vars(module)
 
 
 def _alike(a: Traced, b: Traced) -> bool:

@@ -149,3 +149,8 @@ def short(value: Any) -> str:
 def visible(text: str) -> str:
     """The text with what a terminal would act on (escape sequences, reversed writing) escaped."""
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+def in_a_line(error: Exception) -> str:
+    """Its type, and the first line of what it says."""
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"

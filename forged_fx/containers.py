@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from forged_fx.models import HELD
 from forged_fx.thresholds import keep_thresholds
-
-# Where a module has what it holds; of an ordinary module's copy, each is its own.
-HELD = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
 
 TAKEN_OUT = "a graph calls its layers, and none can be taken out: take it out of the plain model, and forge that"
 

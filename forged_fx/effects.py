@@ -14,8 +14,8 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from forged_fx.capture import is_as_its_class
 from forged_fx.graph_calls import AUGMENTED
+from forged_fx.models import is_as_its_class
 from forged_fx.ops import THRESHOLD_OPS
 from forged_fx.producers import row_of
 from forged_fx.rewrite import fact_of, is_call

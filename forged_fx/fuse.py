@@ -23,10 +23,10 @@ import torch.fx as fx
 from torch import Tensor, nn
 
 from forged_fx import fused_ops, in_place
-from forged_fx.capture import has_hooks, is_as_its_class
 from forged_fx.effects import draws, is_fresh, modules_of, writes
 from forged_fx.fused_ops import FORGED
 from forged_fx.hoist_traced import lift, top
+from forged_fx.models import has_hooks, is_as_its_class
 from forged_fx.producers import FUNCTIONS, MAPS, MODULES, NAMES, ROLES, Arguments, Producer, name_of, row_of
 from forged_fx.rewrite import fact_of, function_of, is_call
 from forged_fx.torch_internals import has_any_global_hook

@@ -33,9 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from forged_fx import cpu, ops, torch_internals
-from forged_fx.capture import is_as_its_class
 from forged_fx.effects import writes
 from forged_fx.graph_calls import to_be_kept
+from forged_fx.models import is_as_its_class
 from forged_fx.producers import FUNCTIONS
 from forged_fx.rewrite import function_of, is_call
 from forged_fx.thresholds import lost, parameters_of

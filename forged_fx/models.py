@@ -1,4 +1,4 @@
-"""What is asked of models of any make: a copy, what others wrapped them in, where they are."""
+"""What is asked of models of any make: a copy, what others wrapped them in, where they are, what hooks they have."""
 
 import copy
 import itertools
@@ -11,6 +11,9 @@ from torch.nn.utils import parametrize
 from forged_fx import torch_internals
 
 CPU = torch.device("cpu")
+
+# Where a module has what it holds; of an ordinary module's copy, each is its own.
+HELD = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
 
 
 def copies(inputs: Any) -> Any:
@@ -36,7 +39,7 @@ def copied(model: torch.nn.Module, shared: Iterable[torch.Tensor] = (), own: Ite
         for path, module in model.named_modules():
             for name, value in vars(module).items():
                 try:
-                    copy.deepcopy(value, dict(memo)) if name not in _HELD else None
+                    copy.deepcopy(value, dict(memo)) if name not in HELD else None
                 except Exception as reason:
                     raise RuntimeError(
                         f"the model cannot be copied, and is not changed in place: {f'{path}.{name}'.lstrip('.')!r} is "
@@ -67,9 +70,6 @@ def with_own_state(model: torch.nn.Module) -> torch.nn.Module:
     if any(there is not here for there, here in zip(twin.parameters(), parameters, strict=True)):
         raise RuntimeError("it would have copies of the parameters")
     return twin
-
-
-_HELD = ("_parameters", "_buffers", "_modules")
 
 
 def is_parametrized(module: torch.nn.Module) -> bool:
@@ -117,6 +117,25 @@ def device_of(model: torch.nn.Module, default: torch.device | None = CPU) -> tor
 def dtype_of(model: torch.nn.Module, default: torch.dtype) -> torch.dtype:
     """That of its first floating-point parameter; `default` if it has none."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), default)
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    of = vars(module).get
+    return bool(
+        of("_forward_hooks") or of("_forward_pre_hooks") or of("_backward_hooks") or of("_backward_pre_hooks")
+    )  # (asked of each module in each call of a fused graph, so without a loop)
+
+
+def hooks_its_input(module: torch.nn.Module) -> bool:
+    """Whether hooks may change what the module is given; in a graph a layer's threshold would come ahead of them. Those
+    of torch.nn.utils (pruning, weight_norm) make its weight."""
+    hooks = (vars(module).get("_forward_pre_hooks") or {}).values()
+    return not all(type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks)
+
+
+def is_as_its_class(module: torch.nn.Module) -> bool:
+    """Whether a call of the module runs its class's forward, and nothing besides."""
+    return not has_hooks(module) and "forward" not in vars(module)
 
 
 def is_sharded(model: torch.nn.Module) -> bool:

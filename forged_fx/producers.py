@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from forged_fx.capture import is_as_its_class
 from forged_fx.graph_calls import AUGMENTED
+from forged_fx.models import is_as_its_class
 
 Arguments = dict[str, Any]  # of a fused operator
 

@@ -17,12 +17,12 @@ import torch.fx as fx
 
 from forged_fx import in_place, write_back
 from forged_fx.audit import AuditFailed, alike, audit, audit_at_work, same, same_on_fast_path
-from forged_fx.capture import Untraceable, capture, hooks_its_input, opened_modules
+from forged_fx.capture import Untraceable, capture, opened_modules
 from forged_fx.containers import ListContainer, Numbered, check_place, container_for, hold, skeleton, take_attributes
 from forged_fx.effects import settle, written_attribute
 from forged_fx.fuse import fuse as fuse_producers
 from forged_fx.kinds import OWN, Choice, Kind, choose
-from forged_fx.models import copied, is_sharded, unwrapped
+from forged_fx.models import copied, hooks_its_input, is_sharded, unwrapped
 from forged_fx.modes import of_ordinary_tensors
 from forged_fx.regions import forge_regions
 from forged_fx.rewrite import WHOLE, Placed, find_calls, insert_thresholds, number

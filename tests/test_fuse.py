@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import forged_fx
 from forged_fx import fused_ops
 from forged_fx.audit import alike
-from forged_fx.capture import is_as_its_class
 from forged_fx.fuse import producer_threshold
 from forged_fx.kinds import KINDS
+from forged_fx.models import is_as_its_class
 from forged_fx.thresholds import thresholds_of
 from forged_fx.transform import ForgedModule
 
