@@ -86,7 +86,8 @@ def forged(
 
 
 def _straight_through(graph: fx.Graph) -> None:
-    """Dynamo heeds no function mode in what is checkpointed: the thresholds there are told here."""
+    """Tell the thresholds of a graph, as the mode would: those that Dynamo has recorded in what is checkpointed, where
+    it heeds no mode, and those that were put into its graph since."""
     for node in graph.nodes:
         if inside := nested(node):
             _straight_through(inside[0].graph)
@@ -173,7 +174,9 @@ def _forge_graph(gm: fx.GraphModule, options: dict[str, Any]) -> Frame:
     weights = (weight for module in alike for weight in module.parameters() if weight.dim() > 1)  # (a norm's tell none)
     shared = len(alike) > 1 and all(compilation.owner(weight) is not None for weight in weights)
     frame = Frame(gm, calls, compilation, shared)
-    insert_thresholds(gm.graph, calls, frame.names, frame.place, _source(root), straight_through_enabled())
+    insert_thresholds(gm.graph, calls, frame.names, frame.place, _source(root))
+    if straight_through_enabled():
+        _straight_through(gm.graph)
     gm.recompile()
     if frame.bound:
         torch_internals.guard_identity(gm)

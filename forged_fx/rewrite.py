@@ -99,7 +99,6 @@ def insert_thresholds(
     names: list[str],
     place: Callable[[str], Placed | None],
     source: Callable[[fx.Node], Origin],
-    straight_through: bool = False,
 ) -> None:
     """Put a forged function ahead of each site among the calls.
 
@@ -107,9 +106,7 @@ def insert_thresholds(
         leave the site alone.
     source: the origin of a placeholder or get_attr node.
     """
-    _insert(
-        graph, {c.node: (c.call, name) for c, name in zip(calls, names, strict=True)}, place, source, straight_through
-    )
+    _insert(graph, {c.node: (c.call, name) for c, name in zip(calls, names, strict=True)}, place, source)
 
 
 def _insert(
@@ -117,20 +114,18 @@ def _insert(
     name_of: dict[fx.Node, tuple[Call, str]],
     place: Callable[[str], Placed | None],
     source: Callable[[fx.Node], Origin],
-    straight_through: bool,
 ) -> None:
     origins: dict[fx.Node, Origin] = {}
     for node in list(graph.nodes):
         if body := nested(node):
-            _insert_nested(node, *body, name_of, place, origins, straight_through)
+            _insert_nested(node, *body, name_of, place, origins)
         for name, key in _operands(node, *name_of[node], origins) if node in name_of else ():
             with graph.inserting_before(node):
                 placed = place(name)
                 if placed is None:
                     continue
                 x = get(node.args, node.kwargs, key)
-                args = (x, *placed.args, True) if straight_through else (x, *placed.args)
-                new = graph.create_node("call_function", placed.op, args, name="threshold")
+                new = graph.create_node("call_function", placed.op, (x, *placed.args), name="threshold")
             new.meta = {**{k: node.meta[k] for k in ("nn_module_stack", "stack_trace") if k in node.meta}, "site": name}
             if "example_value" in x.meta:
                 new.meta["example_value"] = x.meta["example_value"]
@@ -147,7 +142,6 @@ def _insert_nested(
     name_of: dict[fx.Node, tuple[Call, str]],
     place: Callable[[str], Placed | None],
     origins: dict[fx.Node, Origin],
-    straight_through: bool,
 ) -> None:
     """The same in a nested graph: it gets each threshold from outside, as one more operand."""
     after_inputs = next(n for n in body.graph.nodes if n.op != "placeholder")
@@ -166,7 +160,7 @@ def _insert_nested(
     def source_inside(inner: fx.Node) -> Origin:
         return origins[outside[inner]] if inner in outside else Origin.CONSTANT
 
-    _insert(body.graph, name_of, place_inside, source_inside, straight_through)
+    _insert(body.graph, name_of, place_inside, source_inside)
     body.recompile()
 
 
