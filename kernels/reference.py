@@ -28,33 +28,47 @@ def _signed(o: Any, x: Any, magnitude: Any) -> Any:
 
 
 def _threshold(o: Any, x: Any, t: Any) -> tuple:
+    """`0 where |x| < t, else x`."""
     return o.lt(o.abs(x), t), 0, x
 
 
 def _one_sided(o: Any, x: Any, t: Any) -> tuple:
+    """`0 where x < t, else x`, for t > 0; the identity for any other t."""
     return o.logical_and(o.lt(x, t), o.gt(t, 0)), 0, x
 
 
 def _shifted(o: Any, x: Any, t: Any) -> tuple:
+    """The shifted ReLU `max(x - t, 0)`, for t > 0: `0 where x < t, else x - t`; the identity for any other t.
+
+    The difference is taken in the dtype of the comparison and rounded to x's.
+    """
     dropped, zero, _ = _one_sided(o, x, t)
     return dropped, zero, o.where(o.gt(t, 0), o.sub(x, t), x)
 
 
 def _soft(o: Any, x: Any, t: Any) -> tuple:
+    """Soft thresholding `sign(x) max(|x| - t, 0)` (Donoho 1995), for t > 0; the identity for any other t.
+
+    The difference is taken in the dtype of the comparison and rounded to x's.
+    """
     dropped, zero, _ = _threshold(o, x, t)
     return dropped, zero, o.where(o.gt(t, 0), o.sub(x, _signed(o, x, t)), x)
 
 
 def _clamp(o: Any, x: Any, limit: Any) -> tuple:
+    """`limit, with x's sign, where |x| > limit, else x`; limit = inf is the identity. The limit is rounded to x's
+    dtype."""
     return o.gt(o.abs(x), limit), _signed(o, x, limit), x
 
 
 def _band(o: Any, x: Any, t: Any, limit: Any) -> tuple:
+    """`0 where |x| < t; limit, with x's sign, where |x| > limit; else x`."""
     (small, zero, _), (large, end, _) = _threshold(o, x, t), _clamp(o, x, limit)
     return o.logical_or(small, large), o.where(small, zero, end), x
 
 
 def _mean(o: Any, x: Any, mean: Any, width: Any) -> tuple:
+    """`mean where |x - mean| <= width, else x`, for width > 0; the identity for any other width."""
     return o.logical_and(o.le(o.abs(o.sub(x, mean)), width), o.gt(width, 0)), mean, x
 
 
@@ -70,10 +84,12 @@ RULES: dict[str, Callable[..., tuple]] = {
 
 
 def __getattr__(name: str) -> Callable[..., Tensor]:
-    """`<rule>` and `<rule>_backward` of the rows without functions of their own below: those of one with scalars."""
+    """`<rule>` and `<rule>_backward` of the rows without functions of their own below: those of one with scalars. What
+    `threshold` says of layouts and dtypes holds for them, too."""
     for run, rule in ((_forward, name), (_backward, name.removesuffix("_backward"))):
         if rule in RULES:
-            return functools.partial(run, rule)
+            globals()[name] = functools.partial(run, rule)
+            return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -96,63 +112,6 @@ def threshold_backward(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
     grad: x's shape, dtype and device; its strides may be others. The rest is as in `threshold`.
     """
     return _backward("threshold", grad, x, t)
-
-
-def one_sided(x: Tensor, t: Tensor) -> Tensor:
-    """`0 where x < t, else x`, for t > 0; the identity for any other t. As `threshold` in all else."""
-    return _forward("one_sided", x, t)
-
-
-def one_sided_backward(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """`0 where x < t, else grad`, for t > 0; else grad."""
-    return _backward("one_sided", grad, x, t)
-
-
-def shifted(x: Tensor, t: Tensor) -> Tensor:
-    """The shifted ReLU `max(x - t, 0)`, for t > 0: `0 where x < t, else x - t`; the identity for any other t.
-
-    The difference is taken in the dtype of the comparison and rounded to x's. As `threshold` in all else.
-    """
-    return _forward("shifted", x, t)
-
-
-def shifted_backward(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """`0 where x < t, else grad`, for t > 0; else grad."""
-    return _backward("shifted", grad, x, t)
-
-
-def soft(x: Tensor, t: Tensor) -> Tensor:
-    """Soft thresholding `sign(x) max(|x| - t, 0)` (Donoho 1995), for t > 0; the identity for any other t.
-
-    The difference is taken in the dtype of the comparison and rounded to x's. As `threshold` in all else.
-    """
-    return _forward("soft", x, t)
-
-
-def soft_backward(grad: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """`0 where |x| < t, else grad`."""
-    return _backward("soft", grad, x, t)
-
-
-def clamp(x: Tensor, limit: Tensor) -> Tensor:
-    """`limit, with x's sign, where |x| > limit, else x`; limit = inf is the identity. The limit is rounded to x's
-    dtype. As `threshold` in all else."""
-    return _forward("clamp", x, limit)
-
-
-def clamp_backward(grad: Tensor, x: Tensor, limit: Tensor) -> Tensor:
-    """`0 where |x| > limit, else grad`."""
-    return _backward("clamp", grad, x, limit)
-
-
-def band(x: Tensor, t: Tensor, limit: Tensor) -> Tensor:
-    """`0 where |x| < t; limit, with x's sign, where |x| > limit; else x`. As `threshold` and `clamp`."""
-    return _forward("band", x, t, limit)
-
-
-def band_backward(grad: Tensor, x: Tensor, t: Tensor, limit: Tensor) -> Tensor:
-    """`0 where |x| < t or |x| > limit, else grad`."""
-    return _backward("band", grad, x, t, limit)
 
 
 def mean(x: Tensor, mean: Tensor, width: Tensor, channel: int) -> Tensor:
