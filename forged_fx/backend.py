@@ -29,7 +29,7 @@ from forged_fx import behind_relu, torch_internals
 from forged_fx.bpda import let_through, straight_through_enabled
 from forged_fx.frames import Compilation, Frame, passes
 from forged_fx.hoist import hoist
-from forged_fx.kinds import OWN, choose
+from forged_fx.kinds import choose
 from forged_fx.lowering import register_lowerings
 from forged_fx.modes import runs_eagerly
 from forged_fx.ops import THRESHOLD_OPS
@@ -44,8 +44,8 @@ from forged_fx.transform import LAYERS, select
 OPTIONS = ("stats", "ratio", "kind", "where", "statistic", "include", "exclude", "strict")
 _OF_TRANSFORM = ("only", "fuse", "graph", "example")
 
-# For each plain model that is being compiled, what all of its graphs and recompilations share, by the options.
-_compilations: WeakKeyDictionary[torch.nn.Module, list[tuple[dict, Compilation]]] = WeakKeyDictionary()
+# For each plain model that is being compiled, what all of its graphs and recompilations share, one for each options.
+_compilations: WeakKeyDictionary[torch.nn.Module, list[Compilation]] = WeakKeyDictionary()
 
 
 def forged(
@@ -190,11 +190,10 @@ def _compilation(callers: list[torch.nn.Module], options: dict[str, Any]) -> Com
     # as they are now: the caller may change them in place
     said = {key: copy.copy(value) if isinstance(value, dict | list | set) else value for key, value in said.items()}
     stats = options["stats"] if isinstance(options["stats"], Stats) else Stats.load(options["stats"])
-    options = {**said, "stats": stats}
     candidates = [*reversed(callers), *(m for m in callers[-1].modules() if m is not callers[-1])]
     for module in candidates:
-        for before, compilation in _compilations.get(module, ()):
-            if before == options:
+        for compilation in _compilations.get(module, ()):
+            if compilation.options == said and compilation.stats == stats:
                 return compilation
     root = next((module for module in candidates if stats.fits(module)), None)
     if any(thresholds_of(module) for module in callers):
@@ -203,17 +202,15 @@ def _compilation(callers: list[torch.nn.Module], options: dict[str, Any]) -> Com
         )
     if root is None:
         stats.check_model(callers[-1])
-    wanted, _ = select(stats, options.get("include"), options.get("exclude"), options.get("where", LAYERS))
+    wanted, _ = select(stats, said.get("include"), said.get("exclude"), said.get("where", LAYERS))
     if activations := [site for site in wanted if is_activation(site)]:
         raise ValueError(
             f"sites ahead of activations, such as {activations[0]!r}, are not forged on the way through torch.compile: "
             "forge the model with forged_fx.transform, and compile that"
         )
-    choice = choose(stats, options.get("kind", "hard"), wanted, options.get("statistic"))
-    ratio, strict = options.get("ratio", OWN), options.get("strict", True)
-    new = Compilation(root, stats, choice, ratio, strict, repeats=root is not callers[-1])
-    new.said = said, written
-    _compilations.setdefault(root, []).append((options, new))
+    choice = choose(stats, said.get("kind", "hard"), wanted, said.get("statistic"))
+    new = Compilation(root, stats, choice, said, written, repeats=root is not callers[-1])
+    _compilations.setdefault(root, []).append(new)
     return new
 
 
@@ -231,8 +228,8 @@ def _said(options: dict[str, Any]) -> tuple[dict[str, Any], tuple[int, int] | No
 def _check_said(ran: Compilation, options: dict[str, Any]) -> None:
     """Dynamo takes options for the same that hold the same objects, or name the same file."""
     said, written = _said(options)
-    if said == ran.said[0] and (written in (None, ran.said[1]) or Stats.load(options["stats"]) == ran.stats):
-        ran.said = ran.said[0], written
+    if said == ran.options and (written in (None, ran.written) or Stats.load(options["stats"]) == ran.stats):
+        ran.written = written
         return
     raise ValueError(
         "what ran is what the options said when this model was compiled with them: since then they were changed in "

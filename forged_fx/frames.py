@@ -19,7 +19,7 @@ import torch.fx as fx
 from torch import Tensor
 
 from forged_fx import torch_internals
-from forged_fx.kinds import Choice, Value
+from forged_fx.kinds import OWN, Choice, Value
 from forged_fx.places import innermost, steps_at
 from forged_fx.rewrite import CallNode, Placed, outermost
 from forged_fx.sites import (
@@ -32,25 +32,31 @@ from forged_fx.sites import (
     operand_name,
     unseen_call,
 )
-from forged_fx.stats import Ratio, Stats
+from forged_fx.stats import Stats
 from forged_fx.thresholds import near_to, tensors_beside
 
 
 class Compilation:
     """What the graphs of one model share, compiled with one set of options: thresholds, and what has been reached.
 
-    repeats: the model runs inside another one, which may call it several times in a pass.
+    options: as they were when they were read, but for the statistics. written: of which version of their file, if they
+    had one. repeats: the model runs inside another one, which may call it several times in a pass.
     """
 
-    said: tuple[dict[str, Any], tuple[int, int] | None]  # the options, as they were when they were read
-
     def __init__(
-        self, root: torch.nn.Module, stats: Stats, choice: Choice, ratio: Ratio, strict: bool, repeats: bool
+        self,
+        root: torch.nn.Module,
+        stats: Stats,
+        choice: Choice,
+        options: dict[str, Any],
+        written: tuple[int, int] | None,
+        repeats: bool,
     ) -> None:
         wanted = list(choice.kinds)
         self.root = weakref.ref(root)
-        self.stats, self.choice, self.strict, self.repeats = stats, choice, strict, repeats
-        self.values = choice.values(stats, ratio)
+        self.stats, self.choice, self.options, self.written, self.repeats = stats, choice, options, written, repeats
+        self.strict = options.get("strict", True)
+        self.values = choice.values(stats, options.get("ratio", OWN))
         self.calls: dict[str, int] = {}  # how many calls of the table each module makes in a pass, at most
         for name, site in stats.sites.items():
             self.calls[module_of(name)] = max(self.calls.get(module_of(name), 0), site.module_calls)
