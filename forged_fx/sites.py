@@ -387,12 +387,16 @@ def call_name(module: str, k: int, mark: str = "#") -> str:
     return module if k == 0 and module and mark == "#" else f"{module}{mark}{k}"
 
 
+def _without(module: str) -> str:
+    """How to forge without a module, for a message."""
+    return f"forge without this module (exclude={(module or '#') + '*'!r})"
+
+
 def unseen_call(module: str, k: int, most: int) -> RuntimeError:
     """What is raised where a module makes more calls than calibration saw."""
     return RuntimeError(
         f"{module or 'the model'!r} makes its call number {k} (counted from 0) of linear, convolution or "
-        f"product, and calibration saw {most} at most: calibrate on data that reaches it, or forge "
-        f"without this module (exclude={(module or '#') + '*'!r})"
+        f"product, and calibration saw {most} at most: calibrate on data that reaches it, or {_without(module)}"
     )
 
 
@@ -401,8 +405,7 @@ def other_place(module: str, k: int) -> RuntimeError:
     return RuntimeError(
         f"{module or 'the model'!r} makes its call number {k} (counted from 0) of linear, convolution, product or "
         "activation in another place of its code than in calibration: on this path calls have other numbers, and would "
-        "be given thresholds of others. Calibrate on data that takes both paths, or forge without this module "
-        f"(exclude={(module or '#') + '*'!r})"
+        f"be given thresholds of others. Calibrate on data that takes both paths, or {_without(module)}"
     )
 
 
@@ -411,7 +414,7 @@ def other_call(module: str, seen: str, made: str) -> RuntimeError:
     how = f"{made} in the place of {seen}" if made != seen else f"{made} with its data where a parameter was, or none"
     return RuntimeError(
         f"{module or 'the model'!r} calls {how}, on a path that calibration did not see: calibrate on data that takes "
-        f"both, or forge without this module (exclude={(module or '#') + '*'!r})"
+        f"both, or {_without(module)}"
     )
 
 
@@ -427,8 +430,8 @@ def check_weight(site: str, owner: torch.nn.Module, seen: Iterable[str], met: li
     if other is not None:
         raise RuntimeError(
             f"the data of site {site!r} met the parameter {min(seen)!r} in calibration, and meets {other!r}: the "
-            "threshold is of the first. Calibrate on data that takes both paths, forge without this module "
-            f"(exclude={(module_of(site) or '#') + '*'!r}), or make modules of their own of the two"
+            f"threshold is of the first. Calibrate on data that takes both paths, {_without(module_of(site))}, or make "
+            "modules of their own of the two"
         )
 
 
