@@ -34,9 +34,8 @@ def place() -> str:
     return ">".join(reversed(steps))
 
 
-_known: dict[
-    int, tuple[types.CodeType, str]
-] = {}  # by id, of a code that is kept: to hash one takes longer than all else
+# By id, of a code that is kept: to hash one takes longer than all else.
+_known: dict[int, tuple[types.CodeType, str]] = {}
 
 
 def _signed(code: types.CodeType) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from forged_fx import ops, torch_internals  # noqa: F401 (ops defines the op)
+from forged_fx import torch_internals
 from forged_fx.graph_calls import to_be_kept
 from forged_fx.kinds import Choice
 from forged_fx.models import injected, is_parametrized
@@ -42,7 +42,7 @@ from forged_fx.sites import (
     replace,
     unseen_call,
 )
-from forged_fx.stats import SiteStats, Stats
+from forged_fx.stats import Stats
 from forged_fx.thresholds import HoldsThresholds, register
 from forged_fx.told import Teller, Told
 from forged_fx.write_back import works_in_place
@@ -305,12 +305,6 @@ def _rebuild(*bases: type) -> torch.nn.Module:
     return derived.__new__(derived)
 
 
-def _plan(module: str, rows: list[SiteStats], told: Told | None) -> Plan:
-    """Without sites of its own mark, a module's calls are passed by."""
-    calls = max((row.module_calls for row in rows), default=sys.maxsize)
-    return Plan(module, all(row.once for row in rows), calls, {}, told if rows else None)
-
-
 def forge_regions(model: torch.nn.Module, stats: Stats, choice: Choice) -> dict[str, str]:
     """Forge the modules that run the chosen sites, in place; returns for each site how it was reached."""
     sites_of: dict[str, list[str]] = {}
@@ -333,10 +327,12 @@ def forge_regions(model: torch.nn.Module, stats: Stats, choice: Choice) -> dict[
         module.threshold_buffers = {}
         plans = {}
         for mark in "#@":
-            forged = [site for site in sites if mark_of(site) == mark]
+            forged = {site: stats.sites[site] for site in sites if mark_of(site) == mark}  # without any, calls go by
+            once = all(row.once for row in forged.values())
+            calls = max((row.module_calls for row in forged.values()), default=sys.maxsize)
             # To calibration a hook's calls are its module's, and run ahead of its forward: the audit finds that.
-            told = None if layer or module._forward_pre_hooks else teller.of(name, mark, module, forged)
-            plans[mark] = _plan(name, [stats.sites[site] for site in forged], told)
+            looks = forged and not layer and not module._forward_pre_hooks
+            plans[mark] = Plan(name, once, calls, {}, teller.of(name, mark, module, forged) if looks else None)
         for site, row in zip(sites, rows, strict=True):
             kind = choice[site]
             module.threshold_buffers[site] = names = register(module, site, kind, row, model)

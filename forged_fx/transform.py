@@ -247,7 +247,7 @@ def transform(
     record = forging_of(forged)
     record.audited = example is not None
     if example:
-        _check_seen(stats, ran, record, strict)
+        _check_seen(ran, record, strict)
         _warn_of_fast_path(model, *example)
     else:
         why, then = _NO_BATCH
@@ -260,7 +260,7 @@ def transform(
         )
     on_gpu = any(tensor.is_cuda for tensor in tensors)
     if on_gpu if fuse is None else fuse:
-        _fuse(model, forged, wanted, example, exact=not on_gpu)
+        _fuse(model, forged, example, exact=not on_gpu)
     set_ratio(forged, ratio)
     return forged
 
@@ -374,15 +374,16 @@ def _changed(kind: Kind, site: SiteStats, parameters: tuple[torch.Tensor, ...], 
     return kind.op(x, *parameters, *kind.rest(site))
 
 
-def _check_seen(stats: Stats, ran: set[str], record: Forging, strict: bool) -> None:
+def _check_seen(ran: set[str], record: Forging, strict: bool) -> None:
     """What the model ran in the audit is what calibration saw of it, or the statistics are not this model's."""
-    if stats.sites and ran.isdisjoint(stats.sites):
+    seen = record.stats.sites
+    if seen and ran.isdisjoint(seen):
         what = f"it ran {', '.join(map(repr, sorted(ran)[:3]))}" if ran else "it ran no site at all"
         raise RuntimeError(
-            f"the model runs none of the {len(stats.sites)} sites that calibration saw ({what}): the statistics are "
+            f"the model runs none of the {len(seen)} sites that calibration saw ({what}): the statistics are "
             "those of another form of it (a traced or exported one, say); calibrate the model that is to be forged"
         )
-    unseen = sorted(ran - set(stats.sites))
+    unseen = sorted(ran - seen.keys())
     if unseen and strict:
         raise RuntimeError(
             f"the model runs sites that calibration did not see: {', '.join(map(repr, unseen))}. They would stay as "
@@ -420,7 +421,7 @@ def _costly(
     return {site: f"not free: {price.alone or price}" for site, price in costs.items() if not price.free}
 
 
-def _fuse(model: torch.nn.Module, forged: torch.nn.Module, wanted: list[str], example: Any, exact: bool) -> None:
+def _fuse(model: torch.nn.Module, forged: torch.nn.Module, example: Any, exact: bool) -> None:
     """Fuse in place, thresholds at 0, and say so in the record; or leave it, and say why."""
     record = forging_of(forged)
     record.fused = 0
@@ -430,7 +431,7 @@ def _fuse(model: torch.nn.Module, forged: torch.nn.Module, wanted: list[str], ex
     unfused = copy.deepcopy(forged.graph)
     fused = fuse_producers(forged)
     try:
-        missed = audit(model, forged, wanted, *example, agree=same if exact else alike)[0] if example else []
+        missed = audit(model, forged, [*record.reached], *example, agree=same if exact else alike)[0] if example else []
         record.not_fused = f"the audit did not see the thresholds of {', '.join(missed)} run" if missed else None
     except AuditFailed as error:
         record.not_fused = str(error)
@@ -489,7 +490,6 @@ def set_ratio(forged: torch.nn.Module, ratio: Ratio) -> None:
     """Set every threshold of a forged model to `ratio * c_max`, in place.
 
     Nothing is traced or compiled again, but once where layers that read the same tensor are given different thresholds.
-
 
     ratio: as in `transform`, for the kind that each site has; None turns them all off.
     Raises ValueError for a model that is not forged, or whose layers were replaced since, and as `transform` does.
