@@ -13,7 +13,7 @@ from typing import Any
 import torch.fx as fx
 from torch import nn
 
-from forged_fx.effects import aliases, assignments, is_fresh, may_ask_in_place, writes
+from forged_fx.effects import aliases, assignments, is_fresh, may_ask_in_place, named_in_place, writes
 from forged_fx.graph_calls import to_be_kept
 from forged_fx.ops import BY_OPERATOR
 from forged_fx.sites import is_activation
@@ -57,4 +57,4 @@ def keep_what_is_read(graph: fx.Graph, root: nn.Module) -> None:
 
 def works_in_place(function: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:
     """Whether this call of an activation function does."""
-    return getattr(function, "__name__", "").endswith("_") or may_ask_in_place(args, kwargs)
+    return named_in_place(function) or may_ask_in_place(args, kwargs)
