@@ -160,7 +160,7 @@ class _Thread(threading.local):
 
 @contextlib.contextmanager
 def module_hooks(enter: Callable, leave: Callable) -> Iterator[None]:
-    """`enter(module, args)` and `leave(module, args, result)` around every module's forward, an exception included.
+    """`enter(module, args)` and `leave(module, result)` around every module's forward, an exception included.
 
     The hooks are global, so that no module is touched; what runs in other threads is passed by.
     """
@@ -173,7 +173,7 @@ def module_hooks(enter: Callable, leave: Callable) -> Iterator[None]:
 
     def leaving(module: torch.nn.Module, args: Any, result: Any) -> None:
         if own.is_this:
-            leave(module, args, result)
+            leave(module, result)
 
     handles = [
         hooks.register_module_forward_pre_hook(entering),

@@ -384,7 +384,7 @@ class Observer:
             if isinstance(frame.first_input, Tensor) and frame.name not in self.not_layers:
                 self._could_be_layers.setdefault(id(frame.first_input), []).append(frame)
 
-        def leave(module: torch.nn.Module, args: tuple, result: Any) -> None:
+        def leave(module: torch.nn.Module, result: Any) -> None:
             frame = self.frames.pop()
             if not frame.in_place:
                 self._used((result,))  # what came in is a part of what goes out
