@@ -25,7 +25,7 @@ from forged_fx.report import markup
 from forged_fx.report.findings import paragraphs
 from forged_fx.report.run import facts, save_sites, save_speeds
 from forged_fx.search import Finalist, Search
-from forged_fx.sweep import Point, Sweep
+from forged_fx.sweep import Point, Sweep, sweep
 from forged_fx.throughput import Speed
 from forged_fx.trials import Trial
 
@@ -172,6 +172,17 @@ def test_figures_of_another_forging_come_with_a_caution(folder, page, tmp_path, 
     del record["forging"]  # as earlier versions wrote it
     (other / name).write_text(json.dumps(record))
     assert report.page(report.Run.load(other)).count("may be of another forging") == PARTS[name]
+
+
+def test_a_sweep_of_the_same_inputs_comes_without_a_caution(tmp_path):
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).eval(), torch.rand(8, 3, 2, 2), torch.arange(8) % 3
+    stats, call = calibrate(model, [x]), {"eps": 0.1, "attacks": ["apgd-ce"]}
+    evaluate(transform(model, stats, ratio=0.2), model, x=x, y=y, **call, folder=tmp_path)
+    for given, cautions in ((x, 0), (x.flip(0), 1)):
+        sweep(model, stats, given, y, ratios=[0.2], rounds=0, **call, folder=tmp_path / "sweep")
+        assert report.page(report.load(tmp_path)).count("Of other inputs than") == cautions
+        shutil.rmtree(tmp_path / "sweep")
 
 
 def test_a_sweep_or_search_of_something_else_comes_with_a_caution(folder, page, tmp_path):

@@ -30,9 +30,12 @@ def of_tensors(named: Iterable[tuple[str, Any]]) -> str:
     return digest.hexdigest()
 
 
+OF_DATA = ("x_sha256", "y_sha256")  # what records call the fingerprints of inputs and classes
+
+
 def of_data(x: Tensor, y: Tensor) -> dict[str, str]:
-    """Of inputs and classes, under the names that records have for them."""
-    return {"x_sha256": of_tensors([("x", x)]), "y_sha256": of_tensors([("y", y)])}
+    """Of inputs and classes, by the names in `OF_DATA`."""
+    return dict(zip(OF_DATA, (of_tensors([("x", x)]), of_tensors([("y", y)])), strict=True))
 
 
 def of_model(model: nn.Module) -> str:

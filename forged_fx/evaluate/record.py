@@ -256,7 +256,7 @@ def parse(files: dict[str, bytes], where: str) -> Result:
         plain = {name: checked.fit(record[name], _HINTS[name], name) for name in PLAIN}
         tensors = need("safetensors.torch").load(files[EXAMPLES])
         n, shape = plain["n"], checked.fit(plain["data"]["x_shape"], list[int], "x_shape")
-        for key in ("x_sha256", "y_sha256"):
+        for key in fingerprint.OF_DATA:
             checked.fit(plain["data"][key], str, key)
         if shape[0] != n:
             raise ValueError(f"it is of {n} inputs, and x_shape is {shape}")

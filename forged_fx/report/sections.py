@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from forged_fx import pictures
+from forged_fx.evaluate.fingerprint import OF_DATA
 from forged_fx.evaluate.result import Finding
 from forged_fx.lipschitz import SITE_NONZERO, SITE_WHOLE, Figure
 from forged_fx.report.findings import paragraphs
@@ -181,10 +182,12 @@ def _beside(run: Run, title: str, found: Sweep | Search) -> str:
     """What a sweep or search found, and whether it was of what is judged above."""
     result, call = run.result, found.facts["call"]
     models = call["models"].values() if isinstance(call.get("models"), dict) else [call.get("model")]
+    data = call["data"] if isinstance(call.get("data"), dict) else {}
     others = {
         "models": not any(side.fingerprint in models for side in result.sides),
         "radius or norm": found.threat != result.threat,
-        "inputs": isinstance(found, Sweep) and call.get("data") != result.data,  # a search's are a part
+        # a search's are a part
+        "inputs": isinstance(found, Sweep) and any(data.get(name) != result.data[name] for name in OF_DATA),
     }
     says = ", ".join(name for name, other in others.items() if other)
     caution = f'<p class="caution">Of other {says} than the result above.</p>' if says else ""
