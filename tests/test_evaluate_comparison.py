@@ -10,6 +10,7 @@ from planted import Hidden, inputs, linear
 import forged_fx
 from forged_fx.cli import main
 from forged_fx.digits import EPS, one_thread
+from forged_fx.evaluate import Result
 from forged_fx.evaluate.comparison import Comparison
 from forged_fx.evaluate.verdict import EXIT_CODES, FORBID
 
@@ -109,6 +110,12 @@ def test_results_as_well_as_folders_and_without_a_base(case, runs):
     assert result.names == ("plain", "b") and result.paired(side="base") is None
     assert "Attacked by different rows" in result.cautions[0]
     assert "base:" not in str(result)
+
+
+def test_a_folder_that_is_called_as_a_result_is(runs, tmp_path):
+    plain = Result.load(runs / "plain")
+    plain.save(tmp_path / "a")
+    assert forged_fx.compare(plain, tmp_path / "a").names == ("the result a", str(tmp_path / "a"))
 
 
 def test_other_examples_or_another_threat_are_refused(case, runs):

@@ -1,7 +1,7 @@
 """Two results on the same examples, side by side."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ def compare(a: Result | str | os.PathLike[str], b: Result | str | os.PathLike[st
             checked.path(one, "of what is no Result, compare")
     names = _name(a, "a"), _name(b, "b")
     if names[0] == names[1]:
-        names = str(a), str(b)
+        names = _name(a, "the result a", str), _name(b, "the result b", str)
     first, second = (one if isinstance(one, Result) else Result.load(one) for one in (a, b))
     different = [
         f"{field}: {old} in {names[0]}, {new} in {names[1]}" for field, old, new in _differences(first, second, True)
@@ -137,8 +137,12 @@ def one_pool(a: Result, b: Result) -> bool:
     return a.base.identity == b.base.identity and not itself
 
 
-def _name(one: Result | str | os.PathLike[str], otherwise: str) -> str:
-    return otherwise if isinstance(one, Result) else Path(one).resolve().name
+def _last(folder: str | os.PathLike[str]) -> str:
+    return Path(folder).resolve().name
+
+
+def _name(one: Result | str | os.PathLike[str], otherwise: str, of_folder: Callable[[Any], str] = _last) -> str:
+    return otherwise if isinstance(one, Result) else of_folder(one)
 
 
 def _differences(a: Result, b: Result, decisive: bool) -> Iterator[tuple[str, str, str]]:
