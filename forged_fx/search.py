@@ -265,7 +265,7 @@ def search(
     if seconds is not None and not 0 <= seconds < math.inf:
         raise ValueError(f"seconds={seconds!r}: 0 or more, or None for no limit")
     threat, (x, y) = checks.threat(eps, norm), checks.inputs(x, y)
-    copies.warn(len(x), copies.among(x))
+    copies.warn(x)
     choose(attacks)
     kinds = checked.several(kinds, "kinds", "names")
     if unknown := [kind for kind in kinds if kind not in search_moves.LADDERS]:
@@ -408,10 +408,9 @@ def split(x: Tensor, y: Tensor, confirm: float | tuple[Tensor, Tensor], seed: in
     A share is drawn within each class, so that both sides are alike however x is sorted. Copies of an input stay on
     the same side.
     """
-    first = copies.first_of(x)
     if isinstance(confirm, tuple | list) and len(confirm) == 2:
         kept_x, kept_y = checks.inputs(*confirm)
-        copies.warn(len(kept_x), copies.among(kept_x))
+        copies.warn(kept_x, stacklevel=4)  # `search` is between
         if kept_x.shape[1:] != x.shape[1:]:
             raise ValueError(f"confirm has inputs of shape {tuple(kept_x.shape[1:])}, and x {tuple(x.shape[1:])}")
         if seen := int((copies.first_of(torch.cat([x.cpu(), kept_x.cpu()]))[len(x) :] < len(x)).sum()):
@@ -420,6 +419,7 @@ def split(x: Tensor, y: Tensor, confirm: float | tuple[Tensor, Tensor], seed: in
             )
         return (x, y), (kept_x, kept_y)
     share = confirm if is_number(confirm) and 0 < confirm < 1 else 0
+    first = copies.first_of(x)
     order = sorted(set(first.tolist()))  # of copies one
     random.Random(seed).shuffle(order)
     order.sort(key=y.tolist().__getitem__)

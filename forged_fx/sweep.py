@@ -249,8 +249,7 @@ def sweep(
     """
     model = checks.attacked(model, "model", "sweep forges")
     threat, (x, y), plan = checks.threat(eps, norm), checks.inputs(x, y), choose(attacks)
-    copies.warn(len(x), among := copies.among(x))
-    distinct = copies.others(len(x), among)
+    distinct = copies.others(len(x), copies.warn(x))
     seed, rounds = checked.whole_number(seed, "seed"), checked.whole_number(rounds, "rounds", 0)
     batch_size = checked.whole_number(batch_size, "batch_size", 1)
     grid = _grid(ratios, kinds)

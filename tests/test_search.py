@@ -486,6 +486,17 @@ def test_the_kept_inputs_are_checked_before_the_search(toy, monkeypatch):
             forged_fx.search(model, stats, x, swapped, **QUICK)
 
 
+def test_copies_are_said_in_the_callers_name(toy):
+    model, stats, x, y = toy
+    twice = {"x": torch.cat([x[:8], x[:2]]), "y": torch.cat([y[:8], y[:2]])}
+    with (
+        pytest.warns(UserWarning, match="2 of 10 inputs are copies") as warned,
+        pytest.raises(ValueError, match="in x"),
+    ):
+        forged_fx.search(model, stats, **twice, **QUICK, confirm=(twice["x"], twice["y"]))
+    assert [warning.filename for warning in warned] == [__file__] * 2
+
+
 # --- the same state, another model or other statistics ---
 
 

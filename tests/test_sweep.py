@@ -468,8 +468,9 @@ def test_copies_of_inputs_are_no_further_inputs(toy):
     assert any("3 of 9 inputs are copies of others" in note for note in result.notes)
     stats = forged_fx.calibrate(model, [x])
     options = {"eps": 0.1, "attacks": "apgd-ce", "ratios": [0.1], "kinds": ["hard"], "rounds": 0}
-    with pytest.warns(UserWarning, match=r"3 of 9 inputs are copies of others"):
+    with pytest.warns(UserWarning, match=r"3 of 9 inputs are copies of others") as warned:
         many = forged_fx.sweep(model, stats, **copies, **options)
+    assert {warning.filename for warning in warned} == {__file__}  # the caller's
     few = forged_fx.sweep(model, stats, x[:6], y[:6], **options)
     assert (many.n, many.points[0].low, many.points[0].p) == (9, few.points[0].low, few.points[0].p)
     assert "of the 6 inputs that are no copies of others" in many.sentence and "copies" not in few.sentence

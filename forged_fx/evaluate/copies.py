@@ -47,7 +47,9 @@ def said(n: int, among: list[int]) -> str:
     )
 
 
-def warn(n: int, among: list[int]) -> None:
-    """In the name of who called the caller."""
-    if found := said(n, among):
-        warnings.warn(found, stacklevel=4)
+def warn(x: Tensor, stacklevel: int = 3) -> list[int]:
+    """`among`, and a warning if there are any, by default in the name of who called the caller."""
+    found = among(x)
+    if found:
+        warnings.warn(said(len(x), found), stacklevel=stacklevel)
+    return found
