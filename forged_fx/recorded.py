@@ -11,9 +11,11 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
 from forged_fx import checked
@@ -24,6 +26,7 @@ from forged_fx.evaluate.journal import Call, Journal, agree, begin
 from forged_fx.evaluate.threat import Threat
 from forged_fx.extras import need
 from forged_fx.files import whole
+from forged_fx.pictures import Picture
 from forged_fx.processes import Processes, joined
 from forged_fx.randomness import seeded
 from forged_fx.rows import Table, write_csv
@@ -65,9 +68,13 @@ class Recorded:
         """A row for the base and for each configuration, as the CSV has them."""
         raise NotImplementedError
 
-    def plot(self, path: str | os.PathLike[str]) -> None:
-        """A picture: SVG, PNG or PDF, by suffix."""
+    def picture(self) -> Picture:
+        """All configurations beside the base."""
         raise NotImplementedError
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """The picture as a file: SVG, PNG or PDF, by suffix."""
+        self.picture().save(path)
 
     def check(self) -> None:
         """ValueError where figures cannot be."""
@@ -156,6 +163,17 @@ class Run:
 def answers(model: nn.Module, x: Tensor, batch_size: int) -> list[float]:
     """What a finished run keeps in its facts of the model's unattacked logits."""
     return summary(_logits(model, x, batch_size))
+
+
+def facts(call: Call, logits: list[float], **more: Any) -> dict[str, Any]:
+    """What a finished run says of itself. logits: `answers` of its model."""
+    again = {"command": list(sys.argv), "seed": call["seed"], "threads": torch.get_num_threads()}
+    return {"call": call, "logits": logits} | again | more
+
+
+def versions() -> dict[str, str]:
+    """Of what a run depends on; those of another are another call."""
+    return {name: version(name) for name in ("forged_fx", "pyautoattack", "torch")}
 
 
 def _logits(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:

@@ -11,17 +11,15 @@ it is. That is why the figure that counts comes from other inputs, and is correc
 import math
 import os
 import random
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from forged_fx import checked, search_moves, trials
+from forged_fx import checked, pictures, search_moves, trials
 from forged_fx.configuration import Configuration
 from forged_fx.evaluate import blocks as unit
 from forged_fx.evaluate import checks, copies, evaluate, fingerprint
@@ -30,7 +28,7 @@ from forged_fx.evaluate.result import Result
 from forged_fx.evaluate.statistics import LEVEL, holm
 from forged_fx.evaluate.threat import Threat
 from forged_fx.models import device_of
-from forged_fx.recorded import LIMIT, Recorded, answers, running, within
+from forged_fx.recorded import LIMIT, Recorded, answers, facts, running, versions, within
 from forged_fx.rows import Table
 from forged_fx.stats import Stats, given_stats, is_number
 from forged_fx.transform import select
@@ -153,11 +151,9 @@ class Search(Recorded):
             within("interval", (f.low, f.high), -1, 1)
             within("p", (f.p, f.p_holm), 0, 1)
 
-    def plot(self, path: str | os.PathLike[str]) -> None:
-        """A picture: each trial's natural accuracy and how many inputs stand. SVG, PNG or PDF, by suffix."""
-        from forged_fx import pictures
-
-        pictures.trials(self).save(path)
+    def picture(self) -> pictures.Picture:
+        """Each trial's natural accuracy and how many inputs stand."""
+        return pictures.trials(self)
 
     @property
     def verdict(self) -> str:
@@ -297,7 +293,7 @@ def search(
         "class": type(model).__name__,
         **_made_from(model, stats, sites),
         "data": {name: fingerprint.of_tensors([(name, value)]) for name, value in data.items()},
-        "versions": {name: version(name) for name in ("forged_fx", "pyautoattack", "torch")},
+        "versions": versions(),
     }
     folder = None if folder is None else Path(folder)
     with running(Search, call, model, seed=seed, folder=folder, progress=progress, shard=shard) as run:
@@ -348,15 +344,7 @@ def search(
             base=tried.base,
             trials=list(tried.made.values()),
             finalists=_confirmed(results, max_natural_loss),
-            facts={
-                "call": call,
-                "command": list(sys.argv),
-                "seed": seed,
-                "attacks": call["attacks"],
-                "stopped": stopped,
-                "logits": logits,
-                "threads": torch.get_num_threads(),
-            },
+            facts=facts(call, logits, attacks=call["attacks"], stopped=stopped),
         )
         if folder is not None:
             run.processes.first(lambda: result.finish(folder, run.journal))

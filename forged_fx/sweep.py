@@ -4,18 +4,16 @@ import functools
 import json
 import math
 import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from forged_fx import checked
+from forged_fx import checked, pictures
 from forged_fx.bpda import straight_through
 from forged_fx.calibrate import calibrate
 from forged_fx.configuration import Configuration, written
@@ -33,7 +31,7 @@ from forged_fx.extras import need
 from forged_fx.files import whole
 from forged_fx.kinds import KINDS
 from forged_fx.models import device_of, unwrapped
-from forged_fx.recorded import LIMIT, Recorded, answers, running, within
+from forged_fx.recorded import LIMIT, Recorded, answers, facts, running, versions, within
 from forged_fx.rows import Table, share
 from forged_fx.stats import Ends, Stats, is_number
 from forged_fx.throughput import interleave, relative
@@ -174,11 +172,9 @@ class Sweep(Recorded):
             within("p, and shares", (point.p, point.p_holm, point.zeroed, point.limited), 0, 1)
             within("speed", (point.speed, point.speed_low, point.speed_high), 0, LIMIT)
 
-    def plot(self, path: str | os.PathLike[str]) -> None:
-        """A picture: accuracies above, shares and throughput below, a column per kind. SVG, PNG or PDF, by suffix."""
-        from forged_fx import pictures
-
-        pictures.trade_off(self).save(path)
+    def picture(self) -> pictures.Picture:
+        """Accuracies above, shares and throughput below, a column per kind."""
+        return pictures.trade_off(self)
 
     @property
     def small_print(self) -> str:
@@ -273,7 +269,7 @@ def sweep(
         "rounds": rounds,
         "timed": batch_size if rounds else 0,
         "stats": fingerprint.of_sites({name: stats.sites[name] for name in sites}),
-        "versions": {name: version(name) for name in ("forged_fx", "pyautoattack", "torch")},
+        "versions": versions(),
     }
     with (
         running(Sweep, call, model, seed=seed, folder=folder, progress=progress, shard=shard) as run,
@@ -297,16 +293,13 @@ def sweep(
             **_counts(sides[BASE]),
             sites=sites,
             points=_points(grid, forged, judged, stats, json.loads(timed), distinct),
-            facts={
-                "call": call,
-                "command": list(sys.argv),
-                "attacks": plan.names,
-                "seed": seed,
-                "distinct": int(distinct.sum()),
-                "seconds": {name: sum(row.seconds for row in side.rows) for name, side in sides.items()},
-                "logits": answers(model, x, batch_size),
-                "threads": torch.get_num_threads(),
-            },
+            facts=facts(
+                call,
+                answers(model, x, batch_size),
+                attacks=plan.names,
+                distinct=int(distinct.sum()),
+                seconds={name: sum(row.seconds for row in side.rows) for name, side in sides.items()},
+            ),
         )
         if folder is not None:
             run.processes.first(lambda: _finish(result, sides, Path(folder), run.journal))

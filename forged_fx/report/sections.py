@@ -213,7 +213,7 @@ def _capital(words: str) -> str:
 
 
 def _drawn(found: Sweep | Search) -> str:
-    drawn = pictures.trade_off(found) if isinstance(found, Sweep) else pictures.trials(found)
+    drawn = found.picture()
     width = f"width: {96 * drawn.size[0]:.0f}px"  # as it was drawn; where a page has less room it is scrolled
     return f'<div class="wide"><div style="{width}">{drawn.svg()}</div></div>'
 
