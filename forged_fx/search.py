@@ -184,8 +184,7 @@ class Search(Recorded):
     def _tried(self) -> Table:
         title = f"the best of {len(self.trials)} trials, by the search's own attack (this proves nothing)"
         rows = []
-        ranked = sorted(self.trials, key=lambda trial: trial.score, reverse=True)
-        for trial in (self.base, *ranked[:LISTED]):
+        for trial in (self.base, *ranked(self.trials)[:LISTED]):
             name = str(trial.configuration) if trial.configuration.places else "base"
             natural = f"{trial.natural}" + ("" if trial.fit else " (too few)")
             found = ("", "") if trial.margin is None else (str(trial.standing), f"{trial.margin:+.3f}")
@@ -378,16 +377,21 @@ def walk(tried: Trials, sites: Sequence[str], kinds: Sequence[str], chance: rand
     try:
         for _ in tried.try_out(search_moves.starts(sites, kinds)):
             pass
-        here += sorted((tried.base, *tried.made.values()), key=lambda trial: trial.score, reverse=True)[:STARTS]
+        here += ranked((tried.base, *tried.made.values()))[:STARTS]
         ascents = [ascend(k) for k in range(len(here))]
         while ascents:
             ascents = [ascent for ascent in ascents if next(ascent, ascents) is not ascents]
         stopped = "no move helps"
     except Spent as spent:
         stopped = str(spent)
-    here = here or sorted(tried.made.values(), key=lambda trial: trial.score, reverse=True)[:STARTS]
+    here = here or ranked(tried.made.values())[:STARTS]
     better = {trial.configuration: trial for trial in here if trial.score[:2] > tried.base.score[:2]}
-    return sorted(better.values(), key=lambda trial: trial.score, reverse=True), stopped
+    return ranked(better.values()), stopped
+
+
+def ranked(some: Iterable[Trial]) -> list[Trial]:
+    """The best first."""
+    return sorted(some, key=lambda trial: trial.score, reverse=True)
 
 
 def split(x: Tensor, y: Tensor, confirm: float | tuple[Tensor, Tensor], seed: int) -> tuple[tuple, tuple]:
@@ -424,9 +428,9 @@ def split(x: Tensor, y: Tensor, confirm: float | tuple[Tensor, Tensor], seed: in
 def _confirmed(results: Sequence[tuple[Configuration, Path | None, Result]], max_natural_loss: float) -> list[Finalist]:
     """The finalists with what `evaluate` found, the best worst case first."""
     found = []
-    adjusted = holm([result.compared().p for _, _, result in results])
-    for (configuration, folder, result), p_holm in zip(results, adjusted, strict=True):
-        paired = result.compared()
+    compared = [result.compared() for _, _, result in results]
+    adjusted = holm([paired.p for paired in compared])
+    for (configuration, folder, result), paired, p_holm in zip(results, compared, adjusted, strict=True):
         counts = {
             prefix + name: int(side.right(kind).sum())
             for prefix, side in (("", result.model), ("base_", result.base))

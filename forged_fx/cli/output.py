@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -36,11 +35,6 @@ def note(text: str) -> None:
     """A line for whoever watches: on stderr, if that is a terminal."""
     if first() and sys.stderr.isatty():
         print(text, file=sys.stderr)
-
-
-def finite(value: Any) -> Any:
-    """A number as JSON has it: None for NaN and the infinities, which it does not have."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _file(given: str) -> list[str]:

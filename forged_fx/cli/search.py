@@ -83,6 +83,5 @@ def run(
             folder=folder,
             **{name: value for name, value in given_only.items() if value is not None},
         )
-    rows = [{key: output.finite(value) for key, value in row.items()} for row in result.records()]
-    output.show({"sentence": result.sentence, "rows": rows}, str(result), json)
+    output.show({"sentence": result.sentence, "rows": result.records()}, str(result), json)
     return NOTHING if result.best is None else FOUND
