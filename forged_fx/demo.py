@@ -95,7 +95,7 @@ def run(
                 about=f"model: a small CNN trained against attacks, forged at ratio {ratio}; base: as trained",
                 result=result,
                 sites=sites,
-                zeros={name: site.zeros / max(site.sampled, 1) for name, site in stats.sites.items()},
+                zeros={name: site.share_zero for name, site in stats.sites.items()},
                 speeds=speeds,
                 timed=sites.forging,
                 sparsity=zeroed,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from forged_fx import pictures
+from forged_fx.describe import Row
 from forged_fx.evaluate.fingerprint import OF_DATA
 from forged_fx.evaluate.result import Finding
 from forged_fx.lipschitz import SITE_NONZERO, SITE_WHOLE, Figure
@@ -115,6 +116,12 @@ def _caution(run: Run, forging: str | None) -> str:
     return f'<p class="caution">{text(says)}</p>'
 
 
+def _before_and_after(run: Run, row: Row) -> tuple[float | None, float | None]:
+    """Which shares of a site's inputs in calibration are zero without forging, and with it; None: not known."""
+    before, after = run.zeros.get(row.site), row.share_zeroed
+    return before, None if after is None else max(after, before or 0.0)  # off, what was 0 is 0 all the same
+
+
 def _zeros(run: Run) -> str:
     """What was measured, if it was; else what calibration tells."""
     forging = run.sparsity.forging if run.sparsity else run.sites.forging
@@ -128,10 +135,10 @@ def _zeros(run: Run) -> str:
     else:
         title, when = "Share zeroed by site", "in calibration"
         shares = [
-            (row.site or "(root)", before, max(before, row.share_zeroed), None)  # off, what was 0 is 0 all the same
+            (row.site or "(root)", before or 0.0, after, None)
             for row in run.sites
-            if row.share_zeroed is not None
-            for before in [run.zeros.get(row.site, 0.0)]
+            for before, after in [_before_and_after(run, row)]
+            if after is not None
         ]
         keys = {"line": "zero already", "model": "zeroed by forging"}
     if not shares:
@@ -291,9 +298,7 @@ def _sites(run: Run) -> str:
     rows = []
     for row in run.sites:
         shape = "varies" if row.shape is None else " × ".join("*" if size < 0 else str(size) for size in row.shape)
-        before, after = run.zeros.get(row.site), row.share_zeroed
-        shares = before, after if after is None else max(after, before or 0.0)
-        cells = ["" if share is None else f"{100 * share:.1f} %" for share in shares]
+        cells = ["" if share is None else f"{100 * share:.1f} %" for share in _before_and_after(run, row)]
         rows.append([row.site or "(root)", row.kind, shape, f"{row.c_max:.4g}", row.ends(), *cells, row.left_out or ""])
     if not any(row[-1] for row in rows):
         headings, rows = headings[:-1], [row[:-1] for row in rows]
