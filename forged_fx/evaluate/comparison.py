@@ -213,7 +213,7 @@ def _table(c: Comparison) -> Any:
             if p is None:
                 continue
             sides: list[Side] = [getattr(result, side) for result in (c.a, c.b)]
-            shares = [f"{100 * one.accuracy(kind):.2f} % ({int(one.right(kind).sum())})" for one in sides]
+            shares = [terminal.share(one.accuracy(kind), c.a.n) for one in sides]
             difference = (f"{100 * p.difference:+.2f}", f"{100 * p.low:+.2f} {100 * p.high:+.2f}", f"{p.p:.2g}")
             cells = (f"{side}: {name}", *shares, *difference, str(p.base_only), str(p.model_only))
             table.add_row(*map(terminal.plain, cells), style="bold" if (side, kind) == ("model", WORST) else "")

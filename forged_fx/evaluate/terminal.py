@@ -26,8 +26,8 @@ def table(given: Table) -> Any:
     return shown
 
 
-def _share(share: float | None, n: int) -> str:
-    return "" if share is None else f"{100 * share:.2f} % ({round(share * n)})"
+def share(part: float, n: int) -> str:
+    return f"{100 * part:.2f} % ({round(part * n)})"
 
 
 def _figures(result: Result) -> Any:
@@ -38,7 +38,7 @@ def _figures(result: Result) -> Any:
     for heading in headings:
         table.add_column(heading, justify="left" if not heading else "right")
     for name, kind in result.figures.items():
-        cells = [name, *(_share(side.accuracy(kind), result.n) for side in result.sides)]
+        cells = [name, *(share(side.accuracy(kind), result.n) for side in result.sides)]
         if p := result.compared(kind):
             intervals = ((p.low, p.high), (p.boot_low, p.boot_high))
             cells += [f"{100 * p.difference:+.2f}", *(f"{100 * low:+.2f} {100 * high:+.2f}" for low, high in intervals)]
