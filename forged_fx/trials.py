@@ -217,7 +217,7 @@ class Trials:
 
     def _attack(self, module: nn.Module, x: Tensor, y: Tensor, along: Sequence[Context]) -> tuple[Tensor, Tensor]:
         """The smallest lead of the right class that APGD came by, (n,) float64 on the CPU, and where, in x's shape."""
-        setting = Setting(self.threat, self.classes, tuple(x.shape[1:]), self.blocks.seed, self.batch_size, self.device)
+        setting = Setting(self.threat, self.classes, tuple(x.shape[1:]), self.blocks.seed, self.device)
         least, at = _lead(module(x.clone()), y), x.clone()
         for context in along:
             tools = toolbox(Logits(module, self.batch_size, context, finite=True), setting)

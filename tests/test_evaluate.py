@@ -316,7 +316,7 @@ def test_square_is_left_out_exactly_where_it_would_fail(norm):
         shape = (1, height, width)
         model, x = linear(3, shape=shape), inputs(3, shape)
         y = model(x).argmax(1)
-        setting = Setting(Threat(0.1, norm), 3, shape, 0, 3, x.device)
+        setting = Setting(Threat(0.1, norm), 3, shape, 0, x.device)
         square, tools = table.ATTACKS["square"], table.toolbox(Logits(model), setting)
         tools.square.n_queries = 2
         try:

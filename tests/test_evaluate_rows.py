@@ -207,7 +207,7 @@ def test_the_thorough_plan(monkeypatch):
 
 def test_longer_is_what_the_constructor_makes_of_so_many_steps():
     model = Logits(linear())
-    setting = attacks.Setting(Threat(0.1, "Linf"), 10, (1, 6, 6), 0, 250, torch.device("cpu"))
+    setting = attacks.Setting(Threat(0.1, "Linf"), 10, (1, 6, 6), 0, torch.device("cpu"))
     longer = attacks.toolbox(model, setting)
     further.lengthen(longer)
     fresh = APGDAttack(model, n_iter=500, eps=0.1)
@@ -226,7 +226,7 @@ def test_restarts_begin_at_the_other_sides_examples(norm, monkeypatch):
     found = evaluate(model, x=x, y=y, eps=eps, norm=norm, attacks=["apgd-ce"])
     starts, broken = x.clone(), found.model.broken_by > 0
     starts[found.model.broken] = found.model.examples
-    setting = attacks.Setting(Threat(eps, norm), 10, (1, 8, 8), 0, 250, x.device)
+    setting = attacks.Setting(Threat(eps, norm), 10, (1, 8, 8), 0, x.device)
     restarted = further.restart(attacks.toolbox(Logits(Cut(model)), setting), x[broken], y[broken], starts[broken])
     with torch.no_grad():
         assert (model(restarted).argmax(1) != y[broken]).all()

@@ -30,7 +30,6 @@ class Setting:
     classes: int
     shape: tuple[int, ...]
     seed: int
-    batch_size: int
     device: torch.device
 
 
@@ -125,29 +124,18 @@ def _unfit_di(setting: Setting) -> str:
     return _unfit_mi(setting)
 
 
-def _passes_apgd_ce(tools: Any) -> int:
-    return tools.apgd.n_restarts * (tools.apgd.n_iter + 2)
-
-
-def _passes_apgd_t(tools: Any) -> int:
-    return tools.apgd_targeted.n_target_classes * (tools.apgd_targeted.n_iter + 2)
-
-
-def _passes_fab_t(tools: Any) -> int:
-    return 2 * tools.fab.n_target_classes * tools.fab.n_iter
-
-
-def _passes_square(tools: Any) -> int:
-    return tools.square.n_queries + 2
-
-
 ATTACKS = {
     attack.name: attack
     for attack in (
-        Attack("apgd-ce", _apgd_ce, passes=_passes_apgd_ce),
-        Attack("apgd-t", _apgd_t, _unfit_apgd_t, passes=_passes_apgd_t),
-        Attack("fab-t", _fab_t, passes=_passes_fab_t),
-        Attack("square", _square, _unfit_square, gradient=False, passes=_passes_square),
+        Attack("apgd-ce", _apgd_ce, passes=lambda tools: tools.apgd.n_restarts * (tools.apgd.n_iter + 2)),
+        Attack(
+            "apgd-t",
+            _apgd_t,
+            _unfit_apgd_t,
+            passes=lambda tools: tools.apgd_targeted.n_target_classes * (tools.apgd_targeted.n_iter + 2),
+        ),
+        Attack("fab-t", _fab_t, passes=lambda tools: 2 * tools.fab.n_target_classes * tools.fab.n_iter),
+        Attack("square", _square, _unfit_square, gradient=False, passes=lambda tools: tools.square.n_queries + 2),
         Attack("mi-fgsm", transfer.mi_fgsm, _unfit_mi, stage="transfer"),
         Attack("di-fgsm", transfer.di_fgsm, _unfit_di, stage="transfer"),
         Attack("apgd-restart", further.restart, stage="further", starts=True),

@@ -86,7 +86,7 @@ class Subject:
     def setting(self, classes: int) -> Setting:
         """What attacks on this side have to know."""
         shape = tuple(self.x.shape[1:])
-        return Setting(self.threat, classes, shape, self.blocks.seed, self.batch_size, self.device)
+        return Setting(self.threat, classes, shape, self.blocks.seed, self.device)
 
     def standing(self) -> Tensor:
         return (self.broken_by == STANDING).nonzero().flatten()
