@@ -416,13 +416,12 @@ def split(x: Tensor, y: Tensor, confirm: float | tuple[Tensor, Tensor], seed: in
     random.Random(seed).shuffle(order)
     order.sort(key=y.tolist().__getitem__)
     drawn = {k for i, k in enumerate(order) if int((i + 1) * share + 0.5) > int(i * share + 0.5)}
-    kept = torch.tensor([k in drawn for k in first.tolist()], device=x.device)
+    kept = torch.tensor([k in drawn for k in first.tolist()])
     if kept.all() or not kept.any():
         raise ValueError(
             f"confirm={checked.short(confirm)}: a share between 0 and 1 that leaves inputs on both sides, or (x, y)"
         )
-    of_y = kept.to(y.device)
-    return (x[~kept], y[~of_y]), (x[kept], y[of_y])
+    return (x[~kept], y[~kept]), (x[kept], y[kept])
 
 
 def _confirmed(results: Sequence[tuple[Configuration, Path | None, Result]], max_natural_loss: float) -> list[Finalist]:

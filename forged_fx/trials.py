@@ -212,8 +212,7 @@ class Trials:
         return list(zip(whole, seconds, strict=True))
 
     def _inputs(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        x, y = self.x[indices.to(self.x.device)], self.y[indices.to(self.y.device)]
-        return x.to(self.device), y.to(self.device)
+        return self.x[indices].to(self.device), self.y[indices].to(self.device)
 
     def _attack(self, module: nn.Module, x: Tensor, y: Tensor, along: Sequence[Context]) -> tuple[Tensor, Tensor]:
         """The smallest lead of the right class that APGD came by, (n,) float64 on the CPU, and where, in x's shape."""
@@ -228,7 +227,7 @@ class Trials:
             for point in (steepest, fooling):
                 lead = _lead(module(point.clone()), y)
                 closer = lead < least
-                at[closer.to(at.device)] = point[closer.to(at.device)]
+                at[closer] = point[closer]
                 least = torch.where(closer, lead, least)
         return least, at
 

@@ -93,8 +93,7 @@ class Subject:
 
     def inputs(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """x and y of these inputs, on the model's device."""
-        x, y = self.x[indices.to(self.x.device)], self.y[indices.to(self.y.device)]
-        return x.to(self.device), y.to(self.device)
+        return self.x[indices].to(self.device), self.y[indices].to(self.device)
 
     def _begin(self, kind: str, attack: str, attacked: int) -> Row:
         row = Row(self.name, kind, attack, attacked=attacked, standing=len(self.standing()))
@@ -117,10 +116,10 @@ class Subject:
         known = torch.isin(indices, self.standing()).all() and len(indices.unique()) == len(indices)
         if not known or examples.shape != (len(indices), *self.x.shape[1:]):
             raise ValueError(f"{row.attack} on the {self.name}: breaks other inputs than those that stand")
-        if not bool(self.threat.allows(self.x[indices.to(self.x.device)].cpu(), examples.cpu()).all()):
+        if not bool(self.threat.allows(self.x[indices].cpu(), examples.cpu()).all()):
             raise ValueError(f"{row.attack} on the {self.name}: examples outside the ball or the box")
         self.broken_by[indices] = len(self.rows) - 1
-        self.examples[indices.to(self.x.device)] = examples.to(self.x.device)
+        self.examples[indices] = examples.to(self.x.device)
         row.broken += len(indices)
         row.standing -= len(indices)
 
@@ -155,7 +154,7 @@ class Subject:
         self.logits = logits
         self._keep_slopes("gradients", nullcontext)
         wrong = (predicted(logits) != self.y.cpu()).nonzero().flatten()
-        self._take(row, wrong, self.x[wrong.to(self.x.device)])
+        self._take(row, wrong, self.x[wrong])
         row.alone = row.standing / len(self.x)
         self.progress.end(row)
         return logits
@@ -212,7 +211,7 @@ class Subject:
 
         def search(indices: Tensor) -> Outcome:
             x, y = self.inputs(indices)
-            starts = [other.examples[indices.to(self.x.device)].to(x.device)] if attack.starts and other else []
+            starts = [other.examples[indices].to(x.device)] if attack.starts and other else []
             return self.judge(setting, indices, attack.run(tools, x.clone(), y.clone(), *starts).detach())
 
         for _, found in self._run(row, todo, search, FOUND, attack.passes(tools)):
@@ -237,7 +236,7 @@ class Subject:
             outcome: Outcome = {}
             for side in sides:
                 mine = side.broken_by[indices] == STANDING
-                found = side.judge(setting, indices[mine], examples[mine.to(x.device)].to(side.device))
+                found = side.judge(setting, indices[mine], examples[mine].to(side.device))
                 outcome |= {f"{side.name} {key}": value for key, value in found.items()}
             return outcome
 
@@ -278,7 +277,7 @@ class Subject:
         row = self._begin(kind, f"examples of the {other.name}", int((found & stands).sum()))
 
         def show(indices: Tensor) -> Outcome:
-            examples = other.examples[indices.to(self.x.device)]
+            examples = other.examples[indices]
             return {"fooled": predict(self.model, examples, self.batch_size) != self.inputs(indices)[1].cpu()}
 
         fooled = 0
@@ -287,20 +286,19 @@ class Subject:
                 raise ValueError(f"{row.attack}: {len(outcome['fooled'])} outcomes of {len(block)} inputs")
             fooled += int(outcome["fooled"].sum())
             broken = block[outcome["fooled"] & stands[block]]
-            self._take(row, broken, other.examples[broken.to(self.x.device)])
+            self._take(row, broken, other.examples[broken])
         row.alone = (int((self.broken_by != 0).sum()) - fooled) / len(self.x)
         self.progress.end(row)
 
     def show(self, indices: Tensor) -> Gallery:
         """These broken inputs, as they were and as what they are now taken for."""
-        there = indices.to(self.x.device)
-        predicted = predict(self.model, self.examples[there], self.batch_size)
-        return Gallery(indices, self.x[there].cpu(), self.y[indices.to(self.y.device)].cpu(), predicted)
+        predicted = predict(self.model, self.examples[indices], self.batch_size)
+        return Gallery(indices, self.x[indices].cpu(), self.y[indices].cpu(), predicted)
 
     def side(self) -> Side:
         """The outcome. All rows must have been run."""
         broken = (self.broken_by != STANDING).nonzero().flatten()
-        examples = self.examples[broken.to(self.x.device)].cpu()
+        examples = self.examples[broken].cpu()
         with kept_randomness():
             asked = torch.cat([examples, answers.moved(self.x, self.threat).cpu()])
             logits = checks.answers(self.model, asked, self.batch_size, self.name)

@@ -367,10 +367,10 @@ def verify(
                 side.broken.split(result.batch_size), side.examples.split(result.batch_size), strict=True
             ):
                 logits.append(module(examples.clone().to(device)).cpu())
-                is_right, is_close = _right(logits[-1], y[part.to(y.device)])
+                is_right, is_close = _right(logits[-1], y[part])
                 is_close &= is_right
                 right, close = right + int((is_right & ~is_close).sum()), close + int(is_close.sum())
-                astray += int((~result.threat.allows(x[part.to(x.device)].cpu(), examples)).sum())
+                astray += int((~result.threat.allows(x[part].cpu(), examples)).sum())
             size = result.batch_size
             for inputs, classes, was_wrong in zip(x.split(size), y.split(size), natural.split(size), strict=True):
                 logits.append(module(inputs.clone().to(device)).cpu())
