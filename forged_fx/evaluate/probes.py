@@ -76,9 +76,8 @@ def probe(side: Subject, setting: Setting, bpda: Context) -> Probes:
         }
 
     for _, found in side.blocks.run(f"{side.name} probes", right, ask, FIELDS):  # one block, or none
-        flat, sick, drift, apart = (found[key].item() for key in ("flat", "sick", "drift", "apart"))
-        sweeps, seconds = (found["steps"].tolist(), found["radii"].tolist()), found["seconds"].item()
-        return Probes(len(right), flat, sick, drift, apart, *sweeps, seconds, found["stuck"].item())
+        figures = {key: found[key].item() for key in ("flat", "stuck", "sick", "drift", "apart", "seconds")}
+        return Probes(len(right), **figures, by_steps=found["steps"].tolist(), by_radius=found["radii"].tolist())
     return Probes(0, 0, 0, 0.0, 0.0, [0] * len(STEPS), [0] * (len(RADII) + 1))
 
 
@@ -113,7 +112,7 @@ def probe_base(side: Subject, setting: Setting, bpda: Context) -> BaseProbes:
         return {"drift": drifted, "apart": apart, "stand": torch.tensor(stand), "flat": flat, "lead": lead}
 
     for _, found in side.blocks.run(f"{side.name} probes", right, ask, OF_BASE):  # one block, or none
-        return BaseProbes(len(right), *(found[key].item() for key in OF_BASE))
+        return BaseProbes(len(right), **{key: found[key].item() for key in OF_BASE})
     return BaseProbes()
 
 
