@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from forged_fx.evaluate.threat import Threat
+from forged_fx.models import device_of
 
 Context = Callable[[], AbstractContextManager]
 
@@ -93,13 +94,9 @@ class Borrowed(nn.Module):
     def __init__(self, model: nn.Module, lender: nn.Module) -> None:
         super().__init__()
         self.model, self.lender = model, lender
-        self.devices = [next((p.device for p in m.parameters()), None) for m in (model, lender)]
 
     def forward(self, x: Tensor) -> Tensor:
-        own, lent = (
-            m(x.clone() if device is None else x.clone().to(device)).to(x.device)
-            for m, device in zip((self.model, self.lender), self.devices, strict=True)
-        )
+        own, lent = (m(x.clone().to(device_of(m, x.device))).to(x.device) for m in (self.model, self.lender))
         return lent + (own - lent).detach()
 
 
