@@ -178,15 +178,13 @@ def lipschitz(
             if not all(values.each for values in seen):  # one value of several inputs: one of all, then
                 whole, kept = whole.max()[None], kept.max()[None]
             result.append(_figure(what, site, whole, kept))
-    steps_of: dict[str, tuple[Tensor, Tensor]] = {}
+    largest: list[Figure] = []
     for (what, where), pairs in sorted(found.items(), key=lambda item: (SPECTRAL, FROBENIUS, STEP).index(item[0][0])):
         one, other = (torch.cat(values) for values in zip(*pairs, strict=True))
         result.append(_figure(what, where, one, other))
         if what == STEP:
-            steps_of[where] = one, other
-    for where, (one, other) in steps_of.items():
-        largest = _figure(LARGEST, where, one.max()[None], other.max()[None])
-        result.append(replace(largest, low=None, high=None, n=len(one)))
+            largest.append(replace(_figure(LARGEST, where, one.max()[None], other.max()[None]), n=len(one)))
+    result.extend(largest)
     result.not_seen = [site for site in thresholds_within(forged).values() if site not in sites]
     return result
 
