@@ -257,11 +257,10 @@ def _image_folder(folder: str, _: str, order: Callable[[str], Any] | None = None
     except FileNotFoundError as error:
         raise ValueError(f"{folder}: {error}".partition("\n")[0] + "; it needs a folder per class") from error
     as_text = found.classes
-    numbers = all(name.isascii() and name.isdigit() for name in as_text)
-    if order is int and not numbers:
-        other = next(name for name in as_text if not (name.isascii() and name.isdigit()))
-        raise ValueError(f"{folder}: its folder {other!r} is no whole number: write imagefolder:{folder}")
-    classes = sorted(as_text, key=order or (int if numbers else str))
+    words = [name for name in as_text if not (name.isascii() and name.isdigit())]
+    if order is int and words:
+        raise ValueError(f"{folder}: its folder {words[0]!r} is no whole number: write imagefolder:{folder}")
+    classes = sorted(as_text, key=order or (str if words else int))
     unsure = ""
     if order is None and classes != as_text:
         unsure = (
