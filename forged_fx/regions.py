@@ -183,7 +183,8 @@ class ForgedLayer(_Region):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         input, *rest = args or (self._named(kwargs),)
         plan = self.forged_plan
-        for forge in plan.operands[0 if plan.once else plan.next(self.forged_pass.so_far())]:
+        k = 0 if plan.once else plan.next(self.forged_pass.so_far())
+        for forge in plan.operands.get(k, ()):  # (a call on a constant has none)
             input = forge.into(self, input) if forge.in_place else forge(self, input)
         return super().forward(input, *rest, **kwargs)
 

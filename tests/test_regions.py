@@ -172,6 +172,21 @@ def test_each_call_of_a_shared_layer_has_its_own_threshold(x):
             assert torch.equal(forged.a(x), model.a(f("a", x)))
 
 
+class BeginsAtZero(DataBranch):
+    """As RAFT's flow does: a layer that runs on a constant first, which is no site, and on data then."""
+
+    def forward(self, x):
+        return super().forward(x + self.a(self.a.weight.new_zeros(4)))
+
+
+def test_a_call_of_a_shared_layer_that_is_no_site_has_no_threshold(x):
+    model = BeginsAtZero().eval()
+    stats = forged_fx.calibrate(model, [x])
+    assert stats.sites["a"].left_out and not stats.sites["a#1"].left_out
+    with torch.no_grad():
+        assert torch.equal(forged_fx.transform(model, stats, 0)(x), model(x))
+
+
 @pytest.mark.parametrize("where, last", [("linear+conv", "inner#3"), ("activations", "inner@1")])
 def test_calls_of_a_module_that_runs_twice_are_counted_through_the_pass(where, last, x):
     class Inner(FunctionalCall):
