@@ -55,7 +55,7 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
 
 import forged_fx
-from forged_fx.capture import in_a_line
+from forged_fx.checked import in_a_line
 from forged_fx.thresholds import thresholds_of
 from forged_fx.throughput import interleave, relative
 from forged_fx.transform import forging_of

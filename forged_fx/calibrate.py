@@ -183,10 +183,11 @@ def scan(
 
 
 def _arguments(model: torch.nn.Module, args: tuple, kwargs: dict) -> set[str]:
-    """The names of the arguments that a batch gives the model's forward."""
+    """The names of the arguments that a batch gives the model's forward; None is none."""
     signature = inspect.signature(model.forward)
     try:
-        return {*signature.bind_partial(*args, **kwargs).arguments}
+        passed = signature.bind_partial(*args, **kwargs).arguments
+        return {name for name, value in passed.items() if value is not None}
     except TypeError as error:
         raise TypeError(
             f"a batch gives {', '.join(kwargs) or 'an input'}, and {type(model).__name__}.forward takes {signature}: "

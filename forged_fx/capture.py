@@ -6,6 +6,8 @@ others stay whole as `call_module`, and what a graph cannot carry is refused rat
 """
 
 import contextlib
+import copy
+import dataclasses
 import inspect
 import itertools
 import operator
@@ -13,7 +15,7 @@ import sys
 import threading
 import types
 import warnings
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -24,8 +26,8 @@ from torch.overrides import TorchFunctionMode
 
 from forged_fx import torch_internals
 from forged_fx.checked import in_a_line
-from forged_fx.graph_calls import AUGMENTED, ordered
-from forged_fx.is_tensor import values_are_tensors
+from forged_fx.graph_calls import AUGMENTED, of_type, ordered
+from forged_fx.is_tensor import is_of_torch, values_are_tensors
 from forged_fx.models import HELD, copied, has_hooks
 from forged_fx.modes import kept_buffers, same_bits
 from forged_fx.randomness import generator_state, kept_randomness
@@ -43,6 +45,8 @@ class _Value(fx.Proxy):
     hash, other words than the value's) and where the code catches the error."""
 
     def __getattr__(self, name: str) -> "_Attribute":
+        if not isinstance(self, _Attribute) and self.node.op == "placeholder":
+            self.tracer.fields[self.node.target].add(name)
         return _Attribute(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -85,6 +89,13 @@ _OF_PROXIES = ("__dict__", "tracer", "node", "_node", "root", "attr", "value")
 class _Attribute(fx.proxy.Attribute, _Value):
     """Stands for an attribute of such a value: its shape, its dtype."""
 
+    def __repr__(self) -> str:
+        self.tracer.asked = "puts into words a value"
+        return super().__repr__()
+
+    def __format__(self, _: str) -> str:
+        return fx.Proxy.__repr__(self)
+
 
 class _Buffer(_Value):
     """Stands for a buffer of the model's. How large it is is the model's own, and no run's."""
@@ -122,11 +133,7 @@ class _SiteTracer(fx.Tracer):
         self.thread = threading.get_ident()
         self.opened = opened
         self.asked: str | None = None  # what the forward does with a value; it may catch the error that this is
-        functions = torch_internals.forwards_of_functions()
-        self.refused = {
-            torch_internals.CHECKPOINT: "checkpoints activations, which a graph would not do",
-            **dict.fromkeys(functions, "runs an autograd.Function, whose backward a graph would drop"),
-        }
+        self.fields = defaultdict[str, set[str]](set)  # by argument, the attributes of it that were asked for
 
     def is_leaf_module(self, module: torch.nn.Module, name: str) -> bool:
         return name not in self.opened
@@ -167,8 +174,10 @@ class _SiteTracer(fx.Tracer):
         return super().create_arg(a)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if code := torch_internals.running(self.refused):
-            raise Untraceable(f"its forward {self.refused[code]}")
+        if torch_internals.running({torch_internals.CHECKPOINT}):
+            raise Untraceable("its forward checkpoints activations, which a graph would not do")
+        if torch_internals.parametrizations_are_kept():
+            raise Untraceable("its forward computes parametrizations once for several calls, which a graph would not")
         return super().create_node(*args, **kwargs)
 
 
@@ -192,9 +201,11 @@ class _NoValues(TorchFunctionMode):
     """Refuses a forward that computes with the model's own tensors out of the tracer's sight: a graph would hold what
     comes of them as they are now. (It follows `self.weight`, and beside data what `self.parameters()` gives.)"""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, opened: set[str]) -> None:
         super().__init__()
         self.tensors = {id(tensor): n for n, tensor in (*model.named_parameters(), *model.named_buffers())}
+        whole = [(name, module) for name, module in model.named_modules() if name not in opened]
+        self.tensors |= {id(tensor): f"a tensor of {name}" for name, module in whole for tensor in _kept(module)}
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -240,6 +251,9 @@ def capture(
             raise Untraceable(f"{name or 'the model'!r} has hooks on its state dict, which a graph would not have")
         if own := [n for n in _TELLS if getattr(type(module), n) is not getattr(torch.nn.Module, n)]:
             raise Untraceable(f"{name or 'the model'!r} has {own[0]}() of its own, which a graph would not have")
+    if any(type(model.get_submodule(name)).train is not torch.nn.Module.train for name in opened):
+        if name := _trains_otherwise(copied(model), sorted(opened)):
+            raise Untraceable(f"{name!r} has a train() of its own, which a graph would not have")
     if "forward" in vars(model):
         raise Untraceable("its forward was set on this one model, and a graph is of its class's")
     if type(model).__call__ is not torch.nn.Module.__call__ and not isinstance(model, fx.GraphModule):
@@ -249,19 +263,23 @@ def capture(
     shared = [*model.parameters(), *model.buffers()]
     twin = copied(model, shared)
     grad = torch.is_grad_enabled()
-    no_tensors = _no_tensors(model, *example) if example else None
+    called_with = _by_name(model, *example) if example else None
 
     def trace(
         model: torch.nn.Module, training: bool, grad: bool, other_autocast: bool = False, given: set[str] = given
     ) -> Traced:
         with torch.set_grad_enabled(grad), _other_autocast() if other_autocast else contextlib.nullcontext():
-            return _trace(model.train(training), opened, given, no_tensors)
+            for module in model.modules():
+                module.training = training  # (train() may do more: it may merge weights, and those are the user's)
+            return _trace(model, opened, given, called_with)
 
     before = _state(twin, opened)
     # A forward may ask for all of it at once (in train mode, where there are gradients, it adds a loss).
     changes = sorted(itertools.product((False, True), repeat=3), key=sum)
     modes = [(train, grad != other_grad, autocast) for train, other_grad, autocast in changes]
-    traced, *others = [trace(twin, *how) for how in (modes[0], *reversed(modes[1:]))]
+    classes = {cls for name in opened for cls in type(model.get_submodule(name)).__mro__}
+    with _nothing_left(classes):
+        traced, *others = [trace(twin, *how) for how in (modes[0], *reversed(modes[1:]))]
     after = _state(twin, opened)
     if not all(_alike(traced, other) for other in others):
         asked = (
@@ -270,11 +288,9 @@ def capture(
             if not _alike(traced, trace(copied(model, shared), *how))
         )
         raise Untraceable(f"its forward does {next(asked, '') or 'another thing when it runs again'}")
-    if changed := [name for name in before if after.get(name, before[name]) != before[name]]:
+    whole = {name: None for name in after if name[0] not in opened}
+    if changed := [name for name in whole | before if after.get(name, before.get(name)) != before.get(name)]:
         raise Untraceable(f"its forward changes {'.'.join(changed[0][:2]).lstrip('.')!r}, which a graph would not do")
-    for name in sorted(opened):
-        if _trains_otherwise(twin.get_submodule(name)):
-            raise Untraceable(f"{name or 'the model'!r} has a train() of its own, which a graph would not have")
     graph, constants = traced
     if of_the_model := [v for v in constants.values() if v.requires_grad or _shares_memory(v, shared)]:
         shape = tuple(of_the_model[0].shape)
@@ -284,15 +300,16 @@ def capture(
     kept = {id(tensor): name for name, module in twin.named_modules() if name not in opened for tensor in _kept(module)}
     if holder := next((kept[id(value)] for value in constants.values() if id(value) in kept), None):
         raise Untraceable(f"its forward reads a tensor that {holder!r} keeps, which a graph would hold as it is now")
-    for node in graph.find_nodes(op="placeholder"):
-        if node.target in given and node.args == (None,):
+    for i, node in enumerate(graph.find_nodes(op="placeholder")):
+        absent = node.args or ((None,) if i else ())  # (no model does without its first)
+        if node.target in given and absent in ((None,), (False,), (True,)):
             try:
                 without, _ = trace(copied(model, shared), False, grad, given=given - {node.target})
                 (same,) = without.find_nodes(op="placeholder", target=node.target)
             except Untraceable:
                 without = None
             if without is None or _text(graph, node) != _text(without, same):
-                _require(node)
+                _require(node, *absent)
     for node in graph.find_nodes(op="get_attr"):
         if node.target in constants:  # made anew in each run: what a caller does to it, no later run should see
             with graph.inserting_after(node):
@@ -301,10 +318,8 @@ def capture(
     return traced
 
 
-def _no_tensors(model: torch.nn.Module, args: tuple, kwargs: dict) -> set[str]:
-    """The names of the arguments of a call that are no tensors."""
-    passed = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-    return {name for name, value in passed.items() if not isinstance(value, torch.Tensor)}
+def _by_name(model: torch.nn.Module, args: tuple, kwargs: dict) -> Mapping[str, Any]:
+    return inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
 
 
 _ASKED = (
@@ -317,7 +332,7 @@ _ASKED = (
 # a class's own, a checkpoint that only it could read is refused.)
 _TELLS = (
     "parameters", "named_parameters", "buffers", "named_buffers", "named_modules", "requires_grad_", "_apply",
-    "state_dict", "_save_to_state_dict", "load_state_dict",
+    "state_dict", "_save_to_state_dict", "load_state_dict", "eval",
 )  # fmt: skip
 
 _STATE_DICT_HOOKS = (
@@ -349,10 +364,19 @@ def _shares_memory(value: torch.Tensor, others: list[torch.Tensor]) -> bool:
     return memory is not None and any(torch_internals.memory_of(other) == memory for other in others)
 
 
-def _trains_otherwise(module: torch.nn.Module) -> bool:
-    """Whether train() and eval() leave some module in another mode: a BatchNorm that is frozen, say."""
-    plain = type(module).train is torch.nn.Module.train
-    return not plain and any(m.training is not mode for mode in (True, False) for m in module.train(mode).modules())
+def _trains_otherwise(model: torch.nn.Module, opened: Iterable[str]) -> str | None:
+    """A module whose train() and eval() do more than set a mode (they freeze a BatchNorm, say, or merge weights), which
+    they do to this model."""
+    for name in opened:
+        if type(module := model.get_submodule(name)).train is not torch.nn.Module.train:
+            before = _state(model, set()), [tensor.clone() for tensor in (*model.parameters(), *model.buffers())]
+            for mode in (not module.training, module.training):
+                module.train(mode)
+                tensors = (*model.parameters(), *model.buffers())
+                same = _state(model, set()) == before[0] and all(map(same_bits, tensors, before[1]))
+                if not same or any(m.training is not mode for m in module.modules()):
+                    return name or "the model"
+    return None
 
 
 def _is_ones_own(value: Any) -> bool:
@@ -363,64 +387,117 @@ def _is_ones_own(value: Any) -> bool:
 
 
 def _top(kind: type) -> str:
-    return kind.__module__.partition(".")[0]
+    return _top_name(kind.__module__)
+
+
+def _top_name(module: str | None) -> str:
+    return (module or "").partition(".")[0]
 
 
 _PLAIN, _MOST = (bool, int, float, str), 10_000
 
 
-def _counted(value: Any, depth: int = 4) -> Iterator[str]:
-    """The numbers and the text that a container or an object holds, and what these hold."""
-    if isinstance(value, _PLAIN):
-        yield repr(value)
-    elif isinstance(value, Mapping):
-        for key, held in value.items():
-            yield from (*_counted(key, 0), *_counted(held, depth - 1)) if depth else ()
-    elif isinstance(value, set | frozenset):
-        yield from sorted(repr(held) for held in value if isinstance(held, _PLAIN))
+def _inside(value: Any, depth: int = 4) -> Iterator[Any]:
+    """What a container or an object holds, and what these hold; the value itself first."""
+    yield value
+    held: Iterable = ()
+    if isinstance(value, Mapping):
+        held = [*value.keys(), *value.values()]
     elif isinstance(value, list | tuple | deque):
-        for held in value if depth else ():
-            yield from _counted(held, depth - 1)
-    elif _top(type(value)) == "numpy":
-        yield str(value.tolist()) if hasattr(value, "tolist") else repr(value)  # (the text of an array leaves out most)
-    elif type(value) is itertools.count:
-        yield repr(value)
-    elif depth and _is_ones_own(value):
+        held = value
+    elif _is_ones_own(value):
         slots = (name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ()))
         own = {name: getattr(value, name, None) for name in slots} | getattr(value, "__dict__", {})
-        yield from _counted(own, depth - 1)
+        held = own.values()
+    for one in held if depth else ():
+        yield from _inside(one, depth - 1)
+
+
+def _counted(value: Any) -> str | None:
+    """What of a value a forward may count with: a number or text, how long a container is. None of anything else."""
+    if isinstance(value, _PLAIN) or type(value) is itertools.count:
+        return repr(value)
+    if isinstance(value, fx.Proxy):
+        return "a value"
+    if isinstance(value, set | frozenset):
+        return repr(sorted(repr(held) for held in value if isinstance(held, _PLAIN)))
+    if isinstance(value, Mapping | list | tuple | deque):
+        return f"{len(value)} of {type(value).__name__}"
+    if _top(type(value)) == "numpy":
+        return str(value.tolist()) if hasattr(value, "tolist") else repr(value)  # (an array's text leaves out most)
+    return None
 
 
 def _state(model: torch.nn.Module, opened: set[str]) -> dict[tuple, Any]:
     """What a forward may count with: numbers and text among the modules' attributes, also in lists, dicts and objects
-    there, what their random generators would draw next, and how often tensors were written to. One that is replaced
-    (what a run computed, to be looked at later) is left out."""
+    there, what their random generators would draw next, and how often tensors were written to. Of the opened modules
+    what is replaced (what a run computed, to be looked at later) is left out. A whole one reads what it is given."""
     found: dict[tuple, Any] = {}
-    for path in opened:
-        for name, value in vars(model.get_submodule(path)).items():
-            if isinstance(value, _PLAIN) and name != "training":
+    for path, module in model.named_modules():
+        held = dict(vars(module))
+        for name in ("_parameters", "_buffers") if path not in opened else ():
+            held |= held[name]
+        for name, value in held.items():
+            if name in (*HELD, "training"):
+                continue
+            same = (path, name, id(value)) if path in opened else (path, name)
+            if isinstance(value, _PLAIN):
                 found[path, name] = str(value)
             elif (state := generator_state(value)) is not None:
                 found[path, name] = state
             elif isinstance(value, torch.Tensor) and not value.is_inference():
-                found[path, name, id(value)] = value._version
-            elif name not in HELD:
-                found[path, name, id(value)] = [*itertools.islice(_counted(value), _MOST)]
+                found[same] = id(value), value._version
+            else:
+                found[same] = id(value), [*filter(None, map(_counted, itertools.islice(_inside(value), _MOST)))]
     return found
 
 
-def _trace(model: torch.nn.Module, opened: set[str], given: set[str], no_tensors: set[str] | None) -> Traced:
+@contextlib.contextmanager
+def _nothing_left(classes: Iterable[type]) -> Iterator[None]:
+    """A forward may keep things in containers of its class's or its file's. Untraceable where it does; afterwards none
+    holds a proxy."""
+    forwards = [function for cls in classes if isinstance(function := vars(cls).get("forward"), types.FunctionType)]
+    places = [*map(vars, classes), *(function.__globals__ for function in forwards)]
+    places = [place for place in places if _top_name(place.get("__module__") or place.get("__name__")) != "torch"]
+    held = {
+        id(v): (name, v, copy.copy(v))
+        for place in places
+        for name, v in place.items()
+        if type(v) in _CHANGEABLE and not name.startswith("__")
+    }
+    changed = []
+    try:
+        yield
+    finally:
+        for name, value, before in held.values():
+            if not _same_items(value, before):
+                changed.append(name)
+                if any(isinstance(one, fx.Proxy) for one in _inside(value)):
+                    value.clear()
+                    (value.update if hasattr(value, "update") else value.extend)(before)
+    if changed:
+        raise Untraceable(f"its forward changes {changed[0]!r}, which a graph would not do")
+
+
+_CHANGEABLE = (dict, OrderedDict, defaultdict, list, set, deque)
+
+
+def _same_items(a: Any, b: Any) -> bool:
+    a, b = ([*v.keys(), *v.values()] if isinstance(v, Mapping) else [*v] for v in (a, b))
+    return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+def _trace(model: torch.nn.Module, opened: set[str], given: set[str], called_with: Mapping[str, Any] | None) -> Traced:
     defaults = {
-        name: parameter.default
+        name: None if parameter.default is parameter.empty else parameter.default  # (who has to give it gave None)
         for name, parameter in inspect.signature(model.forward).parameters.items()
-        if parameter.default is not parameter.empty and name not in given
+        if name not in given and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     }
     try:
         tracer = _SiteTracer(opened)
-        classes = {cls for name in opened for cls in type(model.get_submodule(name)).__mro__}
-        asking = values_are_tensors(classes, no_tensors, tracer.asked_for_type)
         with kept_buffers(model) as written, kept_randomness() as drawn:
-            with _contexts_refused(), asking, warnings.catch_warnings(), _NoValues(model):
+            asking = values_are_tensors(called_with, tracer.asked_for_type)
+            with _contexts_refused(), asking as asked, warnings.catch_warnings(), _NoValues(model, opened):
                 warnings.filterwarnings("error", "Was not able to add assertion")
                 graph = tracer.trace(model, concrete_args=defaults or None)
             drew = drawn()
@@ -441,6 +518,12 @@ def _trace(model: torch.nn.Module, opened: set[str], given: set[str], no_tensors
         if (name := node.target.removesuffix("_1")) in defaults:
             node.target = name  # the tracer renames a parameter that it fixes; callers use its own name
     _check_arguments(graph)
+    for node in graph.find_nodes(op="placeholder"):
+        if node.target in asked:
+            with graph.inserting_after(node):
+                graph.call_function(of_type, (node, asked[node.target], node.target))
+        if called_with and node.target in called_with:
+            _require_parts(node, called_with[node.target], tracer.fields[node.target])
     literals = [n.target for n in graph.find_nodes(op="get_attr") if n.target.startswith("_tensor_constant")]
     return graph, {name: vars(model).pop(name) for name in dict.fromkeys(literals)}  # the next trace names its own
 
@@ -453,10 +536,13 @@ def _what(model: torch.nn.Module) -> str:
 
 
 _SEEDS = "sets the state of a random generator"
+_FUNCTION = "runs an autograd.Function"
+_DTYPES = ("get_autocast_dtype", "get_autocast_cpu_dtype", "get_autocast_gpu_dtype")
 
 # (where, the function that begins it or asks for it, what the forward does by that)
 _CONTEXTS: list[tuple[Any, str, str]] = [
     (torch, "set_autocast_enabled", "sets autocast"),
+    *((torch, name, "asks for the dtype of autocast") for name in _DTYPES),
     (torch.inference_mode, "__enter__", "sets inference mode"),
     (torch, "is_inference_mode_enabled", "asks for inference mode"),
     (torch.nn.attention, torch_internals.CHOOSE_ATTENTION, "sets the kernels of attention"),
@@ -469,28 +555,37 @@ _CONTEXTS: list[tuple[Any, str, str]] = [
 ]
 
 
+_tracing = threading.RLock()
+
+
 @contextlib.contextmanager
 def _contexts_refused() -> Iterator[None]:
     """Within it, a forward that begins a context, or asks for one, is Untraceable: a graph holds the calls in it, and
-    not the context. Other threads begin theirs."""
+    not the context. Other threads begin theirs, and trace one after the other."""
     tracing = threading.get_ident()
 
-    def refusing(function: Callable, what: str) -> Callable:
+    def refusing(function: Any, what: str) -> Any:
+        if isinstance(function, staticmethod):
+            return staticmethod(refusing(function.__func__, what))
+
         def refuse(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != tracing:
+            by_torch = what.startswith("asks") and is_of_torch(sys._getframe(1))
+            if by_torch or threading.get_ident() != tracing:
                 return function(*args, **kwargs)
             raise Untraceable(f"its forward {what}, which a graph would drop")
 
         return refuse
 
-    plain = [getattr(owner, name) for owner, name, _ in _CONTEXTS]
-    for (owner, name, what), function in zip(_CONTEXTS, plain, strict=True):
-        setattr(owner, name, refusing(function, what))
-    try:
-        yield
-    finally:
-        for (owner, name, _), function in zip(_CONTEXTS, plain, strict=True):
-            setattr(owner, name, function)
+    with _tracing:
+        rows = [*_CONTEXTS, *((function, "forward", _FUNCTION) for function in torch_internals.functions())]
+        plain = [inspect.getattr_static(owner, name) for owner, name, _ in rows]
+        for (owner, name, what), function in zip(rows, plain, strict=True):
+            setattr(owner, name, refusing(function, what))
+        try:
+            yield
+        finally:
+            for (owner, name, _), function in zip(rows, plain, strict=True):
+                setattr(owner, name, function)
 
 
 def _check_arguments(graph: fx.Graph) -> None:
@@ -506,13 +601,30 @@ def _check_arguments(graph: fx.Graph) -> None:
             node.args = (node.args[0], f"{node.args[1]}: calibrate with a batch that gives it besides")
 
 
-def _require(argument: fx.Node) -> None:
+def _require_parts(argument: fx.Node, value: Any, fields: Iterable[str]) -> None:
+    """The same of the items and fields that the forward takes from an argument which is a group of values.
+
+    fields: of the argument's attributes those that were asked for, which are no nodes yet.
+    """
+    if not (isinstance(value, Mapping | list | tuple) or dataclasses.is_dataclass(value)):
+        return
+    parts = [n for n in argument.users if n.target in (operator.getitem, "get") and n.args[0] is argument]
+    for name in sorted(fields):
+        if not callable(getattr(value, name, None)):
+            with argument.graph.inserting_after(argument):
+                parts.append(argument.graph.call_function(getattr, (argument, name)))
+    for part in parts:
+        _require(part, None)
+
+
+def _require(argument: fx.Node, absent: Any) -> None:
     """Have a graph refuse calls without an argument: the forward would do something else, and a graph cannot ask."""
     graph = argument.graph
     with graph.inserting_after(argument):  # (what fixes another argument stands ahead of it)
-        there = graph.call_function(operator.is_not, (argument, None))
+        there = graph.call_function(operator.is_not, (argument, absent))
     with graph.inserting_after(there):
-        graph.call_function(torch_internals.assertion, (there, _LEFT_OUT.format(argument.target)))
+        name = argument.target if argument.op == "placeholder" else str(argument.args[1])
+        graph.call_function(torch_internals.assertion, (there, _LEFT_OUT.format(name)))
 
 
 _LEFT_OUT = (

@@ -40,13 +40,15 @@ def _warning(register: Callable) -> Callable:
 
 def check_place(holder: nn.Module, name: str, value: Any) -> None:
     """Warn of what is about to be set in vain: a module in the place of one that does not run (a wrapper of it, say),
-    or a number or flag that the forward read when the graph was made."""
+    or a number or flag, or nothing, that the forward read when the graph was made."""
     own = vars(holder).get("_modules", {}).get(name)
     if vars(holder).get("_is_replica"):
         return  # nn.DataParallel puts together what it copied
     if isinstance(own, Container) and isinstance(value, nn.Module):
         warnings.warn(_nothing(own.forged_path, "what takes its place"), stacklevel=3)
-    if name in vars(holder).get(ATTRIBUTES, ()) and value != vars(holder).get(name):
+    groups = (vars(holder).get(kind, {}) for kind in ("_parameters", "_buffers", "_modules"))
+    was_none = value is not None and any(name in group and group[name] is None for group in groups)
+    if was_none or (name in vars(holder).get(ATTRIBUTES, ()) and value != vars(holder).get(name)):
         warnings.warn(
             f"setting {name!r} changes nothing that this forged model computes: it is one graph, and what its forward "
             "may have read there is a part of it. Set it in the plain model, and forge that; or forge it with "

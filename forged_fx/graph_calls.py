@@ -44,6 +44,17 @@ def to_be_kept(x: Any) -> Any:
     return x.clone() if kept else x
 
 
+@_stays_a_call
+def of_type(value: Any, kind: str, name: str) -> Any:
+    """An argument whose type the forward asked for. Raises TypeError where it is another one than in calibration."""
+    if (type_now := "Tensor" if isinstance(value, Tensor) else type(value).__name__) != kind:
+        raise TypeError(
+            f"{name!r} is {type_now}: calibration gave {kind}, and this graph is of calls that do "
+            "(transform(..., graph=False) gives one that takes both)"
+        )
+    return value
+
+
 def ordered(items: list[tuple[Any, Any]]) -> Any:
     """The OrderedDict that a forward makes of them."""
     for value in torch_internals.tree_leaves(items):

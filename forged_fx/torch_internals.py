@@ -70,6 +70,7 @@ NAMES = {
     # processes
     "torch.distributed.distributed_c10d._get_default_store": "is where processes find each other before they connect",
     # graphs
+    "torch.nn.utils.parametrize._cache_enabled": "tells whether parametrizations are computed once for several calls",
     "torch._assert": "stands in captured graphs for assertions",
     "torch.nn.attention._sdpa_kernel.__name__": "chooses attention's kernels, which a graph would not do",
     "torch.fx._symbolic_trace._assert_is_none": "is what concrete arguments leave in a graph",
@@ -267,19 +268,29 @@ def checkpoints_itself(module: torch.nn.Module) -> bool:
     return False
 
 
-def forwards_of_functions() -> set[types.CodeType]:
-    """The code of every torch.autograd.Function's forward, but for that of checkpoints, whose backward is that of the
-    calls within. (Who keeps `Function.apply` under a name of his own still runs that code.)"""
+def functions() -> list[type[torch.autograd.Function]]:
+    """Every torch.autograd.Function with a forward of its own, but for that of checkpoints, whose backward is that of
+    the calls within. (Who keeps `Function.apply` under a name of his own still runs that forward.)"""
     from torch.utils.checkpoint import CheckpointFunction
 
-    found, waiting = set(), [torch.autograd.Function]
+    found: list[type[torch.autograd.Function]] = []
+    waiting = torch.autograd.Function.__subclasses__()
     while waiting:
         function = waiting.pop()
         waiting += function.__subclasses__()
-        code = getattr(function.forward, "__code__", None)
-        if code is not None and function is not CheckpointFunction:
-            found.add(code)
-    return found - {torch.autograd.Function.forward.__code__}
+        if "forward" in vars(function) and function is not CheckpointFunction:
+            found.append(function)
+    return found
+
+
+def forwards_of_functions() -> set[types.CodeType]:
+    """The code of their forwards."""
+    return {code for function in functions() if (code := getattr(function.forward, "__code__", None)) is not None}
+
+
+def parametrizations_are_kept() -> bool:
+    """Whether this is within torch.nn.utils.parametrize.cached()."""
+    return torch.nn.utils.parametrize._cache_enabled > 0
 
 
 def running(codes: Container[types.CodeType]) -> types.CodeType | None:

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from forged_fx import checked
 from forged_fx.bpda import callers_gradient_off
-from forged_fx.capture import in_a_line
+from forged_fx.checked import in_a_line
 from forged_fx.evaluate.threat import NORMS, Threat
 from forged_fx.memory import ran_out
 from forged_fx.models import device_of, dtype_of, has_parts_elsewhere, waits_for_others

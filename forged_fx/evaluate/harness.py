@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from forged_fx.capture import in_a_line
+from forged_fx.checked import in_a_line
 from forged_fx.evaluate import answers, checks, fingerprint
 from forged_fx.evaluate.attacks import Attack, Setting, follows, toolbox
 from forged_fx.evaluate.blocks import Blocks, Fields, Outcome, same_logits

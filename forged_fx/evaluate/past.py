@@ -9,7 +9,7 @@ import json
 import torch
 from torch import Tensor, nn
 
-from forged_fx.capture import in_a_line
+from forged_fx.checked import in_a_line
 from forged_fx.evaluate import answers
 from forged_fx.evaluate.compiled import Eager, is_compiled
 from forged_fx.evaluate.findings import DRIFT, Measured

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from forged_fx.capture import in_a_line
+from forged_fx.checked import in_a_line
 from forged_fx.evaluate import blocks as unit
 from forged_fx.evaluate.blocks import Outcome
 from forged_fx.evaluate.compiled import ROUNDING
