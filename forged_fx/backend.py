@@ -40,6 +40,7 @@ from forged_fx.sites import OPENED, Origin, is_activation, names_of
 from forged_fx.stats import Stats
 from forged_fx.thresholds import thresholds_of
 from forged_fx.transform import LAYERS, select
+from forged_fx.weights import changed, weights_have_changed
 
 OPTIONS = ("stats", "ratio", "kind", "where", "statistic", "include", "exclude", "strict")
 _OF_TRANSFORM = ("only", "fuse", "graph", "example")
@@ -202,6 +203,8 @@ def _compilation(callers: list[torch.nn.Module], options: dict[str, Any]) -> Com
         )
     if root is None:
         stats.check_model(callers[-1])
+    if moved := changed(root, stats.weights):
+        warnings.warn(weights_have_changed(moved), stacklevel=2)
     wanted, _ = select(stats, said.get("include"), said.get("exclude"), said.get("where", LAYERS))
     if activations := [site for site in wanted if is_activation(site)]:
         raise ValueError(

@@ -39,6 +39,7 @@ from forged_fx.sites import (
 from forged_fx.stats import SiteStats, Stats, parameter_shapes
 from forged_fx.thresholds import thresholds_of
 from forged_fx.torch_internals import tree_leaves, tree_map
+from forged_fx.weights import of_weights
 
 
 def calibrate(
@@ -179,6 +180,9 @@ def scan(
         calls=run.calls,
         no_sites=seen.no_sites,
         ways=seen.ways,
+        weights=of_weights(
+            model, {weight for ways in seen.ways.values() for _, *weights in ways for weight in weights}
+        ),
     )
 
 

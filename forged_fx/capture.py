@@ -488,9 +488,14 @@ def _same_items(a: Any, b: Any) -> bool:
 
 
 def _trace(model: torch.nn.Module, opened: set[str], given: set[str], called_with: Mapping[str, Any] | None) -> Traced:
+    parameters = inspect.signature(model.forward).parameters
+    first = next(iter(parameters.values()), None)
+    if first is not None and first.kind is first.POSITIONAL_OR_KEYWORD and first.default is first.empty:
+        if first.name not in given:
+            raise Untraceable(f"its statistics do not say that it was given {first.name!r}")
     defaults = {
         name: None if parameter.default is parameter.empty else parameter.default  # (who has to give it gave None)
-        for name, parameter in inspect.signature(model.forward).parameters.items()
+        for name, parameter in parameters.items()
         if name not in given and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     }
     try:

@@ -17,6 +17,7 @@ from forged_fx.sites import is_activation, module_of
 from forged_fx.stats import SiteStats
 from forged_fx.thresholds import PREFIX, not_forged, numbers
 from forged_fx.transform import Forging, check_example, in_force
+from forged_fx.weights import changed, weights_have_changed
 from forged_fx.within import forged_within
 
 
@@ -118,6 +119,8 @@ def describe(model: torch.nn.Module, *, cost: bool = False, example: tuple[tuple
         if record.fused is not None:
             why = f" ({record.not_fused})" if record.not_fused else ""
             whole += f"; {record.fused or 'no'} thresholds fused with what produces their inputs{why}"
+        if moved := changed(owner, record.stats.weights):
+            whole += f"; {weights_have_changed(moved)}"
         if unseen := [prefix + name for name in _unseen(owner, record)]:
             whole += f"; left as they are, as calibration saw no call of them: {_some(unseen)}"
         rows.elsewhere += (prefix + name for name in _in_no_product(owner, record))

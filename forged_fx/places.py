@@ -5,11 +5,10 @@ the module's own call to the one in question: of each function on it the name, a
 come. Where code has changed since, its places say nothing.
 """
 
-import functools
 import hashlib
 import itertools
-import linecache
 import re
+import sys
 import types
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -53,7 +52,7 @@ def _signed(code: types.CodeType) -> str:
 def steps_at(trace: str) -> set[str]:
     """What the last step of a place may be, of a call in a compiled graph, which keeps a trace: file, line, function.
 
-    Several, where a line makes several calls; none, where the source is not at hand.
+    Several, where a line makes several calls; none, where the function is out of sight.
     """
     if not (found := re.findall(r'^  File "(.*)", line (\d+), in (.*)$', trace, flags=re.MULTILINE)):
         return set()
@@ -67,14 +66,17 @@ def steps_at(trace: str) -> set[str]:
     }
 
 
-@functools.lru_cache(maxsize=64)
-def _codes(file: str) -> tuple[types.CodeType, ...]:
-    """The code of every function of a source file."""
-    try:
-        whole = compile("".join(linecache.getlines(file)), file, "exec", dont_inherit=True)
-    except (SyntaxError, ValueError):
-        return ()
-    return tuple(_within(whole))
+def _codes(file: str) -> Iterator[types.CodeType]:
+    """The code of the functions of a file that was imported, or typed."""
+    modules = [m for m in [*sys.modules.values()] if getattr(m, "__file__", None) == file or m.__name__ == "__main__"]
+    held = [value for module in modules for value in [*vars(module).values()]]
+    held += [value for cls in held if isinstance(cls, type) for value in [*vars(cls).values()]]
+    for one in held:
+        function = getattr(one, "__func__", one)
+        while isinstance(function, types.FunctionType):
+            if function.__code__.co_filename == file:
+                yield from _within(function.__code__)
+            function = getattr(function, "__wrapped__", None)
 
 
 def _within(code: types.CodeType) -> Iterator[types.CodeType]:

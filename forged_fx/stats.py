@@ -181,6 +181,7 @@ class Stats:
     modules that do more with their input than one call. calls: a module's name and a mark (# or @) -> how many such
     calls it made in one forward pass, at most. no_sites: names that a call had in which no data met weights. ways: a
     call's name -> the places in the code where it was made, each with the parameters that it met, or views of them.
+    weights: the sites' parameters, by name, and what tells whether they have changed since.
     """
 
     def __init__(
@@ -197,6 +198,7 @@ class Stats:
         calls: dict[str, int] | None = None,
         no_sites: set[str] | None = None,
         ways: dict[str, Ways] | None = None,
+        weights: dict[str, str] | None = None,
     ) -> None:
         self.sites = sites or {}
         self.modules = modules or {}
@@ -209,12 +211,13 @@ class Stats:
         self.calls = calls or {}
         self.no_sites = no_sites or set()
         self.ways = ways or {}
+        self.weights = weights or {}
         for name, site in self.sites.items():
             site.layer &= module_of(name) not in self.not_layers
             site.module_calls = max(site.module_calls, self.calls.get(module_of(name) + mark_of(name), 0))
             if name in self.no_sites:
                 site.left_out = OTHER_CALL
-            elif len({weights for _, *names in self.ways.get(name, ()) if (weights := tuple(names))}) > 1:
+            elif len({met for _, *names in self.ways.get(name, ()) if (met := tuple(names))}) > 1:
                 site.left_out = site.left_out or OTHER_WEIGHT
 
     def __getstate__(self) -> dict[str, Any]:
@@ -265,6 +268,7 @@ class Stats:
             calls=_merged(max, self.calls, other.calls),
             no_sites=self.no_sites | other.no_sites,
             ways=_merged(both_ways, self.ways, other.ways),
+            weights=_merged(lambda one, two: one if one == two else "", self.weights, other.weights),
         )
 
     def fits(self, model: torch.nn.Module) -> bool:
@@ -475,7 +479,7 @@ _COUNTS = ("calls", "elements", "sampled", "zeros")
 _TEXT_FIELDS = tuple(f.name for f in fields(SiteStats) if f.name not in _ARRAYS + _COUNTS)
 # what the files of every version say of a site; of what they do not, a field's default holds
 _ALWAYS = ("kind", "shape", "weight_shape", "weight", "key", "layer", "once", "module_calls", "left_out")
-_BY_NAME = {"calls": dict[str, int], "ways": dict[str, Ways]}
+_BY_NAME = {"calls": dict[str, int], "ways": dict[str, Ways], "weights": dict[str, str]}
 _SETS = ("contexts", "given", "at_times", "not_layers", "no_sites")  # of `Stats`, in a file's header
 # what the headers of the first files did not have
 _LATER: dict[str, Any] = {"at_times": [], "not_layers": [], "no_sites": [], "channel_counts": {}}

@@ -39,6 +39,7 @@ from forged_fx.thresholds import (
     thresholds_of,
     valued,
 )
+from forged_fx.weights import changed, weights_have_changed
 
 Globs = str | Iterable[str]
 LAYERS, ACTIVATIONS = "linear+conv", "activations"
@@ -226,6 +227,8 @@ def transform(
     if thresholds_of(model):
         raise ValueError("this model is forged already: move its thresholds with set_ratio, or forge the plain model")
     stats.check_model(model)
+    if moved := changed(model, stats.weights):
+        warnings.warn(weights_have_changed(moved), stacklevel=3)
     wanted, left_out = select(stats, include, exclude, where)
     tensors = (*model.parameters(), *model.buffers())
     on_meta = any(tensor.is_meta for tensor in tensors)

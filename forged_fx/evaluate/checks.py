@@ -18,6 +18,7 @@ from forged_fx.models import device_of, dtype_of, has_parts_elsewhere, waits_for
 from forged_fx.modes import as_found
 from forged_fx.randomness import kept_randomness
 from forged_fx.stats import is_number
+from forged_fx.thresholds import thresholds_of
 
 
 def threat(eps: float, norm: str) -> Threat:
@@ -55,6 +56,30 @@ def attacked(model: object, who: str, does: str = "evaluate judges") -> nn.Modul
             "each attacks other inputs: put what it was given, its .module, in its place (and compile that)"
         )
     return model
+
+
+def pair(model: nn.Module, base: nn.Module) -> str:
+    """What to say of a forged model whose weights are not the base's; "" of any other. ValueError where the base is the
+    forged one of the two."""
+    if not thresholds_of(model):
+        if thresholds_of(base):
+            raise ValueError(
+                "the base is forged, and the model is not: evaluate(forged, base=plain), or leave base out"
+            )
+        return ""
+    theirs = dict(base.named_parameters())
+    common = [(name, own, theirs[name]) for name, own in model.named_parameters() if name in theirs]
+    other = [name for name, own, their in common if not _same(own, their)]
+    if not other:
+        return ""
+    return (
+        f"the model's weights are not the base's ({len(other)} of {len(common)} parameters differ, {other[0]!r} among "
+        "them): what it gains or loses is not its thresholds' alone"
+    )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b.to(a.device))
 
 
 def inputs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

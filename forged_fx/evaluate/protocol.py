@@ -143,6 +143,7 @@ def evaluate(
         enter = stack.enter_context
         training = enter(checks.at_peace({"model": model} if base is None else {"model": model, "base": base}))
         notes = [f"the {who} was in train mode; judged in eval mode" for who, modules in training.items() if modules]
+        notes += filter(None, [checks.pair(model, base) if base is not None else ""])
         among = copies.among(x)
         notes += filter(None, [copies.said(len(x), among)])
         processes = enter(joined(shard, "evaluate"))

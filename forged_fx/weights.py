@@ -1,0 +1,50 @@
+"""Whether a model's weights are those that its statistics were taken with. What enters a layer depends on them."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+_SAMPLED = 1024  # elements of each weight: training moves nearly all of them
+
+
+def of_weights(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """By parameter name, its dtype and a digest of some of its elements. Of sharded ones and the like nothing is said.
+
+    In another dtype a weight is the same to rounding, which a digest cannot tell: then nothing is said, either.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    return {name: _digest(named[name]) for name in names if name in named and _is_plain(named[name])}
+
+
+def changed(model: nn.Module, before: Mapping[str, str]) -> list[str]:
+    """The names of parameters that are of the same dtype, and not what they were."""
+    now = of_weights(model, before)
+    return [name for name, one in now.items() if one != before[name] and _dtype(one) == _dtype(before[name])]
+
+
+def _dtype(said: str) -> str:
+    return said.partition(" ")[0]
+
+
+def weights_have_changed(names: list[str]) -> str:
+    """What to say of these."""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return (
+        f"weights have changed since calibration ({names[0]!r}{more}), and with them what enters the layers: calibrate "
+        "again"
+    )
+
+
+def _is_plain(value: torch.Tensor) -> bool:
+    kind = type(value) in (nn.Parameter, torch.Tensor)
+    return kind and not is_lazy(value) and not value.is_meta and value.layout == torch.strided
+
+
+def _digest(value: torch.Tensor) -> str:
+    places = torch.arange(0, value.numel(), max(1, value.numel() // _SAMPLED), device=value.device)
+    some = value.detach()[torch.unravel_index(places, value.shape)] if value.dim() else value.detach()
+    bits = some.reshape(-1).contiguous().view(torch.uint8).cpu().numpy()
+    return f"{str(value.dtype).removeprefix('torch.')} {hashlib.sha256(bits.data).hexdigest()[:16]}"
