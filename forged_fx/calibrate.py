@@ -9,16 +9,17 @@ import warnings
 from collections.abc import Callable, Iterable, Sized
 from functools import partial
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from forged_fx import channels, checked, histogram, ops, torch_internals
+from forged_fx import channels, checked, histogram, misfit, ops, torch_internals
 from forged_fx.channels import ChannelCounts
 from forged_fx.checked import in_a_line
-from forged_fx.memory import in_halves, ran_out
-from forged_fx.models import device_of, dtype_of, is_sharded, unwrapped
+from forged_fx.memory import in_halves
+from forged_fx.models import device_of, is_sharded, unwrapped
 from forged_fx.modes import as_found, uncompiled
 from forged_fx.observe import Observer, Sighting
 from forged_fx.processes import Processes, attempt, joined, result
@@ -162,8 +163,8 @@ def scan(
             except Exception as error:
                 if why := _why(error, model, batch, args, kwargs):
                     raise type(why)(f"{why} ({in_a_line(error)})") from error
-                hint = "" if ran_out(error) else _hint(model, args, kwargs)
-                error.add_note(f"calibrate was at {what}{_looks(args, kwargs)}{hint}")
+                hint = "" if _is_own(error) else misfit.wanted(error, model, args, kwargs, batch)
+                error.add_note(f"calibrate was at {what}{misfit.looks(args, kwargs)}{hint}")
                 raise
     for name in _scripted(model):
         run.sites[name] = SiteStats("scripted", None, (), None, (), layer=False, left_out=SCRIPTED)
@@ -222,28 +223,9 @@ def _why(error: Exception, model: torch.nn.Module, batch: Any, args: tuple, kwar
     return None
 
 
-def _looks(args: tuple, kwargs: dict) -> str:
-    """Shape and dtype of the first tensor that the model was given, for a message."""
-    x = _first(args, kwargs)
-    return "" if x is None else f", of shape {tuple(x.shape)}, {x.dtype}"
-
-
-def _hint(model: torch.nn.Module, args: tuple, kwargs: dict) -> str:
-    """What a model that fails may want instead."""
-    x = _first(args, kwargs)
-    if x is None:
-        kinds = ", ".join(dict.fromkeys(type(leaf).__name__ for leaf in tree_leaves((args, kwargs)))) or "nothing"
-        return f", which holds {kinds} and no tensor: torch.as_tensor(...) makes one"
-    wanted = dtype_of(model, x.dtype)
-    if x.dtype == torch.uint8:
-        return ": if these are pixels, pass x.float() / 255"
-    if x.is_floating_point() and x.dtype != wanted:
-        return f", and the weights are {wanted}: cast the batches, x.to({wanted}), or the model"
-    return ": is that the size that the model takes (on a terminal, --resize SIDE)?" if x.dim() == 4 else ""
-
-
-def _first(args: tuple, kwargs: dict) -> Tensor | None:
-    return next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+def _is_own(error: Exception) -> bool:
+    """Whether it is of what was measured, and not of the model's run: the batch then has the form that it should."""
+    return any(frame.f_code in (_Scan._see.__code__, _finish.__code__) for frame, _ in walk_tb(error.__traceback__))
 
 
 def _running(error: Exception, model: torch.nn.Module) -> str:

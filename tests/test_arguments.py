@@ -162,11 +162,14 @@ CASES = {
         (X.double(), r"torch.float64, and the weights are torch.float32: cast the batches, x.to\(torch.float32\)"),
         (X[..., 1:], r"of shape \(6, 1, 4, 3\), torch.float32: is that the size that the model takes"),
         ({"input": X.numpy()}, r"which holds ndarray and no tensor: torch.as_tensor\(...\) makes one"),
+        ((Y, X), r"of shape \(6,\), torch.int64, which is the first item .* is the order \(label, image\)\?"),
+        (torch.ones(6, 8, 8, 1), r"of shape \(6, 8, 8, 1\), torch.float32: is that NHWC\? x.permute\(0, 3, 1, 2\)$"),
+        (X / 0, r"of shape \(6, 1, 4, 4\), torch.float32$"),
     ],
-    ids=["bytes", "dtype", "size", "numpy"],
+    ids=["bytes", "dtype", "size", "numpy", "labels first", "channels last", "infinite"],
 )
 def test_calibration_names_what_a_batch_lacks(batch, hint, given):
-    with pytest.raises((RuntimeError, TypeError)) as raised:
+    with pytest.raises((RuntimeError, TypeError, ValueError, IndexError)) as raised:
         forged_fx.calibrate(given[0], [batch])
     assert re.search(hint, raised.value.__notes__[0])
 
