@@ -15,6 +15,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
+from forged_fx import misfit
 from forged_fx.checked import in_a_line
 from forged_fx.models import copies
 from forged_fx.modes import eval_mode, fast_path_off, kept_buffers, same_bits, uncompiled
@@ -86,10 +87,10 @@ def audit(
             try:
                 expected = _repeatably(observer.run, args, kwargs)
             except Exception as error:
-                error.add_note(
-                    "forged_fx ran the model to audit the forged one, on the first calibration batch where no example "
-                    "is given. If it takes other inputs now (another dtype, say), pass one: example=((x,), {})"
-                )
+                hint = misfit.wanted(error, model, args, kwargs)
+                error.add_note(f"the audit ran the model on a batch{misfit.looks(args, kwargs)}{hint}")
+                if _is_calibrations(kwargs, forged):
+                    error.add_note("that is calibration's first: if the model takes others now, example=((x,), {})")
                 raise
         with on_slow_path, fast_path_off():
             found = [run()]
@@ -145,6 +146,12 @@ def audit_at_work(
             "audit: with thresholds ahead of these sites, and nothing else changed, the model gives another result: "
             "what reads a site's input besides (a hook, a function of TorchScript's) is given the thresholded one"
         )
+
+
+def _is_calibrations(kwargs: dict, forged: torch.nn.Module) -> bool:
+    """Whether a batch is the one that calibration kept, by its keyword arguments, and none that the caller gave."""
+    record: Any = forged.forging
+    return record.stats.example is not None and kwargs is record.stats.example[1]
 
 
 def same_on_fast_path(model: torch.nn.Module, args: tuple, kwargs: dict) -> bool:

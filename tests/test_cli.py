@@ -416,6 +416,11 @@ ERRORS = {
         ["calibrate", *MODEL, "--resize", "16"],
         "(calibrate was at batch 0 (counted from 0), of shape (",
     ),
+    "another size than that of statistics": (
+        1,
+        ["describe", *MODEL, "--stats", "demo/stats.safetensors", "--resize", "16"],
+        "of shape (2, 1, 16, 16), torch.float32: is that the size that the model takes (on a terminal, --resize SIDE)",
+    ),
     "no device": (1, ["calibrate", *MODEL, "--device", "cuda:77"], "--device cuda:77"),
     "no ending": (2, ["transform", *MODEL, "--stats", "demo/stats.safetensors", "--out", "forged"], ".pt2, .onnx"),
 }

@@ -1054,7 +1054,9 @@ def test_a_model_that_was_cast_since_calibration_needs_an_example():
     half = copy.deepcopy(model).bfloat16()
     with pytest.raises(RuntimeError) as caught:
         forged_fx.transform(half, stats)
-    assert "pass one: example=((x,), {})" in caught.value.__notes__[0]
+    of_batch, other = caught.value.__notes__
+    assert "of shape (2, 3, 8, 8), torch.float32, and the weights are torch.bfloat16" in of_batch
+    assert "if the model takes others now, example=((x,), {})" in other
     forged = forged_fx.transform(half, stats, 0, example=((x.bfloat16(),), {}))
     assert torch.equal(forged(x.bfloat16()), half(x.bfloat16()))
 
