@@ -280,7 +280,8 @@ def test_a_sites_own_name_counts_before_a_glob_and_help_says_so(capsys, monkeypa
     assert rows["0"]["threshold"] == 0 < rows["5"]["threshold"]
     monkeypatch.setenv("COLUMNS", "100")
     main(["describe", "--help"])
-    assert "asite'sownnamecountsfirst,thenthefirstglobthatmatches" in re.sub(r"[\s│]+", "", capsys.readouterr().out)
+    words = re.sub(r"[\s│]+", "", capsys.readouterr().out)
+    assert "'7=0,*=2**-6'" in words and "asite'sownnamecountsfirst,thenthefirstglobthatmatches" in words
 
 
 def test_a_program_that_transform_wrote_is_a_model_like_any_other(capsys):
@@ -529,6 +530,13 @@ def test_numbers():
     assert options.ratio("head=0, layer1.*=2**-7,*=1/64") == {"head": 0, "layer1.*": 2**-7, "*": 1 / 64}
     assert options.ratio("a=off,*=2**-6:0.5") == {"a": None, "*": (2**-6, 0.5)} and options.ratio("off") is None
     assert options.kind("hard") == "hard" and options.kind("0=clamp, *=hard") == {"0": "clamp", "*": "hard"}
+
+
+@pytest.mark.parametrize(("read", "first"), [(options.ratio, "2**-6"), (options.kind, "hard")])
+def test_what_is_said_of_one_site_is_said_of_the_others_too(read, first):
+    how = f"which site is {first!r} for? For all others write '7={first},*={first}'"
+    with pytest.raises(options.typer.BadParameter, match=re.escape(how)):
+        read(f"{first},7={first}")
 
 
 def test_ratios_of_a_sweep():

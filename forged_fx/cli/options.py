@@ -53,8 +53,8 @@ Ratio = Annotated[
     typer.Option(
         metavar="RATIO",
         help="Inputs below this share of the largest become 0: 2**-6, 1/64; for kind band LOW:HIGH; off: as it was. By "
-        "site: 'layer1.*=2**-7,*=2**-6,head=off'; a site's own name counts first, then the first glob that matches. "
-        "Without it: the kind's own, 2**-6 for hard.",
+        "site: '7=0,*=2**-6' (* is every other), 'layer1.*=2**-7,*=2**-6,head=off'; a site's own name counts first, "
+        "then the first glob that matches. Without it: the kind's own, 2**-6 for hard.",
     ),
 ]
 Kind = Annotated[
@@ -134,7 +134,7 @@ def number(text: str, what: str) -> float:
 
 def ratio(text: str) -> Any:
     """A ratio as `forged_fx.transform` takes it: a number, a pair, None for "off", or one of them by site."""
-    return by_site(text, lambda value: _ratio(value.strip()))
+    return by_site(text, lambda value: _ratio(value.strip()), "ratio")
 
 
 def ratios(text: str) -> Any:
@@ -170,14 +170,19 @@ def attacks(text: str) -> str | list[str]:
 
 def kind(text: str) -> str | dict[str, str]:
     """A kind's name, or one by site."""
-    return by_site(text, str.strip)
+    return by_site(text, str.strip, "kind")
 
 
-def by_site(text: str, read: Callable[[str], Any]) -> Any:
-    """What one text says for all sites, or "SITE=TEXT,..." by site."""
+def by_site(text: str, read: Callable[[str], Any], what: str) -> Any:
+    """What one text says for all sites, or "SITE=TEXT,..." by site; typer.BadParameter for a mixture of the two."""
     if "=" not in text:
         return read(text)
-    pairs = (part.rpartition("=") for part in text.split(","))
+    parts = [part.strip() for part in text.split(",")]
+    if alone := [part for part in parts if "=" not in part]:
+        named = [part for part in parts if part not in alone]
+        how = ",".join([*named, f"*={alone[0]}"])  # last: of globs the first that matches counts
+        raise typer.BadParameter(f"{what} {text!r}: which site is {alone[0]!r} for? For all others write {how!r}")
+    pairs = (part.rpartition("=") for part in parts)
     return {site.strip(): read(value) for site, _, value in pairs}
 
 
