@@ -164,6 +164,15 @@ KINDS = {
 }
 
 
+def known(name: str) -> Kind:
+    """The kind of that name. Raises ValueError for a name that is none."""
+    if name not in KINDS:
+        close = difflib.get_close_matches(str(name), KINDS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(KINDS)}"
+        raise ValueError(f"there is no kind {name!r}; {hint}")
+    return KINDS[name]
+
+
 class _Own:
     def __repr__(self) -> str:
         return "each kind's own"
@@ -222,10 +231,7 @@ def choose(stats: Stats, kind: str | Mapping[str, str], sites: list[str], statis
         raise TypeError(f"kind={kind!r}: a name ({', '.join(KINDS)}), or a mapping from site name or glob to one")
     kinds = stats.per_site(kind, sites, "kind")
     for name in {kind} if isinstance(kind, str) else set(kind.values()):
-        if name not in KINDS:
-            close = difflib.get_close_matches(str(name), KINDS, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(KINDS)}"
-            raise ValueError(f"there is no kind {name!r}; {hint}")
+        known(name)
     per_channel = [site for site in sites if KINDS[kinds[site]].statistic == MEAN_STD]
     if missing := [site for site in per_channel if stats.sites[site].channel_counts is None]:
         raise ValueError(

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 import forged_fx
 from forged_fx import demo, digits
-from forged_fx.cli import given, main, options, output
+from forged_fx.cli import given, main, options, output, understood
 from forged_fx.cli.main import COMMANDS, EXIT_NOTE
 from forged_fx.evaluate.verdict import EXIT_CODES
 from forged_fx.files import PROGRAM, STATISTICS, WEIGHTS
@@ -388,14 +388,14 @@ def test_other_kinds_and_what_they_take(capsys):
 
 EVALUATE = ["evaluate", *MODEL, "--eps", "0.1", "--limit", "2", "--attacks", "apgd-ce"]
 ERRORS = {
-    "no such model": (1, ["calibrate", "nothing", "--data", "digits"], "write one of timm:NAME"),
+    "no such model": (2, ["calibrate", "nothing", "--data", "digits"], "write one of timm:NAME"),
     "no such file": (1, ["describe", MODEL[0], "--stats", "gone.safetensors"], "gone.safetensors"),
-    "no such data": (1, ["calibrate", MODEL[0], "--data", "digit"], "write one of digits, npz:FILE"),
+    "no such data": (2, ["calibrate", MODEL[0], "--data", "digit"], "did you mean digits? Else write one of"),
     "no run": (1, ["compare", "gone", "demo"], "gone"),
     "no command": (2, ["forge"], "forge"),
     "no option": (2, ["calibrate", MODEL[0], "--dato", "digits"], "(forged-fx calibrate --help)"),
     "no number": (2, ["describe", MODEL[0], "--stats", "demo/stats.safetensors", "--ratio", "x"], "1/64 or 2**-6"),
-    "no ratio": (1, ["describe", MODEL[0], "--stats", "demo/stats.safetensors", "--ratio", "2"], "[0, 1]"),
+    "no ratio": (2, ["describe", MODEL[0], "--stats", "demo/stats.safetensors", "--ratio", "2"], "[0, 1]"),
     "no site": (1, ["describe", *MODEL, "--stats", "demo/stats.safetensors", "--include", "8"], "matches no site"),
     "no eps": (2, ["evaluate", *MODEL], "--eps"),
     "a ratio of nothing": (2, [*EVALUATE, "--ratio", "0.5"], "--ratio says how to forge, and"),
@@ -432,6 +432,48 @@ def test_an_error_is_one_line_and_a_code(case, capsys):
     code, arguments, words = ERRORS[case]
     assert main(arguments) == code
     assert words in one_line(capsys)
+
+
+FORGING = ["describe", MODEL[0], "--stats", "demo/stats.safetensors"]
+TRADE = ["sweep", *MODEL, "--eps", "0.1"]
+NOT_UNDERSTOOD = {
+    "norm": ([*EVALUATE, "--norm", "Linf2"], "norm='Linf2': choose one of Linf, L2, L1"),
+    "ratio": ([*FORGING, "--ratio", "2"], "ratio must be a number in [0, 1]"),
+    "a site's ratio": ([*FORGING, "--ratio", "7=2,*=0.5"], "ratio must be a number in [0, 1]"),
+    "kind": ([*FORGING, "--kind", "hart"], "there is no kind 'hart'; did you mean 'hard'?"),
+    "a site's kind": ([*FORGING, "--kind", "7=hart,*=hard"], "did you mean 'hard'?"),
+    "statistic": ([*FORGING, "--statistic", "median"], "it is 'max', or 'quantile(q)'"),
+    "attacks": ([*EVALUATE, "--attacks", "quik"], "choose 'quick' or"),
+    "data": ([*EVALUATE[:-6], "--data", "digitz", "--eps", "0.1"], "did you mean digits?"),
+    "split": ([*EVALUATE, "--split", "val"], "choose one of train, test"),
+    "resize": ([*EVALUATE, "--resize", "8x8"], "write SIDE or SIDE,CROP"),
+    "calibrate": ([*TRADE, "--calibrate", "digitz"], "did you mean digits?"),
+    "normalize": ([*EVALUATE, "--normalize", "0.5"], "write MEAN,.../STD,... by channel"),
+    "eps": ([*EVALUATE, "--norm", "Linf", "--eps", "8"], "did you mean 8/255?"),
+    "ratios": ([*TRADE, "--ratios", "2"], "ratio must be a number in [0, 1]"),
+    "kinds": ([*TRADE, "--kinds", "hard,hart"], "did you mean 'hard'?"),
+    "where": (["calibrate", *MODEL, "--where", "conv"], "choose linear+conv or activations"),
+    "base": ([*EVALUATE, "--base", "timm"], "write one of timm:NAME"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_UNDERSTOOD)
+def test_what_tables_do_not_know_is_not_understood_before_anything_is_loaded(case, capsys, monkeypatch):
+    monkeypatch.setattr(given, "model", None)
+    monkeypatch.setattr(given, "images", None)
+    arguments, words = NOT_UNDERSTOOD[case]
+    assert main(arguments) == 2
+    assert words in (said := one_line(capsys)) and said.endswith(f"(forged-fx {arguments[0]} --help)\n")
+
+
+def test_a_list_may_say_which_norm_an_eps_is_of():
+    understood.check({"eps": "2", "norm": None, "attacks": "quick"})
+    with pytest.raises(options.typer.BadParameter, match="did you mean 2/255"):
+        understood.check({"eps": "2"})
+
+
+def test_a_ratio_may_be_of_one_kind_among_several():
+    understood.check({"kind": "0=clamp,*=hard", "ratio": "0=2,*=0.5"})
 
 
 def test_an_error_of_nobodys_making_says_where_to_look(monkeypatch, capsys):

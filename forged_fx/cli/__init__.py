@@ -2,6 +2,7 @@
 
     main.py      the commands, and what becomes of errors, interruptions and exit codes
     options.py   arguments that several commands take, and how numbers are written
+    understood.py  what the arguments say, held against the library's tables before anything is loaded
     given.py     what the arguments name: the model, its images, its forged copy
     output.py    what is printed: a table for people, or one JSON document
 

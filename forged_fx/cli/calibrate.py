@@ -40,7 +40,10 @@ def run(
     from forged_fx.files import STATISTICS
     from forged_fx.processes import joined
     from forged_fx.sources import Inputs
+    from forged_fx.transform import ACTIVATIONS, LAYERS
 
+    if where not in (LAYERS, ACTIVATIONS):
+        raise typer.BadParameter(f"--where {where}: choose {LAYERS} or {ACTIVATIONS}; transform's names single sites")
     STATISTICS.check(out)  # now, and not after an hour
     chosen = given.images(data, split, resize, usual="train")
     found = given.model(model, weights, normalize, device)

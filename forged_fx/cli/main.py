@@ -57,6 +57,9 @@ def _add(name: str) -> None:
     @functools.wraps(module.run)
     def run(**arguments: Any) -> Any:
         apart(arguments)
+        from forged_fx.cli.understood import check  # late: it imports torch, and --help does not
+
+        check(arguments)
         return module.run(**arguments)
 
     app.command(name, epilog=f"Example: {example}")(run)

@@ -4,6 +4,7 @@ Every image is float32 in [0, 1], (channels, height, width); normalisation belon
 function, and a row in `DATA`.
 """
 
+import difflib
 import functools
 import gzip
 import os
@@ -160,19 +161,30 @@ def load_data(name: str, split: str | None = None, resize: str | None = None) ->
     Raises:
         ValueError, ImportError, FileNotFoundError: one line, with the next step.
     """
+    source, rest, sides = asked(name, split, resize)
+    images = source.make(rest, split or SPLITS[0])
+    if not len(images):
+        raise ValueError(f"{name} holds no image")
+    return replace(images, name=name, resize=sides)
+
+
+def asked(name: str, split: str | None, resize: str | None) -> tuple["DataSource", str, tuple[int, int] | None]:
+    """Which source a name is of, the rest of the name, and the sides: what can be told before anything is looked for.
+
+    ValueError where `load_data` would not understand it.
+    """
     prefix, _, rest = name.partition(":")
     source = DATA.get(prefix)
     if source is None or bool(rest) is (source.form == prefix):
+        close = difflib.get_close_matches(prefix, DATA, n=1) if source is None else []
+        hint = f"did you mean {DATA[close[0]].form}? Else " if close else ""
         forms = ", ".join(source.form for source in DATA.values())
-        raise ValueError(f"{name!r} names no data: write one of {forms}")
+        raise ValueError(f"{name!r} names no data: {hint}write one of {forms}")
     if split not in (None, *SPLITS):
         raise ValueError(f"split={split!r}: choose one of {', '.join(SPLITS)}")
     if split is not None and not source.splits:
         raise ValueError(f"{name} has no splits: leave out split={split!r}, and name the images themselves")
-    images = source.make(rest, split or SPLITS[0])
-    if not len(images):
-        raise ValueError(f"{name} holds no image")
-    return replace(images, name=name, resize=None if resize is None else _sides(resize))
+    return source, rest, None if resize is None else _sides(resize)
 
 
 def _sides(text: str) -> tuple[int, int]:

@@ -98,7 +98,7 @@ def load_model(
     Raises:
         ValueError, ImportError, FileNotFoundError: one line, with the next step.
     """
-    source, rest = _source(name)
+    source, rest = asked(name)
     if source.whole and weights is not None:
         raise ValueError(f"{name} holds its weights: leave out weights={os.fspath(weights)!r}")
     if weights is None and not source.own:
@@ -120,7 +120,8 @@ def load_model(
     return replace(model, name=name)
 
 
-def _source(name: str) -> tuple[Source, str]:
+def asked(name: str) -> tuple[Source, str]:
+    """Which source a name is of, and the rest of the name, before anything is looked for. ValueError for no name."""
     prefix, colon, rest = name.partition(":")
     if colon and rest and prefix in MODELS:
         return MODELS[prefix], rest
