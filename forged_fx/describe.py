@@ -49,6 +49,13 @@ class Row:
     net_zeroed: float | None = None
     ratio: float | None = None
 
+    @property
+    def off(self) -> bool:
+        """Whether it has a threshold, and a ratio at which that changes nothing. (Of inputs that were all 0 no ratio
+        can be told.)"""
+        at_work = self.threshold or self.width or self.limit is not None
+        return self.left_out is None and not at_work and self.c_max > 0
+
     def ends(self) -> str:
         """Threshold, limit and width in force, for a table."""
         ends = {"": self.threshold, "<=": self.limit, "+-": self.width}
@@ -75,10 +82,19 @@ class Description(list[Row]):
             lines.append("zeroed: of the inputs seen in calibration, beyond those that were 0 already")
         if self.elsewhere:
             lines.append(f"in no product that calibration saw by name: {_some(self.elsewhere)}")
-        ratios = {row.ratio for row in forged if row.c_max}
-        at = f"at ratio {written(*ratios)}: " if len(ratios) == 1 and None not in ratios else ""
-        lines.append(f"{at}{len(forged)} of {len(self)} sites forged, as {'; '.join(self.notes)}")
+        lines.append(f"{self.summary()}, as {'; '.join(self.notes)}")
         return visible("\n".join(line.rstrip() for line in lines))
+
+    def summary(self) -> str:
+        """At which ratio how many sites are forged; a site whose ratio leaves it as it was is not counted."""
+        off = [row for row in self if row.off]
+        forged = [row for row in self if row.left_out is None and not row.off]
+        ratios = {row.ratio for row in forged if row.c_max}
+        at = ""
+        if ratios and None not in ratios:  # (of some kinds a ratio is not one number)
+            at = f"at ratio {written(*ratios)}: " if len(ratios) == 1 else "at ratios of their own: "
+        how = "left at ratio 0" if all(row.ratio == 0 for row in off) else "switched off"
+        return f"{at}{len(forged)} of {len(self)} sites forged" + (f", {len(off)} {how}" if off else "")
 
 
 def describe(model: torch.nn.Module, *, cost: bool = False, example: tuple[tuple, dict] | None = None) -> Description:

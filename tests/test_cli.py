@@ -361,6 +361,26 @@ def test_transform_writes_weights_and_thresholds(capsys):
     assert "0.forged_threshold" in load_file("forged.safetensors")
 
 
+def test_transform_says_at_which_ratio_and_counts_no_site_that_is_left_as_it_was(capsys):
+    command = ["transform", *MODEL, "--stats", "demo/stats.safetensors", "--out", "forged.safetensors", "--ratio"]
+    for ratio, said in {
+        "2**-7": "at ratio 1/128: 4 of 4 sites forged, kind hard",
+        "7=0,*=2**-7": "at ratio 1/128: 3 of 4 sites forged, 1 left at ratio 0, kind hard",
+        "7=0.5,*=2**-7": "at ratios of their own: 4 of 4 sites forged, kind hard",
+    }.items():
+        assert main([*command, ratio]) == 0
+        assert capsys.readouterr().out == f"forged.safetensors: {said}\n"
+
+
+@pytest.mark.parametrize("limit", [["--limit", "2000"], ["--limit", "20"], []])
+def test_fewer_images_than_asked_for_are_told_of(limit, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(given, "model", lambda *_: 1 / 0)  # enough
+    assert main(["calibrate", *MODEL, *limit]) == 1
+    said = "digits has 1597 images, fewer than the 2000 asked for: all are taken\n"
+    assert (said in capsys.readouterr().err) == ("2000" in limit)
+
+
 @pytest.mark.parametrize("command", ["transform", "evaluate"])
 def test_module_by_module_on_request(command, monkeypatch, tmp_path, capsys):
     made, transform = [], forged_fx.transform

@@ -93,11 +93,12 @@ def test_describe_and_sweep_call_zeroed_what_is_measured_here():
     [
         ("hard", 2**-6, "at ratio 1/64: 2 of 2 sites"),
         ("hard", 0.1, "at ratio 0.1: 2 of 2 sites"),
-        ("hard", 0, "at ratio 0: 2 of 2 sites"),
+        ("hard", 0, "\n0 of 2 sites forged, 2 left at ratio 0, as"),
         ("clamp", 0.7, "at ratio 0.7: 2 of 2 sites"),
-        ("hard", {"0": 0.1, "2": 0.2}, "\n2 of 2 sites"),
+        ("hard", {"0": 0.1, "2": 0.2}, "\nat ratios of their own: 2 of 2 sites"),
+        ("hard", {"0": 0.1, "2": 0}, "\nat ratio 0.1: 1 of 2 sites forged, 1 left at ratio 0, as"),
         ("band", (0.1, 0.7), "\n2 of 2 sites"),
-        ("clamp", None, "\n2 of 2 sites"),
+        ("clamp", None, "\n0 of 2 sites forged, 2 switched off, as"),
     ],
 )
 def test_describe_says_the_ratio_where_there_is_one(kind, ratio, text):

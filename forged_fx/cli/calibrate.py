@@ -45,7 +45,7 @@ def run(
     if where not in (LAYERS, ACTIVATIONS):
         raise typer.BadParameter(f"--where {where}: choose {LAYERS} or {ACTIVATIONS}; transform's names single sites")
     STATISTICS.check(out)  # now, and not after an hour
-    chosen = given.images(data, split, resize, usual="train")
+    chosen = given.images(data, split, resize, "train", limit)
     found = given.model(model, weights, normalize, device)
     seen = Inputs(given.share(chosen.batches(batch, limit)), found.inputs)
     with joined(None, "forged-fx calibrate") as processes:

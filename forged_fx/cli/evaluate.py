@@ -81,7 +81,7 @@ def run(
     if eps is None and of_list is None:
         raise typer.BadParameter("--eps: how far may an attacker move each pixel? Such as 8/255 with --norm Linf")
     radius = of_list[1] if eps is None else options.number(eps, "eps")
-    images = given.images(data, split, resize, usual="test")
+    images = given.images(data, split, resize, "test", limit)
     x, y = images.tensors(limit)
     beside = device_of(found.module)
     if base is not None:

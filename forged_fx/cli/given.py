@@ -35,10 +35,16 @@ def _device(name: str | None) -> torch.device:
         raise ValueError(f"--device {name}: {str(error).partition(chr(10))[0]}") from error
 
 
-def images(name: str, split: str | None, resize: str | None, usual: str) -> Images:
-    """The images that the arguments name. usual: the split that the command is for, where the data has splits."""
+def images(name: str, split: str | None, resize: str | None, usual: str, limit: int | None = None) -> Images:
+    """The images that the arguments name. usual: the split that the command is for, where the data has splits.
+
+    limit: how many of them the command takes; where there are fewer, a note says how many.
+    """
     source = DATA.get(name.partition(":")[0])
-    return load_data(name, split or (usual if source is not None and source.splits else None), resize)
+    found = load_data(name, split or (usual if source is not None and source.splits else None), resize)
+    if limit is not None and limit > len(found):
+        note(f"{name} has {len(found)} images, fewer than the {limit} asked for: all are taken")
+    return found
 
 
 def same_source(name: str, other: str) -> bool:
@@ -61,7 +67,7 @@ def share(batches: Batches) -> Batches:
 
 def seen(name: str, resize: str | None, batch: int, limit: int | None) -> Batches:
     """What to calibrate on: the training images, or this process's share of them."""
-    return share(images(name, None, resize, usual="train").batches(batch, limit))
+    return share(images(name, None, resize, "train", limit).batches(batch, limit))
 
 
 def forged(

@@ -47,7 +47,7 @@ def run(
 
     output.check(Lipschitz.file, run=folder, name=LIPSCHITZ, save=save)
     found = given.model(model, weights, normalize, device)
-    x = given.images(data, split, resize, usual="test").pixels(limit)
+    x = given.images(data, split, resize, "test", limit).pixels(limit)
     forged = given.forged(found, stats, ratio, kind, where, statistic, include, exclude, x[:2])
     pair = (found.classifier(), found.classifier(forged))
     radius = options.number(eps, "eps")

@@ -54,7 +54,7 @@ def run(
     from forged_fx.sources import Images
 
     found = given.model(model, weights, normalize, device).classifier()
-    x, y = given.images(data, split, resize, usual="test").tensors(limit)
+    x, y = given.images(data, split, resize, "test", limit).tensors(limit)
     (x, y), kept = halves(x, y, 0.5, seed)
     if (calibrate is None or given.same_source(calibrate, data)) and given.same_images(data, split):
         output.note(f"calibrated on the {len(x)} images of the search: the others are kept for the confirmation")

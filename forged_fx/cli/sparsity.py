@@ -44,7 +44,7 @@ def run(
 
     output.check(Sparsity.file, run=folder, name=SPARSITY, save=save)
     found = given.model(model, weights, normalize, device)
-    batches = given.images(data, split, resize, usual="test").batches(batch, limit)
+    batches = given.images(data, split, resize, "test", limit).batches(batch, limit)
     forged = given.forged(found, stats, ratio, kind, where, statistic, include, exclude, batches[0][0][:2])
     rows = forged_fx.sparsity(forged, (found.inputs(x) for x, _ in batches))
     output.show_and_keep(rows, json, save, folder and folder / SPARSITY)

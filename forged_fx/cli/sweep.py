@@ -51,7 +51,7 @@ def run(
     from forged_fx.cli import given, output
 
     found = given.model(model, weights, normalize, device)
-    x, y = given.images(data, split, resize, usual="test").tensors(limit)
+    x, y = given.images(data, split, resize, "test", limit).tensors(limit)
     seen = given.seen(calibrate or data, resize, batch, calibrate_limit)
     chosen = None if kinds is None else options.names(kinds)
     with output.resumable(folder):

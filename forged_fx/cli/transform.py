@@ -39,6 +39,7 @@ def run(
     this library; FILE.safetensors the weights and thresholds by name. The image size is that of the data, the
     batch size is free; inputs are the model's own, normalised if it wants that. An audit runs on two of the images.
     """
+    import forged_fx
     from forged_fx.cli import given, output
     from forged_fx.cli.formats import FORMATS
     from forged_fx.models import device_of
@@ -53,4 +54,5 @@ def run(
     batch = found.inputs(x.to(device_of(forged)))
     FORMATS[out.suffix].write(forged, batch, out)
     sites = list(parameters_of(forged))
-    output.show({"out": str(out), "sites": sites}, f"{out}: {len(sites)} sites forged, kind {kind}", json)
+    text = f"{out}: {forged_fx.describe(forged).summary()}, kind {kind}"
+    output.show({"out": str(out), "sites": sites}, text, json)
