@@ -91,6 +91,13 @@ def test_help_imports_no_torch():
     assert "calibrate" in done.stdout and "Exit codes" in done.stdout
 
 
+def test_describe_says_what_its_two_shares_are(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main(["describe", "--help"]) == 0
+    words = re.sub(r"[\s│]+", "", capsys.readouterr().out)
+    assert "net_zeroed:whatforgingzeroes" in words and "share_zeroed:whatis0behind" in words
+
+
 def test_exit_codes_are_those_of_verdicts():
     for verdict, code in EXIT_CODES.items():
         assert f"{code} {verdict}" in EXIT_NOTE

@@ -33,7 +33,11 @@ def run(
     device: options.Device = None,
     json: options.Json = False,
 ) -> None:
-    """Say, site by site, what forging does to a model: threshold, share zeroed, or why a site is left out."""
+    """Say, site by site, what forging does to a model: threshold, share zeroed, or why a site is left out.
+
+    Of the inputs seen in calibration, --json has two shares. net_zeroed: what forging zeroes, as in the table's column.
+    share_zeroed: what is 0 behind the threshold, so with what was 0 already (behind a ReLU).
+    """
     import forged_fx
     from forged_fx.cli import given, output
 
