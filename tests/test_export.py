@@ -1,7 +1,9 @@
 """Forged models leave PyTorch's eager mode: torch.export, an AOTInductor package in a fresh process, ONNX."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,6 +91,15 @@ def test_onnx(forged, x, tmp_path):
     for batch in (x, x[:3]):
         (found,) = session.run(None, {session.get_inputs()[0].name: batch.numpy()})
         assert torch.allclose(torch.from_numpy(found), forged(batch), atol=1e-6)
+
+
+def test_what_onnx_says_of_the_operator_is_found_in_the_recipe(x):
+    pytest.importorskip("onnxscript")
+    with pytest.raises(Exception, match="No ONNX function found") as raised:
+        torch.onnx.export(whole(Net().eval(), x), (x,), verbose=False)
+    (said,) = re.findall("No ONNX function found for <.*?>", str(raised.value))
+    recipes = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert said in " ".join(recipes.split())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
