@@ -78,10 +78,10 @@ class _Reading:
         """Whether a value does the same to a tensor in every run."""
         if isinstance(value, types.MethodType):
             return self.is_known(value.__func__, depth, value.__self__)
-        if inner := _wrapped(value):
-            return all(self.is_known(one, depth, owner) for one in inner)
         if isinstance(value, types.FunctionType):
             return self._is_straight(value, owner, depth)
+        if inner := _wrapped(value):
+            return all(self.is_known(one, depth, owner) for one in inner)
         if isinstance(value, types.BuiltinMethodType | types.MethodWrapperType):
             return _is_of(value, _TRUSTED) or self.is_known(value.__self__, depth)
         if isinstance(value, list | tuple | set | frozenset | dict):  # of functions, code may choose one
@@ -101,7 +101,7 @@ class _Reading:
         self.begun.add((function, id(owner)))
         given = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
         if _is_of(function, _LIBRARIES if isinstance(owner, torch.nn.Module) else _TRUSTED):
-            own = (*given, *enclosed(function), *(v for name in function.__code__.co_names for v in _own(owner, name)))
+            own = (*given, *enclosed(function), *_instead(function, owner))
             return all(self.is_known(one, depth, owner) for one in own if _is_own_code(one))
         if not depth or _branches(function.__code__):
             return False
@@ -119,23 +119,23 @@ class _Reading:
             codes += (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
             ends: list[_Found] = []  # of the names up to here, dot by dot
             ahead = ""
-            for step in dis.get_instructions(code):
-                name, local, ahead = step.argval, ahead, ""
+            for opname, name in _steps(code):
+                local, ahead = ahead, ""
                 if name in _LOOKS_UP:
                     yield _UNKNOWN, None
-                if step.opname.startswith(("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER")):
+                if opname.startswith(("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER")):
                     of = [owner] if local == first and [*_held(owner, name)] else [value for value, _ in ends]
                     ends = [*self._attributes(of, name, owner)]
                     continue
-                if step.opname.startswith("LOAD_FAST"):
+                if opname.startswith("LOAD_FAST"):
                     ahead = name[-1] if isinstance(name, tuple) else name
                 yield from ends
                 ends = []
-                if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                if opname in ("LOAD_GLOBAL", "LOAD_NAME"):
                     ends = [(scope.get(name, _UNKNOWN), None)]
-                elif step.opname == "IMPORT_NAME" and name.partition(".")[0] not in _TRUSTED:
+                elif opname == "IMPORT_NAME" and name.partition(".")[0] not in _TRUSTED:
                     ends = [(_UNKNOWN, None)]
-                elif "DEREF" in step.opname and name in cells and name != "__class__":  # (which is for super())
+                elif "DEREF" in opname and name in cells and name != "__class__":  # (which is for super())
                     with contextlib.suppress(ValueError):  # an empty one
                         ends = [(cells[name].cell_contents, None)]
             yield from ends
@@ -145,9 +145,9 @@ class _Reading:
         for value in values:
             if found := [*_held(value, name)]:
                 yield from ((one, value) for one in found)
-            elif not _is_of(
-                value if isinstance(value, type | types.ModuleType) else type(value), _TRUSTED + _LIBRARIES
-            ):
+                continue
+            kind = value if isinstance(value, type | types.ModuleType) else type(value)
+            if not _is_of(kind, _TRUSTED + _LIBRARIES):
                 yield _UNKNOWN, value
         if not values:
             found = [(one, of) for of in (owner, *self.module.modules()) for one in _held(of, name)]
@@ -176,11 +176,12 @@ def _held(value: Any, name: str) -> Iterator[Any]:
         yield from _held(value, "forward")
 
 
-def _own(owner: Any, name: str) -> Iterator[Any]:
-    """What someone has put in the place of a module's method."""
+def _instead(function: types.FunctionType, owner: Any) -> Iterator[Any]:
+    """What someone has put in the place of a module's methods that a library's function names."""
     if isinstance(owner, torch.nn.Module):
         classes = [cls for cls in type(owner).__mro__ if not _is_of(cls, _LIBRARIES + _TRUSTED)]
-        yield from (place[name] for place in (vars(owner), *map(vars, classes)) if name in place)
+        places = (vars(owner), *map(vars, classes))
+        yield from (place[name] for name in function.__code__.co_names for place in places if name in place)
 
 
 def _wrapped(value: Any) -> list[Any]:
@@ -198,9 +199,9 @@ def _is_own_code(value: Any) -> bool:
     """Whether it is a Python function, in whatever stands for it, that says nothing of what it does."""
     if isinstance(value, types.MethodType):
         return _is_own_code(value.__func__)
-    if inner := _wrapped(value):
-        return any(map(_is_own_code, inner))
-    return isinstance(value, types.FunctionType) and not _is_of(value, _TRUSTED)
+    if isinstance(value, types.FunctionType):
+        return not _is_of(value, _TRUSTED)
+    return any(map(_is_own_code, _wrapped(value)))
 
 
 def _is_of(value: Any, libraries: Iterable[str]) -> bool:
@@ -213,6 +214,11 @@ def _is_of(value: Any, libraries: Iterable[str]) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
+def _steps(code: types.CodeType) -> tuple[tuple[str, Any], ...]:
+    return tuple((step.opname, step.argval) for step in dis.get_instructions(code))
+
+
+@functools.lru_cache(maxsize=1024)
 def _branches(code: types.CodeType) -> bool:
     try:
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(code))).body
@@ -220,7 +226,7 @@ def _branches(code: types.CodeType) -> bool:
             raise TypeError
     except (OSError, SyntaxError, TypeError, ValueError):  # no source, or a lambda's, which is a part of a line
         inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
-        return any(s.opname.startswith(_JUMPS) for one in (code, *inner) for s in dis.get_instructions(one))
+        return any(opname.startswith(_JUMPS) for one in (code, *inner) for opname, _ in _steps(one))
     given = set(inspect.getargs(code).args)
     ahead: list[ast.AST] = [tree]
     while ahead:
