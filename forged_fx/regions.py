@@ -9,6 +9,7 @@ calibration found.
 
 A module that runs several times in a forward pass has thresholds of its own for each run, by the number that the run
 has in the pass. A pass begins where a thread enters the model: at the model, or at one of its parts that a user calls.
+One that ran once in calibration may run once in a pass.
 """
 
 import inspect
@@ -107,9 +108,9 @@ class Pass(threading.local):
 class Plan:
     """What to do at each call of one module's own code.
 
-    operands: call index -> what is done there. once: the module runs at most once in a forward pass, so that its calls
-    are counted from its own start; else they are counted from the pass's. calls: how many there were at most in
-    calibration. told: what that tells of each.
+    operands: call index -> what is done there. once: in calibration the module ran at most once in a forward pass, so
+    that its calls are counted from its own start, and it must not run again; else they are counted from the pass's.
+    calls: how many there were at most in calibration. told: what that tells of each.
     """
 
     module: str
@@ -124,6 +125,18 @@ class Plan:
         if k >= self.calls:
             raise unseen_call(self.module, k, self.calls)
         return k
+
+    def begin(self, counts: dict[int, int]) -> int:
+        """The number of a run's first call, where the module ran at most once in calibration."""
+        if id(self) in counts:
+            self._check_again()
+        counts[id(self)] = 1
+        return 0
+
+    @torch.compiler.disable  # (which looks at the stack)
+    def _check_again(self) -> None:
+        if torch_internals.checkpoints()[1] is None and not _hooks_may_run_layers():
+            raise unseen_call(self.module, most := max(self.calls, 1), most)
 
     def _count(self, counts: dict[int, int]) -> int:
         """The number of this call. What a backward recomputes has the numbers that it had when it ran first."""
@@ -140,6 +153,16 @@ class Plan:
         for notes in first:
             notes.setdefault(key, k)
         return k
+
+
+def _hooks_may_run_layers() -> bool:
+    """Whether someone has hooks within the model that runs: what those call besides is no run of the model's own."""
+    if torch_internals.has_any_global_hook():
+        return True
+    running = [m for m in torch_internals.modules_on_stack() if isinstance(m, _Region)]
+    modules = running[-1].modules() if running else ()
+    hooks = (h for m in modules for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
+    return any(str(getattr(hook, "__module__", "")).partition(".")[0] != "torch" for hook in hooks)
 
 
 class _Region(HoldsThresholds):
@@ -183,7 +206,8 @@ class ForgedLayer(_Region):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         input, *rest = args or (self._named(kwargs),)
         plan = self.forged_plan
-        k = 0 if plan.once else plan.next(self.forged_pass.so_far())
+        counts = self.forged_pass.so_far()
+        k = plan.begin(counts) if plan.once else plan.next(counts)
         for forge in plan.operands.get(k, ()):  # (a call on a constant has none)
             input = forge.into(self, input) if forge.in_place else forge(self, input)
         return super().forward(input, *rest, **kwargs)
@@ -251,6 +275,8 @@ class _OwnCalls(TorchFunctionMode):
             with self:
                 return OPENED[function](*args, **kwargs)
         k = plan.next(self.own if plan.once else self.region.forged_pass.so_far())
+        if plan.once and k == 0 and plan.operands:
+            plan.begin(self.region.forged_pass.so_far())
         forges = plan.operands.get(k, [])
         for forge in forges:
             x = get(args, kwargs, forge.key) if call.kind == forge.kind else None
@@ -364,13 +390,14 @@ def _become(region: type[_Region], module: Any) -> None:
 
 
 def _begin_passes(model: torch.nn.Module) -> None:
-    """A pass begins at any module that is, or is around, one that runs several times."""
+    """A pass begins at the model, and at any part that is, or is around, one that runs several times."""
     regions = [module for module in model.modules() if isinstance(module, _Region)]
     several = {r for r in regions if not (r.forged_plan.once and (r.forged_activations or r.forged_plan).once)}
     for module in model.modules():
         forward = getattr(type(module), "forward", None)  # (a class of TorchScript's has none)
         has_forward = forward is not torch.nn.Module.forward or "forward" in vars(module)
-        if not isinstance(module, _Region) and has_forward and several.intersection(module.modules()):
+        begins = module is model or several.intersection(module.modules())
+        if not isinstance(module, _Region) and has_forward and begins:
             _become(ForgedParent, module)
     now = Pass()
     for module in model.modules():

@@ -692,6 +692,109 @@ def test_nor_where_a_module_runs_several_times(x):
         forged(x.abs(), -x.abs())
 
 
+class SecondView(nn.Module):
+    """In train mode it looks at its input twice."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part, self.last = part, nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = self.part(x)
+        if self.training:
+            h = h + self.part(-x)
+        return self.last(h)
+
+    def features(self, x):
+        return self.part(x) + self.part(-x)
+
+
+PARTS = {
+    "a layer": lambda: nn.Linear(4, 4),
+    "an activation": nn.ReLU,
+    "calls of its own": lambda: ByHand(F.linear),
+    "a layer within": lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU()),
+}
+
+
+def second_view(part, x):
+    torch.manual_seed(0)
+    model = SecondView(PARTS[part]()).eval()
+    if part == "calls of its own":
+        model.part.last = nn.Identity()
+    stats = forged_fx.calibrate(model, [x.abs()], where="activations")
+    where = "activations" if part == "an activation" else "linear+conv"
+    return forged_fx.transform(model, stats, 2**-3, where=where, graph=False)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_module_that_runs_more_often_than_in_calibration_is_an_error(part, x):
+    forged = second_view(part, x)
+    forged(x)
+    forged.train()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"'part.*' makes its call number 1 .* calibration saw 1 at most"):
+            forged(x.abs())
+    assert torch.equal(forged.eval()(x), forged(x))
+
+
+def test_it_is_one_compiled_too(x):
+    forged = second_view("a layer", x)
+    expected = forged(x)
+    compiled = torch.compile(forged, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), expected) and torch.equal(compiled(x), expected)
+    with pytest.raises(RuntimeError, match="calibration saw 1 at most"):
+        torch.compile(forged.train(), backend="eager")(x)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_each_run_that_a_user_makes_is_a_first_one(part, x):
+    forged = second_view(part, x)
+    expected = forged.part(x)
+    assert torch.equal(forged.part(x), expected)
+    assert torch.equal(forged.features(x), expected + forged.part(-x))
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes"):
+        forged(torch.ones(2, 5))
+    assert torch.equal(forged(x), forged.last(expected))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_what_a_hook_calls_is_no_run_of_the_models(part, x):
+    """A probe, say, of what is within."""
+    forged = second_view(part, x)
+    expected, seen = forged(x), []
+    handle = forged.part.register_forward_pre_hook(lambda module, args: seen.append(forged.last(args[0])))
+    assert torch.equal(forged(x), expected) and len(seen) == 1
+    handle.remove()
+    with pytest.raises(RuntimeError, match="calibration saw 1 at most"):
+        forged.train()(x.abs())
+
+
+class Forces(nn.Module):
+    """It asks for a gradient in its forward, for which a checkpoint runs its layers again."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.run = nn.Linear(4, 4), nn.Linear(4, 1), lambda function, x: function(x)
+
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            h = self.run(lambda x: self.first(x).tanh(), x)
+            self.last(h).sum().backward()
+        return x.grad
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_a_backward_within_the_forward_recomputes_is_the_same_run(reentrant, x):
+    torch.manual_seed(0)
+    model = Forces().eval()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0.2, graph=False)
+    expected = forged(x)
+    forged.run = functools.partial(checkpoint, use_reentrant=reentrant)
+    assert torch.equal(forged(x), expected) and not torch.equal(expected, model(x))
+
+
 def test_statistics_of_all_paths_know_the_calls_of_each(x):
     first, then = SKIPS["a product of data"]
     model = Skips(first, then).eval()
