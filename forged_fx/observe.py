@@ -26,6 +26,7 @@ from forged_fx.modes import fast_path_off, module_hooks
 from forged_fx.places import place
 from forged_fx.sites import (
     ACTIVATIONS,
+    ANY_PART,
     CALLS,
     IN_FUNCTION,
     OPENED,
@@ -42,6 +43,7 @@ from forged_fx.sites import (
     only_looks,
     operand_name,
     parameter_in,
+    part_of,
     replace,
 )
 from forged_fx.straight import is_straight
@@ -301,8 +303,8 @@ class Observer:
         frame.calls += 1
         self._read_by_call(frame, args, kwargs)
         name = self.numbering.call(frame.name, call.mark)
-        given = (parameter_in(value) for _, _, value in call.operands(args, kwargs))
-        way = (place(), *filter(None, (self.name_of(frame.name, p) for p in given if p is not None)))
+        met = (self._weight_in(frame.name, value) for _, _, value in call.operands(args, kwargs))
+        way = (place(), *filter(None, met))
         self.ways[name] = both_ways(self.ways.get(name, ()), (way,))
         operands = data_operands(call, args, kwargs, self.origins.of)
         if not operands:
@@ -331,6 +333,12 @@ class Observer:
             return name
         own = self.model.get_submodule(module).named_parameters(recurse=False)
         return next((f"{module}.{name}".removeprefix(".") for name, p in own if p is value), None)
+
+    def _weight_in(self, module: str, value: Any) -> str | None:
+        """The name of the parameter that a value is, or is a view of; and which part of it."""
+        parameter = parameter_in(value)
+        name = None if parameter is None else self.name_of(module, parameter)
+        return name and name + (ANY_PART if self.origins.of(value) is Origin.MIXED else part_of(value, parameter))
 
     def called(self, function: Callable, args: tuple, kwargs: dict, result: Any) -> None:
         """Note a use of a running module's first argument: a layer may look at it besides its one call."""

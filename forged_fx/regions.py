@@ -40,6 +40,7 @@ from forged_fx.sites import (
     module_of,
     other_call,
     parameter_in,
+    part_of,
     replace,
     unseen_call,
 )
@@ -284,8 +285,9 @@ class _OwnCalls(TorchFunctionMode):
             if x is None or (isinstance(x, torch.nn.Parameter) and any(x is p for p in self.region.parameters())):
                 raise other_call(plan.module, forge.kind, call.kind)
         if plan.told:
-            met = (parameter_in(value) for _, _, value in call.operands(args, kwargs))
-            plan.told.check(k, place(), self.region, [p for p in met if p is not None])
+            values = [value for _, _, value in call.operands(args, kwargs)]
+            met = [(p, part_of(value, p)) for value in values if (p := parameter_in(value)) is not None]
+            plan.told.check(k, place(), self.region, met)
         for forge in forges:
             if self.recording and torch_internals.checkpoints_itself(self.region):
                 raise RuntimeError(

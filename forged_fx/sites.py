@@ -328,7 +328,8 @@ def _data(opens: bool, roles: tuple[str, ...], origins: tuple[Origin, ...]) -> l
     return [(i, weights[0], fixed if origins[i] >= Origin.UNKNOWN else CONSTANT_INPUT) for i in data]
 
 
-# All ways in which a call was made: its place in the code (`places.py`), and the names of the parameters that it met.
+# All ways in which a call was made: its place in the code (`places.py`), and the names of the parameters that it met,
+# each with the part of it that a view is.
 Ways = tuple[tuple[str, ...], ...]
 
 
@@ -341,6 +342,23 @@ def parameter_in(value: Any) -> Tensor | None:
     """The parameter that a value is, or is a view of."""
     base = value if isinstance(value, torch.nn.Parameter) else getattr(value, "_base", None)
     return base if isinstance(base, torch.nn.Parameter) else None
+
+
+def part_of(value: Tensor, parameter: Tensor) -> str:
+    """Where a view's elements begin among its parameter's, and how many there are; "" where it is of all of them."""
+    if value.numel() == parameter.numel():
+        return ""
+    return f"[{value.storage_offset() - parameter.storage_offset()}+{value.numel()}]"
+
+
+ANY_PART = "[any]"  # one that data picks
+
+
+@functools.lru_cache(maxsize=2**12)
+def named_part(weight: str) -> tuple[str, str]:
+    """A parameter's name, and which part of it is meant."""
+    found = re.search(r"\[(-?\d+\+\d+|any)\]$", weight)
+    return (weight[: found.start()], found[0]) if found else (weight, "")
 
 
 def get(args: tuple, kwargs: dict, key: Key) -> Any:
@@ -400,12 +418,12 @@ def unseen_call(module: str, k: int, most: int) -> RuntimeError:
     )
 
 
-def other_place(module: str, k: int) -> RuntimeError:
-    """What is raised where the k-th call is made in another place than in calibration."""
+def other_place(module: str, k: int, how: str = "in another place of its code") -> RuntimeError:
+    """What is raised where the k-th call is made in another place, or in another way, than in calibration."""
     return RuntimeError(
         f"{module or 'the model'!r} makes its call number {k} (counted from 0) of linear, convolution, product or "
-        "activation in another place of its code than in calibration: on this path calls have other numbers, and would "
-        f"be given thresholds of others. Calibrate on data that takes both paths, or {_without(module)}"
+        f"activation {how} than in calibration: on this path calls have other numbers, and would be given "
+        f"thresholds of others. Calibrate on data that takes both paths, or {_without(module)}"
     )
 
 
@@ -423,7 +441,7 @@ def check_weight(site: str, owner: torch.nn.Module, seen: Iterable[str], met: li
 
     seen: the names that one has there. What is no parameter of the owner's (functional_call's, say) is let be.
     """
-    held = [parameter for name in seen if (parameter := _parameter(owner, name)) is not None]
+    held = [parameter for name in seen if (parameter := parameter_of(owner, name)) is not None]
     if not held or any(parameter is value for parameter in held for value in met):
         return
     other = next((name for name, parameter in owner.named_parameters() for value in met if parameter is value), None)
@@ -435,7 +453,7 @@ def check_weight(site: str, owner: torch.nn.Module, seen: Iterable[str], met: li
         )
 
 
-def _parameter(owner: torch.nn.Module, name: str) -> Tensor | None:
+def parameter_of(owner: torch.nn.Module, name: str) -> Tensor | None:
     """A parameter by its name; None where something else is there by now."""
     path, _, leaf = name.rpartition(".")
     try:

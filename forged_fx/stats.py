@@ -36,6 +36,7 @@ from forged_fx.sites import (
     is_activation,
     mark_of,
     module_of,
+    named_part,
 )
 
 FORMAT = 1
@@ -180,7 +181,7 @@ class Stats:
     What follows was seen in one batch or another, of whichever module, and says of sites what they are: not_layers,
     modules that do more with their input than one call. calls: a module's name and a mark (# or @) -> how many such
     calls it made in one forward pass, at most. no_sites: names that a call had in which no data met weights. ways: a
-    call's name -> the places in the code where it was made, each with the parameters that it met, or views of them.
+    call's name -> the places in the code where it was made, each with the parameters, or parts of them, that it met.
     weights: the sites' parameters, by name, and what tells whether they have changed since.
     """
 
@@ -217,7 +218,7 @@ class Stats:
             site.module_calls = max(site.module_calls, self.calls.get(module_of(name) + mark_of(name), 0))
             if name in self.no_sites:
                 site.left_out = OTHER_CALL
-            elif len({met for _, *names in self.ways.get(name, ()) if (met := tuple(names))}) > 1:
+            elif len({tuple(w for w, _ in map(named_part, met)) for _, *met in self.ways.get(name, ()) if met}) > 1:
                 site.left_out = site.left_out or OTHER_WEIGHT
 
     def __getstate__(self) -> dict[str, Any]:

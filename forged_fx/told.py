@@ -9,40 +9,58 @@ from dataclasses import dataclass, field
 import torch
 
 from forged_fx.places import innermost, is_of_changed_code
-from forged_fx.sites import call_name, call_of, check_weight, mark_of, module_of, other_place
+from forged_fx.sites import (
+    ANY_PART,
+    call_name,
+    call_of,
+    check_weight,
+    mark_of,
+    module_of,
+    named_part,
+    other_place,
+    parameter_of,
+)
 from forged_fx.stats import Stats
 
 
 @dataclass
 class Told:
     """Of the calls of one module, of one mark. places: call index -> where it was made. weights: call index -> the
-    parameters that it was given, by their names in the module. forged: the calls that have a threshold; sites: those
-    that calibration lists, with a threshold or without."""
+    parameters that it was given, by their names in the module; parts: each with the part of it. forged: the calls that
+    have a threshold; sites: those that calibration lists, with a threshold or without."""
 
     module: str = ""
     mark: str = "#"
     places: dict[int, set[str]] = field(default_factory=dict)
     weights: dict[int, set[str]] = field(default_factory=dict)
+    parts: dict[int, set[tuple[str, str]]] = field(default_factory=dict)
     forged: set[int] = field(default_factory=set)
     sites: set[int] = field(default_factory=set)
 
-    def check(self, k: int, place: str, owner: torch.nn.Module, given: list[torch.Tensor]) -> None:
+    def check(self, k: int, place: str, owner: torch.nn.Module, given: list[tuple[torch.Tensor, str]]) -> None:
         """RuntimeError where a call is not the one that had this number in calibration.
 
         It is not where another call, which has a threshold, was made in this place; nor where it has a threshold, or
         takes a parameter of the module's, and stands elsewhere in the code. (The way there may be another one: with or
-        without a checkpoint.)
+        without a checkpoint.) Nor where it meets the part of a parameter that another call met, and not its own.
+
+        given: the parameters that it takes, each with the part of it.
         """
         own = self.places.get(k, set())
         if self.places and place not in own:
             theirs = set[str]().union(*(self.places.get(one, ()) for one in self.forged))
-            product = k not in self.sites and any(value is p for value in given for p in owner.parameters())
+            product = k not in self.sites and any(value is p for value, _ in given for p in owner.parameters())
             elsewhere = innermost(place) not in map(innermost, own) and (k in self.forged or product)
             known = set[str]().union(*self.places.values())
             if (place in theirs or elsewhere) and not is_of_changed_code(place, known):
                 raise other_place(self.module, k)
         if given and k in self.forged and k in self.weights:
-            check_weight(call_name(self.module, k, self.mark), owner, self.weights[k], given)
+            check_weight(call_name(self.module, k, self.mark), owner, self.weights[k], [value for value, _ in given])
+        if given and k in self.forged and len(self.parts.get(k, ())) == 1:
+            ((name, part),) = self.parts[k]
+            theirs = {one for j in self.sites for n, one in self.parts.get(j, ()) if n == name} - {part}
+            if part != ANY_PART and any(one in theirs and value is parameter_of(owner, name) for value, one in given):
+                raise other_place(self.module, k, "on another part of a parameter")
 
 
 class Teller:
@@ -65,7 +83,11 @@ class Teller:
                 told.sites.add(k)
             if ways:
                 told.places[k] = {place for place, *_ in ways}
-            met = {weight for _, *weights in ways for weight in weights} | {row.weight if row else None}
+            parts = {named_part(weight) for _, *weights in ways for weight in weights}
+            met = {weight for weight, _ in parts} | {row.weight if row else None}
             if here := {n for key, n in own if key in {self.parameters.get(weight) for weight in met}}:
                 told.weights[k] = here
+            told.parts[k] = {
+                (n, part) for weight, part in parts for key, n in own if key == self.parameters.get(weight)
+            }
         return told

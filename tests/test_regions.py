@@ -661,6 +661,82 @@ SKIPS = {
 }  # fmt: skip
 
 
+class Stack(nn.Module):
+    """Weights in one parameter. skip: the call that is left out."""
+
+    def __init__(self, parts):
+        super().__init__()
+        self.w, self.parts, self.skip = nn.Parameter(torch.randn(4, 4, 4)), parts, None
+
+    def forward(self, x):
+        for i, w in enumerate(self.parts(self.w)):
+            if i != self.skip:
+                x = torch.einsum("...i,ij->...j", x, w)
+        return x
+
+
+PARTS_OF_ONE = {
+    "an index": lambda w: (w[i] for i in range(4)),
+    "unbound": lambda w: w.unbind(0),
+    "gone through": lambda w: w,
+    "another dimension": lambda w: (w[:, i].t() for i in range(4)),
+    "parts of a part": lambda w: w[1:].chunk(3),
+}
+
+
+@pytest.mark.parametrize("parts", PARTS_OF_ONE.values(), ids=PARTS_OF_ONE)
+def test_parts_of_one_parameter_are_told_apart(parts, x, tmp_path):
+    def squeezed(w):
+        return (part.squeeze(0) for part in parts(w))
+
+    model = Stack(squeezed).eval()
+    stats = forged_fx.calibrate(model, [x])
+    stats.save(tmp_path / "stats")
+    read = forged_fx.Stats.load(tmp_path / "stats")
+    assert read.ways == stats.ways
+    flat = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    for taken in (stats, read):
+        forged = forged_fx.transform(model, taken, 2**-3, graph=False, example=((x,), {}))
+        expected = forged(x)
+        nn.utils.vector_to_parameters(torch.cat([flat[:8], flat])[8:], forged.parameters())  # elsewhere in memory
+        given = {name: p.detach().clone() for name, p in forged.named_parameters()}
+        assert torch.equal(forged(x), expected)
+        assert torch.equal(torch.func.functional_call(forged, given, (x,)), expected)
+        forged.skip = 3
+        forged(x)  # a loop may be shorter
+        forged.skip = 1
+        for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            with mode(), pytest.raises(RuntimeError, match=r"call number 1 .* on another part of a parameter"):
+                forged(x)
+    stats.ways = {  # as from a file of an earlier version
+        call: tuple((place, *(weight.partition("[")[0] for weight in met)) for place, *met in ways)
+        for call, ways in stats.ways.items()
+    }
+    forged_fx.transform(model, stats, 2**-3, graph=False)
+    model.skip = 1
+    forged_fx.transform(model, stats, 2**-3, graph=False, example=((x,), {}))(x)
+
+
+def test_a_part_may_be_longer_or_be_picked_by_data(x):
+    class Picks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.p = nn.Parameter(torch.randn(4, 4, 4)), nn.Parameter(torch.randn(9, 4))
+
+        def forward(self, x):
+            for hit in (x.sum((0, 1)) > 0).nonzero():
+                x = x @ self.w[hit[0]]
+            start = 5 - x.shape[1]
+            return x @ self.p[start : start + 3].t() + x @ self.p[5:8].t()
+
+    torch.manual_seed(0)
+    model = Picks().eval()
+    one, other = x.abs() * torch.tensor([1.0, 1, -1, -1]), x.abs()[:, :4] * torch.tensor([-1.0, 1, 1, -1])
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [one]), 0.0, graph=False)
+    assert torch.equal(forged(one), model(one)) and torch.equal(forged(other), model(other))
+    assert {site.left_out for site in forged_fx.calibrate(model, [one, other]).sites.values()} == {None}
+
+
 def helped(x, weight):
     return x @ F.normalize(weight)
 
