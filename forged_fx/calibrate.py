@@ -35,6 +35,7 @@ from forged_fx.sites import (
     UNMEASURED,
     VMAPPED,
     module_of,
+    named_part,
     names_of,
 )
 from forged_fx.stats import SiteStats, Stats, parameter_shapes
@@ -182,7 +183,7 @@ def scan(
         no_sites=seen.no_sites,
         ways=seen.ways,
         weights=of_weights(
-            model, {weight for ways in seen.ways.values() for _, *weights in ways for weight in weights}
+            model, {named_part(met)[0] for ways in seen.ways.values() for _, *weights in ways for met in weights}
         ),
     )
 
