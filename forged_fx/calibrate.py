@@ -183,7 +183,7 @@ def scan(
         no_sites=seen.no_sites,
         ways=seen.ways,
         weights=of_weights(
-            model, {named_part(met)[0] for ways in seen.ways.values() for _, *weights in ways for met in weights}
+            model, dict.fromkeys(named_part(met)[0] for ways in seen.ways.values() for _, *some in ways for met in some)
         ),
     )
 

@@ -251,9 +251,6 @@ def capture(
             raise Untraceable(f"{name or 'the model'!r} has hooks on its state dict, which a graph would not have")
         if own := [n for n in _TELLS if getattr(type(module), n) is not getattr(torch.nn.Module, n)]:
             raise Untraceable(f"{name or 'the model'!r} has {own[0]}() of its own, which a graph would not have")
-    if any(type(model.get_submodule(name)).train is not torch.nn.Module.train for name in opened):
-        if name := _trains_otherwise(copied(model), sorted(opened)):
-            raise Untraceable(f"{name!r} has a train() of its own, which a graph would not have")
     if "forward" in vars(model):
         raise Untraceable("its forward was set on this one model, and a graph is of its class's")
     if type(model).__call__ is not torch.nn.Module.__call__ and not isinstance(model, fx.GraphModule):
@@ -291,6 +288,11 @@ def capture(
     whole = {name: None for name in after if name[0] not in opened}
     if changed := [name for name in whole | before if after.get(name, before.get(name)) != before.get(name)]:
         raise Untraceable(f"its forward changes {'.'.join(changed[0][:2]).lstrip('.')!r}, which a graph would not do")
+    if any(_trains_its_own_way(model.get_submodule(name)) for name in opened):
+        if name := _trains_otherwise(
+            copied(model), sorted(opened)
+        ):  # (it may merge weights: of a copy that has its own)
+            raise Untraceable(f"{name!r} has a train() of its own, which a graph would not have")
     graph, constants = traced
     if of_the_model := [v for v in constants.values() if v.requires_grad or _shares_memory(v, shared)]:
         shape = tuple(of_the_model[0].shape)
@@ -332,7 +334,7 @@ _ASKED = (
 # a class's own, a checkpoint that only it could read is refused.)
 _TELLS = (
     "parameters", "named_parameters", "buffers", "named_buffers", "named_modules", "requires_grad_", "_apply",
-    "state_dict", "_save_to_state_dict", "load_state_dict", "eval",
+    "state_dict", "_save_to_state_dict", "load_state_dict",
 )  # fmt: skip
 
 _STATE_DICT_HOOKS = (
@@ -364,14 +366,19 @@ def _shares_memory(value: torch.Tensor, others: list[torch.Tensor]) -> bool:
     return memory is not None and any(torch_internals.memory_of(other) == memory for other in others)
 
 
+def _trains_its_own_way(module: torch.nn.Module) -> bool:
+    return any(getattr(type(module), name) is not getattr(torch.nn.Module, name) for name in ("train", "eval"))
+
+
 def _trains_otherwise(model: torch.nn.Module, opened: Iterable[str]) -> str | None:
     """A module whose train() and eval() do more than set a mode (they freeze a BatchNorm, say, or merge weights), which
     they do to this model."""
     for name in opened:
-        if type(module := model.get_submodule(name)).train is not torch.nn.Module.train:
+        if _trains_its_own_way(module := model.get_submodule(name)):
             before = _state(model, set()), [tensor.clone() for tensor in (*model.parameters(), *model.buffers())]
             for mode in (not module.training, module.training):
                 module.train(mode)
+                module.train() if mode else module.eval()
                 tensors = (*model.parameters(), *model.buffers())
                 same = _state(model, set()) == before[0] and all(map(same_bits, tensors, before[1]))
                 if not same or any(m.training is not mode for m in module.modules()):
