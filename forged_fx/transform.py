@@ -17,7 +17,7 @@ import torch.fx as fx
 
 from forged_fx import in_place, write_back
 from forged_fx.audit import AuditFailed, alike, audit, audit_at_work, same, same_on_fast_path
-from forged_fx.capture import Untraceable, capture, opened_modules
+from forged_fx.capture import capture, opened_modules
 from forged_fx.containers import ListContainer, Numbered, check_place, container_for, hold, skeleton, take_attributes
 from forged_fx.effects import settle, written_attribute
 from forged_fx.fuse import fuse as fuse_producers
@@ -39,6 +39,7 @@ from forged_fx.thresholds import (
     thresholds_of,
     valued,
 )
+from forged_fx.untraceable import Untraceable
 from forged_fx.weights import changed, weights_have_changed
 
 Globs = str | Iterable[str]

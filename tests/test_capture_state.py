@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import forged_fx
-from forged_fx.capture import _Value
+from forged_fx.proxies import Value
 
 LOG: list = []
 CACHE: dict = {}
@@ -213,7 +213,7 @@ def test_what_a_forward_leaves_or_asks_is_in_no_graph(make, why, training):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     forged = forged_fx.transform(model, forged_fx.calibrate(model, [x_of()]), 0)
     assert re.search(why, forged.forging.not_whole), forged.forging.not_whole
-    assert not any(isinstance(value, _Value) for value in [*LOG, *CACHE.values(), *CachesInItsClass.kept.values()])
+    assert not any(isinstance(value, Value) for value in [*LOG, *CACHE.values(), *CachesInItsClass.kept.values()])
     assert model.training is training
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=1e-5, atol=1e-6)  # (merged and taken apart again)

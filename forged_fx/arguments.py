@@ -1,0 +1,61 @@
+"""What a graph may be given: it is of calls of one kind, and refuses others, saying what to do."""
+
+import dataclasses
+import inspect
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from forged_fx import torch_internals
+
+
+def by_name(model: torch.nn.Module, args: tuple, kwargs: dict) -> Mapping[str, Any]:
+    return inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+
+
+def check_arguments(graph: fx.Graph) -> None:
+    """Arguments that calibration did not give are fixed in a graph: it refuses other values, and says what to do."""
+    for node in graph.find_nodes(op="call_function", target=torch_internals.assert_is_none):
+        # Unpickling a graph that holds this function breaks every later trace of the process (torch 2.14).
+        value, message = node.args
+        with graph.inserting_before(node):
+            graph.call_function(torch_internals.assertion, (graph.call_function(operator.eq, (value, None)), message))
+        graph.erase_node(node)
+    for node in graph.find_nodes(op="call_function", target=torch_internals.assertion):
+        if "has been specialized to have value" in str(node.args[-1]):  # the tracer's words
+            node.args = (node.args[0], f"{node.args[1]}: calibrate with a batch that gives it besides")
+
+
+def require_parts(argument: fx.Node, value: Any, fields: Iterable[str]) -> None:
+    """The same of the items and fields that the forward takes from an argument which is a group of values.
+
+    fields: of the argument's attributes those that were asked for, which are no nodes yet.
+    """
+    if not (isinstance(value, Mapping | list | tuple) or dataclasses.is_dataclass(value)):
+        return
+    parts = [n for n in argument.users if n.target in (operator.getitem, "get") and n.args[0] is argument]
+    for name in sorted(fields):
+        if not callable(getattr(value, name, None)):
+            with argument.graph.inserting_after(argument):
+                parts.append(argument.graph.call_function(getattr, (argument, name)))
+    for part in parts:
+        require(part, None)
+
+
+def require(argument: fx.Node, absent: Any) -> None:
+    """Have a graph refuse calls without an argument: the forward would do something else, and a graph cannot ask."""
+    graph = argument.graph
+    with graph.inserting_after(argument):  # (what fixes another argument stands ahead of it)
+        there = graph.call_function(operator.is_not, (argument, absent))
+    with graph.inserting_after(there):
+        name = argument.target if argument.op == "placeholder" else str(argument.args[1])
+        graph.call_function(torch_internals.assertion, (there, _LEFT_OUT.format(name)))
+
+
+_LEFT_OUT = (
+    "calibration gave {0!r}, and this graph is of calls that give it: give it, or forge with an example that does "
+    "not, transform(..., example=((x,), {{}})), which takes both"
+)
