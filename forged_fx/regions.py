@@ -82,7 +82,7 @@ class Pass(threading.local):
     """
 
     depth: int
-    counts: dict[int, int]
+    counts: dict[Any, int]
     running: "list[_OwnCalls]"
 
     def __init__(self) -> None:
@@ -97,7 +97,7 @@ class Pass(threading.local):
     def leave(self) -> None:
         self.depth -= 1
 
-    def so_far(self) -> dict[int, int]:
+    def so_far(self) -> dict[Any, int]:
         """Outside of all passes a call is the first one."""
         return self.counts if self.depth else {}
 
@@ -120,18 +120,20 @@ class Plan:
     operands: dict[int, list[Forge]]
     told: Told | None = None
 
-    def next(self, counts: dict[int, int]) -> int:
+    def next(self, counts: dict[Any, int]) -> int:
         """The number of the call that is made now."""
         k = self._count(counts)
         if k >= self.calls:
             raise unseen_call(self.module, k, self.calls)
         return k
 
-    def begin(self, counts: dict[int, int]) -> int:
+    def begin(self, counts: dict[Any, int]) -> int:
         """The number of a run's first call, where the module ran at most once in calibration."""
-        if id(self) in counts:
+        # (By its id, Dynamo would compile anew for each copy of a model.)
+        key = self.module if torch.compiler.is_compiling() else id(self)
+        if key in counts:
             self._check_again()
-        counts[id(self)] = 1
+        counts[key] = 1
         return 0
 
     @torch.compiler.disable  # (which looks at the stack)
@@ -139,7 +141,7 @@ class Plan:
         if torch_internals.checkpoints()[1] is None and not _hooks_may_run_layers():
             raise unseen_call(self.module, most := max(self.calls, 1), most)
 
-    def _count(self, counts: dict[int, int]) -> int:
+    def _count(self, counts: dict[Any, int]) -> int:
         """The number of this call. What a backward recomputes has the numbers that it had when it ran first."""
         looks = not self.once and not torch.compiler.is_compiling()  # (Dynamo cannot look at the stack)
         first, again = torch_internals.checkpoints() if looks else ([], None)
@@ -323,6 +325,7 @@ def _derive(region: Any, *plain: Any) -> type:
         def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
             return region.forward(self, *args, **kwargs)
 
+        forward.__code__ = forward.__code__.replace()  # its own: Dynamo counts how often it has compiled a code
         vars(forward)["__signature__"] = inspect.signature(plain[-1].forward)  # exporters and trainers read it
         members = {"forged_from": key, "forward": forward, "__module__": plain[-1].__module__}
         _classes[key] = type(f"Forged{plain[-1].__name__}", key, members)

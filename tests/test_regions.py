@@ -338,6 +338,17 @@ class CallsAround(DataBranch):
         return F.linear(self.part(F.linear(super().forward(x), self.weight)), self.weight)
 
 
+def test_any_number_of_classes_is_compiled(x):
+    """Dynamo compiles a code a limited number of times: that of each forged class is its own."""
+    torch._dynamo.reset()
+    for _ in range(torch._dynamo.config.recompile_limit + 2):
+        kind = type("OfItsOwn", (nn.Sequential,), {})
+        model = kind(nn.Linear(4, 4), nn.ReLU()).eval()
+        forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), graph=False)
+        with torch.no_grad():
+            torch.compile(forged, backend="eager", fullgraph=True)(x)  # raises at the limit
+
+
 @pytest.mark.parametrize("compiled_in_place", [False, True])
 def test_a_part_is_compiled_once(compiled_in_place, x):
     torch.manual_seed(0)
