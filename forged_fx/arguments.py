@@ -30,19 +30,29 @@ def check_arguments(graph: fx.Graph) -> None:
 
 
 def require_parts(argument: fx.Node, value: Any, fields: Iterable[str]) -> None:
-    """The same of the items and fields that the forward takes from an argument which is a group of values.
+    """`require`, of the items and fields that the forward takes from an argument which is a group of values.
 
-    fields: of the argument's attributes those that were asked for, which are no nodes yet.
+    value: it, in calibration; what was not there is not asked for. fields: of the argument's attributes those that were
+    asked for, which are no nodes yet.
     """
     if not (isinstance(value, Mapping | list | tuple) or dataclasses.is_dataclass(value)):
         return
-    parts = [n for n in argument.users if n.target in (operator.getitem, "get") and n.args[0] is argument]
+    for node in [n for n in argument.users if n.target in (operator.getitem, "get") and n.args[0] is argument]:
+        if isinstance(key := node.args[1], str | int) and _item(value, key) is not None:
+            require(node, None)
     for name in sorted(fields):
-        if not callable(getattr(value, name, None)):
+        held = getattr(value, name, None)
+        if held is not None and not callable(held):
             with argument.graph.inserting_after(argument):
-                parts.append(argument.graph.call_function(getattr, (argument, name)))
-    for part in parts:
-        require(part, None)
+                field = argument.graph.call_function(getattr, (argument, name))
+            require(field, None)
+
+
+def _item(value: Any, key: str | int) -> Any:
+    try:
+        return value[key]
+    except (LookupError, TypeError):
+        return None
 
 
 def require(argument: fx.Node, absent: Any) -> None:

@@ -35,7 +35,6 @@ from forged_fx.sites import (
     UNMEASURED,
     VMAPPED,
     module_of,
-    named_part,
     names_of,
 )
 from forged_fx.stats import SiteStats, Stats, parameter_shapes
@@ -182,9 +181,7 @@ def scan(
         calls=run.calls,
         no_sites=seen.no_sites,
         ways=seen.ways,
-        weights=of_weights(
-            model, dict.fromkeys(named_part(met)[0] for ways in seen.ways.values() for _, *some in ways for met in some)
-        ),
+        weights=of_weights(model),
     )
 
 

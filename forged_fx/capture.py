@@ -112,11 +112,11 @@ class _NoValues(TorchFunctionMode):
     """Refuses a forward that computes with the model's own tensors out of the tracer's sight: a graph would hold what
     comes of them as they are now. (It follows `self.weight`, and beside data what `self.parameters()` gives.)"""
 
-    def __init__(self, model: torch.nn.Module, opened: set[str]) -> None:
+    def __init__(self, model: torch.nn.Module, kept: Mapping[int, str]) -> None:
+        """kept: id of a tensor that a whole module keeps -> the module's name."""
         super().__init__()
-        self.tensors = {id(tensor): n for n, tensor in (*model.named_parameters(), *model.named_buffers())}
-        whole = [(name, module) for name, module in model.named_modules() if name not in opened]
-        self.tensors |= {id(tensor): f"a tensor of {name}" for name, module in whole for tensor in kept(module)}
+        self.tensors = {key: f"a tensor of {name}" for key, name in kept.items()}
+        self.tensors |= {id(tensor): n for n, tensor in (*model.named_parameters(), *model.named_buffers())}
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -172,6 +172,7 @@ def capture(
     twin = copied(model, shared)
     grad = torch.is_grad_enabled()
     called_with = by_name(model, *example) if example else None
+    holders = _holders(twin, opened)
 
     def trace(
         model: torch.nn.Module, training: bool, grad: bool, autocast: bool = False, given: set[str] = given
@@ -179,7 +180,7 @@ def capture(
         with torch.set_grad_enabled(grad), other_autocast() if autocast else contextlib.nullcontext():
             for module in model.modules():
                 module.training = training  # (train() may do more: it may merge weights, and those are the user's)
-            return _trace(model, opened, given, called_with)
+            return _trace(model, opened, given, called_with, holders if model is twin else _holders(model, opened))
 
     before = state(twin, opened)
     # A forward may ask for all of it at once (in train mode, where there are gradients, it adds a loss).
@@ -255,7 +256,19 @@ def _shares_memory(value: torch.Tensor, others: list[torch.Tensor]) -> bool:
     return memory is not None and any(torch_internals.memory_of(other) == memory for other in others)
 
 
-def _trace(model: torch.nn.Module, opened: set[str], given: set[str], called_with: Mapping[str, Any] | None) -> Traced:
+def _holders(model: torch.nn.Module, opened: set[str]) -> dict[int, str]:
+    """id of a tensor that a whole module keeps -> the module's name."""
+    whole = [(name, module) for name, module in model.named_modules() if name not in opened]
+    return {id(tensor): name for name, module in whole for tensor in kept(module)}
+
+
+def _trace(
+    model: torch.nn.Module,
+    opened: set[str],
+    given: set[str],
+    called_with: Mapping[str, Any] | None,
+    holders: Mapping[int, str],
+) -> Traced:
     parameters = inspect.signature(model.forward).parameters
     first = next(iter(parameters.values()), None)
     if first is not None and first.kind is first.POSITIONAL_OR_KEYWORD and first.default is first.empty:
@@ -270,7 +283,7 @@ def _trace(model: torch.nn.Module, opened: set[str], given: set[str], called_wit
         tracer = _SiteTracer(opened)
         with kept_buffers(model) as written, kept_randomness() as drawn:
             asking = values_are_tensors(called_with, tracer.asked_for_type)
-            with contexts_refused(), asking as asked, warnings.catch_warnings(), _NoValues(model, opened):
+            with contexts_refused(), asking as asked, warnings.catch_warnings(), _NoValues(model, holders):
                 warnings.filterwarnings("error", "Was not able to add assertion")
                 graph = tracer.trace(model, concrete_args=defaults or None)
             drew = drawn()

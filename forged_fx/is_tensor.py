@@ -19,6 +19,7 @@ import torch
 import torch.fx as fx
 from torch import nn
 
+from forged_fx.proxies import Attribute, Buffer, Value
 from forged_fx.rewrite import fact_of
 
 
@@ -28,6 +29,7 @@ class _NoTensor:
 
 # What is no tensor. Facts and their items are of a type that is known; other results are not looked into.
 _FACTS = {"shape": torch.Size, "dtype": torch.dtype, "device": torch.device, "ndim": int, "dim": int, "numel": int}
+_PROXIES = {Value, Attribute, Buffer}
 _TUPLES = (nn.RNNBase, nn.LSTMCell, nn.MultiheadAttention)
 _UNKNOWN = set(
     "aminmax chunk cummax cummin dsplit element_size frexp get_device hsplit item kthvalue max median meshgrid min "
@@ -49,7 +51,7 @@ def values_are_tensors(example: Mapping[str, Any] | None, refuse: Callable[[], N
 
     def answer(value: Any, kinds: Any) -> bool:
         found = plain(value, kinds)
-        if found or not issubclass(type(value), fx.Proxy) or threading.get_ident() != tracing:
+        if found or type(value) not in _PROXIES or threading.get_ident() != tracing:
             return found
         if is_of_torch(sys._getframe(1)):
             return found

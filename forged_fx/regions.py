@@ -328,7 +328,9 @@ def _derive(region: Any, *plain: Any) -> type:
         forward.__code__ = forward.__code__.replace()  # its own: Dynamo counts how often it has compiled a code
         vars(forward)["__signature__"] = inspect.signature(plain[-1].forward)  # exporters and trainers read it
         members = {"forged_from": key, "forward": forward, "__module__": plain[-1].__module__}
-        _classes[key] = type(f"Forged{plain[-1].__name__}", key, members)
+        # (What only stands around layers keeps its name: Hugging Face writes the root's into configurations.)
+        ahead = "" if region is ForgedParent else "Forged"
+        _classes[key] = type(f"{ahead}{plain[-1].__name__}", key, members)
     return _classes[key]
 
 

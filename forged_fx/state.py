@@ -6,7 +6,7 @@ import itertools
 import operator
 import sys
 import types
-from collections import OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -62,6 +62,7 @@ def _top_name(module: str | None) -> str:
 
 
 _PLAIN, _MOST = (bool, int, float, str), 10_000
+_A_VALUE = "a value"  # that a run computed
 
 
 def _inside(value: Any, depth: int = 4) -> Iterator[Any]:
@@ -85,7 +86,7 @@ def _counted(value: Any) -> str | None:
     if isinstance(value, _PLAIN) or type(value) is itertools.count:
         return repr(value)
     if isinstance(value, fx.Proxy):
-        return "a value"
+        return _A_VALUE
     if isinstance(value, set | frozenset):
         return repr(sorted(repr(held) for held in value if isinstance(held, _PLAIN)))
     if isinstance(value, Mapping | list | tuple | deque):
@@ -115,7 +116,11 @@ def state(model: torch.nn.Module, opened: set[str]) -> dict[tuple, Any]:
             elif isinstance(value, torch.Tensor) and not value.is_inference():
                 found[same] = id(value), value._version
             else:
-                found[same] = id(value), [*filter(None, map(_counted, itertools.islice(_inside(value), _MOST)))]
+                inside = itertools.islice(_inside(value), _MOST)
+                found[same] = (
+                    id(value),
+                    [w for w in map(_counted, inside) if w and (w != _A_VALUE or path not in opened)],
+                )
     return found
 
 
@@ -123,15 +128,7 @@ def state(model: torch.nn.Module, opened: set[str]) -> dict[tuple, Any]:
 def nothing_left(classes: Iterable[type]) -> Iterator[None]:
     """A forward may keep things in containers of its class's or its file's. Untraceable where it does; afterwards none
     holds a proxy."""
-    forwards = [function for cls in classes if isinstance(function := vars(cls).get("forward"), types.FunctionType)]
-    places = [*map(vars, classes), *(function.__globals__ for function in forwards)]
-    places = [place for place in places if _top_name(place.get("__module__") or place.get("__name__")) != "torch"]
-    held = {
-        id(v): (name, v, copy.copy(v))
-        for place in places
-        for name, v in place.items()
-        if type(v) in _CHANGEABLE and not name.startswith("__")
-    }
+    held = {id(value): (name, value, copy.copy(value)) for name, value in _containers(classes)}
     changed = []
     try:
         yield
@@ -139,16 +136,63 @@ def nothing_left(classes: Iterable[type]) -> Iterator[None]:
         for name, value, before in held.values():
             if not _same_items(value, before):
                 changed.append(name)
-                if any(isinstance(one, fx.Proxy) for one in _inside(value)):
-                    value.clear()
-                    (value.update if hasattr(value, "update") else value.extend)(before)
+                _take_proxies_out(value, before)
     if changed:
         raise Untraceable(f"its forward changes {changed[0]!r}, which a graph would not do")
 
 
-_CHANGEABLE = (dict, OrderedDict, defaultdict, list, set, deque)
+_CHANGEABLE = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
+
+
+def _containers(classes: Iterable[type]) -> Iterator[tuple[str, Any]]:
+    """Those of the classes and of their files that the code of their methods names, or of functions that it names."""
+    own = [cls for cls in classes if _top(cls) not in ("torch", "builtins")]
+    ahead = [getattr(value, "__func__", value) for cls in own for value in vars(cls).values()]
+    seen: set[int] = set()
+    while ahead:
+        function = ahead.pop()
+        if not isinstance(function, types.FunctionType) or id(function) in seen:
+            continue
+        seen.add(id(function))
+        ahead.append(getattr(function, "__wrapped__", None))
+        if _top_name(function.__module__) == "torch":
+            continue
+        for name in _names(function.__code__):
+            found = [place[name] for place in (function.__globals__, *map(vars, own)) if name in place]
+            ahead += found
+            yield from ((name, value) for value in found if type(value) in _CHANGEABLE)
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
 
 
 def _same_items(a: Any, b: Any) -> bool:
     a, b = ([*v.keys(), *v.values()] if isinstance(v, Mapping) else [*v] for v in (a, b))
     return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+def _take_proxies_out(value: Any, before: Any) -> None:
+    """What was there before is there again in their place. The rest stays: another thread may have put it there."""
+
+    def is_left(one: Any) -> bool:
+        return any(isinstance(part, fx.Proxy) for part in _inside(one))
+
+    if isinstance(value, dict):
+        for key in [key for key, one in value.items() if is_left(key) or is_left(one)]:
+            if key in before:
+                value[key] = before[key]
+            else:
+                del value[key]
+    elif isinstance(value, set):
+        value -= {one for one in value if is_left(one)}
+    elif len(value) == len(before):
+        for k, one in enumerate(value):
+            value[k] = before[k] if is_left(one) else one
+    else:
+        kept = [one for one in value if not is_left(one)]
+        value.clear()
+        value.extend(kept)

@@ -182,7 +182,7 @@ class Stats:
     modules that do more with their input than one call. calls: a module's name and a mark (# or @) -> how many such
     calls it made in one forward pass, at most. no_sites: names that a call had in which no data met weights. ways: a
     call's name -> the places in the code where it was made, each with the parameters, or parts of them, that it met.
-    weights: the sites' parameters, by name, and what tells whether they have changed since.
+    weights: the model's parameters, by name, and what tells whether they have changed since.
     """
 
     def __init__(
@@ -223,6 +223,9 @@ class Stats:
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"example": None}  # a checkpoint of a forged model is no place for its users' data
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({"weights": {}} | state)  # (an older version's has none)
 
     def __deepcopy__(self, memo: dict) -> "Stats":
         twin = memo[id(self)] = copy.copy(self)  # (without the example)

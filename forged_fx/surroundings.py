@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import sys
 import threading
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,6 +46,7 @@ _CONTEXTS: list[tuple[Any, str, str]] = [
     *((owner, name, _SEEDS) for owner in (torch, torch.random) for name in ("manual_seed", "seed", "set_rng_state")),
     (torch.cuda, "manual_seed", _SEEDS),
     (torch.cuda, "manual_seed_all", _SEEDS),
+    (torch.autograd.Function, "apply", _FUNCTION),  # (of classes that the forward makes; their own forwards, of others)
 ]
 
 
@@ -60,10 +62,13 @@ def contexts_refused() -> Iterator[None]:
     def refusing(function: Any, what: str) -> Any:
         if isinstance(function, staticmethod):
             return staticmethod(refusing(function.__func__, what))
+        if isinstance(function, classmethod | types.ClassMethodDescriptorType):
+            return classmethod(refusing(lambda cls, *args: function.__get__(None, cls)(*args), what))
 
         def refuse(*args: Any, **kwargs: Any) -> Any:
+            of_torch = what == _FUNCTION and isinstance(args[0], type) and args[0].__module__.startswith("torch.")
             by_torch = what.startswith("asks") and is_of_torch(sys._getframe(1))
-            if by_torch or threading.get_ident() != tracing:
+            if of_torch or by_torch or threading.get_ident() != tracing:
                 return function(*args, **kwargs)
             raise Untraceable(f"its forward {what}, which a graph would drop")
 
@@ -72,10 +77,11 @@ def contexts_refused() -> Iterator[None]:
     with _tracing:
         rows = [*_CONTEXTS, *((function, "forward", _FUNCTION) for function in torch_internals.functions())]
         plain = [inspect.getattr_static(owner, name) for owner, name, _ in rows]
+        inherited = [name not in vars(owner) for owner, name, _ in rows]
         for (owner, name, what), function in zip(rows, plain, strict=True):
             setattr(owner, name, refusing(function, what))
         try:
             yield
         finally:
-            for (owner, name, _), function in zip(rows, plain, strict=True):
-                setattr(owner, name, function)
+            for (owner, name, _), function, from_above in zip(rows, plain, inherited, strict=True):
+                delattr(owner, name) if from_above else setattr(owner, name, function)

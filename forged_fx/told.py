@@ -37,6 +37,9 @@ class Told:
     forged: set[int] = field(default_factory=set)
     sites: set[int] = field(default_factory=set)
 
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update({"parts": {}} | state)  # (an older version's has none)
+
     def check(self, k: int, place: str, owner: torch.nn.Module, given: list[tuple[torch.Tensor, str]]) -> None:
         """RuntimeError where a call is not the one that had this number in calibration.
 

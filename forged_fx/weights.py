@@ -1,7 +1,7 @@
 """Whether a model's weights are those that its statistics were taken with. What enters a layer depends on them."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -10,19 +10,20 @@ from torch.nn.parameter import is_lazy
 _SAMPLED = 1024  # elements of each weight: training moves nearly all of them
 
 
-def of_weights(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+def of_weights(model: nn.Module) -> dict[str, str]:
     """By parameter name, its dtype and a digest of some of its elements. Of sharded ones and the like nothing is said.
 
     In another dtype a weight is the same to rounding, which a digest cannot tell: then nothing is said, either.
     """
-    named = dict(model.named_parameters(remove_duplicate=False))
-    return {name: _digest(named[name]) for name in names if name in named and _is_plain(named[name])}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: _digest(value) for name, value in named if _is_plain(value)}
 
 
 def changed(model: nn.Module, before: Mapping[str, str]) -> list[str]:
     """The names of parameters that are of the same dtype, and not what they were."""
-    now = of_weights(model, before)
-    return [name for name, one in now.items() if one != before[name] and _dtype(one) == _dtype(before[name])]
+    now = of_weights(model) if before else {}
+    common = [name for name in now if name in before]
+    return [name for name in common if now[name] != before[name] and _dtype(now[name]) == _dtype(before[name])]
 
 
 def _dtype(said: str) -> str:
@@ -33,8 +34,8 @@ def weights_have_changed(names: list[str]) -> str:
     """What to say of these."""
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return (
-        f"weights have changed since calibration ({names[0]!r}{more}), and with them what enters the layers: calibrate "
-        "again"
+        f"weights have changed since calibration ({names[0]!r}{more}), and with them what enters the layers behind: "
+        "calibrate again"
     )
 
 

@@ -274,6 +274,63 @@ def test_a_backward_of_its_own_behind_a_forward_that_does_nothing():
     assert "apply" not in vars(Backwards) and isinstance(vars(Backwards)["forward"], staticmethod)
 
 
+def test_a_backward_that_is_defined_in_the_forward():
+    def quantized(x):
+        class Rounds(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x.round()
+
+            @staticmethod
+            def backward(ctx, grad):
+                return grad
+
+        return Rounds.apply(x)
+
+    class Quantizes(Two):
+        def between(self, x):
+            return quantized(x)
+
+    model, x = Quantizes().eval(), x_of().requires_grad_()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x_of()]), 0)
+    assert "runs an autograd.Function" in forged.forging.not_whole
+    assert torch.autograd.grad(forged(x).sum(), x)[0].any() and "apply" not in vars(Backwards)
+
+
+OTHERS: list = []
+FULL: dict = {"kept": 1}
+
+
+def test_containers_that_the_code_does_not_name_are_nobodys_business():
+    """Another thread writes to them, say; and what it puts into one that is named, it finds there."""
+
+    class Elsewhere(Two):
+        def between(self, x):
+            appends_elsewhere()
+            return x
+
+    class Names(Two):
+        def between(self, x):
+            FULL["kept"] = FULL["more"] = x
+            elsewhere.append(FULL.setdefault("theirs", 2))
+            return x
+
+    elsewhere, x = [], x_of()
+    model = Elsewhere().eval()
+    assert is_whole(forged_fx.transform(model, forged_fx.calibrate(model, [x]), 0))
+    model = Names().eval()
+    stats = forged_fx.calibrate(model, [x])
+    FULL.clear()
+    FULL["kept"] = 1
+    forged = forged_fx.transform(model, stats, 0)
+    assert "changes 'FULL'" in forged.forging.not_whole and elsewhere
+    assert FULL["theirs"] == 2 and not any(isinstance(value, Value) for value in FULL.values())
+
+
+def appends_elsewhere():
+    globals()["OTHERS"].append(1)
+
+
 @dataclasses.dataclass
 class Fields:
     x: torch.Tensor
@@ -346,6 +403,30 @@ def test_what_was_there_in_calibration_is_asked_for(take, there, gone):
     assert torch.equal(forged(x, gone), model(x, gone))
     with pytest.raises(AssertionError, match="specialized") if is_whole(forged) else contextlib.nullcontext():
         assert torch.equal(forged(x, there), model(x, there))
+
+
+def test_an_item_that_was_not_there_is_not_asked_for():
+    class PassesOn(Two):
+        def forward(self, batch):
+            return {"logits": self.b(self.a(batch["x"])), "id": batch.get("id")}
+
+    model, x = PassesOn().eval(), x_of()
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [{"batch": {"x": x}}]), 0)
+    assert is_whole(forged) and forged({"x": x, "id": 3})["id"] == 3
+
+
+def test_features_that_are_kept_for_a_look_are_no_hindrance():
+    class Keeps(Two):
+        def __init__(self):
+            super().__init__()
+            self.features = {}
+
+        def between(self, x):
+            self.features["a"] = x
+            return x
+
+    model = Keeps().eval()
+    assert is_whole(forged_fx.transform(model, forged_fx.calibrate(model, [x_of()]), 0))
 
 
 def test_an_argument_that_some_batches_give_and_others_say_is_none():
