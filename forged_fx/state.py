@@ -102,6 +102,8 @@ def state(model: torch.nn.Module, opened: set[str]) -> dict[tuple, Any]:
     what is replaced (what a run computed, to be looked at later) is left out. A whole one reads what it is given."""
     found: dict[tuple, Any] = {}
     for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue  # cannot be looked into: what it holds is made anew each time it is asked for
         held = dict(vars(module))
         for name in ("_parameters", "_buffers") if path not in opened else ():
             held |= held[name]
@@ -117,10 +119,8 @@ def state(model: torch.nn.Module, opened: set[str]) -> dict[tuple, Any]:
                 found[same] = id(value), value._version
             else:
                 inside = itertools.islice(_inside(value), _MOST)
-                found[same] = (
-                    id(value),
-                    [w for w in map(_counted, inside) if w and (w != _A_VALUE or path not in opened)],
-                )
+                words = [word for word in map(_counted, inside) if word]
+                found[same] = id(value), [w for w in words if w != _A_VALUE] if path in opened else words
     return found
 
 
