@@ -171,6 +171,8 @@ def _names(code: types.CodeType) -> Iterator[str]:
 
 
 def _same_items(a: Any, b: Any) -> bool:
+    if isinstance(a, set):  # a copy has another order
+        return {*map(id, a)} == {*map(id, b)}
     a, b = ([*v.keys(), *v.values()] if isinstance(v, Mapping) else [*v] for v in (a, b))
     return len(a) == len(b) and all(map(operator.is_, a, b))
 

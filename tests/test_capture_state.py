@@ -297,6 +297,21 @@ def test_a_backward_that_is_defined_in_the_forward():
     assert torch.autograd.grad(forged(x).sum(), x)[0].any() and "apply" not in vars(Backwards)
 
 
+MANY = {type(str(k), (), {}) for k in range(20)}
+
+
+def test_a_set_that_the_code_names_is_the_same_in_any_order():
+    class Asks(Two):
+        def between(self, x):
+            return x if type(self) in MANY else x.tanh()
+
+    for _ in range(3):  # (the order of a copy depends on how the set grew)
+        MANY.add(extra := type("extra", (), {}))
+        MANY.discard(extra)
+        model = Asks().eval()
+        assert is_whole(forged_fx.transform(model, forged_fx.calibrate(model, [x_of()]), 0))
+
+
 OTHERS: list = []
 FULL: dict = {"kept": 1}
 
