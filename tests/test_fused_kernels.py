@@ -90,7 +90,7 @@ def test_elementwise_is_the_reference(dtype: torch.dtype, activation: str) -> No
                 assert same(one, other), (layout, kind, keep)
             else:
                 assert one.stride() == other.stride()
-                # What is kept ends in zeros where 1 + erf does; by then that is its last bit, which CPUs see differently.
+                # What is kept ends in zeros where 1 + erf does, which is in the last bit, and that is each CPU's own.
                 assert torch.equal(one != 0, other != 0) or one is found[1]
                 assert ulps(one, other, at=other.abs().clamp_min(4)) <= 2
                 assert dtype == torch.float32 or (one != other)[other.abs() > 1e-3].sum() <= 2
