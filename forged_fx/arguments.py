@@ -13,6 +13,7 @@ from forged_fx import torch_internals
 
 
 def by_name(model: torch.nn.Module, args: tuple, kwargs: dict) -> Mapping[str, Any]:
+    """A call's arguments, by the names of the forward's parameters. TypeError where it does not take them."""
     return inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from forged_fx import channels, checked, histogram, misfit, ops, torch_internals
+from forged_fx.arguments import by_name
 from forged_fx.channels import ChannelCounts
 from forged_fx.checked import in_a_line
 from forged_fx.memory import in_halves
@@ -187,11 +188,10 @@ def scan(
 
 def _arguments(model: torch.nn.Module, args: tuple, kwargs: dict) -> set[str]:
     """The names of the arguments that a batch gives the model's forward; None is none."""
-    signature = inspect.signature(model.forward)
     try:
-        passed = signature.bind_partial(*args, **kwargs).arguments
-        return {name for name, value in passed.items() if value is not None}
+        return {name for name, value in by_name(model, args, kwargs).items() if value is not None}
     except TypeError as error:
+        signature = inspect.signature(model.forward)
         raise TypeError(
             f"a batch gives {', '.join(kwargs) or 'an input'}, and {type(model).__name__}.forward takes {signature}: "
             f"{error}. Pass tensors, tuples whose first item is the input, or dicts of the arguments by name"

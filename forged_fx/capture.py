@@ -210,9 +210,6 @@ def capture(
         raise Untraceable(
             f"its forward reads tensors of the model's (shape {shape}) that a graph would hold as they are"
         )
-    holders = {
-        id(tensor): name for name, module in twin.named_modules() if name not in opened for tensor in kept(module)
-    }
     if holder := next((holders[id(value)] for value in constants.values() if id(value) in holders), None):
         raise Untraceable(f"its forward reads a tensor that {holder!r} keeps, which a graph would hold as it is now")
     for i, node in enumerate(graph.find_nodes(op="placeholder")):

@@ -75,15 +75,16 @@ def _codes(file: str) -> Iterator[types.CodeType]:
         function = getattr(one, "__func__", one)
         while isinstance(function, types.FunctionType):
             if function.__code__.co_filename == file:
-                yield from _within(function.__code__)
+                yield from codes_in(function.__code__)
             function = getattr(function, "__wrapped__", None)
 
 
-def _within(code: types.CodeType) -> Iterator[types.CodeType]:
+def codes_in(code: types.CodeType) -> Iterator[types.CodeType]:
+    """It, and that of the functions and classes that are defined in it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _within(constant)
+            yield from codes_in(constant)
 
 
 def innermost(place: str) -> str:

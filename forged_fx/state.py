@@ -16,6 +16,7 @@ import torch.fx as fx
 from forged_fx import torch_internals
 from forged_fx.models import HELD
 from forged_fx.modes import same_bits
+from forged_fx.places import codes_in
 from forged_fx.randomness import generator_state
 from forged_fx.untraceable import Untraceable
 
@@ -157,17 +158,10 @@ def _containers(classes: Iterable[type]) -> Iterator[tuple[str, Any]]:
         ahead.append(getattr(function, "__wrapped__", None))
         if _top_name(function.__module__) == "torch":
             continue
-        for name in _names(function.__code__):
+        for name in itertools.chain.from_iterable(code.co_names for code in codes_in(function.__code__)):
             found = [place[name] for place in (function.__globals__, *map(vars, own)) if name in place]
             ahead += found
             yield from ((name, value) for value in found if type(value) in _CHANGEABLE)
-
-
-def _names(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
 
 
 def _same_items(a: Any, b: Any) -> bool:

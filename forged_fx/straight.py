@@ -26,6 +26,8 @@ from typing import Any
 
 import torch
 
+from forged_fx.places import codes_in
+
 # Layers of theirs choose among ways to the same result.
 _LIBRARIES = ("torch", "torchvision", "timm", "transformers", "accelerate")
 # What functions of these do to a tensor is watched, or is nothing.
@@ -53,7 +55,7 @@ def is_straight(module: torch.nn.Module) -> bool:
     return _Reading(module).is_known(module.forward, 4, module)
 
 
-def enclosed(function: types.FunctionType) -> list[Any]:
+def _enclosed(function: types.FunctionType) -> list[Any]:
     """What a function has in its closure: what its decorator was given, say."""
     return [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
 
@@ -101,7 +103,7 @@ class _Reading:
         self.begun.add((function, id(owner)))
         given = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
         if _is_of(function, _LIBRARIES if isinstance(owner, torch.nn.Module) else _TRUSTED):
-            own = (*given, *enclosed(function), *_instead(function, owner))
+            own = (*given, *_enclosed(function), *_instead(function, owner))
             return all(self.is_known(one, depth, owner) for one in own if _is_own_code(one))
         if not depth or _branches(function.__code__):
             return False
@@ -114,9 +116,7 @@ class _Reading:
         scope = {**vars(builtins), **function.__globals__}
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
         first = (*function.__code__.co_varnames[: function.__code__.co_argcount], None)[0]  # (`self`, of a method)
-        codes = [function.__code__]
-        for code in codes:
-            codes += (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
+        for code in codes_in(function.__code__):
             ends: list[_Found] = []  # of the names up to here, dot by dot
             ahead = ""
             for opname, name in _steps(code):

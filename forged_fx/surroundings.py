@@ -50,7 +50,8 @@ _CONTEXTS: list[tuple[Any, str, str]] = [
 ]
 
 
-_tracing = threading.RLock()
+# To trace and to audit, functions of the process's are replaced and its random generators are seeded.
+one_at_a_time = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -74,7 +75,7 @@ def contexts_refused() -> Iterator[None]:
 
         return refuse
 
-    with _tracing:
+    with one_at_a_time:
         rows = [*_CONTEXTS, *((function, "forward", _FUNCTION) for function in torch_internals.functions())]
         plain = [inspect.getattr_static(owner, name) for owner, name, _ in rows]
         inherited = [name not in vars(owner) for owner, name, _ in rows]

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import itertools
 import os
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from forged_fx.rewrite import WHOLE, Placed, find_calls, insert_thresholds, numb
 from forged_fx.sites import ACTIVATIONS as ACTIVATION_CALLS
 from forged_fx.sites import CALLS, FORGEABLE, Origin, is_activation, mark_of, module_of
 from forged_fx.stats import Ratio, SiteStats, Stats, given_stats, match_sites, means
+from forged_fx.surroundings import one_at_a_time
 from forged_fx.thresholds import (
     HoldsThresholds,
     lost,
@@ -246,7 +246,7 @@ def transform(
                 f"only='free' leaves none of {len(costly)} sites forged: forged_fx.describe says what each would cost",
                 stacklevel=3,
             )
-    with _one_at_a_time:
+    with one_at_a_time:
         forged, ran = _forge(model, Forging(stats, {}, left_out, choice), example, strict, graph)
     record = forging_of(forged)
     record.audited = example is not None
@@ -268,9 +268,6 @@ def transform(
     set_ratio(forged, ratio)
     return forged
 
-
-# To trace and to audit, functions of the process's are replaced and its random generators are seeded.
-_one_at_a_time = threading.RLock()
 
 _NO_BATCH = "statistics from a file keep no batch to run", "pass one, example=((x,), {})"
 _ON_META = "a model on the meta device has no weights to run with", "forge it once with weights, example=((x,), {})"

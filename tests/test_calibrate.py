@@ -8,6 +8,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
+from captured import AsItIs
 from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 
@@ -618,16 +619,6 @@ def test_what_cannot_be_measured_is_left_out_with_the_reason(call, why):
     assert {name: site.left_out for name, site in stats.sites.items()} == {"first": None, "#0": why, "last": None}
     assert torch.equal(forged_fx.transform(model, stats, 0)(x), model(x))
     assert [*thresholds_of(forged_fx.transform(model, stats, 0.5))] == ["first", "last"]
-
-
-class AsItIs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, w):
-        return w
-
-    @staticmethod
-    def backward(ctx, grad):
-        return 0.1 * grad
 
 
 OUT_OF_SIGHT = {

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from asks import clamped_if_tensor, doubled_if_tensor
+from captured import AsItIs, is_whole, x_of
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -19,14 +20,6 @@ from forged_fx.proxies import Value
 
 LOG: list = []
 CACHE: dict = {}
-
-
-def x_of(seed=1, n=6):
-    return torch.randn(n, 4, generator=torch.Generator().manual_seed(seed))
-
-
-def is_whole(forged):
-    return isinstance(forged, torch.fx.GraphModule)
 
 
 class Two(nn.Module):
@@ -250,28 +243,16 @@ def test_a_module_in_the_graph_that_merges_is_left_as_it_is():
     assert is_whole(forged) and torch.equal(forged(x), expected) and torch.equal(model.scales.weight, before)
 
 
-class Backwards(torch.autograd.Function):
-    """A gradient's reversal: nothing happens in its forward that a graph could show."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x
-
-    @staticmethod
-    def backward(ctx, grad):
-        return -grad
-
-
 def test_a_backward_of_its_own_behind_a_forward_that_does_nothing():
-    class Reverses(Two):
+    class Rescales(Two):
         def between(self, x):
-            return Backwards.apply(x)
+            return AsItIs.apply(x)
 
-    model, x = Reverses().eval(), x_of().requires_grad_()
+    model, x = Rescales().eval(), x_of().requires_grad_()
     forged = forged_fx.transform(model, forged_fx.calibrate(model, [x_of()]), 0)
     assert "runs an autograd.Function" in forged.forging.not_whole
     assert torch.equal(*(torch.autograd.grad(one(x).sum(), x)[0] for one in (model, forged)))
-    assert "apply" not in vars(Backwards) and isinstance(vars(Backwards)["forward"], staticmethod)
+    assert "apply" not in vars(AsItIs) and isinstance(vars(AsItIs)["forward"], staticmethod)
 
 
 def test_a_backward_that_is_defined_in_the_forward():
@@ -294,7 +275,7 @@ def test_a_backward_that_is_defined_in_the_forward():
     model, x = Quantizes().eval(), x_of().requires_grad_()
     forged = forged_fx.transform(model, forged_fx.calibrate(model, [x_of()]), 0)
     assert "runs an autograd.Function" in forged.forging.not_whole
-    assert torch.autograd.grad(forged(x).sum(), x)[0].any() and "apply" not in vars(Backwards)
+    assert torch.autograd.grad(forged(x).sum(), x)[0].any() and "apply" not in vars(AsItIs)
 
 
 MANY = {type(str(k), (), {}) for k in range(20)}

@@ -205,13 +205,17 @@ def test_a_model_that_runs_while_another_is_traced_is_none_of_its_graph(batches)
 def test_two_threads_forge_one_after_the_other(batches):
     models = [OneGraph().eval() for _ in range(2)]
     stats = [forged_fx.calibrate(model, batches) for model in models]
-    begun = threading.Event()
+    begun, first_is_done = threading.Event(), threading.Event()
     STEPS["one", "traced"] = lambda: (begun.set(), time.sleep(0.05))
     STEPS["two", "begins"] = lambda: wait(begun)
+    STEPS["one", "ends"] = first_is_done.set
+    STEPS["two", "traced"] = lambda: wait(first_is_done)
 
     def forge_one(k):
         at("begins")
-        return forged_fx.transform(models[k], stats[k], 2**-2)
+        forged = forged_fx.transform(models[k], stats[k], 2**-2)
+        at("ends")
+        return forged
 
     for k, forged in enumerate(run(one=lambda: forge_one(0), two=lambda: forge_one(1))):
         assert forged.forging.not_whole is None

@@ -15,7 +15,7 @@ from forged_fx.checked import in_a_line
 from forged_fx.evaluate.threat import NORMS, Threat
 from forged_fx.memory import ran_out
 from forged_fx.models import device_of, dtype_of, has_parts_elsewhere, waits_for_others
-from forged_fx.modes import as_found
+from forged_fx.modes import as_found, same_bits
 from forged_fx.randomness import kept_randomness
 from forged_fx.stats import is_number
 from forged_fx.thresholds import thresholds_of
@@ -69,17 +69,13 @@ def pair(model: nn.Module, base: nn.Module) -> str:
         return ""
     theirs = dict(base.named_parameters())
     common = [(name, own, theirs[name]) for name, own in model.named_parameters() if name in theirs]
-    other = [name for name, own, their in common if not _same(own, their)]
+    other = [name for name, own, their in common if not same_bits(own, their.to(own.device))]
     if not other:
         return ""
     return (
         f"the model's weights are not the base's ({len(other)} of {len(common)} parameters differ, {other[0]!r} among "
         "them): what it gains or loses is not its thresholds' alone"
     )
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b.to(a.device))
 
 
 def inputs(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
