@@ -23,7 +23,8 @@ what a busy GPU says of two kernels or two block sizes is thrown away.
 What is not through when --budget ends is cut off, and listed; kernels leave half of it to the models. What fails is a
 row that says how, and the others are measured all the same. The exit status is 1 where a row is WRONG or failed.
 
-Without a GPU it says so, and that is all. A rehearsal of every step, whose times mean nothing:
+Without a GPU it says so, and that is all. A rehearsal of every step, whose times mean nothing (in float16: Triton's
+interpreter truncates bfloat16 where a GPU rounds, so that some of its rows in bfloat16 are WRONG):
     TRITON_INTERPRET=1 python benchmarks/gpu.py --device cpu --dtype float16 --models digits --modes eager compiled
 """
 

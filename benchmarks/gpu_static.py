@@ -1,6 +1,7 @@
 """What a GPU would launch for plain and forged models, read off the code that Inductor generates, without a GPU.
 
-    python benchmarks/gpu_static.py            every model, fp16; rows that the CSV file has are not run again
+    python benchmarks/gpu_static.py            every model, fp16; rows that the CSV file has are shown as they are,
+                                               and taken anew by --again: the last one of a kind counts
     python benchmarks/gpu_static.py timm:vit_small_patch16_224 --dtypes float16 bfloat16 --modes default max-autotune
 
 Three variants of each model: plain, forged with the threshold written out as `torch.where`, forged with
@@ -28,7 +29,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from csv_rows import append, csv_file
+from csv_rows import append, csv_file, taken_on
 from models import load, model_name
 from torch import Tensor, nn
 
@@ -127,6 +128,13 @@ def measure(name: str, batch: int, dtype: str, mode: str, architecture: str, onl
     }  # fmt: skip
 
 
+def taken_with() -> dict[str, str]:
+    """The columns that say when, and by which Triton and which code of the library's."""
+    from forged_fx import backend
+
+    return {"library": backend._version().hex()[:12]} | {key: taken_on("cpu")[key] for key in ("triton", "date")}
+
+
 def rows(path: Path) -> dict[tuple, dict]:
     if not path.exists():
         return {}
@@ -144,7 +152,8 @@ def show(row: dict) -> None:
         f"but for the input {f['but_for_input_launches']:+4.0f}, {f['but_for_input']:+7.2%}   "
         + "  ".join(f"{cause} {f[cause + '_launches']:+.0f} {f[cause]:+.2%}" for cause in CAUSES if f[cause])
         + f"  left {f['left']:+.2%}"
-        + beside_aim(row),
+        + beside_aim(row)
+        + beside_version(row),
         flush=True,
     )
 
@@ -158,6 +167,13 @@ def beside_aim(row: dict) -> str:
     return f"   aim +0, {most:.1%}: {'met' if met else 'MISSED'}"
 
 
+def beside_version(row: dict) -> str:
+    """Whether other code than today's made the row."""
+    if row["library"] == taken_with()["library"]:
+        return ""
+    return f"   by another version of forged_fx ({row['date'] or 'undated'}): --again takes it anew"
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -168,6 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, help="default: 32, for preact:28-10 256")
     parser.add_argument("--architecture", default="sm_90")
     parser.add_argument("--only", choices=["free"], help="forge these sites only, as in forged_fx.transform")
+    parser.add_argument("--again", action="store_true", help="take rows anew that the CSV file has")
     parser.add_argument("--csv", type=csv_file, default=Path(__file__).with_suffix(".csv"), help="default: %(default)s")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # in this process: a child's call
     args = parser.parse_args(argv)
@@ -176,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
             for mode in args.modes:
                 batch = args.batch or MODELS.get(name, 32)
                 values = (name, dtype, mode, str(batch), args.architecture, torch.__version__, args.only or "")
-                if values not in (known := rows(args.csv)) and not args.here:
+                if not args.here and (args.again or values not in rows(args.csv)):
                     # Each in a process of its own: what fake_gpu replaces stays replaced, and memory grows.
                     what = ["--dtypes", dtype, "--modes", mode, "--batch", str(batch)]
                     what += ["--architecture", args.architecture, "--csv", str(args.csv), "--here"]
@@ -186,10 +203,10 @@ def main(argv: list[str] | None = None) -> int:
                     continue
                 if args.here:
                     figures = measure(name, batch, dtype, mode, args.architecture, args.only)
-                    row = dict(zip(KEYS, values, strict=True)) | figures
+                    row = dict(zip(KEYS, values, strict=True)) | figures | taken_with()
                     append(args.csv, row)
                 else:
-                    row = known[values]
+                    row = rows(args.csv)[values]
                 show(row)
     return 0
 

@@ -28,6 +28,12 @@ def test_a_wide_resnet_pays_for_its_input_alone(tmp_path):
     assert float(row["left"]) == pytest.approx(0, abs=1e-5), "but for the thresholds, a few bytes each"
     assert float(row["where_mb"]) > float(row["mb"]), "written out as torch.where, it costs more"
 
+    shown = subprocess.run(command, capture_output=True, text=True).stdout
+    assert shown == done.stdout and len(table.read_text().splitlines()) == 2, "it is not taken again"
+    table.write_text(table.read_text().replace(row["library"], "another"))
+    older = subprocess.run(command, capture_output=True, text=True).stdout
+    assert f"by another version of forged_fx ({row['date']})" in older and "--again" in older
+
 
 @pytest.mark.parametrize(
     "launches, extra, verdict", [(0, 0.0832, "MISSED"), (1, 0.0, "MISSED"), (0, 0.08, "met"), (-1, -0.03, "met")]
