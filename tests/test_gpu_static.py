@@ -1,8 +1,8 @@
-"""What a GPU would launch, read off the code that Inductor generates without one: on a small network that is known."""
+"""What a GPU would launch, read off the code that Inductor generates without one: on small networks that are known."""
 
 import csv
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from launches import BENCHMARKS, CUDA_BUILD, plain_and_forged
@@ -11,15 +11,17 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import gpu_static
 
-SCRIPT = BENCHMARKS / "gpu_static.py"
-
 
 @CUDA_BUILD
-def test_a_wide_resnet_pays_for_its_input_alone(tmp_path):
+def test_a_wide_resnet_pays_for_its_input_alone(tmp_path, capfd):
     table = tmp_path / "table.csv"
-    command = [sys.executable, SCRIPT, "preact:10-1", "--batch", "8", "--csv", table]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and "but for the input   +0,  +0.00%" in done.stdout, done.stderr
+
+    def said():
+        assert gpu_static.main(["preact:10-1", "--batch", "8", "--csv", str(table)]) == 0
+        return capfd.readouterr().out
+
+    first = said()
+    assert "but for the input   +0,  +0.00%" in first
     (row,) = csv.DictReader(table.open(newline=""))
     assert row["sites"] == "10" and row["extra_launches"] == "1" == row["input_launches"]
     # the input is read and written once more: 8 x 3 x 32 x 32 of 2 bytes each
@@ -28,10 +30,9 @@ def test_a_wide_resnet_pays_for_its_input_alone(tmp_path):
     assert float(row["left"]) == pytest.approx(0, abs=1e-5), "but for the thresholds, a few bytes each"
     assert float(row["where_mb"]) > float(row["mb"]), "written out as torch.where, it costs more"
 
-    shown = subprocess.run(command, capture_output=True, text=True).stdout
-    assert shown == done.stdout and len(table.read_text().splitlines()) == 2, "it is not taken again"
+    assert said() == first and len(table.read_text().splitlines()) == 2, "it is not taken again"
     table.write_text(table.read_text().replace(row["library"], "another"))
-    older = subprocess.run(command, capture_output=True, text=True).stdout
+    older = said()
     assert f"by another version of forged_fx ({row['date']})" in older and "--again" in older
 
 
@@ -48,7 +49,7 @@ def test_a_row_is_held_against_its_aim(launches, extra, verdict):
 # Blocks as in ConvNeXt, in float32: each reads the stream raw, for its sum, and thresholded, for a convolution. Left
 # alone, Inductor computes such a sum anew where it is read, until there are too many reads: then the norm at the end
 # takes a kernel more.
-NETWORK = """
+STREAM = """
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
@@ -70,8 +71,8 @@ dtype, options = torch.float32, {}
 
 
 @CUDA_BUILD
-def test_a_sum_that_is_read_raw_too_is_written_beside_its_threshold() -> None:
-    (launches, size), (forged_launches, forged_size) = plain_and_forged(NETWORK)
+def test_a_sum_that_is_read_raw_too_is_written_beside_its_threshold(launched) -> None:
+    (launches, size), (forged_launches, forged_size) = launched["a stream"]
     assert forged_launches == launches + 1, "the network's input"
     image, stream = 4 * 8 * 3 * 64 * 64, 4 * 8 * 64 * 16 * 16  # bytes of each
     # The first block's stream is a convolution's result with its bias: cheaper computed anew than written.
@@ -97,8 +98,8 @@ net, x, dtype, options = Net().eval(), torch.rand(8, 3, 64, 64), torch.float16, 
 
 
 @CUDA_BUILD
-def test_a_value_joined_with_its_max_pools_costs_nothing_more() -> None:
-    (launches, size), (forged_launches, forged_size) = plain_and_forged(POOLS)
+def test_a_value_joined_with_its_max_pools_costs_nothing_more(launched) -> None:
+    (launches, size), (forged_launches, forged_size) = launched["pools"]
     assert forged_launches == launches + 1, "the network's input"
     assert forged_size - size <= 1.001 * 2 * 2 * 8 * 3 * 64 * 64, "it is written and read once more"
 
@@ -122,16 +123,20 @@ dtype, options = torch.float16, {"max_autotune": True}
 
 
 @CUDA_BUILD
-def test_the_copy_of_attentions_heads_and_its_threshold_are_a_part_of_the_product_ahead() -> None:
-    (launches, _), (forged_launches, _) = plain_and_forged(ATTENTION)
+def test_the_copy_of_attentions_heads_and_its_threshold_are_a_part_of_the_product_ahead(launched) -> None:
+    (launches, _), (forged_launches, _) = launched["attention"]
     assert forged_launches == launches
 
 
+PRODUCT = """
+net, x = nn.Linear(1024, 64), torch.rand(512, 1024)
+dtype, options = torch.float16, {"max_autotune": True}
+"""
+
+
 @CUDA_BUILD
-def test_a_product_reads_its_operands_whole_whether_or_not_a_threshold_is_joined_with_it() -> None:
-    network = "net, x = nn.Linear(1024, 64), torch.rand(512, 1024)\n"
-    network += "dtype, options = torch.float16, {'max_autotune': True}\n"
-    (launches, size), (forged_launches, forged_size) = plain_and_forged(network)
+def test_a_product_reads_its_operands_whole_whether_or_not_a_threshold_is_joined_with_it(launched) -> None:
+    (launches, size), (forged_launches, forged_size) = launched["a product"]
     assert (launches, forged_launches) == (1, 1)
     assert size == 2 * (512 * 1024 + 1024 * 64 + 64 + 512 * 64)
     assert forged_size == size + 4, "the threshold"
@@ -155,19 +160,69 @@ assert costs["last"].kind == "KIND", costs
 """
 
 
+# what reads it -> the price of the threshold
+OTHERS = {
+    "x.mean((2, 3))": "one more write",
+    "x.amax((2, 3))": "one more write",
+    "x.flip(1)": "one more write",
+    "nn.functional.layer_norm(x.permute(0, 2, 3, 1), (64,))": "free",
+}
+
+
 @CUDA_BUILD
-@pytest.mark.parametrize(
-    ("other", "kind"),
-    [
-        ("x.mean((2, 3))", "one more write"),
-        ("x.amax((2, 3))", "one more write"),
-        ("x.flip(1)", "one more write"),
-        ("nn.functional.layer_norm(x.permute(0, 2, 3, 1), (64,))", "free"),
-    ],
-)
-def test_what_adds_up_or_copies_across_the_memory_reads_the_raw_value_from_there(other: str, kind: str) -> None:
-    network = READ_TWICE.replace("OTHER", other).replace("KIND", kind)
-    (launches, size), (forged_launches, forged_size) = plain_and_forged(network)
+@pytest.mark.parametrize("other", OTHERS)
+def test_what_adds_up_or_copies_across_the_memory_reads_the_raw_value_from_there(launched, other: str) -> None:
+    (launches, size), (forged_launches, forged_size) = launched[other]
     assert forged_launches == launches + 1, "the network's input"
     image, value = 2 * 8 * 3 * 32 * 32, 2 * 8 * 64 * 32 * 32
-    assert forged_size - size == pytest.approx(2 * image + value * (kind != "free"), rel=1e-3)
+    assert forged_size - size == pytest.approx(2 * image + value * (OTHERS[other] != "free"), rel=1e-3)
+
+
+# The network of test_device.py.
+HEADS = f"""
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_device import Heads, OWN_PRODUCTS as options
+net, x, dtype = Heads().eval(), torch.rand(8, 64, 768), torch.float16
+"""
+
+
+@CUDA_BUILD
+def test_the_product_in_test_device_applies_its_threshold(launched) -> None:
+    (launches, size), (forged_launches, forged_size) = launched["heads"]
+    assert launches == forged_launches == 2, "attention and the product"
+    assert forged_size == size + 4, "the threshold"
+
+
+# Bottlenecks read their input raw, for the sum at their end, and with a threshold, for a 1x1 convolution, which is a
+# matrix product; the last block for a depthwise convolution, which is a library's.
+BOTTLENECKS = """
+class Block(nn.Module):
+    def __init__(self, **first):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(64, 64, **first, bias=False), nn.Conv2d(64, 64, 1, bias=False)
+        self.bn = nn.BatchNorm2d(64)
+
+    def forward(self, x):
+        return torch.relu(self.last(torch.relu(self.bn(self.first(x)))) + x)
+
+blocks = Block(kernel_size=1), Block(kernel_size=1), Block(kernel_size=3, padding=1, groups=64)
+net, x = nn.Sequential(nn.Conv2d(64, 64, 1), nn.ReLU(), *blocks).eval(), torch.rand(8, 64, 32, 32)
+dtype, options = torch.float16, {"max_autotune": True}
+"""
+
+
+@CUDA_BUILD
+def test_residual_streams_are_free_where_products_are_generated(launched) -> None:
+    """A threshold that a matrix product may apply waits for the product, and not for longer."""
+    (launches, size), (forged_launches, forged_size) = launched["bottlenecks"]
+    once = 2 * 8 * 64 * 32 * 32  # bytes of an activation
+    assert forged_launches == launches, "the network's input is read by a product, too"
+    # one more write, for the depthwise convolution, and one less: plain, the first sum is written ahead of its ReLU too
+    assert forged_size - size < 0.1 * once
+
+
+@pytest.fixture(scope="module")
+def launched() -> dict[str, list[tuple[int, int]]]:
+    read_twice = {other: READ_TWICE.replace("OTHER", other).replace("KIND", kind) for other, kind in OTHERS.items()}
+    named = {"a stream": STREAM, "pools": POOLS, "attention": ATTENTION, "a product": PRODUCT, "heads": HEADS}
+    return plain_and_forged({**named, "bottlenecks": BOTTLENECKS, **read_twice})
