@@ -1,5 +1,4 @@
-"""What needs a GPU, rehearsed without one. benchmarks/gpu.py: every step runs, on tiny shapes, the kernels interpreted.
-tests/test_device.py: what its network would launch."""
+"""benchmarks/gpu.py, rehearsed without a GPU: every step runs, on tiny shapes, the kernels interpreted."""
 
 import contextlib
 import csv
@@ -23,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import gpu
 import kernel_cases
 from gpu import LATE
-from launches import CUDA_BUILD, plain_and_forged
 
 from forged_fx.thresholds import thresholds_of
 
@@ -60,19 +58,25 @@ def test_rehearsal(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", [name for name, mode in gpu.MODES.items() if mode.mode])
 def test_both_models_are_compiled_in_the_same_mode(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, compile = {}, torch.compile
+    asked, caching, compile = {}, set(), torch.compile
 
     def compiled(model: torch.nn.Module, backend: Any, **options: Any) -> Any:
         if backend not in gpu.BACKENDS.values():  # forged_fx.cost's, which only looks at the graph
             return compile(model, backend=backend, **options)
         asked[backend] = (bool(thresholds_of(model)), options.get("mode", "default"))
-        return model
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            caching.add(torch._inductor.config.fx_graph_cache)
+            return model(x)
+
+        return run
 
     monkeypatch.setattr(torch, "compile", compiled)
     args = gpu.options(["--device", "cpu", "--batch", "1", "--runs", "1"])
     gpu.measure_model("digits", torch.float32, gpu.MODES[mode], args)
     wanted = gpu.MODES[mode].mode
     assert asked == {"inductor": (False, wanted), "forged": (True, wanted)}
+    assert caching == {wanted != "max-autotune"}, "there, contests are held anew"
 
 
 # name, ms: as the profiler lists them, in order
@@ -156,43 +160,31 @@ def test_a_wrong_kernel_is_found() -> None:
     assert gpu.check(one_sided, given)[3] == "WRONG"
 
 
-HEADS = f"""
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_device import Heads, OWN_PRODUCTS as options
-net, x, dtype = Heads().eval(), torch.rand(8, 64, 768), torch.float16
-"""
-
-
-@CUDA_BUILD
-def test_the_product_in_test_device_applies_its_threshold() -> None:
-    (launches, size), (forged_launches, forged_size) = plain_and_forged(HEADS)
-    assert launches == forged_launches == 2, "attention and the product"
-    assert forged_size == size + 4, "the threshold"
+COMMAND = "--device cpu --dtype float32 --models digits --batch 2 --runs 1 --only none --modes compiled max-autotune"
 
 
 def test_what_is_compiled_ahead_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the process that measures: both graphs; under max-autotune it compiles them itself, to hold the contests."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    modes = "compiled", "max-autotune"
-    command = ["--device", "cpu", "--dtype", "float32", "--models", "digits", "--batch", "2", "--runs", "1"]
-    args = gpu.options([*command, "--csv", str(tmp_path)])
-    args.modes, args.only = modes, "no kernel"
-    apart = tmp_path / "apart"
-    apart.mkdir()
-    jobs = list(gpu.jobs(args, str(apart)))
+    """By the process that measures: both graphs."""
+    unknown = os.urandom(8).hex()
+    monkeypatch.setenv("TORCH_COMPILE_CACHE_KEY_TAG", unknown)
+    args = gpu.options([*COMMAND.split(), "--csv", str(tmp_path)])
+    jobs = list(gpu.jobs(args, str(tmp_path)))
     assert [job.func.__name__ for job in jobs] == ["compile_kernels", *["compile_model"] * 2, *["contests"] * 2]
-    assert gpu.ahead(jobs[3:], 2, time.monotonic() + 300) == 0
-    assert len([*apart.glob("*/fxgraph")]) == 0 and len([*apart.iterdir()]) == 2, "what a contest says is kept apart"
-    assert not (tmp_path / "fxgraph").exists()
-    assert gpu.ahead(jobs[:3], 2, time.monotonic() + 300) == 0
-    found = {}
-    for mode in modes:
-        torch._dynamo.utils.counters.clear()
-        with torch.compiler.config.patch(cache_key_tag=""):  # as it is in the other processes: see conftest.py
-            gpu.measure_model("digits", torch.float32, gpu.MODES[mode], args)
-        counts = torch._dynamo.utils.counters["inductor"]
-        found[mode] = counts["fxgraph_cache_hit"], counts["fxgraph_cache_miss"]
-    assert found == {"compiled": (2, 0), "max-autotune": (0, 0)}
+    assert gpu.ahead(jobs[1:3], 2, time.monotonic() + 300) == 0
+    torch._dynamo.utils.counters.clear()
+    with torch.compiler.config.patch(cache_key_tag=unknown):
+        gpu.measure_model("digits", torch.float32, gpu.MODES["compiled"], args)
+    counts = torch._dynamo.utils.counters["inductor"]
+    assert (counts["fxgraph_cache_hit"], counts["fxgraph_cache_miss"]) == (2, 0)
+
+
+def test_what_a_contest_says_is_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "usual"))
+    folders = []
+    monkeypatch.setattr(gpu, "compile_model", lambda *_: folders.append(Path(gpu.cache_dir())))
+    for job in list(gpu.jobs(gpu.options([*COMMAND.split(), "--csv", str(tmp_path)]), str(tmp_path)))[3:]:
+        job()
+    assert len({*folders}) == 2 and all(folder.parent == tmp_path and folder.name != "usual" for folder in folders)
 
 
 def test_what_is_not_through_is_killed() -> None:
@@ -203,7 +195,7 @@ def test_what_is_not_through_is_killed() -> None:
 
 
 def test_what_fails_is_no_more_through_than_what_is_cut_off() -> None:
-    assert gpu.ahead([partial(os._exit, 3), partial(time.sleep, 0), partial(int, "x")], 2, time.monotonic() + 60) == 2
+    assert gpu.ahead([partial(os._exit, 3), partial(int, "x")], 2, time.monotonic() + 60) == 2
     with pytest.raises(ValueError, match="at least 1"):
         gpu.ahead([], 0, time.monotonic() + 1)
 
