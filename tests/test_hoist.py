@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._inductor.utils import fresh_cache
 from torch.fx.experimental.proxy_tensor import make_fx
+from written import code_of
 
 import forged_fx
 from forged_fx.hoist import MOVES, RENAMINGS, hoist
@@ -330,7 +330,5 @@ def test_inductor_works_out_no_tensor_anew(monkeypatch):
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Unflatten(1, (2, 4)), nn.Flatten(), nn.Linear(8, 8)).eval()
     x = torch.rand(4, 8)
     forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-3)
-    torch._dynamo.reset()
-    with torch.no_grad(), fresh_cache():
-        torch.compile(forged, backend="forged")(x)
+    code_of(torch.compile(forged, backend="forged"), x)
     assert updated and not any(updated)
