@@ -33,10 +33,14 @@ def by_module(model, x):
     return whole(model, x)
 
 
+def made(how):
+    torch.manual_seed(0)
+    return how(Net().eval(), torch.randn(4, 3, 8, 8))
+
+
 @pytest.fixture(params=[whole, by_module])
 def forged(request):
-    torch.manual_seed(0)
-    return request.param(Net().eval(), torch.randn(4, 3, 8, 8))
+    return made(request.param)
 
 
 @pytest.fixture
@@ -70,7 +74,14 @@ print((model(x) - expected).abs().max().item())
 """
 
 
-def test_an_aotinductor_package_runs_where_the_library_is_not_imported(forged, x, tmp_path):
+def test_module_by_module_the_program_is_the_same(x):
+    programs = [export(made(how), x) for how in (whole, by_module)]
+    code, other = ((p.graph_module.code, str(p.graph_signature)) for p in programs)
+    assert code == other
+
+
+def test_an_aotinductor_package_runs_where_the_library_is_not_imported(x, tmp_path):
+    forged = made(whole)
     own = torch._inductor.config.patch("aot_inductor.metadata", {})  # it writes there, and caches are by it
     with torch.no_grad(), own:
         package = torch._inductor.aoti_compile_and_package(export(forged, x), package_path=str(tmp_path / "m.pt2"))
