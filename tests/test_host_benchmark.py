@@ -30,6 +30,8 @@ def test_it_sees_where_no_kernel_would_be_launched(monkeypatch: pytest.MonkeyPat
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import host
 
+    small = host.timm("vit_small_patch16_224", img_size=32, embed_dim=16, num_heads=2, depth=1)
+    monkeypatch.setitem(host.NETS, "vit_small", (small, 32))
     monkeypatch.setattr(host, "take_a_gpus_way", host.Anything)
     monkeypatch.setattr(sys, "argv", ["host.py", "vit_small", "--rounds", "1"])
     with pytest.raises(SystemExit, match="vit_small, unfused: 0 launches"):
