@@ -164,7 +164,8 @@ def beside_aim(row: dict) -> str:
         return ""
     most = AIMS[row["model"]][MODES.index(row["mode"])]
     met = float(row["but_for_input_launches"]) <= 0 and float(row["but_for_input"]) <= most
-    return f"   aim +0, {most:.1%}: {'met' if met else 'MISSED (why: docs/cost.md; --only free forges what costs nothing)'}"
+    said = "met" if met else "MISSED (why: docs/cost.md; --only free forges what costs nothing)"
+    return f"   aim +0, {most:.1%}: {said}"
 
 
 def beside_version(row: dict) -> str:
