@@ -1,4 +1,4 @@
-"""What each process of test_calibrate_sharded.py does: `torchrun --nproc-per-node 2 calibrated.py FOLDER`.
+"""What each process of test_calibrate_sharded.py does: `python torchrun.py calibrated.py FOLDER`.
 
 Process k writes what it saw to FOLDER/k.json.
 """

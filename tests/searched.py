@@ -1,4 +1,5 @@
-"""What each process of test_search_sharded.py does: `torchrun --nproc-per-node 2 searched.py FOLDER [kill]`.
+"""What each process of test_search_sharded.py does: `python torchrun.py searched.py FOLDER`, or by torchrun itself
+with "kill".
 
 Process k writes what it saw to FOLDER/k.json. With "kill", process 1 kills itself in the middle of the search.
 """

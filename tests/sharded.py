@@ -1,4 +1,4 @@
-"""What each process of test_evaluate_sharded.py does: `torchrun --nproc-per-node 2 sharded.py FOLDER`.
+"""What each process of test_evaluate_sharded.py does: `python torchrun.py sharded.py FOLDER`.
 
 Process k writes what it saw to FOLDER/k.json. With a second argument, "kill", process 1 kills itself in the middle
 (test_faults.py).

@@ -1,15 +1,12 @@
 """Two processes that share a calibration end with the statistics of one, bit for bit."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import calibrated
 import numpy as np
 import pytest
 import torch
+from torchrun import torchrun
 
 
 @pytest.fixture(scope="module")
@@ -17,14 +14,7 @@ def ran(tmp_path_factory):
     """(the folder, what process 0 and process 1 saw, what they printed)"""
     folder = tmp_path_factory.mktemp("calibrated")
     np.savez(folder / "images.npz", x=torch.cat(calibrated.batches()).numpy())
-    worker = Path(calibrated.__file__)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", worker, folder],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = torchrun(calibrated.__file__, folder)
     assert done.returncode == 0, done.stderr
     return folder, *(json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)), done.stdout
 

@@ -1,13 +1,11 @@
 """Two processes end with the result of one, bit for bit."""
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import sharded
+from torchrun import torchrun
 
 import forged_fx
 from forged_fx.digits import one_thread
@@ -20,13 +18,7 @@ from forged_fx.processes import attempt, result
 def ran(tmp_path_factory):
     """(the folder, what process 0 and process 1 saw, what they printed)"""
     folder = tmp_path_factory.mktemp("sharded")
-    worker = Path(__file__).with_name("sharded.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", worker, folder],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    done = torchrun(sharded.__file__, folder)
     assert done.returncode == 0, done.stderr
     return folder, *(json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)), done
 
@@ -38,7 +30,7 @@ def alone(ran):
             patch.setattr(module, name, getattr(module, name))
         for name in ("step", "again"):
             patch.setitem(ATTACKS, name, None)
-        patch.setattr(sys, "argv", [str(Path(__file__).with_name("sharded.py")), str(ran[0])])
+        patch.setattr(sys, "argv", [sharded.__file__, str(ran[0])])
         model, base, call = sharded.case()
         return forged_fx.evaluate(model, base, **call, folder=ran[0] / "alone")
 

@@ -14,6 +14,7 @@ import sharded
 import torch
 from generated import same_state, state_of
 from planted import Hidden, evaluate, inputs, linear
+from torchrun import torchrun
 
 import forged_fx
 from forged_fx import Stats, checkpoint
@@ -371,14 +372,7 @@ def test_ctrl_c_keeps_what_is_done_and_leaves_the_model_as_it_was(tmp_path, monk
 
 
 def test_a_killed_process_of_several_ends_the_job_with_a_word_and_it_goes_on(tmp_path, monkeypatch):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    killed = subprocess.run(
-        [*command, HERE / "sharded.py", tmp_path, "kill"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    killed = torchrun(sharded.__file__, tmp_path, "kill", forks=False)
     # it learns of it by the connection, or by torchrun's SIGTERM, whichever comes first
     assert killed.returncode != 0 and "kept in" in killed.stderr and "the same call goes on" in killed.stderr
     folder = tmp_path / "shared"

@@ -1,13 +1,12 @@
 """Two processes that share a sweep or a search end with the result of one, bit for bit, though one was killed."""
 
 import json
-import os
-import subprocess
 import sys
 
 import killed
 import pytest
 import searched
+from torchrun import torchrun
 
 from forged_fx.digits import one_thread
 from forged_fx.evaluate import blocks, probes
@@ -17,26 +16,13 @@ NEVER_ALIKE = ("log.txt", "timing.json", "lock")
 EPOCH = {"SOURCE_DATE_EPOCH": "0"}  # what matplotlib dates pictures with
 
 
-def run(folder, *arguments):
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-            *(searched.__file__, folder, *arguments),
-        ],
-        env={**os.environ, **EPOCH, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     """(the folder, what process 0 and process 1 saw, the job in which process 1 was killed, how many blocks it kept)"""
     folder = tmp_path_factory.mktemp("searched")
-    first = run(folder, "kill")
+    first = torchrun(searched.__file__, folder, "kill", forks=False, **EPOCH)
     kept = len(list((folder / "search" / "unfinished").glob("*.safetensors")))
-    second = run(folder)
+    second = torchrun(searched.__file__, folder, **EPOCH)
     assert second.returncode == 0, second.stderr
     return folder, *(json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)), first, kept
 
