@@ -128,7 +128,7 @@ def test_handed_back_after_an_error(small):
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_callers_grad_mode_does_not_matter(small, mode):
+def test_callers_grad_mode_does_not_matter(small, hurried, mode):
     model, x, y = small
     outside = evaluate(model, x=x[:15], y=y[:15], attacks=["apgd-ce"])
     with mode():
@@ -229,7 +229,9 @@ class Noisy(nn.Module):
 
 
 @pytest.mark.parametrize("source", DRAWS)
-def test_a_model_that_draws_random_numbers_is_judged_from_the_seed_and_its_result_returned(small, tmp_path, source):
+def test_a_model_that_draws_random_numbers_is_judged_from_the_seed_and_its_result_returned(
+    small, hurried, tmp_path, source
+):
     trained, x, y = small
     model, call = Noisy(trained, DRAWS[source]).eval(), {"x": x[:20], "y": y[:20], "attacks": ["apgd-ce"], "seed": -1}
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
@@ -259,7 +261,7 @@ def test_the_gradient_in_batches_is_that_of_the_numbers_drawn(small):
     torch.testing.assert_close(*gradients)
 
 
-def test_findings_do_not_depend_on_where_a_run_was_stopped(small, tmp_path, monkeypatch):
+def test_findings_do_not_depend_on_where_a_run_was_stopped(small, hurried, tmp_path, monkeypatch):
     """Nor does what is drawn when all blocks are done."""
     trained, x, y = small
     model, base = (Noisy(trained, DRAWS["torch"]).eval() for _ in range(2))
@@ -273,7 +275,7 @@ def test_findings_do_not_depend_on_where_a_run_was_stopped(small, tmp_path, monk
     assert again.findings == first.findings and torch.equal(again.gallery.predicted, first.gallery.predicted)
 
 
-def test_a_model_that_draws_now_and_did_not_is_of_other_code(small, tmp_path):
+def test_a_model_that_draws_now_and_did_not_is_of_other_code(small, hurried, tmp_path):
     trained, x, y = small
     model, call = Noisy(trained, lambda shape: torch.zeros(shape)).eval(), {"x": x[:20], "y": y[:20]}
     evaluate(model, **call, attacks=["apgd-ce"], folder=tmp_path)
@@ -283,7 +285,7 @@ def test_a_model_that_draws_now_and_did_not_is_of_other_code(small, tmp_path):
 
 
 @pytest.mark.parametrize("source", DRAWS)
-def test_so_are_a_sweeps_and_a_searchs(small, tmp_path, source):
+def test_so_are_a_sweeps_and_a_searchs(small, hurried, tmp_path, source):
     trained, x, y = small
     model, call = Noisy(trained, DRAWS[source]).eval(), {"eps": 0.1, "attacks": ["apgd-ce"]}
     given = model, forged_fx.calibrate(model, [x]), x[:20], y[:20]
@@ -295,7 +297,7 @@ def test_so_are_a_sweeps_and_a_searchs(small, tmp_path, source):
     assert margins[0] == margins[1] == margins[2]
 
 
-def test_so_is_a_search_that_was_stopped(small, tmp_path, monkeypatch):
+def test_so_is_a_search_that_was_stopped(small, hurried, tmp_path, monkeypatch):
     trained, x, y = small
     model, call = Noisy(trained, DRAWS["torch"]).eval(), {"eps": 0.1, "attacks": ["apgd-ce"], "budget": 2}
     given = model, forged_fx.calibrate(model, [x]), x[:20], y[:20]
