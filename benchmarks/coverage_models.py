@@ -28,7 +28,16 @@ def build(name: str) -> Built:
     library, _, kind = name.partition(":")
     torch.manual_seed(0)
     model, args, kwargs = {"timm": _timm, "tv": _torchvision, "hf": _hugging_face}[library](kind)
+    open_branches(model)
     return model.eval(), args, kwargs
+
+
+def open_branches(model: nn.Module) -> None:
+    """Many a model begins with weights of 0, or nearly, in its head or at the end of a branch: what was forged ahead of
+    them would not show in the result."""
+    for name, weight in model.named_parameters():
+        if not name.endswith("bias") and weight.numel() and weight.detach().abs().max() < 1e-3:
+            nn.init.normal_(weight, std=0.02) if weight.dim() > 1 else nn.init.uniform_(weight, 0.5, 1)
 
 
 def timm_names() -> list[str]:

@@ -35,12 +35,6 @@ MODELS = [
 SIDE = 32
 
 
-def vision_transformer(tv):
-    model = tv.VisionTransformer(SIDE, 4, 2, 2, hidden_dim=32, mlp_dim=64)
-    nn.init.normal_(model.heads.head.weight)  # it begins as 0, and the result would be 0 whatever was forged
-    return model
-
-
 def ssd(tv):
     first, second = nn.Conv2d(3, 32, 3, 2, 1), nn.Conv2d(32, 32, 3, 2, 1, groups=4)
     backbone = nn.Sequential(first, nn.BatchNorm2d(32), nn.ReLU6(), second, nn.Hardswish())
@@ -52,16 +46,17 @@ def ssd(tv):
 # Of the classes that torchvision's names have, smaller ones: none of its own is shallow.
 SMALL = {
     "tv:SwinTransformer": lambda tv: tv.SwinTransformer([2, 2], 16, [2, 2], [2, 2], [4, 4]),
-    "tv:VisionTransformer": vision_transformer,
+    "tv:VisionTransformer": lambda tv: tv.VisionTransformer(SIDE, 4, 2, 2, hidden_dim=32, mlp_dim=64),
     "tv:SSD": ssd,
 }
 
 
-def built(name, build):
+def built(models, build, name):
     if name not in SMALL:
         return build(name)
     torch.manual_seed(0)
     model, x = SMALL[name](pytest.importorskip("torchvision.models")), torch.rand(2, 3, SIDE, SIDE)
+    models.open_branches(model)
     return model.eval(), (list(x),) if name == "tv:SSD" else (x,), {}
 
 
@@ -72,8 +67,9 @@ def coverage():
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
+    models = module.coverage_models
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.coverage_models, "build", functools.partial(built, build=module.coverage_models.build))
+        patch.setattr(models, "build", functools.partial(built, models, models.build))
         patch.setattr(module, "check", functools.cache(module.check))
         yield module
     sys.path.remove(str(BENCHMARKS))
