@@ -1,12 +1,13 @@
 """The random generators of PyTorch, Python and numpy: seeded, put back, compared."""
 
 import contextlib
+import functools
 import json
 import random
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -14,36 +15,30 @@ import torch
 def kept_randomness() -> Iterator[Callable[[], bool]]:
     """Afterwards the random generators of PyTorch, Python and numpy are where they were. Yields a function that tells
     whether any has been drawn from."""
-    numpy = sys.modules.get("numpy.random")
     devices = [*range(torch.cuda.device_count())] if torch.cuda.is_initialized() else []
 
     def state() -> list:
         tensors = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
-        _, words, used, *_ = numpy.get_state() if numpy else (None, b"", 0)
+        _, words, used, *_ = np.random.get_state()
         return [random.getstate(), bytes(words), used, *(bytes(tensor.numpy()) for tensor in tensors)]
 
-    before, python, of_numpy = state(), random.getstate(), numpy.get_state() if numpy else None
+    before, python, of_numpy = state(), random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices):
         try:
             yield lambda: state() != before
         finally:
             random.setstate(python)
-            if numpy:
-                numpy.set_state(of_numpy)
+            np.random.set_state(of_numpy)
 
 
 def generator_state(value: Any) -> Any:
     """Where a random generator of someone's own is, in a form that can be compared; None of anything else."""
-    numpy = sys.modules.get("numpy.random")
     rows: list[tuple[Any, Callable]] = [
         (random.Random, lambda own: own.getstate()),
         (torch.Generator, lambda own: own.get_state().tolist()),
+        (np.random.Generator, lambda own: _listed(own.bit_generator.state)),
+        (np.random.RandomState, lambda own: _listed(own.get_state(legacy=False))),
     ]
-    if numpy:
-        rows += [
-            (numpy.Generator, lambda own: _listed(own.bit_generator.state)),
-            (numpy.RandomState, lambda own: _listed(own.get_state(legacy=False))),
-        ]
     return next((state(value) for kind, state in rows if isinstance(value, kind)), None)
 
 
@@ -53,10 +48,16 @@ def _listed(state: dict) -> str:
 
 def seed(value: int) -> None:
     """Seed the random generators of PyTorch, Python and numpy."""
-    torch.manual_seed(value)
+    # PyTorch's own function notes, for each kind of device that is not there, where it was called from: milliseconds.
+    seed_torch = torch.manual_seed if _has_accelerator() else torch.default_generator.manual_seed
+    seed_torch(value)
     random.seed(value)
-    if numpy := sys.modules.get("numpy.random"):
-        numpy.seed(value % 2**32)  # more it does not take
+    np.random.seed(value % 2**32)  # more it does not take
+
+
+@functools.cache
+def _has_accelerator() -> bool:
+    return torch.accelerator.is_available()
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from forged_fx.rewrite import WHOLE, Placed, find_calls, insert_thresholds, numb
 from forged_fx.sites import ACTIVATIONS as ACTIVATION_CALLS
 from forged_fx.sites import CALLS, FORGEABLE, Origin, is_activation, mark_of, module_of
 from forged_fx.stats import Ratio, SiteStats, Stats, given_stats, match_sites, means
+from forged_fx.straight import is_straight
 from forged_fx.surroundings import one_at_a_time
 from forged_fx.thresholds import (
     HoldsThresholds,
@@ -527,7 +528,7 @@ def _forge_whole(model: torch.nn.Module, stats: Stats, choice: Choice, example: 
     layer_sites = {
         name
         for name, site in stats.sites.items()
-        if site.layer and not hooks_its_input(model.get_submodule(module_of(name)))
+        if site.layer and is_straight(module := model.get_submodule(module_of(name))) and not hooks_its_input(module)
     }
     opened = opened_modules(wanted, layer_sites)
     graph, constants = capture(model, opened, stats.given, stats.contexts, example)

@@ -47,7 +47,7 @@ def _is_plain(value: torch.Tensor) -> bool:
 def _digest(value: torch.Tensor) -> str:
     value, step = value.detach(), max(1, value.numel() // _SAMPLED)
     if value.is_contiguous():  # the same elements, ten times as fast
-        some = value.view(-1)[::step].contiguous()
+        some = value.view(-1)[::step].clone(memory_format=torch.contiguous_format).view(-1)
     else:
         some = value[torch.unravel_index(torch.arange(0, value.numel(), step, device=value.device), value.shape)]
     bits = some.view(torch.uint8).cpu().numpy()

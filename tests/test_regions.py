@@ -1178,3 +1178,26 @@ def test_a_checkpoint_of_a_modules_own_calls_is_an_error_and_no_other_gradient(r
         run(leaf := x.clone().requires_grad_()).square().sum().backward()
         found.append(leaf.grad)
     assert torch.equal(*found)
+
+
+class TwiceInTraining(nn.Linear):
+    def forward(self, x):
+        return F.linear(2 * x if self.training else x, self.weight, self.bias)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("graph", [True, False])
+def test_what_statistics_call_a_layer_may_branch_in_the_model_that_is_forged(graph):
+    """They are of another class's modules, or of code that has changed since."""
+    torch.manual_seed(0)
+    plain, own, x = (
+        nn.Sequential(nn.Linear(4, 4)).eval(),
+        nn.Sequential(TwiceInTraining(4, 4)).eval(),
+        torch.randn(6, 4),
+    )
+    own.load_state_dict(plain.state_dict())
+    stats = forged_fx.calibrate(plain, [x])
+    assert stats.sites["0"].layer
+    forged = forged_fx.transform(own, stats, 2**-1, graph=graph, example=((x,), {})).train()
+    cut = torch.where((2 * x).abs() < stats.sites["0"].c_max / 2, 0.0, 2 * x)
+    assert torch.equal(forged(x), F.linear(cut, own[0].weight, own[0].bias))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import forged_fx
+from forged_fx.weights import of_weights
 
 
 @pytest.fixture
@@ -83,3 +84,12 @@ def test_older_statistics_say_nothing(model, x):
     stats.weights = {}
     trained(model, x)
     forged_fx.transform(model, stats)
+
+
+def test_a_weight_that_is_a_part_of_another_has_a_digest():
+    """One element of every second: it counts as contiguous, whatever its stride."""
+    part = nn.Parameter(torch.tensor([3.0, 4.0])[::2])
+    assert part.is_contiguous() and part.stride() == (2,)
+    held = nn.ParameterDict({"part": part, "whole": nn.Parameter(torch.tensor([3.0]))})
+    digests = of_weights(held)
+    assert digests["part"] == digests["whole"] != of_weights(nn.ParameterDict({"part": part + 1}))["part"]
