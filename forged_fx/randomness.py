@@ -19,8 +19,9 @@ def kept_randomness() -> Iterator[Callable[[], bool]]:
 
     def state() -> list:
         tensors = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
-        _, words, used, *_ = np.random.get_state()
-        return [random.getstate(), bytes(words), used, *(bytes(tensor.numpy()) for tensor in tensors)]
+        numpy = np.random.get_state(legacy=False)["state"]
+        own = [random.getstate(), numpy["key"].tobytes(), numpy["pos"]]
+        return [*own, *(bytes(tensor.numpy()) for tensor in tensors)]
 
     before, python, of_numpy = state(), random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices):

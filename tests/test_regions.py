@@ -1190,11 +1190,8 @@ class TwiceInTraining(nn.Linear):
 def test_what_statistics_call_a_layer_may_branch_in_the_model_that_is_forged(graph):
     """They are of another class's modules, or of code that has changed since."""
     torch.manual_seed(0)
-    plain, own, x = (
-        nn.Sequential(nn.Linear(4, 4)).eval(),
-        nn.Sequential(TwiceInTraining(4, 4)).eval(),
-        torch.randn(6, 4),
-    )
+    plain, own = (nn.Sequential(kind(4, 4)).eval() for kind in (nn.Linear, TwiceInTraining))
+    x = torch.randn(6, 4)
     own.load_state_dict(plain.state_dict())
     stats = forged_fx.calibrate(plain, [x])
     assert stats.sites["0"].layer
