@@ -170,9 +170,9 @@ def beside_aim(row: dict) -> str:
 
 def beside_version(row: dict) -> str:
     """Whether other code than today's made the row."""
-    if row["library"] == taken_with()["library"]:
+    if row.get("library") == taken_with()["library"]:
         return ""
-    return f"   by another version of forged_fx ({row['date'] or 'undated'}): --again takes it anew"
+    return f"   by another version of forged_fx ({row.get('date') or 'undated'}): --again takes it anew"
 
 
 def main(argv: list[str] | None = None) -> int:
