@@ -12,10 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._dynamo.backends.debugging import aot_eager
 from torch._inductor.utils import run_and_get_code
 from torch.utils.checkpoint import checkpoint
-from written import code_of
+from written import code_of, graphs_run_as_traced
 
 import forged_fx
 from forged_fx import backend, torch_internals
@@ -61,9 +60,9 @@ def graphs():
 
 
 @pytest.fixture
-def as_traced(monkeypatch):
-    """Graphs run as they are traced, for tests of where thresholds get: Inductor's code takes seconds, each."""
-    monkeypatch.setattr(torch_internals.inductor(), "compile_fx", lambda gm, inputs, **_: aot_eager(gm, inputs))
+def as_traced():
+    with graphs_run_as_traced():
+        yield
 
 
 @pytest.fixture(autouse=True)

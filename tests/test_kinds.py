@@ -15,10 +15,9 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import nn
-from torch._dynamo.backends.debugging import aot_eager
+from written import graphs_run_as_traced
 
 import forged_fx
-from forged_fx import torch_internals
 from forged_fx.channels import ChannelCounts
 from forged_fx.evaluate import surrogate
 from forged_fx.kinds import KINDS
@@ -193,9 +192,9 @@ def test_dynamo_goes_through_modules_forged_one_by_one(model, stats, x):
         assert torch.equal(torch.compile(forged, backend="aot_eager")(x), forged(x))
 
 
-def test_shared_code_of_several_kinds(monkeypatch):
-    """Blocks of one class share Dynamo's graph, unless their kinds differ: as it is traced."""
-    monkeypatch.setattr(torch_internals.inductor(), "compile_fx", lambda gm, inputs, **_: aot_eager(gm, inputs))
+@graphs_run_as_traced()
+def test_shared_code_of_several_kinds():
+    """Blocks of one class share Dynamo's graph, unless their kinds differ."""
 
     class Block(nn.Module):
         def __init__(self, channels):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_leaves
+from written import graphs_run_as_traced
 
 import forged_fx
 from forged_fx.modes import fast_path_off
@@ -360,7 +361,7 @@ def test_compiled_from_the_plain_model(case):
     model, args, kwargs, stats, _, _, _ = case
     forged = forged_fx.transform(model, stats, 2**-2)
     fast = torch.compile(model, backend="forged", options={"stats": stats, "ratio": 2**-2})
-    with torch.no_grad(), fast_path_off():
+    with torch.no_grad(), fast_path_off(), graphs_run_as_traced():
         if type(model) in NOT_COMPILED:
             for _ in range(2):
                 with pytest.raises(ValueError, match=NOT_COMPILED[type(model)] + ".*exclude"):
