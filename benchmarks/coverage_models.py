@@ -84,6 +84,8 @@ def _torchvision(name: str) -> Built:
     if kind == "detection":
         if not name.startswith("ssd"):
             options |= {"min_size": 96, "max_size": 128}
+        if name.startswith("retinanet"):
+            options["score_thresh"] = 0.0  # untrained, it is sure of nothing, and would find nothing
         return get_model(name, **options), ([torch.rand(3, 96, 128), torch.rand(3, 96, 96)],), {}
     if "googlenet" in name:
         options["init_weights"] = False  # its own are so small that the result is the last bias
@@ -92,6 +94,8 @@ def _torchvision(name: str) -> Built:
     else:
         side = {"inception": 96, "quantization": 96, "maxvit": 224}.get(kind, 64)
     model = get_model(name, **options)
+    if name.startswith("deeplabv3_mobilenet"):
+        nn.init.zeros_(model.classifier[-1].bias)  # what comes to it, untrained, is too little to show beside it
     if kind == "video":
         clip = (1, 3, 16, 224, 224) if name.startswith(("mvit", "s3d")) else (1, 3, 8, 64, 64)
         return model, (torch.randn(clip),), {}
