@@ -84,9 +84,15 @@ def _torchvision(name: str) -> Built:
     if kind == "detection":
         if not name.startswith("ssd"):
             options |= {"min_size": 96, "max_size": 128}
-        if name.startswith("retinanet"):
+        if name.startswith(("retinanet", "fcos")):
             options["score_thresh"] = 0.0  # untrained, it is sure of nothing, and would find nothing
-        return get_model(name, **options), ([torch.rand(3, 96, 128), torch.rand(3, 96, 96)],), {}
+        model = get_model(name, **options)
+        if name.startswith("ssdlite"):  # its norms have no statistics yet, and would let nothing through to the end
+            for norm in filter(lambda module: isinstance(module, nn.BatchNorm2d), model.modules()):
+                norm.momentum = None  # (one batch tells all)
+            with torch.no_grad():
+                model.head([*model.backbone(torch.rand(4, 3, 320, 320)).values()])
+        return model, ([torch.rand(3, 96, 128), torch.rand(3, 96, 96)],), {}
     if "googlenet" in name:
         options["init_weights"] = False  # its own are so small that the result is the last bias
     if kind == "vision_transformer":
