@@ -86,6 +86,8 @@ def _torchvision(name: str) -> Built:
             options |= {"min_size": 96, "max_size": 128}
         if name.startswith(("retinanet", "fcos")):
             options["score_thresh"] = 0.0  # untrained, it is sure of nothing, and would find nothing
+        if name.startswith("fasterrcnn_mobilenet"):
+            options["box_score_thresh"] = 0.0
         model = get_model(name, **options)
         if name.startswith("ssdlite"):  # its norms have no statistics yet, and would let nothing through to the end
             for norm in filter(lambda module: isinstance(module, nn.BatchNorm2d), model.modules()):
