@@ -6,6 +6,7 @@ random configurations of the architectures named here.
 
 import inspect
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -73,6 +74,15 @@ def _timm(name: str) -> Built:
     return model, (torch.randn(2, channels, *side),), {}
 
 
+# With what a model's result shows what goes on within, though it is untrained.
+_SHOWS = {
+    "retinanet*": {"score_thresh": 0.0},  # it is sure of nothing, and would find nothing
+    "fcos*": {"score_thresh": 0.0},
+    "fasterrcnn_mobilenet*": {"box_score_thresh": 0.0},
+    "*googlenet": {"init_weights": False},  # its own are so small that the result is the last bias
+}
+
+
 def _torchvision(name: str) -> Built:
     """Inputs are as small as the architecture takes them: what is checked does not depend on their size."""
     from torchvision.models import get_model, get_model_builder
@@ -81,13 +91,11 @@ def _torchvision(name: str) -> Built:
     kind, options = builder.__module__.split(".")[2], {"weights": None}
     if "weights_backbone" in inspect.signature(builder).parameters:
         options["weights_backbone"] = None
+    for pattern, more in _SHOWS.items():
+        options |= more if fnmatchcase(name, pattern) else {}
     if kind == "detection":
         if not name.startswith("ssd"):
             options |= {"min_size": 96, "max_size": 128}
-        if name.startswith(("retinanet", "fcos")):
-            options["score_thresh"] = 0.0  # untrained, it is sure of nothing, and would find nothing
-        if name.startswith("fasterrcnn_mobilenet"):
-            options["box_score_thresh"] = 0.0
         model = get_model(name, **options)
         if name.startswith("ssdlite"):  # its norms have no statistics yet, and would let nothing through to the end
             for norm in filter(lambda module: isinstance(module, nn.BatchNorm2d), model.modules()):
@@ -95,8 +103,6 @@ def _torchvision(name: str) -> Built:
             with torch.no_grad():
                 model.head([*model.backbone(torch.rand(4, 3, 320, 320)).values()])
         return model, ([torch.rand(3, 96, 128), torch.rand(3, 96, 96)],), {}
-    if "googlenet" in name:
-        options["init_weights"] = False  # its own are so small that the result is the last bias
     if kind == "vision_transformer":
         options["image_size"] = side = 4 * int(name.rpartition("_")[2])
     else:

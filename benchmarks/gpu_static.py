@@ -128,11 +128,11 @@ def measure(name: str, batch: int, dtype: str, mode: str, architecture: str, onl
     }  # fmt: skip
 
 
-def taken_with() -> dict[str, str]:
-    """The columns that say when, and by which Triton and which code of the library's."""
+def library() -> str:
+    """Which code of the library's this is."""
     from forged_fx import backend
 
-    return {"library": backend._version().hex()[:12]} | {key: taken_on("cpu")[key] for key in ("triton", "date")}
+    return backend._version().hex()[:12]
 
 
 def rows(path: Path) -> dict[tuple, dict]:
@@ -170,7 +170,7 @@ def beside_aim(row: dict) -> str:
 
 def beside_version(row: dict) -> str:
     """Whether other code than today's made the row."""
-    if row.get("library") == taken_with()["library"]:
+    if row.get("library") == library():
         return ""
     return f"   by another version of forged_fx ({row.get('date') or 'undated'}): --again takes it anew"
 
@@ -204,7 +204,8 @@ def main(argv: list[str] | None = None) -> int:
                     continue
                 if args.here:
                     figures = measure(name, batch, dtype, mode, args.architecture, args.only)
-                    row = dict(zip(KEYS, values, strict=True)) | figures | taken_with()
+                    by = {"library": library()} | {key: taken_on("cpu")[key] for key in ("triton", "date")}
+                    row = dict(zip(KEYS, values, strict=True)) | figures | by
                     append(args.csv, row)
                 else:
                     row = rows(args.csv)[values]

@@ -45,7 +45,6 @@ from forged_fx.sites import (
     unseen_call,
 )
 from forged_fx.stats import Stats
-from forged_fx.straight import is_straight
 from forged_fx.thresholds import HoldsThresholds, register
 from forged_fx.told import Teller, Told
 from forged_fx.write_back import works_in_place
@@ -358,8 +357,7 @@ def forge_regions(model: torch.nn.Module, stats: Stats, choice: Choice) -> dict[
     for name, sites in sites_of.items():
         module = model.get_submodule(name)
         rows = [stats.sites[site] for site in sites]
-        # (Around others a pass may begin. And what was seen of a module may have been of another class's.)
-        layer = bool(rows) and all(row.layer for row in rows) and not is_around(name) and is_straight(module)
+        layer = bool(rows) and all(row.layer for row in rows) and not is_around(name)  # (there a pass may begin)
         module.threshold_buffers = {}
         plans = {}
         for mark in "#@":

@@ -229,6 +229,8 @@ def transform(
     if thresholds_of(model):
         raise ValueError("this model is forged already: move its thresholds with set_ratio, or forge the plain model")
     stats.check_model(model)
+    for name, site in stats.sites.items():  # what calibration saw may have been another class's module
+        site.layer = site.layer and is_straight(model.get_submodule(module_of(name)))
     if moved := changed(model, stats.weights):
         warnings.warn(weights_have_changed(moved), stacklevel=3)
     wanted, left_out = select(stats, include, exclude, where)
@@ -528,7 +530,7 @@ def _forge_whole(model: torch.nn.Module, stats: Stats, choice: Choice, example: 
     layer_sites = {
         name
         for name, site in stats.sites.items()
-        if site.layer and is_straight(module := model.get_submodule(module_of(name))) and not hooks_its_input(module)
+        if site.layer and not hooks_its_input(model.get_submodule(module_of(name)))
     }
     opened = opened_modules(wanted, layer_sites)
     graph, constants = capture(model, opened, stats.given, stats.contexts, example)
