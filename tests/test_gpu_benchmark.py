@@ -170,7 +170,7 @@ def test_what_is_compiled_ahead_is_found(tmp_path: Path, monkeypatch: pytest.Mon
     args = gpu.options([*COMMAND.split(), "--csv", str(tmp_path)])
     jobs = list(gpu.jobs(args, str(tmp_path)))
     assert [job.func.__name__ for job in jobs] == ["compile_kernels", *["compile_model"] * 2, *["contests"] * 2]
-    assert gpu.ahead(jobs[1:3], 2, time.monotonic() + 300) == 0
+    assert gpu.ahead(jobs[:3], 2, time.monotonic() + 300) == 0
     torch._dynamo.utils.counters.clear()
     with torch.compiler.config.patch(cache_key_tag=unknown):
         gpu.measure_model("digits", torch.float32, gpu.MODES["compiled"], args)
@@ -195,7 +195,7 @@ def test_what_is_not_through_is_killed() -> None:
 
 
 def test_what_fails_is_no_more_through_than_what_is_cut_off() -> None:
-    assert gpu.ahead([partial(os._exit, 3), partial(int, "x")], 2, time.monotonic() + 60) == 2
+    assert gpu.ahead([partial(os._exit, 3), partial(time.sleep, 0), partial(int, "x")], 2, time.monotonic() + 60) == 2
     with pytest.raises(ValueError, match="at least 1"):
         gpu.ahead([], 0, time.monotonic() + 1)
 
