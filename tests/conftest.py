@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+# Before PyTorch is imported: else each process that compiles starts others, which import PyTorch to compile for it.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 import numpy as np
 import pytest
 import torch

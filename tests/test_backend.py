@@ -896,17 +896,29 @@ def test_a_wrapper_that_runs_a_model_of_several_graphs_twice(as_traced):
                 assert torch.allclose(fast(x), Twice(forged)(x), atol=1e-4)
 
 
+# Its processes are forks of one that has imported PyTorch, and of the library nothing.
 CHILD = """
-import sys, torch
+import os, sys, torch, torch._inductor.compile_fx
 from torch import nn
+_, stats, *libraries = sys.argv
+assert "forged_fx" not in sys.modules
+for library in libraries:
+    process = os.fork()
+    if not process:
+        break
+    assert os.waitpid(process, 0)[1] == 0
+else:
+    sys.exit()
+sys.path.insert(0, library)
 torch.manual_seed(0)
 model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
 x = torch.randn(2, 3, 8, 8)
-fast = torch.compile(model, backend="forged", options={"stats": sys.argv[1], "ratio": 0.25})
+fast = torch.compile(model, backend="forged", options={"stats": stats, "ratio": 0.25})
 with torch.no_grad():
-    print(fast(x).sum().item(), model(x).sum().item())
+    print(fast(x).sum().item(), model(x).sum().item(), end=" ")
 counters = torch._dynamo.utils.counters
-print(counters["inductor"]["fxgraph_cache_hit"], counters["aot_autograd"]["autograd_cache_hit"])
+print(counters["inductor"]["fxgraph_cache_hit"], counters["aot_autograd"]["autograd_cache_hit"], flush=True)
+os._exit(0)
 """
 
 
@@ -935,23 +947,20 @@ def test_it_is_found_without_an_import_and_caches_serve_a_second_process_but_no_
         (folder / file).write_text(source.replace(old, new))
         return folder
 
-    def run(path):
-        child = subprocess.run(
-            [sys.executable, "-c", CHILD, str(tmp_path / "s")],
-            env={**os.environ, "TORCH_COMPILE_CACHE_KEY_TAG": unknown, "PYTHONPATH": str(path)},
-            cwd=tmp_path,  # Python looks there first
-            capture_output=True,
-            text=True,
-        )
-        assert child.returncode == 0, child.stderr
-        forged, plain, graph_hits, autograd_hits = map(float, child.stdout.split())
-        assert forged != plain
-        return forged, graph_hits, autograd_hits
-
-    (first, *missed), (second, *hits) = run(own.parent), run(own.parent)
+    libraries = [own.parent, own.parent, *(with_change(file, *change) for file, change in CHANGES.items())]
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, tmp_path / "s", *libraries],
+        env={**os.environ, "TORCH_COMPILE_CACHE_KEY_TAG": unknown},
+        cwd=tmp_path,  # Python looks there first
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    ran = [tuple(map(float, line.split())) for line in done.stdout.splitlines()]
+    assert all(forged != plain for forged, plain, *_ in ran)
+    (first, _, *missed), (second, _, *hits), *others = ran
     assert first == second and missed == [0, 0] and all(hits)
-    for file, change in CHANGES.items():
-        other, *hits = run(with_change(file, *change))
+    for file, (other, _, *hits) in zip(CHANGES, others, strict=True):
         assert other != first and hits == [0, 0], file
 
 
