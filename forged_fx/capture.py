@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from forged_fx import torch_internals
 from forged_fx.arguments import by_name, check_arguments, require, require_parts
 from forged_fx.checked import in_a_line
+from forged_fx.containers import Container, container_for
 from forged_fx.graph_calls import of_type, ordered
 from forged_fx.is_tensor import values_are_tensors
 from forged_fx.models import copied, has_hooks
@@ -31,6 +32,7 @@ from forged_fx.randomness import kept_randomness
 from forged_fx.sites import module_of, only_looks
 from forged_fx.state import kept, nothing_left, state, trains_its_own_way, trains_otherwise
 from forged_fx.surroundings import contexts_refused, other_autocast
+from forged_fx.train_mode import Asked, asking
 from forged_fx.untraceable import Untraceable
 
 Traced = tuple[fx.Graph, dict[str, torch.Tensor]]  # a graph, and the tensors that were made for it, by name
@@ -153,6 +155,27 @@ def capture(
     alone: the graph reads them under these names.
     Raises Untraceable, with the reason, where the graph would lose something that the model does.
     """
+    try:
+        return _capture(model, opened, given, contexts, example, modes_asked=False)
+    except _ByMode:
+        with contextlib.suppress(Untraceable):
+            return _capture(model, opened, given, contexts, example, modes_asked=True)
+        raise
+
+
+class _ByMode(Untraceable):
+    """The forward is another one in train mode than in eval mode."""
+
+
+def _capture(
+    model: torch.nn.Module,
+    opened: set[str],
+    given: set[str],
+    contexts: set[str],
+    example: tuple | None,
+    modes_asked: bool,
+) -> Traced:
+    """modes_asked: the graph asks its modules for their modes where the forward hands them on."""
     for name in sorted(opened & contexts):
         raise Untraceable(f"{name or 'the model'!r} makes calls under autocast, another grad mode or checkpointing")
     for name in sorted(opened):
@@ -175,11 +198,13 @@ def capture(
     holders = _holders(twin, opened)
 
     def trace(
-        model: torch.nn.Module, training: bool, grad: bool, autocast: bool = False, given: set[str] = given
-    ) -> Traced:
+        model: torch.nn.Module, training: bool, grad: bool, autocast: bool = False, given: set[str] = given,
+        modes_asked: bool = modes_asked,
+    ) -> Traced:  # fmt: skip
         with torch.set_grad_enabled(grad), other_autocast() if autocast else contextlib.nullcontext():
-            for module in model.modules():
-                module.training = training  # (train() may do more: it may merge weights, and those are the user's)
+            for name, module in model.named_modules():  # (train() may do more: it may merge weights, the user's)
+                hands_on = modes_asked and name in opened and container_for(module) is Container
+                module.training = Asked(name, training) if hands_on else training
             return _trace(model, opened, given, called_with, holders if model is twin else _holders(model, opened))
 
     before = state(twin, opened)
@@ -196,7 +221,13 @@ def capture(
             for change, how in zip(changes, modes, strict=True)
             if not _alike(traced, trace(copied(model, shared), *how))
         )
-        raise Untraceable(f"its forward does {next(asked, '') or 'another thing when it runs again'}")
+        does = next(asked, "") or "another thing when it runs again"
+        raise (_ByMode if does == _ASKED[0] else Untraceable)(f"its forward does {does}")
+    if modes_asked:  # code may tell what is asked from True and False
+        for training in (False, True):
+            plain, _ = trace(copied(model, shared), training, grad, modes_asked=False)
+            if _text(plain) != _text(traced[0], training=training):
+                raise Untraceable(f"its forward does {_ASKED[0]}")
     whole = {name: None for name in after if name[0] not in opened}
     if changed := [name for name in whole | before if after.get(name, before.get(name)) != before.get(name)]:
         raise Untraceable(f"its forward changes {'.'.join(changed[0][:2]).lstrip('.')!r}, which a graph would not do")
@@ -324,14 +355,15 @@ def _alike(a: Traced, b: Traced) -> bool:
     return _text(graph) == _text(other) and all(same_bits(value, others[name]) for name, value in constants.items())
 
 
-def _text(graph: fx.Graph, left_out: fx.Node | None = None) -> list[tuple]:
-    """The graph's calls; or those that it makes where one of its arguments is None."""
+def _text(graph: fx.Graph, left_out: fx.Node | None = None, training: bool | None = None) -> list[tuple]:
+    """The graph's calls; or those that it makes where one of its arguments is None, or in train or eval mode."""
+    modes = set() if training is None else {*asking(graph)}
 
-    def given(node: fx.Node) -> fx.Node | None:
-        return None if node is left_out else node
+    def given(node: fx.Node) -> fx.Node | bool | None:
+        return training if node in modes else None if node is left_out else node
 
     fixed = {n for n in graph.find_nodes(op="call_function", target=torch_internals.assertion) if left_out}
     fixed |= {n for assertion in fixed for n in assertion.all_input_nodes}
-    nodes = [n for n in graph.nodes if n not in fixed and not (left_out and n.op == "placeholder")]
+    nodes = [n for n in graph.nodes if n not in fixed | modes and not (left_out and n.op == "placeholder")]
     args = [(fx.map_arg(n.args, given), fx.map_arg(n.kwargs, given)) for n in nodes]
     return [(n.op, str(n.target), *map(str, of)) for n, of in zip(nodes, args, strict=True)]
