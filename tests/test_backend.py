@@ -976,17 +976,20 @@ def test_every_mode(model, stats, x, mode, configured):
     assert torch_internals.inductor().list_mode_options(mode).items() <= patches.items()
 
 
-@pytest.mark.parametrize("dynamic, compilations", [(True, 1), (None, 2)])
-def test_the_short_last_batch_compiles_no_more_than_plain(model, stats, x, dynamic, compilations):
+@pytest.mark.parametrize("how, compilations", [("left to itself", 2), ("dynamic", 1), ("marked", 1)])
+def test_the_short_last_batch_compiles_no_more_than_plain(model, stats, x, how, compilations):
     """Left to itself, Dynamo takes the first size for fixed, and the second makes the batch dynamic, for good."""
     forged = forged_fx.transform(model, stats, 2**-3)
     for module, backend in ((model, "inductor"), (forged, "forged")):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        fast = torch.compile(module, backend=backend, dynamic=dynamic)
+        fast = torch.compile(module, backend=backend, dynamic=True if how == "dynamic" else None)
+        batches = [x[:n].clone() for n in (6, 4, 5, 6, 3)]
+        if how == "marked":
+            torch._dynamo.maybe_mark_dynamic(batches[0], 0)
         with torch.no_grad():
-            for n in (6, 4, 5, 6, 3):
-                fast(x[:n].clone())
+            for batch in batches:
+                fast(batch)
         assert graphs() == compilations, backend
 
 
