@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from forged_fx import torch_internals
 from forged_fx.arguments import by_name, check_arguments, require, require_parts
 from forged_fx.checked import in_a_line
-from forged_fx.containers import Container, container_for
+from forged_fx.containers import Container
 from forged_fx.graph_calls import of_type, ordered
 from forged_fx.is_tensor import values_are_tensors
 from forged_fx.models import copied, has_hooks
@@ -32,7 +32,7 @@ from forged_fx.randomness import kept_randomness
 from forged_fx.sites import module_of, only_looks
 from forged_fx.state import kept, nothing_left, state, trains_its_own_way, trains_otherwise
 from forged_fx.surroundings import contexts_refused, other_autocast
-from forged_fx.train_mode import Asked, asking
+from forged_fx.train_mode import Asked, asking, check_names, hands_on, keeps_one, set_in
 from forged_fx.untraceable import Untraceable
 
 Traced = tuple[fx.Graph, dict[str, torch.Tensor]]  # a graph, and the tensors that were made for it, by name
@@ -101,6 +101,15 @@ class Retracer(fx.Tracer):
     """What unpickling traces a graph's code with (`_SiteTracer` needs to be told what to open)."""
 
     proxy_buffer_attributes = True
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        modules = dict(root.named_modules())
+        before = {name: module.training for name, module in modules.items()}
+        read = {"", *(name for name, module in modules.items() if isinstance(module, Container))}  # others run whole
+        with set_in(root, lambda name: Asked(name) if name in read else before[name]):
+            graph = super().trace(root, concrete_args)
+        with set_in(root, before.__getitem__):
+            return graph
 
 
 # Looks at what `.half()`, `.to("cuda")`, `requires_grad_()` or a backward changes.
@@ -201,12 +210,12 @@ def _capture(
         model: torch.nn.Module, training: bool, grad: bool, autocast: bool = False, given: set[str] = given,
         modes_asked: bool = modes_asked,
     ) -> Traced:  # fmt: skip
-        with torch.set_grad_enabled(grad), other_autocast() if autocast else contextlib.nullcontext():
-            for name, module in model.named_modules():  # (train() may do more: it may merge weights, the user's)
-                hands_on = modes_asked and name in opened and container_for(module) is Container
-                module.training = Asked(name, training) if hands_on else training
+        asked = set_in(model, lambda name: Asked(name) if modes_asked and name in opened else training)
+        with torch.set_grad_enabled(grad), other_autocast() if autocast else contextlib.nullcontext(), asked:
             return _trace(model, opened, given, called_with, holders if model is twin else _holders(model, opened))
 
+    if modes_asked:
+        check_names(twin, opened)
     before = state(twin, opened)
     # A forward may ask for all of it at once (in train mode, where there are gradients, it adds a loss).
     changes = sorted(itertools.product((False, True), repeat=3), key=sum)
@@ -215,6 +224,8 @@ def _capture(
     with nothing_left(classes):
         traced, *others = [trace(twin, *how) for how in (modes[0], *reversed(modes[1:]))]
     after = state(twin, opened)
+    whole = {name: None for name in after if name[0] not in opened}
+    changed = [name for name in whole | before if after.get(name, before.get(name)) != before.get(name)]
     if not all(_alike(traced, other) for other in others):
         asked = (
             ", and ".join(itertools.compress(_ASKED, change))
@@ -222,15 +233,14 @@ def _capture(
             if not _alike(traced, trace(copied(model, shared), *how))
         )
         does = next(asked, "") or "another thing when it runs again"
-        raise (_ByMode if does == _ASKED[0] else Untraceable)(f"its forward does {does}")
-    if modes_asked:  # code may tell what is asked from True and False
-        for training in (False, True):
-            plain, _ = trace(copied(model, shared), training, grad, modes_asked=False)
-            if _text(plain) != _text(traced[0], training=training):
-                raise Untraceable(f"its forward does {_ASKED[0]}")
-    whole = {name: None for name in after if name[0] not in opened}
-    if changed := [name for name in whole | before if after.get(name, before.get(name)) != before.get(name)]:
+        raise (_ByMode if does == _ASKED[0] and not changed else Untraceable)(f"its forward does {does}")
+    if changed:
         raise Untraceable(f"its forward changes {'.'.join(changed[0][:2]).lstrip('.')!r}, which a graph would not do")
+    if modes_asked:  # code may tell what is asked from True and False: by `is`, or in words
+        plain = ((how[0], trace(copied(model, shared), *how, modes_asked=False)) for how in modes)
+        same = all(_alike(traced, other, training) for training, other in plain)
+        if not same or not hands_on(traced[0]) or keeps_one(twin):
+            raise Untraceable(f"its forward does {_ASKED[0]}")
     if any(trains_its_own_way(model.get_submodule(name)) for name in opened):
         own_weights = copied(model)  # (it may merge some)
         if name := trains_otherwise(own_weights, sorted(opened)):
@@ -349,10 +359,12 @@ def _what(model: torch.nn.Module) -> str:
     return "a forward that takes any arguments (*args, **kwargs), its own or a decorator's" if any_arguments else "it"
 
 
-def _alike(a: Traced, b: Traced) -> bool:
-    """Whether two runs did the same, and made the same tensors (a generator of the model's own draws other ones)."""
+def _alike(a: Traced, b: Traced, training: bool | None = None) -> bool:
+    """Whether two runs did the same, and made the same tensors (a generator of the model's own draws other ones).
+    training: what a mode is that they read."""
     (graph, constants), (other, others) = a, b
-    return _text(graph) == _text(other) and all(same_bits(value, others[name]) for name, value in constants.items())
+    same = _text(graph, training=training) == _text(other, training=training)
+    return same and all(same_bits(value, others[name]) for name, value in constants.items())
 
 
 def _text(graph: fx.Graph, left_out: fx.Node | None = None, training: bool | None = None) -> list[tuple]:

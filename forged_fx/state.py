@@ -28,7 +28,8 @@ def kept(module: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def trains_its_own_way(module: torch.nn.Module) -> bool:
-    return any(getattr(type(module), name) is not getattr(torch.nn.Module, name) for name in ("train", "eval"))
+    own = {name for name in ("train", "eval") if getattr(type(module), name) is not getattr(torch.nn.Module, name)}
+    return bool(own) or not {"train", "eval"}.isdisjoint(vars(module))
 
 
 def trains_otherwise(model: torch.nn.Module, opened: Iterable[str]) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from forged_fx import in_place, train_mode, write_back
+from forged_fx import in_place, write_back
 from forged_fx.audit import AuditFailed, alike, audit, audit_at_work, same, same_on_fast_path
 from forged_fx.capture import capture, opened_modules
 from forged_fx.containers import ListContainer, Numbered, check_place, container_for, hold, skeleton, take_attributes
@@ -538,7 +538,6 @@ def _forge_whole(model: torch.nn.Module, stats: Stats, choice: Choice, example: 
         raise Untraceable(f"its forward writes into {written!r}, which a graph would not do")
     keys, own = model.state_dict().keys(), {name for name, _ in _tensors_of(model)}
     model = copied(model, own=sorted(opened_modules(wanted, set())))
-    train_mode.answer(graph, model)
     settle(graph, model)
     for name, value in constants.items():
         model.register_buffer(name, value, persistent=False)

@@ -98,8 +98,8 @@ class Loop(DataBranch):
 
 class TrainModeBranch(DataBranch):
     def forward(self, x):
-        x = F.dropout(self.a(x), 0.5, training=self.training)
-        return self.b(x)
+        x = self.a(x)
+        return self.b(F.dropout(x, 0.5) if self.training else x)
 
 
 MODELS = {

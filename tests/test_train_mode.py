@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import types
 
 import pytest
 import torch
@@ -69,6 +70,7 @@ def test_it_is_one_graph_in_every_mode(x, made, training):
     forged = made(forged_of(model, x))
     assert isinstance(forged, torch.fx.GraphModule) and forged.forging.not_whole is None
     assert all(module.training is training for module in forged.modules())
+    assert [name for name, _ in forged.named_modules()] == [name for name, _ in model.named_modules()]
     assert {name for name in forged.state_dict() if "forged_threshold" not in name} == model.state_dict().keys()
     equal_in_all_modes(forged, model, x, ["", "blocks", "blocks.1"])
 
@@ -120,24 +122,14 @@ def test_the_mode_is_that_of_the_module_that_it_was_read_from(x):
     equal_in_all_modes(forged, model, x, ["", "told"])
 
 
-class Listed(nn.ModuleList):
-    def forward(self, x):
-        return F.dropout(self[0](x), 0.5, self.training)
-
-
-class WithAList(Net):
-    def __init__(self):
-        super().__init__()
-        self.blocks = Listed([nn.Linear(8, 8)])
-
-
-# what hangs on the mode in another way than by being handed on
+# what is handed to F.dropout, and is not the mode itself
 NOT_HANDED_ON = {
     "its opposite's": lambda model: not (not model.training),
     "it is True": lambda model: model.training is True,
     "it equals True": lambda model: model.training == True,  # noqa: E712
     "arithmetic": lambda model: bool(1 * model.training),
     "its words": lambda model: str(model.training) == "True",
+    "looked up": lambda model: {True: True}.get(model.training, False),
     "a layer's": lambda model: model.head.training,
 }
 
@@ -146,12 +138,111 @@ NOT_HANDED_ON = {
 def test_what_decides_by_the_mode_is_no_graph(x, how):
     model = type("Asks", (Asks,), {"how": staticmethod(how)})().eval()
     forged = forged_of(model, x)
-    assert forged.forging.not_whole == "its forward does one thing in train mode and another in eval mode"
+    assert forged.forging.not_whole == BY_MODE
     equal_in_all_modes(forged, model, x, ["", "head"])
 
 
-def test_nothing_is_put_among_the_parts_of_a_list(x):
-    model = WithAList().eval()
+class OfAConstant(Net):
+    def forward(self, x):
+        return super().forward(x) * torch.tensor(2.0 if self.training is True else 1.0)
+
+
+class WithoutGradients(Net):
+    def forward(self, x):
+        return super().forward(x) + (self.training is True and not torch.is_grad_enabled())
+
+
+class ByTwo(Net):
+    def forward(self, x):
+        return super().forward(x + 1 if self.training and not self.blocks.training else x)
+
+
+class InPlace(Block):
+    def forward(self, x):
+        h = F.dropout(self.fc(x), 0.5, self.training) - 1
+        return F.relu(h, self.training) + h
+
+
+class Counts(Net):
+    def __init__(self):
+        super().__init__()
+        self.seen = 0
+
+    def forward(self, x):
+        if self.training is True:
+            self.seen += 1
+        return super().forward(x)
+
+
+class Remembers(Net):
+    def __init__(self):
+        super().__init__()
+        self.last = None
+
+    def forward(self, x):
+        self.last = self.training
+        return super().forward(x)
+
+
+class Sets(Net):
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.5).eval()
+
+    def forward(self, x):
+        self.drop.training = self.training
+        return super().forward(self.drop(x))
+
+
+class OfAProperty(Net):
+    @property
+    def training(self):
+        return vars(self)["mode"]
+
+    @training.setter
+    def training(self, mode):
+        vars(self)["mode"] = mode
+
+
+class OfTwoNames(Net):
+    def __init__(self):
+        super().__init__()
+        self.aliases = nn.ModuleList(self.blocks)
+
+
+def of_its_own():
+    model = Net()
+    model.blocks.train = types.MethodType(lambda self, mode=True: self, model.blocks)
+    return model
+
+
+BY_MODE = "its forward does one thing in train mode and another in eval mode"
+NO_GRAPH = {
+    OfAConstant: BY_MODE, WithoutGradients: BY_MODE, ByTwo: BY_MODE, InPlace: BY_MODE, Sets: BY_MODE,
+    Remembers: BY_MODE, Counts: BY_MODE, of_its_own: BY_MODE, OfAProperty: BY_MODE, OfTwoNames: BY_MODE,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "why"), NO_GRAPH.items(), ids=lambda v: getattr(v, "__name__", "so"))
+def test_what_else_hangs_on_the_mode_is_in_none(x, make, why):
+    model = make().eval()
     forged = forged_of(model, x)
-    assert "one thing in train mode" in forged.forging.not_whole and len(forged.blocks) == 1
-    equal_in_all_modes(forged, model, x, ["", "blocks"])
+    assert forged.forging.not_whole == why
+    equal_in_all_modes(forged, model, x, [name for name, _ in model.named_modules()])
+    for one in (forged, model):
+        vars(one).update(dict.fromkeys({"seen", "last"} & vars(one).keys(), 0))
+        one.train()(x)
+    assert [getattr(forged, name, 0) for name in ("seen", "last")] == [getattr(model, n, 0) for n in ("seen", "last")]
+
+
+def test_a_mode_set_by_hand_counts(x):
+    model = Net().eval()
+    forged = forged_of(model, x)
+    twins = [copy.copy(one.train()).eval() for one in (forged, model)]
+    for one in (forged, model):
+        one.blocks[1].training = True
+    assert torch.equal(seeded(forged, x), seeded(model, x))
+    for one in (forged, model):
+        one.training = False
+    assert torch.equal(seeded(forged, x), seeded(model, x))
+    assert not twins[0].training and torch.equal(*(seeded(one, x) for one in twins))
