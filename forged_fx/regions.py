@@ -47,6 +47,7 @@ from forged_fx.sites import (
 from forged_fx.stats import Stats
 from forged_fx.thresholds import HoldsThresholds, register
 from forged_fx.told import Teller, Told
+from forged_fx.traced_calls import ByWeight, TracedCalls, by_weight
 from forged_fx.write_back import works_in_place
 
 # Their fused eval-mode kernels would run past the layers within; under a function mode they take the open path.
@@ -237,12 +238,25 @@ class ForgedParent(_Region):
 class ForgedCalls(ForgedParent):
     """Any other module: its forward runs as written, and its own calls find their operands thresholded.
 
-    It is left out of `torch.compile`: compiled code would run its own products under the function mode, once more. The
-    plain model, compiled with `backend="forged"` and `stats` among the options, is forged on its way instead.
+    Where its weights do not tell Dynamo which call is which, it is left out of `torch.compile`: compiled code would run
+    its own products under the function mode, once more. The plain model, compiled with `backend="forged"` and `stats`
+    among the options, is forged on its way instead.
     """
 
-    @torch.compiler.disable
+    forged_by_weight: ByWeight | None = None
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.forged_by_weight is not None and torch.compiler.is_dynamo_compiling():
+            calls = TracedCalls(self, self.forged_by_weight)
+            self.forged_plan.begin(self.forged_pass.so_far())
+            with calls:
+                result = super().forward(*args, **kwargs)
+                calls.check()
+                return result
+        return self.forged_uncompiled(*args, **kwargs)
+
+    @torch.compiler.disable
+    def forged_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
         with _OwnCalls(self):
             return super().forward(*args, **kwargs)
 
@@ -377,6 +391,8 @@ def forge_regions(model: torch.nn.Module, stats: Stats, choice: Choice) -> dict[
         module.forged_plan = plans["@" if layer and is_activation(sites[0]) else "#"]
         if plans["@"].operands and not layer:
             module.forged_activations = plans["@"]
+        elif not layer:
+            module.forged_by_weight = by_weight(plans["#"])
         if layer:
             module.forged_input = next(iter(inspect.signature(module.forward).parameters))
         _become(ForgedLayer if layer else ForgedCalls, module)

@@ -29,7 +29,8 @@ from torch.utils._pytree import tree_map as tree_map
 
 OLDEST = (2, 11)
 
-if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < OLDEST:
+VERSION = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
+if VERSION < OLDEST:
     raise ImportError(
         f"forged_fx needs PyTorch {OLDEST[0]}.{OLDEST[1]} or newer, and this is {torch.__version__}: "
         "pip install --upgrade torch"

@@ -320,7 +320,7 @@ def test_gradients_true_and_straight_through(x):
 
 
 def test_compiled_equals_eager(model, x):
-    """Regions that open a module's own calls stay eager; the rest is compiled around them."""
+    """Where weights do not tell a module's own calls, it stays eager; the rest is compiled around it."""
     forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-3)
     with torch.no_grad():
         assert torch.allclose(torch.compile(forged, backend="forged")(x).float(), forged(x).float(), atol=1e-6)

@@ -1,0 +1,164 @@
+"""A module's own calls in Dynamo's graphs: told by their weights, or left to eager mode."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.exc import Unsupported
+
+import forged_fx
+from forged_fx import torch_internals
+from forged_fx.traced_calls import TracedCalls
+
+pytestmark = [
+    pytest.mark.skipif(torch_internals.VERSION < (2, 14), reason="there they run uncompiled"),
+    pytest.mark.usefixtures("single_thread"),
+]
+
+
+class Own(nn.Module):
+    """Two layers whose weights it takes itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.twice, self.flag = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), True
+
+    def forward(self, x):
+        return F.linear(self.between(F.linear(x, self.a.weight, self.a.bias)), self.b.weight)
+
+    def between(self, x):
+        return x
+
+
+class Attends(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+class Branches(nn.Linear):
+    def forward(self, x):
+        return F.linear(x if x.shape[0] > 1 and self.training else 2 * x, weight=self.weight, bias=self.bias)
+
+
+class WithAPart(Own):
+    """A layer within, and one that has no threshold."""
+
+    def between(self, x):
+        return self.twice(x)
+
+
+class Multiplies(nn.Linear):
+    def forward(self, x):
+        return 1 + x @ self.weight if x.dim() else x
+
+
+class Convolves(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 5, 3) / 4)
+
+    def forward(self, x):
+        return F.conv1d(x, self.weight, padding=1) if x.dim() == 3 else x
+
+
+class GivenTwice(Own):
+    def between(self, x):
+        return F.linear(x, self.twice.weight) + F.linear(x + 1, self.twice.weight)
+
+
+class Computes(Own):
+    def between(self, x):
+        return F.linear(x, self.twice.weight[[*range(8)]] * 2)
+
+
+class Transposes(nn.Linear):
+    def forward(self, x):
+        return 1 + x @ self.weight.t() if x.dim() == 3 and self.bias is not None else x
+
+
+class BreaksOff(Own):
+    def between(self, x):
+        torch._dynamo.graph_break()
+        return x
+
+
+class GoesElsewhere(Own):
+    """Later: a call that has a threshold is not made."""
+
+    def between(self, x):
+        return F.linear(x, self.twice.weight) if self.flag else x
+
+
+class Again(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.own, self.flag = Own(), True
+
+    def forward(self, x):
+        return self.own(x) if self.flag else self.own(self.own(x))
+
+
+def forged_of(model, x, **options):
+    model = nn.Sequential(model, nn.Linear(8, 3)).eval()
+    return forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-2, graph=False, **options), model
+
+
+@pytest.fixture
+def x():
+    torch.manual_seed(0)
+    return torch.randn(4, 5, 8)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("make", [Own, Attends, lambda: Branches(8, 8), lambda: Multiplies(8, 8), WithAPart, Convolves])
+def test_told_by_their_weights_they_are_in_the_graph(x, make, gradients):
+    forged, model = forged_of(make(), x)
+    with torch.set_grad_enabled(gradients):
+        assert not torch.allclose(forged(x), model(x), atol=1e-3)
+        fast = torch.compile(forged, backend="aot_eager", fullgraph=True)
+        for ratio in (2**-2, 2**-3):
+            forged.set_ratio(ratio) if hasattr(forged, "set_ratio") else forged_fx.set_ratio(forged, ratio)
+            assert torch.allclose(fast(x), forged(x), atol=1e-6)
+    if gradients:
+        leaves = [x.clone().requires_grad_() for _ in range(2)]
+        for run, leaf in zip((fast, forged), leaves, strict=True):
+            run(leaf).square().sum().backward()
+        assert torch.allclose(leaves[0].grad, leaves[1].grad, atol=1e-5)
+    assert torch.allclose(torch.export.export(forged, (x,), strict=True).module()(x), forged(x), atol=1e-6)
+
+
+def test_a_part_without_a_threshold_is_no_call_of_its_own(x):
+    forged, _ = forged_of(WithAPart(), x, exclude="0.twice")
+    with torch.no_grad():
+        assert torch.allclose(torch.compile(forged, backend="aot_eager", fullgraph=True)(x), forged(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [GivenTwice, Computes, lambda: Transposes(8, 8), BreaksOff])
+def test_what_weights_do_not_tell_runs_uncompiled(x, make):
+    forged, model = forged_of(make(), x)
+    with torch.no_grad():
+        assert torch.allclose(torch.compile(forged, backend="aot_eager")(x), forged(x), atol=1e-6)
+        assert not torch.allclose(forged(x), model(x), atol=1e-3)
+        torch._dynamo.reset()
+        with pytest.raises(Unsupported):
+            torch.compile(forged, backend="aot_eager", fullgraph=True)(x)
+
+
+@pytest.mark.parametrize("make", [GoesElsewhere, Again])
+def test_what_is_refused_in_eager_mode_is_refused(x, make):
+    forged, _ = forged_of(make(), x)
+    forged[0].flag = False
+    for run in (forged, torch.compile(forged, backend="aot_eager")):
+        with torch.no_grad(), pytest.raises(RuntimeError, match=r"in another place|saw 2 at most"):
+            run(x)
+
+
+def test_what_was_not_met_is_never_passed_over(x):
+    """Where Dynamo should go on after a break, too."""
+    forged, _ = forged_of(Own(), x)
+    with pytest.raises(RuntimeError, match="ForgedOwn that have a threshold are not told"):
+        TracedCalls(forged[0], forged[0].forged_by_weight).check()
