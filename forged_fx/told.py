@@ -27,7 +27,8 @@ from forged_fx.stats import Stats
 class Told:
     """Of the calls of one module, of one mark. places: call index -> where it was made. weights: call index -> the
     parameters that it was given, by their names in the module; parts: each with the part of it. forged: the calls that
-    have a threshold; sites: those that calibration lists, with a threshold or without."""
+    have a threshold; sites: those that calibration lists, with a threshold or without. within: the parameters, by their
+    names in the module, that calls of the modules within it were given."""
 
     module: str = ""
     mark: str = "#"
@@ -36,9 +37,10 @@ class Told:
     parts: dict[int, set[tuple[str, str]]] = field(default_factory=dict)
     forged: set[int] = field(default_factory=set)
     sites: set[int] = field(default_factory=set)
+    within: set[str] = field(default_factory=set)
 
     def __setstate__(self, state: dict) -> None:
-        vars(self).update({"parts": {}} | state)  # (an older version's has none)
+        vars(self).update({"parts": {}, "within": set()} | state)  # (an older version's has none)
 
     def check(self, k: int, place: str, owner: torch.nn.Module, given: list[tuple[torch.Tensor, str]]) -> None:
         """RuntimeError where a call is not the one that had this number in calibration.
@@ -86,11 +88,20 @@ class Teller:
                 told.sites.add(k)
             if ways:
                 told.places[k] = {place for place, *_ in ways}
-            parts = {named_part(weight) for _, *weights in ways for weight in weights}
-            met = {weight for weight, _ in parts} | {row.weight if row else None}
-            if here := {n for key, n in own if key in {self.parameters.get(weight) for weight in met}}:
+            if here := {n for key, n in own if key in self._met(call)}:
                 told.weights[k] = here
+            parts = {named_part(weight) for _, *weights in ways for weight in weights}
             told.parts[k] = {
                 (n, part) for weight, part in parts for key, n in own if key == self.parameters.get(weight)
             }
+        inside = f"{name}." if name else ""
+        calls = [call for (m, _), of_it in self.calls.items() if m != name and m.startswith(inside) for call in of_it]
+        met = set[int | None]().union(*map(self._met, calls))
+        told.within = {n for key, n in own if key in met}
         return told
+
+    def _met(self, call: str) -> set[int | None]:
+        """The ids of the parameters that a call was given, a part of one or all of it."""
+        row, ways = self.stats.sites.get(call), self.stats.ways.get(call, ())
+        names = {named_part(weight)[0] for _, *weights in ways for weight in weights}
+        return {self.parameters.get(name) for name in names | ({row.weight} if row and row.weight else set())}

@@ -25,9 +25,14 @@ def by_weight(plan: "Plan") -> ByWeight | None:
     """None where the calls of a plan cannot be told so."""
     if not plan.once or plan.told is None or torch_internals.VERSION < (2, 14):  # (older ones were not tried)
         return None
-    weights = [plan.told.weights.get(k, set()) for k in plan.operands]
+    told = plan.told
+    weights = [told.weights.get(k, set()) for k in plan.operands]
     names = [name for of_call in weights for name in of_call]
     if len(names) != len(weights) or len({*names}) != len(names) or not all(weights):
+        return None
+    parts = {part for k in plan.operands for _, part in told.parts.get(k, ())}
+    others = told.within.union(*(of_call for k, of_call in told.weights.items() if k not in plan.operands))
+    if parts - {""} or not others.isdisjoint(names):
         return None
     return tuple((tuple(n.split(".")), tuple(f)) for n, f in zip(names, plan.operands.values(), strict=True))
 
@@ -39,7 +44,7 @@ class TracedCalls(TorchFunctionMode):
         super().__init__()
         self.region = region
         self.table = table
-        self.met = 0
+        self.met: list[tuple[str, ...]] = []
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -54,7 +59,9 @@ class TracedCalls(TorchFunctionMode):
             for name in path:
                 weight = getattr(weight, name)
             if _is_given(weight, args) or _is_given(weight, kwargs.values()):
-                self.met += 1
+                if path in self.met:
+                    _give_up(self.region)
+                self.met.append(path)
                 for forge in forges:
                     if call.kind != forge.kind or (x := get(args, kwargs, forge.key)) is weight:
                         _give_up(self.region)
@@ -63,7 +70,7 @@ class TracedCalls(TorchFunctionMode):
 
     def check(self) -> None:
         """Each call must have been met once."""
-        if self.met != len(self.table):
+        if len(self.met) != len(self.table):
             _give_up(self.region)
 
 

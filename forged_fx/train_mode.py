@@ -52,7 +52,7 @@ def set_in(model: torch.nn.Module, mode: Callable[[str], Any]) -> Iterator[None]
     for module, training in modes.items():
         try:
             module.training = training
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # (a setter of the user's can raise anything)
             raise Untraceable(f"its mode is True or False, and nothing else: {error}") from error
     yield
     for name, module in model.named_modules():

@@ -148,13 +148,46 @@ def test_what_weights_do_not_tell_runs_uncompiled(x, make):
             torch.compile(forged, backend="aot_eager", fullgraph=True)(x)
 
 
-@pytest.mark.parametrize("make", [GoesElsewhere, Again])
+class RepeatsOne(Own):
+    """Later: one call is made twice, and another is not."""
+
+    def between(self, x):
+        return F.linear(x, self.twice.weight if self.flag else self.a.weight)
+
+
+class MeetsTheRest(Own):
+    """Later: a part of a weight is met by a call that has a threshold, and all of it by one that has none."""
+
+    def between(self, x):
+        y = F.linear(x, self.twice.weight[:4]).repeat(1, 1, 2)
+        return y if self.flag else F.linear(y + 1, self.twice.weight)
+
+
+@pytest.mark.parametrize("make", [GoesElsewhere, RepeatsOne, MeetsTheRest, Again])
 def test_what_is_refused_in_eager_mode_is_refused(x, make):
     forged, _ = forged_of(make(), x)
     forged[0].flag = False
     for run in (forged, torch.compile(forged, backend="aot_eager")):
-        with torch.no_grad(), pytest.raises(RuntimeError, match=r"in another place|saw 2 at most"):
+        with torch.no_grad(), pytest.raises(RuntimeError, match=r"in another place|saw 2 at most|met the parameter"):
             run(x)
+
+
+class CallsOrRuns(Own):
+    """A layer within, by its weight on one path, and itself on the other."""
+
+    def between(self, x):
+        return F.linear(x, self.twice.weight, self.twice.bias) if x.shape[0] == 4 else self.twice(x)
+
+
+@pytest.mark.parametrize("exclude", [None, "0.twice"])
+def test_what_a_module_within_calls_is_its_own(x, exclude):
+    model = nn.Sequential(CallsOrRuns(), nn.Linear(8, 3)).eval()
+    stats = forged_fx.calibrate(model, [x, x[:3]])
+    forged = forged_fx.transform(model, stats, {"0#1": 0.5, "*": 0.01}, graph=False, exclude=exclude)
+    with torch.no_grad():
+        for batch in (x, x[:3]):
+            torch._dynamo.reset()
+            assert torch.allclose(torch.compile(forged, backend="aot_eager")(batch), forged(batch), atol=1e-6)
 
 
 def test_what_was_not_met_is_never_passed_over(x):

@@ -204,6 +204,13 @@ class OfAProperty(Net):
         vars(self)["mode"] = mode
 
 
+class OfASetter(Net):
+    def __setattr__(self, name, value):
+        if name == "training" and not isinstance(value, bool):
+            raise AssertionError("it is True or False")
+        super().__setattr__(name, value)
+
+
 class OfTwoNames(Net):
     def __init__(self):
         super().__init__()
@@ -219,7 +226,8 @@ def of_its_own():
 BY_MODE = "its forward does one thing in train mode and another in eval mode"
 NO_GRAPH = {
     OfAConstant: BY_MODE, WithoutGradients: BY_MODE, ByTwo: BY_MODE, InPlace: BY_MODE, Sets: BY_MODE,
-    Remembers: BY_MODE, Counts: BY_MODE, of_its_own: BY_MODE, OfAProperty: BY_MODE, OfTwoNames: BY_MODE,
+    Remembers: BY_MODE, Counts: BY_MODE, of_its_own: BY_MODE, OfAProperty: BY_MODE, OfASetter: BY_MODE,
+    OfTwoNames: BY_MODE,
 }  # fmt: skip
 
 
