@@ -131,6 +131,30 @@ def test_told_by_their_weights_they_are_in_the_graph(x, make, gradients):
     assert torch.allclose(torch.export.export(forged, (x,), strict=True).module()(x), forged(x), atol=1e-6)
 
 
+def torchvisions(name):
+    models = pytest.importorskip("torchvision").models
+    make = {
+        "Swin": lambda: models.SwinTransformer([4, 4], 16, [2, 2], [2, 2], [4, 4]),
+        "ViT": lambda: models.VisionTransformer(32, 16, 1, 2, 16, 32),
+    }
+    model = make[name]()
+    with torch.no_grad():
+        for parameter in model.parameters():  # (the ViT's head is 0)
+            parameter.add_(torch.randn_like(parameter) / 16)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["Swin", "ViT"])
+def test_so_are_torchvisions_transformers(name):
+    torch.manual_seed(0)
+    model, x = torchvisions(name), torch.rand(2, 3, 32, 32)
+    forged = forged_fx.transform(model, forged_fx.calibrate(model, [x]), 2**-3)
+    assert forged.forging.not_whole
+    with torch.no_grad():
+        assert not torch.allclose(forged(x), model(x), atol=1e-3)
+        assert torch.allclose(torch.compile(forged, backend="aot_eager", fullgraph=True)(x), forged(x), atol=1e-5)
+
+
 def test_a_part_without_a_threshold_is_no_call_of_its_own(x):
     forged, _ = forged_of(WithAPart(), x, exclude="0.twice")
     with torch.no_grad():
