@@ -104,12 +104,9 @@ class Retracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         modules = dict(root.named_modules())
-        before = {name: module.training for name, module in modules.items()}
         read = {"", *(name for name, module in modules.items() if isinstance(module, Container))}  # others run whole
-        with set_in(root, lambda name: Asked(name) if name in read else before[name]):
-            graph = super().trace(root, concrete_args)
-        with set_in(root, before.__getitem__):
-            return graph
+        with set_in(root, lambda name: Asked(name) if name in read else modules[name].training):
+            return super().trace(root, concrete_args)
 
 
 # Looks at what `.half()`, `.to("cuda")`, `requires_grad_()` or a backward changes.

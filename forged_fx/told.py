@@ -77,6 +77,10 @@ class Teller:
         self.calls: dict[tuple[str, str], list[str]] = {}
         for call in stats.sites.keys() | stats.ways.keys():
             self.calls.setdefault((module_of(call), mark_of(call)), []).append(call)
+        # by module, the ids of the parameters that its calls were given, a part of one or all of it
+        self.met: dict[str, set[int | None]] = {}
+        for (module, _), calls in self.calls.items():
+            self.met.setdefault(module, set()).update(*map(self._met, calls))
 
     def of(self, name: str, mark: str, module: torch.nn.Module, forged: Iterable[str]) -> Told:
         """forged: the module's sites that are to have a threshold."""
@@ -95,13 +99,11 @@ class Teller:
                 (n, part) for weight, part in parts for key, n in own if key == self.parameters.get(weight)
             }
         inside = f"{name}." if name else ""
-        calls = [call for (m, _), of_it in self.calls.items() if m != name and m.startswith(inside) for call in of_it]
-        met = set[int | None]().union(*map(self._met, calls))
+        met = set[int | None]().union(*(ids for m, ids in self.met.items() if m != name and m.startswith(inside)))
         told.within = {n for key, n in own if key in met}
         return told
 
     def _met(self, call: str) -> set[int | None]:
-        """The ids of the parameters that a call was given, a part of one or all of it."""
         row, ways = self.stats.sites.get(call), self.stats.ways.get(call, ())
         names = {named_part(weight)[0] for _, *weights in ways for weight in weights}
         return {self.parameters.get(name) for name in names | ({row.weight} if row and row.weight else set())}

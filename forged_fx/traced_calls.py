@@ -5,7 +5,6 @@ weight that one forged call met in calibration, and that one call is given now, 
 weight that is computed, or given to two calls, or to none on this path) the module runs uncompiled.
 """
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,8 +16,8 @@ from forged_fx.sites import CALLS, OPENED, get, replace
 if TYPE_CHECKING:
     from forged_fx.regions import Forge, Plan
 
-# per weight, its path in the module, and what to do with the call that is given it
-ByWeight = tuple[tuple[tuple[str, ...], tuple["Forge", ...]], ...]
+# per weight, its name in the module, and what to do with the call that is given it
+ByWeight = tuple[tuple[str, tuple["Forge", ...]], ...]
 
 
 def by_weight(plan: "Plan") -> ByWeight | None:
@@ -34,7 +33,7 @@ def by_weight(plan: "Plan") -> ByWeight | None:
     others = told.within.union(*(of_call for k, of_call in told.weights.items() if k not in plan.operands))
     if parts - {""} or not others.isdisjoint(names):
         return None
-    return tuple((tuple(n.split(".")), tuple(f)) for n, f in zip(names, plan.operands.values(), strict=True))
+    return tuple(zip(names, map(tuple, plan.operands.values()), strict=True))
 
 
 class TracedCalls(TorchFunctionMode):
@@ -44,7 +43,7 @@ class TracedCalls(TorchFunctionMode):
         super().__init__()
         self.region = region
         self.table = table
-        self.met: list[tuple[str, ...]] = []
+        self.met: list[str] = []
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -54,14 +53,12 @@ class TracedCalls(TorchFunctionMode):
         call = CALLS.get(function)
         if call is None:
             return function(*args, **kwargs)
-        for path, forges in self.table:
-            weight: Any = self.region
-            for name in path:
-                weight = getattr(weight, name)
-            if _is_given(weight, args) or _is_given(weight, kwargs.values()):
-                if path in self.met:
+        for name, forges in self.table:
+            weight = self.region.get_parameter(name)
+            if any(value is weight for value in (*args, *kwargs.values())):
+                if name in self.met:
                     _give_up(self.region)
-                self.met.append(path)
+                self.met.append(name)
                 for forge in forges:
                     if call.kind != forge.kind or (x := get(args, kwargs, forge.key)) is weight:
                         _give_up(self.region)
@@ -78,7 +75,3 @@ class TracedCalls(TorchFunctionMode):
 def _give_up(region: torch.nn.Module) -> None:
     """Dynamo does not come this far: it gives up the forward that calls this, which then runs uncompiled."""
     raise RuntimeError(f"the calls of {type(region).__name__} that have a threshold are not told by their weights")
-
-
-def _is_given(weight: torch.Tensor, values: Iterable[Any]) -> bool:
-    return any(value is weight for value in values)

@@ -44,20 +44,25 @@ def check_names(model: torch.nn.Module, opened: Iterable[str]) -> None:
 
 @contextmanager
 def set_in(model: torch.nn.Module, mode: Callable[[str], Any]) -> Iterator[None]:
-    """Each module's `training` is what `mode` says of its name. Untraceable where it is another one at the end.
+    """Within, each module's `training` is what `mode` says of its name. Untraceable where it is another one at the end.
 
     (train() may do more: it may merge weights, and those are the user's.)
     """
     modes = {module: mode(name) for name, module in model.named_modules()}
-    for module, training in modes.items():
-        try:
+    before = {module: module.training for module in modes}
+    try:
+        for module, training in modes.items():
+            try:
+                module.training = training
+            except Exception as error:  # (a setter of the user's can raise anything)
+                raise Untraceable(f"its mode is True or False, and nothing else: {error}") from error
+        yield
+        for name, module in model.named_modules():
+            if module in modes and vars(module).get("training", modes[module]) is not modes[module]:
+                raise Untraceable(f"its forward sets the mode of {name!r}, which a graph would not do")
+    finally:
+        for module, training in before.items():
             module.training = training
-        except Exception as error:  # (a setter of the user's can raise anything)
-            raise Untraceable(f"its mode is True or False, and nothing else: {error}") from error
-    yield
-    for name, module in model.named_modules():
-        if module in modes and vars(module).get("training", modes[module]) is not modes[module]:
-            raise Untraceable(f"its forward sets the mode of {name!r}, which a graph would not do")
 
 
 def keeps_one(model: torch.nn.Module) -> bool:
